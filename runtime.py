@@ -1,0 +1,256 @@
+"""What every script needs to run: user errors, options from a dataclass, device, precision, seeds, peak FLOP/s.
+
+Importing this module imports no torch, so that `--help` and data preparation start at once; the functions that
+need torch import it when they are called.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+import sys
+import types
+import typing
+from collections.abc import Callable, Sequence
+
+# Dense tensor-core peak in bfloat16 (float16 on cards older than Ampere), FLOP/s, from the vendors' data sheets.
+# The first name contained in the device's name counts, so longer names stand before shorter ones.
+PEAK_FLOPS = {
+    "B200": 2250e12,
+    "GH200": 989e12,
+    "H200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "H100": 989e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "L4": 121e12,
+    "A10G": 70e12,
+    "A10": 125e12,
+    "RTX 5090": 209.5e12,
+    "RTX 4090": 165.2e12,
+    "RTX 4080": 97.5e12,
+    "RTX 3090": 71e12,
+    "RTX 3080": 59.5e12,
+    "V100": 125e12,
+    "T4": 65e12,
+}
+
+
+class UserError(Exception):
+    """A fault that the user can mend: one sentence saying what failed, then the command or option that mends it."""
+
+
+def run_script(main: Callable[[], int | None]) -> None:
+    """Run a script's `main` and exit with its status; the one place where a UserError is printed.
+
+    Exit status: what main returns (None is 0), 1 for a UserError, 130 for Ctrl-C. Any other exception is a bug and
+    shows its traceback.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")  # a console that cannot show a character shows "?"
+    try:
+        status = main()
+        sys.stdout.flush()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        status = 1
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        status = 130
+    except BrokenPipeError:  # `python gen.py | head`: the reader left
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        status = 141
+    sys.exit(status)
+
+
+def option(default, help: str, **argparse_settings):
+    """A dataclass field that `parse_options` turns into a command-line option.
+
+    `argparse_settings` go to `add_argument` (choices, nargs, metavar); `positional=True` makes it an argument
+    without dashes.
+    """
+    return dataclasses.field(default=default, metadata={"help": help, **argparse_settings})
+
+
+def parse_options(cls, description: str, argv: Sequence[str] | None = None):
+    """Command-line options from the fields of dataclass `cls`, as an instance of it.
+
+    A `bool` that is False by default becomes `--name`, any other `bool` `--name/--no-name`; `X | None` parses as X.
+    A ValueError of `__post_init__` is a usage error (exit status 2), as argparse's own are.
+
+    >>> @dataclasses.dataclass
+    ... class Options:
+    ...     top_k: int | None = option(None, "keep the k likeliest tokens")
+    >>> parse_options(Options, "", ["--top_k", "5"])
+    Options(top_k=5)
+    """
+    first_line = description.strip().splitlines()[0] if description.strip() else ""
+    parser = argparse.ArgumentParser(
+        description=first_line,
+        allow_abbrev=False,
+        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=32, width=110),
+    )
+    hints = typing.get_type_hints(cls)
+    for field in dataclasses.fields(cls):
+        if not field.init or "help" not in field.metadata:
+            continue
+        settings = dict(field.metadata)
+        positional = settings.pop("positional", False)
+        kind = _option_type(hints[field.name])
+        shown_default = (
+            "" if field.default in (None, False, ()) or "default" in settings["help"] else " (default: %(default)s)"
+        )
+        settings["help"] += shown_default
+        if kind is bool:
+            settings["action"] = "store_true" if field.default is False else argparse.BooleanOptionalAction
+        else:
+            settings.setdefault("type", kind)
+        if positional:
+            settings.setdefault("nargs", "?")
+            parser.add_argument(field.name, default=field.default, **settings)
+        else:
+            parser.add_argument(f"--{field.name}", default=field.default, **settings)
+    values = vars(parser.parse_args(argv))
+    values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+    try:
+        return cls(**values)
+    except ValueError as error:
+        parser.error(str(error))
+
+
+def _option_type(hint) -> type:
+    """The type that one command-line word is parsed as: `int | None` is int, `tuple[str, ...]` is str."""
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        hint = next(part for part in typing.get_args(hint) if part is not type(None))
+    if typing.get_origin(hint) is tuple:
+        hint = typing.get_args(hint)[0]
+    return hint
+
+
+def is_terminal() -> bool:
+    """Whether a person can be asked: standard input and output are both a terminal, and no launcher runs us."""
+    return sys.stdin is not None and sys.stdin.isatty() and sys.stdout.isatty() and "RANK" not in os.environ
+
+
+def cuda_devices() -> list[dict]:
+    """Every CUDA device: {"index", "name", "free_gib", "total_gib"}."""
+    import torch
+
+    devices = []
+    for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
+        free_bytes, total_bytes = torch.cuda.mem_get_info(index)
+        name = torch.cuda.get_device_name(index)
+        devices.append({"index": index, "name": name, "free_gib": free_bytes / 2**30, "total_gib": total_bytes / 2**30})
+    return devices
+
+
+def choose_device(requested: str | None = None, devices: list[dict] | None = None, ask=None) -> str:
+    """The device to run on, as a string that torch takes ("cuda:1", "mps", "cpu"), and say which it is.
+
+    `requested` None or "auto": with CUDA devices and a terminal, list them and ask; otherwise the CUDA device with
+    most free memory, else MPS, else the CPU. Raises UserError for a device that this machine lacks.
+    `devices` and `ask` stand in for the machine and the person in tests.
+    """
+    import torch
+
+    devices = cuda_devices() if devices is None else devices
+    if requested not in (None, "auto"):
+        return _check_device(requested, devices)
+    if devices:
+        roomiest = max(devices, key=lambda device: device["free_gib"])["index"]
+        if ask is None and not is_terminal():
+            print(f"device: cuda:{roomiest} ({devices[roomiest]['name']}); choose another with --device")
+            return f"cuda:{roomiest}"
+        return f"cuda:{_ask_for_device(devices, roomiest, ask or input)}"
+    device = "mps" if torch.backends.mps.is_available() else "cpu"
+    print(f"device: {device} (no CUDA device found)")
+    return device
+
+
+def _check_device(requested: str, devices: list[dict]) -> str:
+    import torch
+
+    kind, _, index = requested.partition(":")
+    if kind == "cuda" and (not index or index.isdigit()):
+        if not devices:
+            raise UserError(f"--device {requested}: this machine has no usable CUDA device; use --device cpu")
+        if int(index or 0) >= len(devices):
+            raise UserError(
+                f"--device {requested}: there are {len(devices)} CUDA devices; use cuda:0 to cuda:{len(devices) - 1}"
+            )
+        return f"cuda:{int(index or 0)}"
+    if requested == "mps":
+        if not torch.backends.mps.is_available():
+            raise UserError("--device mps: this machine has no MPS device; use --device cpu")
+        return "mps"
+    if requested == "cpu":
+        return "cpu"
+    raise UserError(f"--device {requested}: unknown device; use cpu, mps, cuda or cuda:N")
+
+
+def _ask_for_device(devices: list[dict], roomiest: int, ask) -> int:
+    print("CUDA devices:")
+    for device in devices:
+        print(f"  {device['index']}: {device['name']}, {device['free_gib']:.1f} of {device['total_gib']:.1f} GiB free")
+    while True:
+        try:
+            answer = ask(f"Device number [{roomiest}]: ").strip()
+        except EOFError:
+            answer = ""
+        if not answer:
+            return roomiest
+        if answer.isdigit() and int(answer) < len(devices):
+            return int(answer)
+        print(f"{answer!r} is not one of 0 to {len(devices) - 1}")
+
+
+def has_fast_bfloat16(device: str) -> bool:
+    """Whether the device multiplies bfloat16 matrices in hardware rather than emulating them."""
+    import torch
+
+    if device.startswith("cuda"):
+        return torch.cuda.get_device_capability(device)[0] >= 8
+    if device == "cpu":
+        # AMX and AVX512_BF16 on x86; private names in torch, so a torch without them counts as "no".
+        checks = (getattr(torch.cpu, name, None) for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"))
+        return any(check() for check in checks if check)
+    return False
+
+
+def choose_dtype(requested: str | None, device: str) -> str:
+    """The precision of the matrix work: "bfloat16", "float16" or "float32".
+
+    By default bfloat16 where the device really does it, else float16 on CUDA and float32 elsewhere. A bfloat16 that
+    the device only emulates is allowed, and said.
+    """
+    if requested in (None, "auto"):
+        if has_fast_bfloat16(device):
+            return "bfloat16"
+        return "float16" if device.startswith("cuda") else "float32"
+    if requested == "bfloat16" and not has_fast_bfloat16(device):
+        print(f"warning: {device} only emulates bfloat16, which is slow; --dtype float32 is likely faster")
+    return requested
+
+
+def seed_everything(seed: int) -> None:
+    """Seed Python's, NumPy's and torch's generators, those of every CUDA device included."""
+    import random
+
+    import numpy as np
+    import torch
+
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def peak_flops(device_name: str) -> float | None:
+    """The dense 16-bit matrix peak of a device in FLOP/s by its name, None where it is not known.
+
+    >>> peak_flops("NVIDIA H200")
+    989000000000000.0
+    """
+    return next((peak for name, peak in PEAK_FLOPS.items() if name.lower() in device_name.lower()), None)
