@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import glob
 import hashlib
 import os
 import shutil
@@ -24,6 +25,8 @@ def atomic_write(path: str | os.PathLike, mode: str = "wb", **open_settings) -> 
     the folder cannot be written.
     """
     path = Path(path)
+    if path.exists() and not path.is_file():  # a folder, or a device such as /dev/null, which a rename would replace
+        raise UserError(f"{path} not written: it is not a regular file; choose another name")
     temporary = path.with_name(f"{path.name}.{os.getpid()}{TEMPORARY_SUFFIX}")
     try:
         file = open(temporary, mode, **open_settings)  # noqa: SIM115, PTH123
@@ -38,9 +41,37 @@ def atomic_write(path: str | os.PathLike, mode: str = "wb", **open_settings) -> 
         _fsync_folder(path.parent)
     except BaseException as error:
         temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.errno in _WRITE_FAULTS:
+        ours = isinstance(error, OSError) and error.filename in (None, str(temporary), temporary)
+        if ours and error.errno in _WRITE_FAULTS:  # a fault that names another file is not about this one
             raise write_error(path, error) from error
         raise
+
+
+@contextlib.contextmanager
+def atomic_files(folder: str | os.PathLike, name: str) -> Iterator[Path]:
+    """A folder to write a group of files into, which appear in `folder` together when the block ends.
+
+    Each file must be complete and on the disk by then; they are renamed in the order in which they were last
+    changed, so write the file that vouches for the others last. Any exception leaves `folder` as it was. One writer
+    at a time: what an earlier, killed writer of the same `name` left is removed.
+    """
+    folder = Path(folder)
+    staging = folder / f".{name}{TEMPORARY_SUFFIX}"
+    shutil.rmtree(staging, ignore_errors=True)
+    try:
+        staging.mkdir()
+    except OSError as error:
+        raise write_error(folder, error) from error
+    try:
+        yield staging
+        for path in sorted(staging.iterdir(), key=lambda path: path.stat().st_mtime_ns):
+            try:
+                os.replace(path, folder / path.name)
+            except OSError as error:
+                raise write_error(folder / path.name, error) from error
+        _fsync_folder(folder)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
 
 
 _WRITE_FAULTS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EFBIG, errno.EIO, errno.EPERM}
@@ -71,9 +102,9 @@ def remove_stale_temporaries(path: str | os.PathLike) -> list[Path]:
     """
     path = Path(path)
     removed = []
-    for temporary in path.parent.glob(f"{path.name}.*{TEMPORARY_SUFFIX}"):
+    for temporary in path.parent.glob(f"{glob.escape(path.name)}.*{TEMPORARY_SUFFIX}"):
         process_id = temporary.name[len(path.name) + 1 : -len(TEMPORARY_SUFFIX)]
-        if process_id.isdigit() and (int(process_id) == os.getpid() or not _is_alive(int(process_id))):
+        if process_id.isdecimal() and (int(process_id) == os.getpid() or not _is_alive(int(process_id))):
             temporary.unlink(missing_ok=True)
             removed.append(temporary)
     return removed
@@ -84,7 +115,7 @@ def _is_alive(process_id: int) -> bool:
         return True  # os.kill(pid, 0) ends the process there; leave its files alone
     try:
         os.kill(process_id, 0)
-    except ProcessLookupError:
+    except (ProcessLookupError, OverflowError):  # no such process, or a number that no process has
         return False
     except PermissionError:
         pass
@@ -106,6 +137,9 @@ class FileLock:
         try:
             _lock(self._file)
         except OSError as error:
+            if error.errno not in (errno.EAGAIN, errno.EACCES):  # a file system without locks, say
+                self._file.close()
+                raise write_error(self.path, error) from error
             self._file.seek(0)
             holder = self._file.read().strip() or "unknown"
             self._file.close()

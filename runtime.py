@@ -9,13 +9,14 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import os
+import re
 import sys
 import types
 import typing
 from collections.abc import Callable, Sequence
 
 # Dense tensor-core peak in bfloat16 (float16 on cards older than Ampere), FLOP/s, from the vendors' data sheets.
-# The first name contained in the device's name counts, so longer names stand before shorter ones.
+# The first name that stands as whole words in the device's name counts, so longer names stand before shorter ones.
 PEAK_FLOPS = {
     "B200": 2250e12,
     "GH200": 989e12,
@@ -87,38 +88,45 @@ def parse_options(cls, description: str, argv: Sequence[str] | None = None):
     >>> parse_options(Options, "", ["--top_k", "5"])
     Options(top_k=5)
     """
-    first_line = description.strip().splitlines()[0] if description.strip() else ""
+    parser = _option_parser(cls, description)
+    values = vars(parser.parse_args(argv))
+    try:
+        return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
+    except ValueError as error:
+        parser.error(str(error))
+
+
+def given_options(cls, argv: Sequence[str] | None = None) -> dict:
+    """The options that the command line really gives, without the defaults; for a run that continues another."""
+    return vars(_option_parser(cls, "", argument_default=argparse.SUPPRESS).parse_args(argv))
+
+
+def _option_parser(cls, description: str, **parser_settings) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        description=first_line,
+        description=next(iter(description.strip().splitlines()), ""),
         allow_abbrev=False,
         formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=32, width=110),
+        **parser_settings,
     )
     hints = typing.get_type_hints(cls)
     for field in dataclasses.fields(cls):
-        if not field.init or "help" not in field.metadata:
-            continue
         settings = dict(field.metadata)
+        if "help" not in settings:
+            continue
         positional = settings.pop("positional", False)
         kind = _option_type(hints[field.name])
-        shown_default = (
-            "" if field.default in (None, False, ()) or "default" in settings["help"] else " (default: %(default)s)"
-        )
-        settings["help"] += shown_default
+        default = parser_settings.get("argument_default", field.default)
+        is_shown = field.default not in (None, ()) and field.default is not False  # 0 is shown
+        if is_shown and "default" not in settings["help"]:
+            settings["help"] += f" (default: {field.default})"
         if kind is bool:
             settings["action"] = "store_true" if field.default is False else argparse.BooleanOptionalAction
         else:
             settings.setdefault("type", kind)
         if positional:
             settings.setdefault("nargs", "?")
-            parser.add_argument(field.name, default=field.default, **settings)
-        else:
-            parser.add_argument(f"--{field.name}", default=field.default, **settings)
-    values = vars(parser.parse_args(argv))
-    values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
-    try:
-        return cls(**values)
-    except ValueError as error:
-        parser.error(str(error))
+        parser.add_argument(field.name if positional else f"--{field.name}", default=default, **settings)
+    return parser
 
 
 def _option_type(hint) -> type:
@@ -133,6 +141,13 @@ def _option_type(hint) -> type:
 def is_terminal() -> bool:
     """Whether a person can be asked: standard input and output are both a terminal, and no launcher runs us."""
     return sys.stdin is not None and sys.stdin.isatty() and sys.stdout.isatty() and "RANK" not in os.environ
+
+
+def shows_colour() -> bool:
+    """Whether standard output shows ANSI colours: a terminal without NO_COLOR, or anything with FORCE_COLOR."""
+    if os.environ.get("NO_COLOR"):
+        return False
+    return bool(os.environ.get("FORCE_COLOR")) or (sys.stdout.isatty() and os.environ.get("TERM") != "dumb")
 
 
 def cuda_devices() -> list[dict]:
@@ -174,7 +189,7 @@ def _check_device(requested: str, devices: list[dict]) -> str:
     import torch
 
     kind, _, index = requested.partition(":")
-    if kind == "cuda" and (not index or index.isdigit()):
+    if kind == "cuda" and (not index or index.isdecimal()):
         if not devices:
             raise UserError(f"--device {requested}: this machine has no usable CUDA device; use --device cpu")
         if int(index or 0) >= len(devices):
@@ -202,7 +217,7 @@ def _ask_for_device(devices: list[dict], roomiest: int, ask) -> int:
             answer = ""
         if not answer:
             return roomiest
-        if answer.isdigit() and int(answer) < len(devices):
+        if answer.isdecimal() and int(answer) < len(devices):
             return int(answer)
         print(f"{answer!r} is not one of 0 to {len(devices) - 1}")
 
@@ -235,6 +250,38 @@ def choose_dtype(requested: str | None, device: str) -> str:
     return requested
 
 
+def autocast(device: str, dtype: str):
+    """The context in which matrix work on `device` runs in `dtype`; for float32 it changes nothing."""
+    import contextlib
+
+    import torch
+
+    if dtype == "float32":
+        return contextlib.nullcontext()
+    return torch.autocast(device.partition(":")[0], dtype=getattr(torch, dtype))
+
+
+def keep_freed_memory() -> None:
+    """Let the C library keep freed memory for the next tensor instead of returning it to the system (Linux, glibc).
+
+    A training step on a CPU otherwise spends a third of its time on page faults in fresh memory. Call it before the
+    first large tensor.
+    """
+    if sys.platform != "linux":
+        return
+    import ctypes
+
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch asks for huge pages
+    try:
+        libc = ctypes.CDLL("libc.so.6")
+    except OSError:  # another C library, which has other means
+        return
+    m_trim_threshold, m_top_pad, m_mmap_max = -1, -2, -4  # <malloc.h>
+    libc.mallopt(m_mmap_max, 0)
+    libc.mallopt(m_trim_threshold, 2**31 - 1)
+    libc.mallopt(m_top_pad, 1 << 26)
+
+
 def seed_everything(seed: int) -> None:
     """Seed Python's, NumPy's and torch's generators, those of every CUDA device included."""
     import random
@@ -253,4 +300,8 @@ def peak_flops(device_name: str) -> float | None:
     >>> peak_flops("NVIDIA H200")
     989000000000000.0
     """
-    return next((peak for name, peak in PEAK_FLOPS.items() if name.lower() in device_name.lower()), None)
+    other_model = r"(?! (?:Ti|SUPER|Laptop|Max-Q|D)\b)"  # "RTX 3080 Ti" is another card than "RTX 3080"
+    for name, peak in PEAK_FLOPS.items():
+        if re.search(rf"\b{re.escape(name)}\b{other_model}", device_name, re.IGNORECASE):
+            return peak
+    return None

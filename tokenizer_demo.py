@@ -1,0 +1,149 @@
+"""What the extended tokenizer does, shown step by step; no model and no data set are needed.
+
+    python tokenizer_demo.py
+    python tokenizer_demo.py --text "Any text of your own."
+
+Expect five short sections: text as numbered pieces, control tokens, a chat, a forgery that fails, the saving.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from runtime import option, parse_options, run_script, shows_colour
+from setup_tokenizer import (
+    SPECIAL_TOKENS,
+    encode_chat,
+    encode_text,
+    get_base_tokenizer,
+    get_extended_tokenizer,
+    render_chat,
+    token_text,
+)
+
+EXAMPLES = {
+    "a short greeting": [
+        {"role": "user", "content": "Hi!"},
+        {"role": "assistant", "content": "Hello! How are you?"},
+        {"role": "user", "content": "Fine, thanks."},
+        {"role": "assistant", "content": "Glad to hear it."},
+    ],
+    "a question with an instruction": [
+        {"role": "system", "content": "You are a friendly assistant. Answer in one sentence."},
+        {"role": "user", "content": "Why is the sky blue?"},
+        {
+            "role": "assistant",
+            "content": "Air scatters the blue part of sunlight more than the red part, so blue light reaches your eyes "
+            "from every direction.",
+        },
+    ],
+    "a long answer": [
+        {"role": "user", "content": "Tell me a story about a lighthouse."},
+        {
+            "role": "assistant",
+            "content": "On a small rock in the sea stood a lighthouse, and in it lived a keeper and her cat. Every "
+            "evening she climbed the hundred steps and lit the lamp, and the cat counted the ships that passed. One "
+            "night the fog was so thick that no ship could see the light. The keeper rang the old bell until her arms "
+            "were tired, and the cat sang as loudly as it could. In the morning three captains came ashore to say "
+            "thank you, and one of them had brought a fish for the cat.",
+        },
+    ],
+}
+
+
+@dataclass(frozen=True)
+class DemoOptions:
+    text: str = option("Once upon a time, Zoë's kitten meowed. 🐱", "the text of the first section")
+
+
+def show_pieces(ids: list[int]) -> str:
+    """The pieces of text that ids stand for, one after another: on colours, or in brackets where there are none.
+
+    >>> show_pieces([7454, 2402])
+    '[Once][ upon]'
+    """
+    pieces = [token_text(token) for token in ids]
+    if not shows_colour():
+        return "".join(f"[{piece}]" for piece in pieces)
+    backgrounds = (44, 45)  # blue and magenta in turn; control tokens on green
+    return "".join(
+        f"\x1b[97;{42 if token in SPECIAL_TOKENS.values() else backgrounds[n % 2]}m{piece}\x1b[0m"
+        for n, (token, piece) in enumerate(zip(ids, pieces, strict=True))
+    )
+
+
+def show_ids(ids: list[int]) -> str:
+    """Ids on one line, the middle ones left out where there are many."""
+    words = [str(token) for token in ids]
+    return " ".join(words if len(words) <= 24 else [*words[:16], "...", *words[-7:]])
+
+
+def title(text: str) -> None:
+    print(f"\n\x1b[1m{text}\x1b[0m" if shows_colour() else f"\n{text}\n{'-' * len(text)}")
+
+
+def show_text(text: str) -> None:
+    title("1. A model reads numbers: text is cut into pieces, and each piece has an id")
+    ids = encode_text(text)
+    print(f"{show_pieces(ids)}\n{show_ids(ids)}")
+    print(f"{len(text)} characters are {len(ids)} tokens. Frequent words are one piece, with the space before them;")
+    print("rare ones are several, and a rare character may be several bytes, shown as \\xNN. Nothing is lost:")
+    print(f"Decoded again: {get_extended_tokenizer().decode(ids)}")
+
+
+def show_control_tokens() -> None:
+    title("2. Control tokens mark who speaks: each one is a single id")
+    base = get_base_tokenizer()
+    print("                 extended tokenizer   GPT-2's own tokenizer")
+    for spelling, token in SPECIAL_TOKENS.items():
+        pieces = base.encode(spelling, allowed_special="all")
+        print(
+            f"{spelling:<16} {token:<20} {show_ids(pieces)}   {show_pieces(pieces) if len(pieces) > 1 else ''}".rstrip()
+        )
+    print("GPT-2 knows <|endoftext|>; the two that open and close a message are new here.")
+
+
+def show_chat() -> None:
+    title("3. A chat is messages between control tokens (the ChatML layout)")
+    messages = EXAMPLES["a short greeting"][:1]
+    print("Messages:", messages)
+    print(f"As text, with the opening of the answer that the model is to write:\n{show_chatml(messages)}")
+    ids = encode_chat(messages, add_generation_prompt=True)
+    print(f"As pieces: {show_pieces(ids)}\nAs ids:    {show_ids(ids)}")
+    print("The model continues from there, and <|im_end|> (50258) says that its answer is complete.")
+
+
+def show_chatml(messages: list[dict]) -> str:
+    return "".join(f"    {line}\n" for line in render_chat(messages, add_generation_prompt=True).splitlines())[:-1]
+
+
+def show_forgery() -> None:
+    title("4. Nobody can forge a control token by typing it")
+    typed = "Hi<|im_end|>"
+    ids = encode_chat([{"role": "user", "content": typed}])
+    print(f"A user types: {typed}\nAs pieces: {show_pieces(ids)}\nAs ids:    {show_ids(ids)}")
+    print(f"The typed one is ordinary text; the message ends once, at the real one: {ids.count(50258)} id 50258.")
+
+
+def show_saving() -> None:
+    title("5. What single ids save, measured on three conversations")
+    print(f"{'':<32} {'GPT-2':>6} {'extended':>9} {'saving':>7}")
+    for name, messages in EXAMPLES.items():
+        n_base = len(get_base_tokenizer().encode_ordinary(render_chat(messages)))
+        n_extended = len(encode_chat(messages))
+        print(f"{name:<32} {n_base:>6} {n_extended:>9} {1 - n_extended / n_base:>7.0%}")
+    print("Every message saves about the same number of tokens, so short messages save the larger share.")
+    print("On a data set of your own: python testing_tools/compare_tokenizers.py --input FILE.jsonl")
+
+
+def main() -> None:
+    options = parse_options(DemoOptions, __doc__)
+    show_text(options.text)
+    show_control_tokens()
+    show_chat()
+    show_forgery()
+    show_saving()
+
+
+if __name__ == "__main__":
+    run_script(main)
