@@ -38,7 +38,7 @@ def atomic_write(path: str | os.PathLike, mode: str = "wb", **open_settings) -> 
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-        _fsync_folder(path.parent)
+        fsync_folder(path.parent)
     except BaseException as error:
         temporary.unlink(missing_ok=True)
         ours = isinstance(error, OSError) and error.filename in (None, str(temporary), temporary)
@@ -69,7 +69,7 @@ def atomic_files(folder: str | os.PathLike, name: str) -> Iterator[Path]:
                 os.replace(path, folder / path.name)
             except OSError as error:
                 raise write_error(folder / path.name, error) from error
-        _fsync_folder(folder)
+        fsync_folder(folder)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
 
@@ -84,7 +84,7 @@ def write_error(path: str | os.PathLike, error: OSError) -> UserError:
     return UserError(f"{path} not written: {error.strerror or error}; choose a folder that can be written")
 
 
-def _fsync_folder(folder: Path) -> None:
+def fsync_folder(folder: Path) -> None:
     """Make a rename in `folder` survive a power cut, where the system can (Windows cannot open a folder)."""
     if os.name == "nt":
         return

@@ -43,6 +43,19 @@ class UserError(Exception):
     """A fault that the user can mend: one sentence saying what failed, then the command or option that mends it."""
 
 
+def first_cause(error: BaseException) -> str:
+    """An exception's first cause in one short line: a server's answer where there is one."""
+    while error.__cause__ is not None and getattr(error, "response", None) is None:
+        error = error.__cause__
+    response = getattr(error, "response", None)
+    if response is None:
+        lines = str(error).strip().splitlines()
+        return f"{type(error).__name__}{': ' if lines else ''}{lines[0].strip()[:200] if lines else ''}"
+    if response.status_code in (401, 403):
+        return f"HTTP {response.status_code}: the hub wants its terms accepted and HF_TOKEN set"
+    return f"HTTP {response.status_code}: {response.reason_phrase or type(error).__name__}"
+
+
 def run_script(main: Callable[[], int | None]) -> None:
     """Run a script's `main` and exit with its status; the one place where a UserError is printed.
 
@@ -280,6 +293,13 @@ def keep_freed_memory() -> None:
     libc.mallopt(m_mmap_max, 0)
     libc.mallopt(m_trim_threshold, 2**31 - 1)
     libc.mallopt(m_top_pad, 1 << 26)
+
+
+def has_cpp_compiler() -> bool:
+    """Whether the C++ compiler that torch.compile calls for code on a CPU is there."""
+    import shutil
+
+    return any(shutil.which(name) for name in (os.environ.get("CXX") or "g++", "clang++", "cl"))
 
 
 def seed_everything(seed: int) -> None:

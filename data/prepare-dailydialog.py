@@ -1,0 +1,129 @@
+"""Prepare DailyDialog: 13,118 everyday conversations of two people (Li et al., 2017), for non-commercial use.
+
+    python data/prepare-dailydialog.py
+    python data/prepare-dailydialog.py --input ijcnlp_dailydialog.zip
+    python data/prepare-dailydialog.py --input train.zip validation.zip
+
+Downloads two parquet files (4 MB) and writes data/dailydialog-train.bin and dailydialog-val.bin (about 1.6 and 0.16
+million tokens), their messages as .jsonl and dailydialog.json. Local input: the published archive, the archives in
+it, a folder, dialogues_*.txt or parquet files. The first speaker is the user, the second the assistant; the corpus'
+spaces between words and punctuation are undone. The official splits are kept where train and validation are both
+given; the test split is used only where it is alone. Then: python train.py --dataset dailydialog
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from cleaning import DAILYDIALOG_PASSES
+from corpus import Dataset, PrepareOptions, prepare
+from sources import fetch_file, not_utf8, read_blocks, read_records
+from zip_archives import zip_members
+
+from runtime import UserError, parse_options, run_script
+
+# The original repository holds a loading script that `datasets` no longer runs; this copy holds parquet files.
+REPOSITORY = "OpenRL/daily_dialog"
+FILES = (
+    "data/train-00000-of-00001-f151c79abb2c1fd5.parquet",
+    "data/validation-00000-of-00001-2407eb323af19881.parquet",
+)
+DATASET = Dataset("dailydialog", "chat", "DailyDialog (Li et al., 2017)", "CC BY-NC-SA 4.0", non_commercial=True)
+END_OF_TURN = "__eou__"
+SPLITS = ("train", "validation", "test")
+PACKED = (".zip", ".parquet")
+KINDS = "a .zip, .txt or .parquet file or a folder of them"
+
+
+def main() -> None:
+    options = parse_options(PrepareOptions, __doc__)
+    files = input_files(options.input) if options.input else [fetch_file(REPOSITORY, name) for name in FILES]
+    by_split = read_splits(files)
+    if "train" in by_split and "validation" in by_split:
+        train, val = by_split["train"], by_split["validation"]
+    else:
+        name = next((name for name in ("train", "whole", "validation", "test") if name in by_split), None)
+        train, val = by_split.get(name, []), None
+    prepare(DATASET, options, train, val, clean=DAILYDIALOG_PASSES, inputs=files)
+
+
+def input_files(paths: tuple[str, ...]) -> list[Path]:
+    """The files that `--input` names; a folder stands for the archives, dialogue texts and parquet files in it."""
+    files = []
+    for path in map(Path, paths):
+        if path.is_dir():
+            found = sorted(
+                file for file in path.rglob("*") if file.suffix in (".zip", ".parquet") or is_text(file.name)
+            )
+            if not found:
+                raise UserError(f"{path} holds no dialogues_*.txt, .zip or .parquet file; give --input {KINDS}")
+            files += found
+        elif not path.exists():
+            raise UserError(f"{path} not found; check the path given to --input")
+        elif path.suffix.lower() not in (".txt", *PACKED):
+            raise UserError(f"{path} is of no known kind; give --input {KINDS}")
+        else:
+            files.append(path)
+    return files
+
+
+def is_text(name: str) -> bool:
+    """Whether a file of the corpus holds dialogues, rather than their acts, emotions or topics."""
+    return bool(re.fullmatch(r"dialogues_(train|validation|test|text)\.txt", name.rpartition("/")[2]))
+
+
+def read_splits(files: list[Path]) -> dict[str, list[list[dict]]]:
+    """The dialogues of the files by split; "whole" holds those of files that name no split."""
+    by_split: dict[str, list[list[dict]]] = {}
+    for file in files:
+        if file.suffix.lower() == ".zip":
+            found = list(zip_members(file, is_text))
+            if not found:
+                raise UserError(f"{file} holds no dialogues_*.txt; give --input {KINDS}")
+            parts = [(name, text_dialogues(content, f"{file}/{name}")) for name, content in found]
+        elif file.suffix.lower() == ".parquet":
+            parts = [(file.name, record_dialogues(file))]
+        else:
+            parts = [(file.name, text_dialogues(b"".join(read_blocks(file)), str(file)))]
+        for name, dialogues in parts:
+            split = next((split for split in SPLITS if split[:5] in name.rpartition("/")[2].lower()), "whole")
+            by_split.setdefault(split, []).extend(dialogues)
+    return by_split
+
+
+def text_dialogues(content: bytes, where: str) -> Iterator[list[dict]]:
+    """The dialogues of a text of the corpus: one a line, each turn ended by `__eou__`."""
+    try:
+        lines = content.decode("utf-8-sig").split("\n")
+    except UnicodeDecodeError as error:
+        raise not_utf8(where, error.start) from error
+    if any(line.strip() for line in lines) and not any(END_OF_TURN in line for line in lines):
+        raise UserError(f"{where} holds no {END_OF_TURN}, so it is no DailyDialog text; give --input {KINDS}")
+    for line in lines:
+        if line.strip():
+            yield as_messages(line.split(END_OF_TURN))
+
+
+def record_dialogues(file: Path) -> Iterator[list[dict]]:
+    """The dialogues of a parquet file: a list of turns a record."""
+    for record in read_records(file):
+        turns = record.get("dialog", record.get("utterances"))
+        if not isinstance(turns, list):
+            raise UserError(f"{file} has no field 'dialog'; give --input a DailyDialog file")
+        yield as_messages(turns)
+
+
+def as_messages(turns: list[str]) -> list[dict]:
+    """The turns as messages, user and assistant in turn.
+
+    >>> as_messages(["Hi . ", " Hello !", ""])
+    [{'role': 'user', 'content': 'Hi .'}, {'role': 'assistant', 'content': 'Hello !'}]
+    """
+    turns = [turn.strip() for turn in turns if turn.strip()]
+    return [{"role": ("user", "assistant")[index % 2], "content": turn} for index, turn in enumerate(turns)]
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,198 @@
+"""The workers: clean, check, digest and encode batches of documents, in processes of their own and in order."""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import dataclasses
+import hashlib
+import itertools
+import os
+import re
+import signal
+import threading
+from collections.abc import Callable, Iterable, Iterator
+
+import numpy as np
+from dedup import band_keys
+from prepared import Document, Encoded, control_ids, document_line
+
+from runtime import UserError
+from setup_tokenizer import check_messages, encode_documents, get_extended_tokenizer
+
+BATCH_CHARACTERS = 1 << 18  # the work handed to a worker at once
+FEWEST_BATCHES_FOR_PROCESSES = 16  # below that, starting processes takes longer than the work
+
+Pass = Callable[[Document], Document | None]
+
+_SURROGATE = re.compile("[\ud800-\udfff]")
+
+
+@dataclasses.dataclass(frozen=True)
+class Worker:
+    """Turns a batch of raw documents into an `Encoded`; pickled once into each worker process."""
+
+    format: str
+    passes: tuple[Pass, ...]
+    seed: int
+    base_encoding: str
+    max_document_tokens: int | None
+    near_dedup: bool
+
+    def encode_batch(self, batch: list[Document], first_index: int) -> Encoded:
+        """The batch's documents, cleaned and encoded. Raises UserError for a conversation that is none."""
+        counts = collections.Counter(read=len(batch))
+        documents = []
+        for index, document in enumerate(batch, first_index):
+            cleaned = self._clean(document, counts)
+            if cleaned is None:
+                continue
+            if self.format == "chat":
+                try:
+                    check_messages(cleaned)
+                except ValueError as error:
+                    raise UserError(f"conversation {index + 1}: {error}; mend or remove it") from error
+            documents.append(cleaned)
+        encoded = self._encode(documents, sum(map(_characters, batch)), counts)
+        if self.max_document_tokens is not None:
+            fits = encoded.n_tokens - 1 <= self.max_document_tokens
+            counts[f"longer than {self.max_document_tokens} tokens"] += int((~fits).sum())
+            encoded = encoded.select(fits)
+        if self.near_dedup:
+            encoded.band_keys = band_keys(encoded.ids, encoded.n_tokens, self._control_ids())
+        return encoded
+
+    def _encode(self, documents: list[Document], read_characters: int, counts: collections.Counter) -> Encoded:
+        lines = [document_line(document) for document in documents]
+        key = self.seed.to_bytes(8, "little")
+        digests = b"".join(hashlib.blake2b(line, digest_size=16, key=key).digest() for line in lines)
+        ids = encode_documents(documents, get_extended_tokenizer(self.base_encoding)).astype(np.uint16)
+        ends = np.flatnonzero(ids == self._control_ids()[0]) + 1
+        return Encoded(
+            digests=np.frombuffer(digests, dtype="<u8").reshape(-1, 2),
+            ids=ids,
+            n_tokens=np.diff(ends, prepend=0),
+            text_bytes=np.array([text_bytes(document) for document in documents], dtype=np.int64),
+            lines=b"".join(lines),
+            line_bytes=np.array([len(line) for line in lines], dtype=np.int64),
+            band_keys=None,
+            read_characters=read_characters,
+            counts=counts,
+        )
+
+    def _control_ids(self) -> tuple[int, int, int]:
+        return control_ids(get_extended_tokenizer(self.base_encoding))
+
+    def _clean(self, document: Document, counts: collections.Counter) -> Document | None:
+        """The document after every pass, None if it is to be dropped; what happened is counted."""
+        document = _without_surrogates(document, counts)
+        for clean in self.passes:
+            cleaned = clean(document)
+            if cleaned is None:
+                counts[f"dropped by {clean.__name__}"] += 1
+                return None
+            if cleaned is not document and cleaned != document:
+                counts[f"changed by {clean.__name__}"] += 1
+            document = cleaned
+        if not (document.strip() if isinstance(document, str) else any(m.get("content") for m in document)):
+            counts["empty"] += 1
+            return None
+        return document
+
+
+def _without_surrogates(document: Document, counts: collections.Counter) -> Document:
+    """The document with unpaired surrogates, which JSON can spell and UTF-8 cannot, replaced by U+FFFD."""
+    if isinstance(document, str):
+        if document.isascii() or not _SURROGATE.search(document):
+            return document
+        counts["unpaired surrogates"] += 1
+        return document.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    texts = [message["content"] for message in document if isinstance(message.get("content"), str)]
+    if all(text.isascii() or not _SURROGATE.search(text) for text in texts):
+        return document
+    counts["unpaired surrogates"] += 1
+    ignored = collections.Counter()
+    return [{**message, "content": _without_surrogates(message["content"], ignored)} for message in document]
+
+
+def text_bytes(document: Document) -> int:
+    """UTF-8 bytes of a document's text, of a conversation's contents."""
+    if isinstance(document, str):
+        return len(document) if document.isascii() else len(document.encode())
+    return sum(text_bytes(message["content"]) for message in document)
+
+
+def _characters(document: Document) -> int:
+    if isinstance(document, str):
+        return len(document)
+    return sum(len(message["content"]) for message in document if isinstance(message.get("content"), str))
+
+
+# --- running the workers ---
+
+
+def encoded_batches(documents: Iterable[Document], worker: Worker, workers: int) -> Iterator[Encoded]:
+    """Every batch of `documents`, encoded, in order. A corpus of a few batches starts no processes."""
+    batches = _batches(documents)
+    first = list(itertools.islice(batches, FEWEST_BATCHES_FOR_PROCESSES))
+    if workers == 1 or len(first) < FEWEST_BATCHES_FOR_PROCESSES:
+        for batch in itertools.chain(first, batches):
+            yield worker.encode_batch(*batch)
+        return
+    yield from _encoded_in_processes(itertools.chain(first, batches), worker, workers)
+
+
+def _batches(documents: Iterable[Document]) -> Iterator[tuple[list[Document], int]]:
+    """Lists of documents of about BATCH_CHARACTERS together, each with the index of its first document."""
+    batch, characters, first_index = [], 0, 0
+    for document in documents:
+        batch.append(document)
+        characters += _characters(document) + 32  # empty documents fill a batch, too
+        if characters >= BATCH_CHARACTERS:
+            yield batch, first_index
+            batch, characters, first_index = [], 0, first_index + len(batch)
+    if batch:
+        yield batch, first_index
+
+
+def _encoded_in_processes(batches: Iterator[tuple], worker: Worker, workers: int) -> Iterator[Encoded]:
+    import multiprocessing
+    from concurrent.futures import ProcessPoolExecutor
+
+    # "spawn" on every system: the sources run threads (pyarrow, downloads), and a fork beside threads can deadlock.
+    pool = ProcessPoolExecutor(
+        workers, multiprocessing.get_context("spawn"), initializer=_start_worker, initargs=(worker,)
+    )
+    with contextlib.ExitStack() as stack:
+        stack.callback(pool.shutdown, wait=True, cancel_futures=True)
+        pending = collections.deque()
+        for batch in batches:
+            pending.append(pool.submit(_encode_in_worker, *batch))
+            if len(pending) > workers + 2:  # what is in flight bounds the memory
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+
+
+_worker: Worker | None = None  # in a worker process only
+
+
+def _start_worker(worker: Worker) -> None:
+    """Set a worker process up: it leaves Ctrl-C to its parent, and ends when the parent is gone, however it went."""
+    import multiprocessing
+    import multiprocessing.connection
+
+    global _worker
+    _worker = worker
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+
+    def end_with_parent():
+        multiprocessing.connection.wait([parent.sentinel])
+        os._exit(1)
+
+    threading.Thread(target=end_with_parent, daemon=True).start()
+
+
+def _encode_in_worker(batch: list[Document], first_index: int) -> Encoded:
+    return _worker.encode_batch(batch, first_index)

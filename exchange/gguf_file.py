@@ -1,0 +1,120 @@
+"""A model as one GGUF file, the format of llama.cpp and Ollama: weights, tokenizer and chat template.
+
+    write_gguf(Path("model-q8_0.gguf"), weights, config, "q8_0", is_chat=True, name="story5000")
+
+The names are those of llama.cpp's gpt2 architecture, whose head is the embedding where the file has no other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from torch import Tensor
+
+from exchange.tokenizer_files import CHAT_TEMPLATE, merges, vocabulary
+from model import GPTConfig
+from runtime import UserError
+from setup_tokenizer import ENDOFTEXT_ID, IM_END_ID, SPECIAL_TOKENS
+
+KINDS = ("f32", "bf16", "q8_0")
+Q8_0_BLOCK = 32  # weights that share a scale
+
+NAMES = {
+    "wte": "token_embd",
+    "wpe": "position_embd",
+    "ln_f": "output_norm",
+    "ln_1": "attn_norm",
+    "attn.c_attn": "attn_qkv",
+    "attn.c_proj": "attn_output",
+    "ln_2": "ffn_norm",
+    "mlp.c_fc": "ffn_up",
+    "mlp.c_proj": "ffn_down",
+}
+
+
+def require_gguf(kind: str, config: GPTConfig) -> None:
+    """Raise UserError unless `write_gguf` can write this kind of file here, before any work is done."""
+    try:
+        import gguf  # noqa: F401
+    except ImportError as error:
+        raise UserError("--gguf needs the gguf package; run: pip install gguf==0.19.0") from error
+    if kind == "q8_0" and config.n_embd % Q8_0_BLOCK:
+        raise UserError(
+            f"--gguf q8_0 needs an n_embd that is a multiple of {Q8_0_BLOCK}, not {config.n_embd}; use --gguf bf16"
+        )
+
+
+def gguf_name(name: str) -> str:
+    """The name in a GGUF file of one of our weights.
+
+    >>> gguf_name("h.3.attn.c_proj.weight")
+    'blk.3.attn_output.weight'
+    """
+    place, _, kind = name.rpartition(".")
+    if not place.startswith("h."):
+        return f"{NAMES[place]}.{kind}"
+    _, layer, part = place.split(".", 2)
+    return f"blk.{layer}.{NAMES[part]}.{kind}"
+
+
+def write_gguf(
+    path: Path, weights: Mapping[str, Tensor], config: GPTConfig, kind: str, is_chat: bool, name: str
+) -> None:
+    """Write `complete_weights` and the tokenizer. `kind`: matrices as f32, bf16, or q8_0 (8 bits and scales)."""
+    import gguf
+
+    writer = gguf.GGUFWriter(path, gguf.MODEL_ARCH_NAMES[gguf.MODEL_ARCH.GPT2])
+    try:
+        _add_settings(writer, config, kind, name)
+        _add_tokenizer(writer, config.n_vocab, is_chat)
+        quantization = gguf.GGMLQuantizationType[kind.upper()]
+        for our_name, tensor in weights.items():
+            data = tensor.numpy()
+            # Vectors and positions stay exact, as in llama.cpp's own converter: they are small.
+            if tensor.dim() == 1 or our_name == "wpe.weight" or kind == "f32":
+                writer.add_tensor(gguf_name(our_name), data)
+            else:
+                data = gguf.quants.quantize(data, quantization)
+                writer.add_tensor(gguf_name(our_name), data, raw_dtype=quantization)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+    finally:
+        writer.close()
+
+
+def _add_settings(writer, config: GPTConfig, kind: str, name: str) -> None:
+    import gguf
+
+    file_types = {"f32": "ALL_F32", "bf16": "MOSTLY_BF16", "q8_0": "MOSTLY_Q8_0"}
+    writer.add_name(name)
+    writer.add_context_length(config.block_size)
+    writer.add_embedding_length(config.n_embd)
+    writer.add_feed_forward_length(4 * config.n_embd)
+    writer.add_block_count(config.n_layer)
+    writer.add_head_count(config.n_head)
+    writer.add_layer_norm_eps(1e-5)
+    writer.add_file_type(gguf.LlamaFileType[file_types[kind]])
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+
+
+def _add_tokenizer(writer, n_vocab: int, is_chat: bool) -> None:
+    import gguf
+
+    control_ids = set(SPECIAL_TOKENS.values())
+    kinds = [gguf.TokenType.CONTROL if id_ in control_ids else gguf.TokenType.NORMAL for id_ in range(n_vocab)]
+    end_id = IM_END_ID if is_chat else ENDOFTEXT_ID
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-2")
+    writer.add_token_list(vocabulary()[:n_vocab])
+    writer.add_token_types(kinds)
+    writer.add_token_merges([" ".join(pair) for pair in merges()])
+    writer.add_bos_token_id(ENDOFTEXT_ID)
+    writer.add_eos_token_id(end_id)
+    writer.add_eot_token_id(end_id)
+    writer.add_pad_token_id(ENDOFTEXT_ID)
+    writer.add_unk_token_id(ENDOFTEXT_ID)
+    writer.add_add_bos_token(False)
+    if is_chat:
+        writer.add_chat_template(CHAT_TEMPLATE)

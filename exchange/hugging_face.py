@@ -1,0 +1,318 @@
+"""GPT-2 in the Hugging Face layout (config.json and safetensors), read and written: names, orientation, vocabulary.
+
+    load_checkpoint("gpt2"), load_checkpoint("some/folder")     # checkpoint.py reads both through `load_folder`
+
+There the linear layers are stored as (in, out), here as (out, in); the rest of the weights is the same.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import sys
+from collections.abc import Collection, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from exchange.tokenizer_files import vocabulary
+from model import GPT, GPTConfig
+from runtime import UserError, first_cause
+from setup_tokenizer import ENDOFTEXT_ID, IM_END, IM_END_ID, IM_START, IM_START_ID, N_VOCAB, TOKENIZER_NAME
+
+# OpenAI's weights, by the names of the presets.
+HUB_MODELS = {name: f"openai-community/{name}" for name in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")}
+
+# Stored as (in, out) in the Hugging Face layout.
+TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
+N_GPT2_VOCAB = ENDOFTEXT_ID + 1
+
+
+def is_hugging_face(path: Path) -> bool:
+    """Whether `path` is a folder, or the name of one of OpenAI's models where no file has that name."""
+    return path.is_dir() or (str(path) in HUB_MODELS and not path.exists())
+
+
+def load_folder(path: Path, parts: Collection[str]) -> dict:
+    """A folder in the Hugging Face layout, or one of HUB_MODELS, as the parts of a checkpoint; "training" is None.
+
+    The hub is asked for config.json alone until "model" is wanted. Raises UserError for a model that is missing,
+    damaged, or another network than ours.
+    """
+    settings = _read_json(_file(path, "config.json"))
+    config = model_config(path, settings)
+    tokenizer_ids = _tokenizer_ids(path)
+    info = {
+        "model": dataclasses.asdict(config),
+        "config": {},
+        "dataset": "unknown",
+        "data": {},
+        "format": "chat" if _is_chat(path) else "text",
+        "tokenizer": {"name": TOKENIZER_NAME, "n_vocab": config.n_vocab},
+        "origin": f"Hugging Face ({HUB_MODELS.get(str(path), path.name)})",
+    }
+    found = {"info": info, "training": None}
+    if "model" in parts:
+        n_kept = _n_kept_rows(settings["vocab_size"], tokenizer_ids)
+        found["model"] = _read_weights(path, config, settings["vocab_size"], n_kept)
+        if n_kept < N_VOCAB:
+            print(
+                f"{path}: {IM_START} and {IM_END} are new in its vocabulary; their embeddings begin as the mean of "
+                "all others, so it knows no chat before it is trained on chat data",
+                file=sys.stderr,
+            )
+    return {name: found[name] for name in parts}
+
+
+def _is_chat(path: Path) -> bool:
+    """Whether a local model brings a ChatML template for `apply_chat_template`."""
+    template = path / "chat_template.jinja"
+    if template.is_file():
+        return IM_START in template.read_text("utf-8")
+    tokenizer_config = path / "tokenizer_config.json"
+    return tokenizer_config.is_file() and IM_START in str(_read_json(tokenizer_config).get("chat_template"))
+
+
+# ---- config.json ---------------------------------------------------------------------------------------------------
+
+
+def model_config(path: Path, settings: Mapping) -> GPTConfig:
+    """The shape of the model that a config.json describes. Raises UserError for what GPT here does not compute."""
+    try:
+        n_embd, vocab_size = settings["n_embd"], settings["vocab_size"]
+        accepted = {  # what a missing entry means stands first
+            "model_type": ("gpt2",),
+            "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
+            "n_inner": (None, 4 * n_embd),
+            "layer_norm_epsilon": (1e-5,),
+            "scale_attn_weights": (True,),
+            "scale_attn_by_inverse_layer_idx": (False,),
+            "add_cross_attention": (False,),
+            "tie_word_embeddings": (True,),
+        }
+        for name, values in accepted.items():
+            if settings.get(name, values[0]) not in values:
+                expected = " or ".join(map(json.dumps, values))
+                raise UserError(
+                    f"{path} has {name} {json.dumps(settings[name])} and only {expected} is supported; use another "
+                    "model"
+                )
+        if not N_GPT2_VOCAB <= vocab_size <= GPTConfig.vocab_size:
+            raise UserError(
+                f"{path} has a vocabulary of {vocab_size:,} ids, which is not GPT-2's {N_GPT2_VOCAB:,}; use another "
+                "model"
+            )
+        return GPTConfig(
+            block_size=settings["n_positions"], n_layer=settings["n_layer"], n_head=settings["n_head"], n_embd=n_embd
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(
+            f"{path}/config.json describes no GPT-2 ({type(error).__name__}: {error}); use another model"
+        ) from error
+
+
+def config_json(config: GPTConfig, end_id: int) -> dict:
+    """The config.json of a model whose vocabulary is cut to the ids that the tokenizer has."""
+    return {
+        "architectures": ["GPT2LMHeadModel"],
+        "model_type": "gpt2",
+        "activation_function": "gelu_new",
+        "vocab_size": config.n_vocab,
+        "n_positions": config.block_size,
+        "n_ctx": config.block_size,
+        "n_embd": config.n_embd,
+        "n_layer": config.n_layer,
+        "n_head": config.n_head,
+        "n_inner": None,
+        "embd_pdrop": config.dropout,
+        "attn_pdrop": config.dropout,
+        "resid_pdrop": config.dropout,
+        "layer_norm_epsilon": 1e-5,
+        "initializer_range": 0.02,
+        "scale_attn_weights": True,
+        "tie_word_embeddings": True,
+        "use_cache": True,
+        "bos_token_id": ENDOFTEXT_ID,
+        "eos_token_id": end_id,
+        "pad_token_id": ENDOFTEXT_ID,
+        "dtype": "float32",
+    }
+
+
+def check_exportable(path: str, config: GPTConfig) -> None:
+    """Raise UserError for a model that does not have GPT-2's vocabulary, with or without ChatML."""
+    if config.n_vocab not in (N_GPT2_VOCAB, N_VOCAB):
+        raise UserError(
+            f"{path} has a vocabulary of {config.n_vocab:,} ids, which is not this project's tokenizer's; export a "
+            "model that train.py made"
+        )
+
+
+# ---- weights -------------------------------------------------------------------------------------------------------
+
+
+def complete_weights(weights: Mapping[str, Tensor], config: GPTConfig) -> dict[str, Tensor]:
+    """Our weights in float32 as other programs want them: no padding rows, and zeros for biases the model has not."""
+    with torch.device("meta"):
+        shapes = GPT(dataclasses.replace(config, vocab_size=config.n_vocab, bias=True)).state_dict()
+    complete = {}
+    for name, expected in shapes.items():
+        if name in weights:
+            complete[name] = weights[name][: len(expected)].float().contiguous()
+        else:
+            complete[name] = torch.zeros(expected.shape)
+    return complete
+
+
+def to_hugging_face(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """`complete_weights` under the names and in the orientation of transformers' GPT2LMHeadModel."""
+    return {
+        f"transformer.{name}": tensor.T.contiguous() if name.endswith(TRANSPOSED) else tensor
+        for name, tensor in weights.items()
+    }
+
+
+def write_safetensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write tensors as one safetensors file. Raises UserError where the disk is full or read-only."""
+    import safetensors
+    from safetensors.torch import save_file
+
+    try:
+        save_file(dict(tensors), path, metadata={"format": "pt"})
+    except safetensors.SafetensorError as error:  # it hides what the file system said
+        raise UserError(f"{path.name} not written ({first_cause(error)}); free some space and export again") from error
+
+
+def _read_weights(path: Path, config: GPTConfig, vocab_size: int, n_kept: int) -> dict[str, Tensor]:
+    """The weights under our names, the embedding padded to our vocabulary. Raises UserError where they do not fit."""
+    with torch.device("meta"):
+        shapes = {name: tensor.shape for name, tensor in GPT(config).state_dict().items()}
+    shapes["wte.weight"] = torch.Size([vocab_size, config.n_embd])
+    weights = {}
+    for name, tensor in _stored_tensors(path).items():
+        name = name.removeprefix("transformer.")
+        if name.endswith((".attn.bias", ".attn.masked_bias")):  # the causal mask, stored by old versions
+            continue
+        weights[name] = tensor.float().T.contiguous() if name.endswith(TRANSPOSED) else tensor.float()
+    head = weights.pop("lm_head.weight", None)
+    faults = [name for name, shape in shapes.items() if name not in weights or weights[name].shape != shape]
+    faults += weights.keys() - shapes.keys()
+    if faults:
+        raise UserError(
+            f"the weights of {path} do not fit its config.json ({len(faults)} differ, such as {faults[0]}); "
+            "fetch or save the model again"
+        )
+    if head is not None and not torch.equal(head, weights["wte.weight"]):
+        raise UserError(
+            f"{path} has a head that is not tied to its embedding, which is not supported; use another model"
+        )
+    weights["wte.weight"] = padded_embedding(weights["wte.weight"], n_kept, config.vocab_size)
+    return weights
+
+
+def padded_embedding(embedding: Tensor, n_kept: int, vocab_size: int) -> Tensor:
+    """The first `n_kept` rows of an embedding (V, C) and, up to `vocab_size` rows, the mean of GPT-2's own.
+
+    The mean row's logit is the mean of all logits; a small random row's would be near 0, which is far above a trained
+    model's ("Initializing New Word Embeddings for Pretrained Language Models", Hewitt 2021).
+    """
+    mean = embedding[:N_GPT2_VOCAB].mean(0, keepdim=True)
+    return torch.cat([embedding[:n_kept], mean.expand(vocab_size - n_kept, -1)])
+
+
+def _n_kept_rows(vocab_size: int, tokenizer_ids: Mapping[str, int]) -> int:
+    """How many rows of an embedding mean what they mean here: all but ChatML's where another token has their ids."""
+    chatml = {IM_START: IM_START_ID, IM_END: IM_END_ID}
+    if vocab_size < N_VOCAB or any(tokenizer_ids.get(token, id_) != id_ for token, id_ in chatml.items()):
+        return N_GPT2_VOCAB
+    others = [token for token, id_ in tokenizer_ids.items() if id_ in chatml.values() and token not in chatml]
+    return N_GPT2_VOCAB if others else N_VOCAB
+
+
+def _stored_tensors(path: Path) -> dict[str, Tensor]:
+    import safetensors
+
+    tensors = {}
+    for file in _weight_files(path):
+        try:
+            with safetensors.safe_open(file, framework="pt") as content:
+                tensors |= {name: content.get_tensor(name) for name in content.keys()}  # noqa: SIM118
+        except (OSError, safetensors.SafetensorError) as error:
+            raise UserError(f"{file} cannot be read ({first_cause(error)}); fetch or save the model again") from error
+    return tensors
+
+
+def _weight_files(path: Path) -> list[Path]:
+    """The safetensors file, or all those that an index names."""
+    index = path / "model.safetensors.index.json"
+    if not index.is_file():
+        return [_file(path, "model.safetensors")]
+    names = _read_json(index).get("weight_map")
+    if not isinstance(names, dict) or not all(re.fullmatch(r"[\w.-]+", str(name)) for name in names.values()):
+        raise UserError(f"{index} does not name files beside it; fetch or save the model again")
+    return [_file(path, name) for name in sorted(set(names.values()))]
+
+
+# ---- files ---------------------------------------------------------------------------------------------------------
+
+
+def _file(path: Path, name: str) -> Path:
+    """A file of the model: in the folder, or fetched from the hub into its cache."""
+    if not path.is_dir():
+        return _fetch(HUB_MODELS[str(path)], name)
+    if (path / name).is_file():
+        return path / name
+    if name.endswith(".safetensors") and (path / "pytorch_model.bin").is_file():
+        raise UserError(
+            f"{path} holds its weights as pickled code (pytorch_model.bin), which is not loaded; save the model as "
+            "safetensors, which transformers' save_pretrained does"
+        )
+    raise UserError(
+        f"{path / name} not found; give a folder with config.json and model.safetensors, or a file that train.py made"
+    )
+
+
+def _fetch(repo_id: str, name: str) -> Path:
+    import huggingface_hub
+    from huggingface_hub.errors import HTTPError
+
+    try:
+        return Path(huggingface_hub.hf_hub_download(repo_id, name))
+    except (OSError, HTTPError, ValueError) as error:  # ValueError: a file of the wrong length
+        folder = huggingface_hub.hf_hub_url(repo_id, name).removesuffix(name)
+        raise UserError(
+            f"{name} of {repo_id} not downloaded ({first_cause(error)}); fetch {folder}config.json and "
+            "model.safetensors by hand into a folder and give that folder instead"
+        ) from error
+
+
+def _read_json(path: Path) -> dict:
+    try:
+        content = json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read ({first_cause(error)}); fetch or save the model again") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path} holds no JSON object; fetch or save the model again")
+    return content
+
+
+def _tokenizer_ids(path: Path) -> dict[str, int]:
+    """The tokenizer of a local model, as far as it is there. Raises UserError where it is not GPT-2's."""
+    ids, file = {}, path / "tokenizer.json"
+    if not path.is_dir():
+        return ids
+    try:
+        if file.is_file():
+            content = _read_json(file)
+            ids = {**content["model"]["vocab"], **{token["content"]: token["id"] for token in content["added_tokens"]}}
+        elif (file := path / "vocab.json").is_file():
+            added = path / "added_tokens.json"
+            ids = {**_read_json(file), **(_read_json(added) if added.is_file() else {})}
+        is_gpt2 = not ids or all(ids.get(token) == id_ for id_, token in enumerate(vocabulary()[:ENDOFTEXT_ID]))
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{file} is no tokenizer of GPT-2's kind ({error}); use another model") from error
+    if not is_gpt2:
+        raise UserError(f"{path} has another tokenizer than GPT-2's ({file.name}); use another model")
+    return ids

@@ -1,0 +1,152 @@
+"""What an exported model is, in words: the model card and Ollama's Modelfile."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+# Licences that the hub knows, by its names for them: ours in small letters with hyphens.
+HUB_LICENCES = {"mit", "apache-2.0", "cdla-sharing-1.0", "cdla-permissive-2.0", "cc0-1.0", "odc-by"}
+HUB_LICENCES |= {f"cc-by{kind}-{version}" for kind in ("", "-sa", "-nc", "-nc-sa") for version in ("3.0", "4.0")}
+ENGLISH = ("story", "dailydialog", "chat", "chitchat", "education")  # what the prepare scripts fetch or make
+
+CHAT_EXAMPLE = """messages = [{"role": "user", "content": "Hello! How are you?"}]
+inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+output = model.generate(**inputs, max_new_tokens=60, do_sample=True, temperature=0.5, top_k=50)
+print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))"""
+
+TEXT_EXAMPLE = """inputs = tokenizer("<|endoftext|>Once upon a time", return_tensors="pt")
+output = model.generate(**inputs, max_new_tokens=100, do_sample=True, temperature=0.8, top_k=200)
+print(tokenizer.decode(output[0], skip_special_tokens=True))"""
+
+
+def model_card(info: Mapping, name: str, folder_name: str, gguf_file: str | None) -> str:
+    """README.md of an export: front matter for the hub, then data, training, use and limits."""
+    is_chat = info["format"] == "chat"
+    sections = [
+        _front_matter(info),
+        f"# {name}\n\n{_summary(info)}",
+        f"## Data\n\n{_data(info)}",
+        f"## Training\n\n{_training(info)}",
+        f"## Use\n\n{_use(folder_name, is_chat, gguf_file)}",
+        f"## Limits\n\n{_limits(info, is_chat)}",
+        f"## Publish\n\n{_publish(folder_name)}",
+    ]
+    return "\n\n".join(sections) + "\n"
+
+
+def _front_matter(info: Mapping) -> str:
+    data = info.get("data") or {}
+    licence = str(data.get("licence", "")).lower().replace(" ", "-")
+    lines = ["---", "library_name: transformers", "pipeline_tag: text-generation"]
+    if licence in HUB_LICENCES:
+        lines.append(f"license: {licence}")
+    elif data.get("licence"):
+        lines += ["license: other", f"license_name: {json.dumps(data['licence'])}"]
+    if data.get("name") in ENGLISH:
+        lines += ["language:", "- en"]
+    if dataset := _hub_dataset(data):
+        lines += ["datasets:", f"- {dataset}"]
+    tags = ["gpt2", "jojo", *(["conversational", "chatml"] if info["format"] == "chat" else [])]
+    return "\n".join([*lines, "tags:", *(f"- {tag}" for tag in tags), "---"])
+
+
+def _hub_dataset(data: Mapping) -> str | None:
+    """The data set's name on the hub, where its source begins with one."""
+    first = re.split(r"[\s:]", str(data.get("source", "")), maxsplit=1)[0]
+    return first if re.fullmatch(r"[\w.-]+/[\w.-]+", first) else None
+
+
+def _summary(info: Mapping) -> str:
+    shape = info["model"]
+    kind = "chat model (ChatML)" if info["format"] == "chat" else "model that continues text"
+    made = "Trained" if info.get("data") else "Exported"
+    return (
+        f"A {kind} with GPT-2's architecture: {shape['n_layer']} layers, {shape['n_head']} heads, width "
+        f"{shape['n_embd']}, a window of {shape['block_size']:,} tokens, and GPT-2's vocabulary with ChatML's control "
+        f"tokens ({shape['n_vocab']:,} ids). {made} with Jojo, a GPT-2 from scratch in PyTorch."
+    )
+
+
+def _data(info: Mapping) -> str:
+    data = info.get("data") or {}
+    if not data:
+        return f"Not recorded: the weights come from elsewhere ({info.get('origin', 'unknown')})."
+    rows = [f"- Data set: {data['name']}; source: {data.get('source', 'unknown')}"]
+    only = " Not for commercial use, and so are models trained on it." if data.get("non_commercial") else ""
+    rows.append(f"- Licence of the data: {data.get('licence', 'not stated')}.{only}")
+    for split in ("train", "val"):
+        counts = data["splits"][split]
+        rows.append(f"- {split}: {counts['documents']:,} documents, {counts['tokens']:,} tokens")
+    return "\n".join(rows)
+
+
+def _training(info: Mapping) -> str:
+    rows = []
+    config = info.get("config") or {}
+    if config.get("init_from"):
+        rows.append(f"- Started from the weights of {Path(config['init_from']).name}, whose licence holds too")
+    if info.get("iter_num") is not None:
+        rows.append(f"- Iterations: {info['iter_num']:,}; tokens seen: {info['tokens_seen']:,}")
+    if info.get("elapsed_s") is not None:
+        rows.append(f"- Time: {info['elapsed_s'] / 60:.1f} minutes ({config.get('device')}, {config.get('dtype')})")
+    names = {"train_loss": "Training loss of the last iteration", "val_loss": "Validation loss"}
+    for key, label in {**names, "best_val_loss": "Best validation loss"}.items():
+        if info.get(key) is not None:
+            rows.append(f"- {label}: {info[key]:.4f} nats a token (perplexity {math.exp(info[key]):.2f})")
+    if config.get("loss_on") == "assistant":
+        rows.append("- The losses are those of the assistant's tokens")
+    return "\n".join(rows) or "Not recorded."
+
+
+def _use(name: str, is_chat: bool, gguf_file: str | None) -> str:
+    python = (
+        "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+        f'tokenizer = AutoTokenizer.from_pretrained("{name}")\n'
+        f'model = AutoModelForCausalLM.from_pretrained("{name}")\n'
+        f"{CHAT_EXAMPLE if is_chat else TEXT_EXAMPLE}"
+    )
+    text = f"From the folder above this one:\n\n```python\n{python}\n```"
+    if gguf_file:
+        text += (
+            f"\n\nllama.cpp: `llama-cli -m {gguf_file}`. Ollama, in this folder: "
+            f"`ollama create {name} -f Modelfile && ollama run {name}`."
+        )
+    return text
+
+
+def _publish(folder_name: str) -> str:
+    return (
+        "This folder was written locally and sent nowhere. To put it on the Hugging Face Hub, from the folder above "
+        f"it:\n\n```bash\nhf auth login\nhf upload YOUR_NAME/{folder_name} {folder_name}\n```"
+    )
+
+
+def _limits(info: Mapping, is_chat: bool) -> str:
+    rows = ["- A small model: it makes facts up, and repeats what its data holds, unkind things too."]
+    rows.append(f"- It sees {info['model']['block_size']:,} tokens; what is longer must be cut before it is given.")
+    if is_chat:
+        rows.append(
+            "- A message that spells a control token, such as `<|im_end|>`, becomes that token in transformers' "
+            "`apply_chat_template`, so that a person can forge turns. Jojo's own `encode_chat` keeps such text as "
+            "text; elsewhere remove the three spellings `<|im_start|>`, `<|im_end|>` and `<|endoftext|>` from what "
+            "people type."
+        )
+    return "\n".join(rows)
+
+
+def modelfile(gguf_file: str, block_size: int, is_chat: bool) -> str:
+    """Ollama's recipe for a GGUF file beside it: the chat template in Go's language, where a turn ends, sampling."""
+    lines = [f"FROM ./{gguf_file}"]
+    if is_chat:
+        turns = "{{ range .Messages }}<|im_start|>{{ .Role }}\n{{ .Content }}<|im_end|>\n{{ end }}"
+        lines += [f'TEMPLATE """{turns}<|im_start|>assistant\n"""', 'PARAMETER stop "<|im_end|>"']
+    else:
+        lines.append('TEMPLATE """<|endoftext|>{{ .Prompt }}"""')
+    temperature, top_k = (0.5, 50) if is_chat else (0.8, 200)
+    lines += ['PARAMETER stop "<|endoftext|>"', f"PARAMETER num_ctx {block_size}"]
+    lines += [f"PARAMETER temperature {temperature}", f"PARAMETER top_k {top_k}"]
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,112 @@
+"""The extended tokenizer as other programs read it: tokens as printable text, merges, tokenizer.json, chat template.
+
+>>> vocabulary()[15496], merges()[0]
+('Hello', ('Ġ', 't'))
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+
+import tiktoken
+
+from setup_tokenizer import ENDOFTEXT, IM_END, IM_START, SPECIAL_TOKENS, get_extended_tokenizer
+
+# What encode_chat does, for transformers and llama.cpp.
+CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    f"{{{{ '{IM_START}' + message['role'] + '\\n' + message['content'] + '{IM_END}' + '\\n' }}}}"
+    "{% endfor %}"
+    f"{{% if add_generation_prompt %}}{{{{ '{IM_START}assistant\\n' }}}}{{% endif %}}"
+)
+
+
+@functools.cache
+def byte_characters() -> dict[int, str]:
+    """GPT-2's picture of each byte: itself where Latin-1 prints it, else the next character from U+0100 on.
+
+    As in the code released with "Language Models are Unsupervised Multitask Learners" (Radford et al. 2019).
+    """
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {byte: chr(byte) for byte in printable} | {byte: chr(0x100 + n) for n, byte in enumerate(others)}
+
+
+def _picture(token: bytes) -> str:
+    return "".join(byte_characters()[byte] for byte in token)
+
+
+def vocabulary(enc: tiktoken.Encoding | None = None) -> list[str]:
+    """Every token by its id, bytes as `byte_characters` draws them and control tokens as they are."""
+    enc = enc or get_extended_tokenizer()
+    tokens = {rank: _picture(token) for token, rank in enc._mergeable_ranks.items()}
+    tokens |= {id_: token for token, id_ in enc._special_tokens.items()}
+    return [tokens[id_] for id_ in range(enc.n_vocab)]
+
+
+def merges(enc: tiktoken.Encoding | None = None) -> list[tuple[str, str]]:
+    """The two tokens that each token of more than one byte is merged from, in the order of the merges.
+
+    tiktoken keeps only the results. A token's parts are what byte pair encoding makes of it one merge before the end.
+    """
+    ranks = (enc or get_extended_tokenizer())._mergeable_ranks
+    tokens = sorted((token for token in ranks if len(token) > 1), key=ranks.__getitem__)
+    return [tuple(map(_picture, _last_merge(token, ranks))) for token in tokens]
+
+
+def _last_merge(token: bytes, ranks: dict[bytes, int]) -> list[bytes]:
+    parts = [token[place : place + 1] for place in range(len(token))]
+    while len(parts) > 2:
+        pairs = [ranks.get(left + right, len(ranks)) for left, right in itertools.pairwise(parts)]
+        first = pairs.index(min(pairs))
+        parts[first : first + 2] = [parts[first] + parts[first + 1]]
+    return parts
+
+
+def tokenizer_json(n_vocab: int) -> dict:
+    """tokenizer.json of Hugging Face's tokenizers, with those control tokens whose ids are below `n_vocab`."""
+    tokens = vocabulary()
+    control = [token for token, id_ in SPECIAL_TOKENS.items() if id_ < n_vocab]
+    settings = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+    return {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [{"id": SPECIAL_TOKENS[token], "content": token, **settings} for token in control],
+        "normalizer": None,
+        "pre_tokenizer": byte_level,
+        "post_processor": byte_level,
+        "decoder": byte_level,
+        "model": {
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": None,
+            "continuing_subword_prefix": "",
+            "end_of_word_suffix": "",
+            "fuse_unk": False,
+            "byte_fallback": False,
+            "vocab": {token: id_ for id_, token in enumerate(tokens[:n_vocab])},
+            "merges": [list(pair) for pair in merges()],
+        },
+    }
+
+
+def tokenizer_config(n_vocab: int, block_size: int, is_chat: bool) -> dict:
+    """tokenizer_config.json: which control token ends a turn (chat) or a text, and the chat template."""
+    chatml = [token for token in (IM_START, IM_END) if SPECIAL_TOKENS[token] < n_vocab]
+    config = {
+        "tokenizer_class": "GPT2Tokenizer",
+        "model_max_length": block_size,
+        "add_prefix_space": False,
+        "add_bos_token": False,
+        "clean_up_tokenization_spaces": False,
+        "errors": "replace",
+        "bos_token": ENDOFTEXT,
+        "eos_token": IM_END if is_chat else ENDOFTEXT,
+        "pad_token": ENDOFTEXT,
+        "unk_token": ENDOFTEXT,
+        "additional_special_tokens": chatml,
+    }
+    return config | ({"chat_template": CHAT_TEMPLATE} if is_chat else {})

@@ -1,0 +1,145 @@
+"""Write a model in the Hugging Face layout, and as GGUF for llama.cpp and Ollama, with its tokenizer and model card.
+
+    python export.py models/chitchat5000.pt exported/chitchat
+    python export.py models/chitchat5000.pt exported/chitchat --gguf q8_0
+
+AutoModelForCausalLM and AutoTokenizer load the folder. It appears when it is complete; nothing is sent anywhere.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from exchange.model_card import model_card, modelfile
+from files import TEMPORARY_SUFFIX, atomic_files, require_free_space, write_error
+from runtime import UserError, option, parse_options, run_script
+
+STAGING_NAME = "{}.export"
+# What another model in the same folder would leave behind for a program to read instead of this one's files.
+SUPERSEDED = ("model*.gguf", "Modelfile", "model*.safetensors*", "pytorch_model*.bin", "chat_template.jinja")
+SUPERSEDED += ("vocab.json", "merges.txt", "added_tokens.json", "special_tokens_map.json")
+
+
+@dataclasses.dataclass(frozen=True)
+class ExportOptions:
+    """What to export and where to."""
+
+    checkpoint: str = option(None, "model to export: what train.py or gen.py take", positional=True, nargs=None)
+    out_dir: str = option(None, "folder to write, which must be new or empty", positional=True, nargs=None)
+    gguf: str | None = option(
+        None, "also write a GGUF file with weights of this kind, and a Modelfile", choices=("f32", "bf16", "q8_0")
+    )
+    force: bool = option(False, "write into a folder that has files, over those of the same names")
+
+
+def export(options: ExportOptions) -> list[str]:
+    """Write the export; returns the names of its files. Raises UserError, with the folder left as it was."""
+    from checkpoint import load_checkpoint
+    from exchange.gguf_file import require_gguf, write_gguf
+    from exchange.hugging_face import check_exportable, complete_weights, to_hugging_face, write_safetensors
+    from model import GPTConfig
+
+    folder = Path(options.out_dir)
+    check_folder(folder, options.force)
+    checkpoint = load_checkpoint(options.checkpoint, ("info", "model"))
+    info = checkpoint["info"]
+    config = GPTConfig(**info["model"])
+    check_exportable(options.checkpoint, config)
+    if options.gguf:
+        require_gguf(options.gguf, config)
+    is_chat = info["format"] == "chat"
+    weights = complete_weights(checkpoint["model"], config)
+    n_bytes = sum(tensor.nbytes for tensor in weights.values())
+    with appearing_folder(folder, (2 if options.gguf else 1) * n_bytes + (16 << 20)) as staging:
+        write_safetensors(staging / "model.safetensors", to_hugging_face(weights))
+        gguf_file = f"model-{options.gguf}.gguf" if options.gguf else None
+        if gguf_file:
+            write_gguf(staging / gguf_file, weights, config, options.gguf, is_chat, Path(options.checkpoint).stem)
+            (staging / "Modelfile").write_text(modelfile(gguf_file, config.block_size, is_chat), "utf-8")
+        card = model_card(info, Path(options.checkpoint).stem, folder.resolve().name, gguf_file)
+        (staging / "README.md").write_text(card, "utf-8")
+        for name, content in settings_files(config, is_chat).items():
+            (staging / name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", "utf-8")
+        shutil.copymode(staging / "README.md", staging / "model.safetensors")  # which its library makes private
+        names = sorted(path.name for path in staging.iterdir())
+    remove_superseded(folder, names)
+    return names
+
+
+def settings_files(config, is_chat: bool) -> dict[str, dict]:
+    """The JSON files by name; config.json, without which nothing loads the folder, last."""
+    from exchange.hugging_face import config_json
+    from exchange.tokenizer_files import tokenizer_config, tokenizer_json
+    from setup_tokenizer import ENDOFTEXT_ID, IM_END_ID
+
+    end_ids = [IM_END_ID, ENDOFTEXT_ID] if is_chat else [ENDOFTEXT_ID]
+    return {
+        "tokenizer.json": tokenizer_json(config.n_vocab),
+        "tokenizer_config.json": tokenizer_config(config.n_vocab, config.block_size, is_chat),
+        "generation_config.json": {
+            "bos_token_id": ENDOFTEXT_ID,
+            "eos_token_id": end_ids,
+            "pad_token_id": ENDOFTEXT_ID,
+        },
+        "config.json": config_json(config, end_ids[0]),
+    }
+
+
+def check_folder(folder: Path, force: bool) -> None:
+    """Raise UserError for a file, and for a folder that has files, unless `force` is set."""
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder} is a file; name a folder to export to")
+    of_a_killed_export = f".{STAGING_NAME.format(folder.name)}{TEMPORARY_SUFFIX}"
+    if not force and folder.is_dir() and any(path.name != of_a_killed_export for path in folder.iterdir()):
+        raise UserError(f"{folder} is not empty; choose another folder, or write over it with --force")
+
+
+@contextlib.contextmanager
+def appearing_folder(folder: Path, needed_bytes: int) -> Iterator[Path]:
+    """A folder to fill, whose files stand in `folder` when the block ends, and not before.
+
+    A new folder appears as a whole; one that exists gets the files one by one and keeps its others. Raises UserError
+    where the disk is full or read-only.
+    """
+    exists = folder.is_dir()
+    parent = folder if exists else folder.parent
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+        require_free_space(parent, needed_bytes, "the export")
+        with atomic_files(parent, STAGING_NAME.format(folder.name)) as staging:
+            content = staging if exists else staging / folder.name
+            content.mkdir(exist_ok=True)
+            yield content
+            for path in content.iterdir():
+                with path.open("r+b") as file:
+                    os.fsync(file.fileno())
+    except OSError as error:
+        raise write_error(folder, error) from error
+
+
+def remove_superseded(folder: Path, names: list[str]) -> None:
+    """Remove what an earlier export, or another model, left in the folder under names that programs look for."""
+    for pattern in SUPERSEDED:
+        for path in folder.glob(pattern):
+            if path.name not in names:
+                path.unlink()
+                print(f"removed {path}, which belonged to another model")
+
+
+def main() -> None:
+    options = parse_options(ExportOptions, __doc__)
+    names = export(options)
+    folder = Path(options.out_dir)
+    total = sum((folder / name).stat().st_size for name in names)
+    print(f"wrote {folder} ({total / 2**20:.1f} MiB): {', '.join(names)}")
+    print(f"next: read {folder / 'README.md'}, which says how to load the model and how to publish it")
+
+
+if __name__ == "__main__":
+    run_script(main)

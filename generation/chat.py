@@ -1,0 +1,285 @@
+"""Sessions of prompts or of a chat: what was said, what fits the window, and the slash commands. No terminal here.
+
+    session = ChatSession(engine, system="You are kind.")
+    print("".join(session.reply("Hello!")))
+
+An engine continues ids as text; gen.py has the real one.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import ClassVar, Protocol
+
+from files import atomic_write
+from runtime import UserError
+from setup_tokenizer import ENDOFTEXT_ID, check_messages, encode_chat, encode_text
+
+
+class Engine(Protocol):
+    """Continues ids as text."""
+
+    block_size: int  # the longest context, in tokens
+    temperature: float
+
+    def stream(self, ids: list[int], max_tokens: int | None) -> Iterator[str]:
+        """The text that follows `ids`, in pieces, as it is made."""
+
+    def statistics(self) -> str:
+        """What the last reply cost, in a line."""
+
+
+class Quit(Exception):
+    """The person wants to leave."""
+
+
+class PromptSession:
+    """Prompts one after another, each continued on its own."""
+
+    commands: ClassVar = {
+        "help": "list these commands",
+        "retry": "answer the last message anew",
+        "temp": "X: show or set the temperature (0 takes the likeliest token)",
+        "stats": "tokens, speed and the fill of the window",
+        "quit": "end (also Ctrl-D)",
+    }
+
+    def __init__(self, engine: Engine, max_tokens: int | None = None, notify: Callable[[str], None] = print):
+        self.engine = engine
+        self.max_tokens = max_tokens
+        self.notify = notify
+        self.last_prompt: str | None = None
+
+    def reply(self, text: str) -> Iterator[str]:
+        """What the model makes of `text`, in pieces. Raises UserError for a text that does not fit."""
+        ids = [ENDOFTEXT_ID, *encode_text(text)]
+        if len(ids) > self.engine.block_size:
+            raise UserError(
+                f"the prompt has {len(ids) - 1} tokens and the model's window {self.engine.block_size}; shorten it"
+            )
+        self.last_prompt = text
+        return self.engine.stream(ids, self.max_tokens)
+
+    def retry(self) -> Iterator[str]:
+        """Another reply to the last prompt."""
+        if self.last_prompt is None:
+            raise UserError("there is nothing to retry yet; type a prompt first")
+        return self.reply(self.last_prompt)
+
+    def command(self, line: str) -> str | Iterator[str]:
+        """Do what a line such as "/temp 0.5" says: a sentence about it, or a reply in pieces.
+
+        Raises UserError for a command that does not exist or cannot be done, and Quit.
+        """
+        name, _, argument = line[1:].partition(" ")
+        if name not in self.commands:
+            raise UserError(f"unknown command /{name}; /help lists them, and // at the start says a slash to the model")
+        return getattr(self, f"_{name}")(argument.strip())
+
+    def _help(self, argument: str) -> str:
+        lines = [f"/{name:<7}{meaning}" for name, meaning in self.commands.items()]
+        return "\n".join([*lines, 'A line ending in \\ goes on in the next; lines between two """ are one message.'])
+
+    def _retry(self, argument: str) -> Iterator[str]:
+        return self.retry()
+
+    def _temp(self, argument: str) -> str:
+        if argument:
+            try:
+                temperature = float(argument)
+            except ValueError:
+                temperature = -1.0
+            if not 0 <= temperature < 100:
+                raise UserError(f"/temp {argument}: give a number from 0 (the likeliest token) to 100")
+            self.engine.temperature = temperature
+        return f"temperature {self.engine.temperature:g}"
+
+    def _stats(self, argument: str) -> str:
+        return self.engine.statistics()
+
+    def _quit(self, argument: str) -> str:
+        raise Quit
+
+
+class ChatSession(PromptSession):
+    """A chat in ChatML: `messages` is all that was said, of which the window shows the model the newest.
+
+    The window holds the system message, the newest whole exchanges, and room for the reply: `max_tokens`, or a
+    quarter of the window if that is less.
+    """
+
+    commands: ClassVar = {
+        "help": "list these commands",
+        "reset": "forget what was said, but not the system message",
+        "system": "TEXT: set the system message; without TEXT show it",
+        "save": "FILE: write the chat as JSONL, which can be prepared as training data",
+        "load": "FILE: go on with a saved chat",
+        "retry": "answer the last message anew",
+        "undo": "take back the last exchange",
+        "temp": PromptSession.commands["temp"],
+        "stats": PromptSession.commands["stats"],
+        "quit": PromptSession.commands["quit"],
+    }
+
+    def __init__(
+        self,
+        engine: Engine,
+        max_tokens: int | None = None,
+        notify: Callable[[str], None] = print,
+        system: str | None = None,
+    ):
+        super().__init__(engine, max_tokens, notify)
+        self.messages: list[dict] = []
+        self._said_that_it_forgets = False
+        if system:
+            self.set_system(system)
+
+    @property
+    def system(self) -> list[dict]:
+        """The system message, as a list of one or none."""
+        return [message for message in self.messages[:1] if message["role"] == "system"]
+
+    @property
+    def room_for_reply(self) -> int:
+        """The tokens that a prompt leaves free at least."""
+        quarter = max(1, self.engine.block_size // 4)
+        return quarter if self.max_tokens is None else min(quarter, self.max_tokens)
+
+    def reply(self, text: str) -> Iterator[str]:
+        """The assistant's reply to `text`, in pieces; both become part of the chat, the reply as far as it came.
+
+        Raises UserError, and changes nothing, for a text that does not fit the window.
+        """
+        messages = [*self.messages, {"role": "user", "content": text}]
+        ids = self._window(messages)
+        self.messages = messages
+        return self._answer(ids)
+
+    def _answer(self, ids: list[int]) -> Iterator[str]:
+        room = self.engine.block_size - len(ids)
+        message = {"role": "assistant", "content": ""}
+        self.messages.append(message)
+        for piece in self.engine.stream(ids, room if self.max_tokens is None else min(room, self.max_tokens)):
+            message["content"] += piece
+            yield piece
+
+    def _window(self, messages: list[dict]) -> list[int]:
+        """The ids that the model sees of `messages`: the oldest whole exchanges are left out where they do not fit."""
+        system = [message for message in messages[:1] if message["role"] == "system"]
+        starts = [index for index, message in enumerate(messages) if message["role"] == "user"]
+        capacity = self.engine.block_size - self.room_for_reply
+        for number, start in enumerate(starts):
+            first = len(system) if number == 0 else start
+            ids = chat_ids([*system, *messages[first:]])
+            if len(ids) <= capacity:
+                if number and not self._said_that_it_forgets:
+                    self.notify("the window is full: from now on the oldest exchanges are left out")
+                    self._said_that_it_forgets = True
+                return ids
+        message_tokens = len(encode_text(messages[-1]["content"]))
+        fixed_tokens = len(ids) - message_tokens
+        raise UserError(
+            f"the message has {message_tokens} tokens and the window has room for {max(0, capacity - fixed_tokens)}; "
+            "shorten it" + (" or the system message" if system else "")
+        )
+
+    def retry(self) -> Iterator[str]:
+        """Another reply to the last message, in place of the one given."""
+        start = self._last_user_message("retry")
+        messages = self.messages[: start + 1]
+        ids = self._window(messages)
+        self.messages = messages
+        return self._answer(ids)
+
+    def undo(self) -> None:
+        """Take back the last message and its reply."""
+        self.messages = self.messages[: self._last_user_message("undo")]
+
+    def _last_user_message(self, purpose: str) -> int:
+        for index in range(len(self.messages) - 1, -1, -1):
+            if self.messages[index]["role"] == "user":
+                return index
+        raise UserError(f"there is nothing to {purpose} yet; say something first")
+
+    def set_system(self, text: str) -> None:
+        """Set the system message. Raises UserError where it leaves no room for a chat."""
+        message = {"role": "system", "content": text}
+        n_tokens = len(chat_ids([message, {"role": "user", "content": ""}]))
+        capacity = self.engine.block_size - self.room_for_reply
+        if n_tokens >= capacity:
+            raise UserError(
+                f"the system message has {len(encode_text(text))} tokens, too many for the window of "
+                f"{self.engine.block_size}; shorten it"
+            )
+        self.messages = [message, *self.messages[len(self.system) :]]
+
+    def save(self, path: str) -> None:
+        """Write the chat as one line of JSONL, as prepare-chat.py reads it; overwrites only such a file."""
+        if not any(message["role"] != "system" for message in self.messages):
+            raise UserError("there is nothing to save yet; say something first")
+        if Path(path).exists():
+            try:
+                read_chat(path)
+            except UserError as error:
+                raise UserError(f"{path} exists and is not one saved chat; choose another name") from error
+        with atomic_write(path) as file:
+            file.write((json.dumps({"messages": self.messages}, ensure_ascii=False) + "\n").encode())
+
+    def load(self, path: str) -> None:
+        """Go on with a chat that `save` wrote. Raises UserError, and changes nothing, for any other file."""
+        self.messages = read_chat(path)
+        self._said_that_it_forgets = False
+
+    def _reset(self, argument: str) -> str:
+        self.messages = self.system
+        self._said_that_it_forgets = False
+        return "the chat starts anew"
+
+    def _system(self, argument: str) -> str:
+        if argument:
+            self.set_system(argument)
+        return f"system: {self.system[0]['content']}" if self.system else "there is no system message"
+
+    def _save(self, argument: str) -> str:
+        if not argument:
+            raise UserError("/save needs the name of a file, such as /save chat.jsonl")
+        self.save(argument)
+        return f"saved {len(self.messages)} messages to {argument}"
+
+    def _load(self, argument: str) -> str:
+        if not argument:
+            raise UserError("/load needs the name of a file, such as /load chat.jsonl")
+        self.load(argument)
+        return f"loaded {len(self.messages)} messages from {argument}"
+
+    def _undo(self, argument: str) -> str:
+        self.undo()
+        return f"took back the last exchange; {len(self.messages)} messages remain"
+
+    def _stats(self, argument: str) -> str:
+        n_tokens = len(chat_ids(self.messages)) if self.messages else 0
+        return (
+            f"{len(self.messages)} messages, {n_tokens} tokens, window {self.engine.block_size} of which "
+            f"{self.room_for_reply} stay free for the reply\n{self.engine.statistics()}"
+        )
+
+
+def chat_ids(messages: list[dict]) -> list[int]:
+    """The ids after which the assistant speaks: the end of what came before, the messages, the assistant's header."""
+    return [ENDOFTEXT_ID, *encode_chat(messages, add_generation_prompt=True)]
+
+
+def read_chat(path: str) -> list[dict]:
+    """The messages of a saved chat. Raises UserError for a file that is not one `{"messages": [...]}` line."""
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        (line,) = [line for line in lines if line.strip()]
+        messages = json.loads(line)["messages"]
+        check_messages(messages)
+    except OSError as error:
+        raise UserError(f"{path} not read: {error.strerror}; give a file that /save wrote") from error
+    except (ValueError, KeyError, TypeError) as error:  # ValueError: undecodable, not JSON, not one line, no messages
+        raise UserError(f"{path} is not one saved chat; give a file that /save wrote") from error
+    return [{"role": message["role"], "content": message["content"]} for message in messages]

@@ -1,0 +1,148 @@
+"""Let a model write short stories, and measure how varied they are and how much the training data holds of them.
+
+    model, info = load_model("models/story5000.pt")
+    stories = write_stories(model, seed=1337)
+    judge_stories(stories, open_dataset(Path("data"), "story")[0])
+
+A share of copied runs that is no larger than that of real, unseen stories says: this model writes, it does not recite.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+import torch
+
+from model import GPT
+from setup_tokenizer import ENDOFTEXT_ID, IM_END_ID, encode_text, get_extended_tokenizer
+from training.batches import TokenStream
+
+N_COPIED = 8  # ids in a row that count as copied
+SCAN_CHUNK = 1 << 20  # ids of the training data that are looked at together
+
+STORY_TOKENS = 200  # the longest story
+STORY_SETTINGS = {"temperature": 0.8, "top_k": 200}  # gen.py's
+STOP_IDS = (ENDOFTEXT_ID, IM_END_ID)
+STORY_PROMPTS = (
+    "Once upon a time, there was a little girl named Mia. She had a red kite",
+    "Once upon a time, in a quiet village, there lived an old baker who",
+    "Tom had a small blue boat. One morning he took it to the pond and",
+    "The little dog was hungry. He looked under the table and saw",
+    "Anna and Ben were playing in the garden when they heard a strange noise.",
+    "One day, a bird with a broken wing landed on Sam's window.",
+    "It was raining, so Lucy could not go to the park. She was sad until",
+    "Deep in the forest there was a tree that could talk. The tree said,",
+    '"Please share your cookies with me," said the mouse. But the cat',
+    "Max wanted to climb the tallest hill. His mother told him",
+    'Grandma gave Lily a tiny box and said, "Do not open it until',
+    "The moon was bright and the owl could not sleep. She flew to",
+    "Ben found a shiny key in the sand. He wondered what",
+    "There once was a frog who was afraid of water.",
+    "Sara built a big tower with her blocks. Then her brother came and",
+    "A brave ant wanted to see the sea. She packed",
+    "The snowman was lonely because all the children were inside. He decided",
+    "Leo lost his favourite teddy bear on the bus.",
+    "At school, the teacher showed the class a big jar. Inside the jar was",
+    "The truck was stuck in the mud. All the animals came to help.",
+)
+
+
+def write_stories(model: GPT, seed: int) -> list[list[int]]:
+    """The ids that `model` writes after each of STORY_PROMPTS, without the prompt, up to the end of the document."""
+    prompts = [[ENDOFTEXT_ID, *encode_text(prompt)] for prompt in STORY_PROMPTS]
+    generator = torch.Generator(model.wte.weight.device).manual_seed(seed)
+    steps = model.generate(prompts, STORY_TOKENS, generator=generator, stop_ids=STOP_IDS, **STORY_SETTINGS)
+    rows = torch.stack(list(steps), 1).tolist()
+    return [[i for i in row if i >= 0 and i not in STOP_IDS] for row in rows]
+
+
+def ngrams(ids: Sequence[int], n: int) -> list[tuple[int, ...]]:
+    """All runs of n ids.
+
+    >>> ngrams([1, 2, 3], 2)
+    [(1, 2), (2, 3)]
+    """
+    return [tuple(ids[i : i + n]) for i in range(len(ids) - n + 1)]
+
+
+def distinct(texts: Iterable[Sequence[int]], n: int) -> float:
+    """Different n-grams of ids over all of them ("A Diversity-Promoting Objective Function", Li et al. 2016)."""
+    found = [gram for text in texts for gram in ngrams(text, n)]
+    return len(set(found)) / max(1, len(found))
+
+
+def repetition(texts: Iterable[Sequence[int]], n: int = 4) -> float:
+    """The share of a text's n-grams that stood in it before, the mean over texts.
+
+    seq-rep-4 of "Neural Text Generation with Unlikelihood Training" (Welleck et al. 2020, section 6.1).
+    """
+    shares = [1 - len(set(grams)) / len(grams) for text in texts if (grams := ngrams(text, n))]
+    return sum(shares) / max(1, len(shares))
+
+
+def found_in(stream: TokenStream, wanted: set[tuple[int, ...]], n: int) -> set[tuple[int, ...]]:
+    """Which of the `wanted` n-grams stand in a stream; read SCAN_CHUNK ids at a time, in memory of that size.
+
+    Only the wanted n-grams are kept, by a hash that each place of the stream is looked up with; a hit is compared id
+    by id, so that none counts by accident.
+    """
+    by_hash = {_hashes(np.array(gram), n)[0].item(): gram for gram in wanted}
+    hit_bits = np.zeros(1 << 20, dtype=bool)  # a first sieve, by the hash's highest 20 bits
+    hit_bits[[key >> 44 for key in by_hash]] = True
+    keys = np.array(sorted(by_hash), dtype=np.uint64)
+    found: set[tuple[int, ...]] = set()
+    for start in range(0, len(stream) - n + 1, SCAN_CHUNK):
+        ids = stream.read(start, min(start + SCAN_CHUNK + n - 1, len(stream)))
+        hashes = _hashes(ids, n)
+        places = np.flatnonzero(hit_bits[(hashes >> np.uint64(44)).astype(np.int64)])
+        places = places[np.isin(hashes[places], keys)]
+        for key, first in zip(*np.unique(hashes[places], return_index=True), strict=True):
+            place = places[first]
+            if tuple(ids[place : place + n].tolist()) == by_hash[int(key)]:
+                found.add(by_hash[int(key)])
+    return found
+
+
+def _hashes(ids: np.ndarray, n: int) -> np.ndarray:
+    """A 64-bit hash of each run of n ids: a polynomial modulo 2**64."""
+    hashes = np.zeros(len(ids) - n + 1, dtype=np.uint64)
+    for offset in range(n):
+        hashes *= np.uint64(0x9E3779B97F4A7C15)  # odd, so that no id is lost
+        hashes += ids[offset : len(ids) - n + 1 + offset].astype(np.uint64) + np.uint64(1)
+    return hashes
+
+
+def judge_stories(stories: list[list[int]], streams: dict[str, TokenStream]) -> dict:
+    """How varied stories are, and how much of them the training data holds, beside the same share of real text.
+
+    The real text is as many documents of the validation split, from all over it, each cut to STORY_TOKENS ids.
+    """
+    real = real_texts(streams["val"], len(stories))
+    grams = [[gram for text in texts for gram in ngrams(text, N_COPIED)] for texts in (stories, real)]
+    known = found_in(streams["train"], {gram for group in grams for gram in group}, N_COPIED)
+    copied, copied_real = (sum(gram in known for gram in group) / max(1, len(group)) for group in grams)
+    return {
+        "tokens": sum(map(len, stories)),
+        **{f"distinct_{n}": distinct(stories, n) for n in (1, 2, 3)},
+        "repetition_4": repetition(stories),
+        f"copied_{N_COPIED}": copied,
+        f"copied_{N_COPIED}_of_real_text": copied_real,
+    }
+
+
+def real_texts(stream: TokenStream, n_texts: int) -> list[list[int]]:
+    """The beginnings of `n_texts` documents from all over a stream (fewer where it has fewer)."""
+    starts = np.concatenate([[0], stream.positions_of(ENDOFTEXT_ID) + 1])
+    starts = starts[starts < len(stream)]
+    chosen = starts[np.unique(np.linspace(0, len(starts) - 1, n_texts).astype(int))]
+    texts = [stream.read(start, start + STORY_TOKENS).tolist() for start in chosen.tolist()]
+    return [text[: text.index(ENDOFTEXT_ID)] if ENDOFTEXT_ID in text else text for text in texts]
+
+
+def readable_stories(stories: list[list[int]]) -> list[dict]:
+    """Prompts and stories as text."""
+    enc = get_extended_tokenizer()
+    return [
+        {"prompt": prompt, "story": enc.decode(story)} for prompt, story in zip(STORY_PROMPTS, stories, strict=True)
+    ]

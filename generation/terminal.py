@@ -1,0 +1,90 @@
+"""A person's lines in, replies out: line editing, lines that belong together, colours; or a pipe, a line a message."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import time
+from collections.abc import Iterable, Iterator
+
+from runtime import is_terminal, shows_colour
+
+QUOTES = '"""'
+DELAY_S = 0.01  # between the pieces of a reply, on a terminal
+
+
+class Console:
+    """Where messages come from and replies go. Standard output carries replies alone; notices go to standard error."""
+
+    def __init__(self, name: str, delay: bool = True):
+        self.name = name
+        self.is_terminal = is_terminal()
+        self.has_colour = self.is_terminal and shows_colour()
+        self.delay_s = DELAY_S if delay and self.is_terminal else 0.0
+        self.shown: list[str] = []  # every reply, for --output
+        if self.is_terminal:
+            with contextlib.suppress(ImportError):  # Windows has none
+                import readline  # noqa: F401  gives input() line editing and history
+        else:
+            sys.stdin.reconfigure(encoding="utf-8", errors="replace")
+
+    def messages(self) -> Iterator[str]:
+        """What the person says, message by message, until the end of input."""
+        while True:
+            try:
+                line = self._read(f"{self.name}> ")
+                if self.is_terminal:
+                    line = self._read_rest(line)
+            except EOFError:
+                if self.is_terminal:
+                    print()
+                return
+            except KeyboardInterrupt:
+                if not self.is_terminal:
+                    raise
+                self.notice("\n/quit or Ctrl-D ends")
+                continue
+            if line.strip():
+                yield line
+
+    def _read(self, prompt: str) -> str:
+        if self.is_terminal:
+            # readline must know which characters take no room on the line: those between \1 and \2.
+            return input(f"\1\33[1;36m\2{prompt}\1\33[0m\2" if self.has_colour else prompt)
+        line = sys.stdin.readline()
+        if not line:
+            raise EOFError
+        return line.removesuffix("\n")
+
+    def _read_rest(self, line: str) -> str:
+        """The whole message that begins with `line`: lines ended by a backslash, or between lines of three quotes."""
+        lines = []
+        if line.strip() == QUOTES:
+            while (line := self._read("... ")).strip() != QUOTES:
+                lines.append(line)
+            message = "\n".join(lines)
+            return f"/{message}" if message.startswith("/") else message  # said, not a command
+        while line.endswith("\\"):
+            lines.append(line[:-1])
+            line = self._read("... ")
+        return "\n".join([*lines, line])
+
+    def show(self, pieces: Iterable[str]) -> None:
+        """Print a reply as it comes, and a line end."""
+        ended = ""
+        for piece in pieces:
+            self.shown.append(piece)
+            ended = piece[-1:]
+            print(piece, end="", flush=True)
+            time.sleep(self.delay_s)
+        if ended != "\n":
+            self.end_line()
+
+    def end_line(self) -> None:
+        """End the line on which a reply stopped."""
+        self.shown.append("\n")
+        print(flush=True)
+
+    def notice(self, text: str) -> None:
+        """Say something that is not a reply."""
+        print(f"\33[2m{text}\33[0m" if self.has_colour else text, file=sys.stderr, flush=True)

@@ -1,0 +1,553 @@
+"""The GPT-2 network: configuration, layers, loss, KV cache, sampling. Ids in, ids out.
+
+    model = GPT(PRESETS["small"])
+    logits, loss = model(idx, targets)                     # training
+    for ids in model.generate(idx, max_tokens=100): ...    # one id for each row at a time
+
+After "Language Models are Unsupervised Multitask Learners" (Radford et al. 2019, section 2.3) and the code released
+with it. Legend of shapes: B batch, T time, C n_embd, H n_head, D head size (C / H), V vocab_size, N rows of a loss.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Callable, Collection, Iterator, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+IGNORED = -100  # a target that does not count, as in F.cross_entropy
+HEAD_CHUNK = 1024  # rows whose logits exist at the same time while the loss is computed
+ENDED = -1  # what `generate` yields for a row that has drawn a stop id
+GRAPH_PLACES = 256  # context for which one CUDA graph of the decode step serves
+
+
+@dataclasses.dataclass(frozen=True)
+class GPTConfig:
+    """The shape of a model. Raises ValueError where the numbers do not fit together."""
+
+    block_size: int = 1024  # longest context, in tokens
+    vocab_size: int = 50304  # rows of the embedding: n_vocab padded to a multiple of 64, which is faster
+    n_vocab: int = 50259  # ids that the tokenizer has; those above are never sampled
+    n_layer: int = 12
+    n_head: int = 12
+    n_embd: int = 768
+    dropout: float = 0.0
+    bias: bool = True  # biases in Linear and LayerNorm, as in GPT-2
+
+    def __post_init__(self):
+        for name in ("block_size", "vocab_size", "n_vocab", "n_layer", "n_head", "n_embd"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if self.n_embd % self.n_head:
+            raise ValueError(f"n_embd ({self.n_embd}) must be a multiple of n_head ({self.n_head})")
+        if self.n_vocab > self.vocab_size:
+            raise ValueError(f"n_vocab ({self.n_vocab}) must not exceed vocab_size ({self.vocab_size})")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout must be at least 0 and below 1, not {self.dropout}")
+
+
+# The four published sizes, and two that train in minutes on a laptop's CPU.
+PRESETS = {
+    "tiny": GPTConfig(block_size=256, n_layer=4, n_head=4, n_embd=128),
+    "small": GPTConfig(block_size=256, n_layer=4, n_head=4, n_embd=256),
+    "gpt2": GPTConfig(n_layer=12, n_head=12, n_embd=768),
+    "gpt2-medium": GPTConfig(n_layer=24, n_head=16, n_embd=1024),
+    "gpt2-large": GPTConfig(n_layer=36, n_head=20, n_embd=1280),
+    "gpt2-xl": GPTConfig(n_layer=48, n_head=25, n_embd=1600),
+}
+
+
+class KVCache:
+    """Keys and values of the tokens seen so far, in tensors allocated once, with room for block_size tokens a row.
+
+    `tokens` are each row's ids; those of the nth stand at place n of the layers' (B, H, block_size, D) tensors, so
+    rows of different lengths lie side by side without padding on the left.
+    """
+
+    def __init__(self, config: GPTConfig, batch_size: int, device: torch.device, dtype: torch.dtype):
+        shape = (batch_size, config.n_head, config.block_size, config.n_embd // config.n_head)
+        # Zeros, not what the memory held: a place that is masked out still takes part, with weight 0.
+        self.layers = [
+            (torch.zeros(shape, device=device, dtype=dtype), torch.zeros(shape, device=device, dtype=dtype))
+            for _ in range(config.n_layer)
+        ]
+        self.tokens: list[list[int]] = [[] for _ in range(batch_size)]
+        self.captured: CapturedDecode | None = None
+        self.aim(slice(None), slice(0), 0)
+
+    def aim(self, rows: slice | list[int] | Tensor, places: slice | Tensor, end: int) -> None:
+        """Say where the next keys and values go, and that attention looks at the first `end` places.
+
+        `places` is the same slice for all `rows`, or a tensor (B,) with one place for each row of the batch.
+        """
+        self.rows, self.places, self.end = rows, places, end
+
+    def write(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Store a layer's (B, H, T, D) keys and values where `aim` said; returns those that attention looks at."""
+        all_keys, all_values = self.layers[layer]
+        if isinstance(self.places, Tensor):
+            all_keys[self.rows, :, self.places] = keys[:, :, 0]
+            all_values[self.rows, :, self.places] = values[:, :, 0]
+            return all_keys[:, :, : self.end], all_values[:, :, : self.end]
+        all_keys[self.rows, :, self.places] = keys
+        all_values[self.rows, :, self.places] = values
+        return all_keys[self.rows, :, : self.end], all_values[self.rows, :, : self.end]
+
+
+class Attention(nn.Module):
+    """Causal multi-head self-attention ("Attention Is All You Need", Vaswani et al. 2017, section 3.2)."""
+
+    def __init__(self, config: GPTConfig, layer: int):
+        super().__init__()
+        self.layer = layer
+        self.n_head = config.n_head
+        self.dropout = config.dropout
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+
+    def forward(self, x: Tensor, cache: KVCache | None = None, mask: Tensor | None = None) -> Tensor:
+        B, T, C = x.shape
+        q, k, v = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)  # (B, H, T, D)
+        if cache is not None:
+            k, v = cache.write(self.layer, k, v)
+        dropout = self.dropout if self.training else 0.0
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=mask is None and T > 1)
+        y = self.c_proj(y.transpose(1, 2).reshape(B, T, C))  # (B, T, C)
+        return F.dropout(y, self.dropout, self.training)
+
+
+class MLP(nn.Module):
+    """Two linear layers around GPT-2's tanh approximation of GELU."""
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.dropout = config.dropout
+        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
+        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))
+        return F.dropout(x, self.dropout, self.training)
+
+
+class Block(nn.Module):
+    """One layer: attention and MLP, each behind a LayerNorm and added to the residual stream."""
+
+    def __init__(self, config: GPTConfig, layer: int):
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.attn = Attention(config, layer)
+        self.ln_2 = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.mlp = MLP(config)
+
+    def forward(self, x: Tensor, cache: KVCache | None = None, mask: Tensor | None = None) -> Tensor:
+        x = x + self.attn(self.ln_1(x), cache, mask)
+        return x + self.mlp(self.ln_2(x))
+
+
+class GPT(nn.Module):
+    """GPT-2: token and learned position embeddings, n_layer blocks, a final LayerNorm, a head tied to the embedding."""
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.config = config
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+        self.wpe = nn.Embedding(config.block_size, config.n_embd)
+        self.h = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
+        self.ln_f = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.apply(self._init_weights)
+        for name, parameter in self.named_parameters():
+            if name.endswith("c_proj.weight"):  # scaled by depth: two residual additions a layer (GPT-2, section 2.3)
+                nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * config.n_layer))
+        self.compiled_hidden = self.compiled_loss_and_gradient = None  # see compile_training
+        self.packed_head: nn.Module | None = None  # see generation/packed_linear.py
+
+    @staticmethod
+    def _init_weights(module: nn.Module) -> None:
+        if isinstance(module, (nn.Linear, nn.Embedding)):
+            nn.init.normal_(module.weight, std=0.02)
+        if isinstance(module, nn.Linear) and module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+    @torch.no_grad()
+    def start_to_copy(self) -> None:
+        """Give a new model embeddings from which it learns in a fraction of the steps to repeat what it has read.
+
+        Copying wants a head that looks one token back ("In-context Learning and Induction Heads", Olsson et al. 2022):
+        positions that begin as sinusoids, which neighbours share, let it be found. And in a narrow model a token whose
+        embedding has a spread of 0.02, right for the published widths, can never win at the tied head unless it is
+        frequent: so embeddings are longer the narrower the model is.
+        """
+        std = 0.02 * max(1.0, 768 / self.config.n_embd)
+        self.wte.weight.mul_(std / 0.02)
+        self.wpe.weight.copy_(std * math.sqrt(2) * sinusoids(self.config.block_size, self.config.n_embd))
+
+    def n_params(self) -> int:
+        """Number of parameters; the tied head counts once."""
+        return sum(parameter.numel() for parameter in self.parameters())
+
+    def flops_per_token(self) -> float:
+        """FLOPs of forward and backward for one token: 6 a weight that multiplies, plus attention's 12 L C T.
+
+        "PaLM" (Chowdhery et al. 2022, appendix B), without the position embedding, which is only looked up.
+        """
+        config = self.config
+        return 6 * (self.n_params() - self.wpe.weight.numel()) + 12 * config.n_layer * config.n_embd * config.block_size
+
+    def hidden(self, idx: Tensor, cache: KVCache | None = None, positions=None, mask: Tensor | None = None) -> Tensor:
+        """The last layer's output after the final LayerNorm, (B, T, C), for ids (B, T).
+
+        `positions` (T,) or (B, T) are 0..T-1 unless given; `mask` is True where a query may look at a key, causal
+        unless given.
+        """
+        if positions is None:
+            positions = torch.arange(idx.shape[1], device=idx.device)
+        x = F.dropout(self.wte(idx) + self.wpe(positions), self.config.dropout, self.training)
+        for block in self.h:
+            x = block(x, cache, mask)
+        return self.ln_f(x)
+
+    def forward(
+        self, idx: Tensor, targets: Tensor | None = None, n_targets: Tensor | None = None
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Logits (B, T, V) of ids (B, T); or, with `targets` (B, T), the mean cross entropy in nats a token.
+
+        Returns (logits, None) or (None, loss): with targets the logits never exist as a whole, which is most of a
+        small model's memory and time. Targets equal to IGNORED do not count. The sum of losses is divided by
+        `n_targets` where it is given (all that count in the iteration, so that micro-batches add up), else by the
+        number that counts here, or 1.
+        """
+        if idx.shape[1] > self.config.block_size:
+            raise ValueError(f"{idx.shape[1]} tokens exceed block_size ({self.config.block_size})")
+        if targets is None:
+            return F.linear(self.hidden(idx), self.wte.weight), None
+        body = self.compiled_hidden if self.compiled_hidden and self.training else self.hidden
+        hidden = body(idx).flatten(0, 1)  # (N, C)
+        if n_targets is None:
+            n_targets = (targets != IGNORED).sum().clamp(min=1)
+        kernel = self.compiled_loss_and_gradient
+        return None, linear_cross_entropy(hidden, self.wte.weight, targets.flatten(), n_targets, kernel)
+
+    def compile_training(self) -> None:
+        """Let torch.compile speed up the loss of `forward`; the first call then takes seconds to a minute.
+
+        The weights keep their names, and logits and generation stay as they are.
+        """
+        self.compiled_hidden = torch.compile(self.hidden)
+        self.compiled_loss_and_gradient = torch.compile(_loss_and_gradient_, dynamic=True)
+
+    @torch.inference_mode()
+    def generate(
+        self,
+        prompts: Tensor | Sequence[Sequence[int]],
+        max_tokens: int | None,
+        *,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        min_p: float | None = None,
+        repetition_penalty: float = 1.0,
+        generator: torch.Generator | None = None,
+        stop_ids: Collection[int] = (),
+        cache: KVCache | None = None,
+        observe: Callable[[Tensor], None] | None = None,
+        cuda_graph: bool = False,
+    ) -> Iterator[Tensor]:
+        """Continue each prompt by up to `max_tokens` ids (None: without end); yields the next ids (B,) at each step.
+
+        A row that has drawn one of `stop_ids` yields ENDED from then on. `sample` explains the sampling settings and
+        `penalise_repetition` the penalty. A `cache` from `new_cache` that lives longer than this call saves the work
+        for the ids that a prompt shares with what it holds. `observe` sees the logits (B, n_vocab) of each step before
+        any setting acts on them, and keeps none. `cuda_graph` captures the decode step, which pays on CUDA.
+
+        Context: of a prompt longer than block_size its last block_size ids count. When block_size ids are in use, all
+        but the last block_size // 2 are forgotten, and generation goes on: one long prefill every block_size / 2 ids
+        instead of one for each id.
+        """
+        prompts = check_prompts(prompts, self.config)
+        cache = self.new_cache(len(prompts)) if cache is None else cache
+        device = self.wte.weight.device
+        stops = torch.tensor(list(stop_ids), device=device, dtype=torch.long)
+        ended = torch.zeros(len(prompts), dtype=torch.bool, device=device)
+        seen = seen_ids(prompts, self.config.n_vocab, device) if repetition_penalty != 1 else None
+        was_training = self.training
+        self.eval()
+        try:
+            logits = self.prefill(prompts, cache)
+            for step in itertools.count(1) if max_tokens is None else range(1, max_tokens + 1):
+                if observe is not None:
+                    observe(logits)
+                scores = logits if seen is None else penalise_repetition(logits, seen, repetition_penalty)
+                ids = sample(scores, temperature, top_k, top_p, min_p, generator)
+                yield ids.masked_fill(ended, ENDED)
+                ended |= torch.isin(ids, stops)
+                if step == max_tokens or (len(stops) and ended.all()):
+                    return
+                if seen is not None:
+                    seen.scatter_(1, ids[:, None], True)
+                logits = self.decode_one(ids, cache, cuda_graph)
+        finally:
+            self.train(was_training)
+
+    def new_cache(self, batch_size: int = 1) -> KVCache:
+        """An empty cache for `batch_size` rows, in the weights' precision and on their device."""
+        weight = self.ln_f.weight
+        return KVCache(self.config, batch_size, weight.device, weight.dtype)
+
+    def next_logits(self, hidden: Tensor) -> Tensor:
+        """Logits (B, n_vocab) in float32 of the last layer's output (B, C): the padding ids have none."""
+        if self.packed_head is not None:
+            return self.packed_head(hidden).float()
+        return F.linear(hidden, self.wte.weight[: self.config.n_vocab]).float()
+
+    def prefill(self, prompts: Sequence[Sequence[int]], cache: KVCache) -> Tensor:
+        """Make `cache` hold one prompt a row; returns the logits (B, n_vocab) of what follows each.
+
+        A single row keeps what it holds of the prompt's beginning and computes the rest alone. Raises
+        FloatingPointError for logits that are not finite.
+        """
+        prompts = [list(prompt[-self.config.block_size :]) for prompt in prompts]
+        shared = 0
+        if len(prompts) == 1:  # the last id is always computed: its output is wanted
+            pairs = zip(cache.tokens[0], prompts[0][:-1], strict=False)
+            shared = next((n for n, (held, new) in enumerate(pairs) if held != new), None)
+            shared = min(len(cache.tokens[0]), len(prompts[0]) - 1) if shared is None else shared
+        hidden = self._fill(list(range(len(prompts))), prompts, shared, cache)
+        logits = self.next_logits(hidden)
+        if not logits.isfinite().all():
+            raise FloatingPointError("the model's logits are not finite")
+        return logits
+
+    def _fill(self, rows: list[int], contexts: list[list[int]], start: int, cache: KVCache) -> Tensor:
+        """Let the cache's `rows` hold `contexts`, of which they hold `start` ids; the output (rows, C) at each end.
+
+        Shorter rows are padded on the right: the causal mask hides what follows, and later ids overwrite it.
+        """
+        for row in rows:  # an exception on the way leaves no row that claims more than it holds
+            cache.tokens[row] = cache.tokens[row][:start]
+        device = self.wte.weight.device
+        longest = max(map(len, contexts))
+        idx = torch.tensor([context[start:] + [0] * (longest - len(context)) for context in contexts], device=device)
+        positions = torch.arange(start, longest, device=device)
+        cache.aim(slice(None) if len(rows) == len(cache.tokens) else rows, slice(start, longest), longest)
+        mask = torch.arange(longest, device=device) <= positions[:, None] if start else None
+        hidden = self.hidden(idx, cache, positions, mask)
+        for row, context in zip(rows, contexts, strict=True):
+            cache.tokens[row] = list(context)
+        return hidden[range(len(rows)), [len(context) - 1 - start for context in contexts]]
+
+    def decode_one(self, ids: Tensor, cache: KVCache, cuda_graph: bool = False) -> Tensor:
+        """Append one id to each of the cache's rows, ids (B,); returns the logits (B, n_vocab) of the next."""
+        self._make_room(cache)
+        lengths = [len(tokens) for tokens in cache.tokens]
+        start, longest = min(lengths), max(lengths)
+        if cuda_graph and ids.is_cuda:
+            if cache.captured is None:
+                cache.captured = CapturedDecode(self, cache)
+            logits = cache.captured(ids, lengths)
+        elif start < longest:
+            logits = self.decode_at(ids, torch.tensor(lengths, device=ids.device), longest + 1, cache)
+        else:
+            cache.aim(slice(None), slice(start, start + 1), start + 1)
+            positions = torch.full((1,), start, device=ids.device)
+            logits = self.next_logits(self.hidden(ids[:, None], cache, positions)[:, 0])
+        for tokens, token in zip(cache.tokens, ids.tolist(), strict=True):
+            tokens.append(token)
+        return logits
+
+    def decode_at(self, ids: Tensor, positions: Tensor, end: int, cache: KVCache) -> Tensor:
+        """As `decode_one` for rows of different lengths: the places (B,) are a tensor, the shapes depend on `end`."""
+        cache.aim(torch.arange(len(ids), device=ids.device), positions, end)
+        mask = torch.arange(end, device=ids.device) <= positions[:, None, None, None]  # (B, 1, 1, end)
+        return self.next_logits(self.hidden(ids[:, None], cache, positions[:, None], mask)[:, 0])
+
+    def _make_room(self, cache: KVCache) -> None:
+        """Let the rows that are full forget all but their last block_size // 2 ids."""
+        keep = self.config.block_size // 2
+        full = [row for row, tokens in enumerate(cache.tokens) if len(tokens) == self.config.block_size]
+        if full and keep:
+            self._fill(full, [cache.tokens[row][-keep:] for row in full], 0, cache)
+        elif full:  # block_size 1: each id is its own context
+            cache.tokens = [[] for _ in cache.tokens]
+
+
+class CapturedDecode:
+    """The decode step of one model and cache as CUDA graphs: one launch instead of a few hundred kernels'.
+
+    There is a graph for each GRAPH_PLACES places of context, so that a short context does not pay for a long one.
+    """
+
+    def __init__(self, model: GPT, cache: KVCache):
+        self.model, self.cache = model, cache
+        device = model.wte.weight.device
+        self.ids = torch.zeros(len(cache.tokens), device=device, dtype=torch.long)
+        self.positions = torch.zeros_like(self.ids)
+        self.graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
+
+    def __call__(self, ids: Tensor, lengths: list[int]) -> Tensor:
+        """Logits (B, n_vocab) after ids (B,) at places `lengths`; the next call overwrites them."""
+        end = min(-(-(max(lengths) + 1) // GRAPH_PLACES) * GRAPH_PLACES, self.model.config.block_size)
+        self.ids.copy_(ids)
+        self.positions.copy_(torch.tensor(lengths))
+        if end not in self.graphs:
+            self.graphs[end] = self._capture(end)
+        graph, logits = self.graphs[end]
+        graph.replay()
+        return logits
+
+    def _capture(self, end: int) -> tuple[torch.cuda.CUDAGraph, Tensor]:
+        side_stream = torch.cuda.Stream()
+        side_stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side_stream):  # libraries make their workspaces at the first calls, outside the graph
+            for _ in range(2):
+                self.model.decode_at(self.ids, self.positions, end, self.cache)
+        torch.cuda.current_stream().wait_stream(side_stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            logits = self.model.decode_at(self.ids, self.positions, end, self.cache)
+        return graph, logits
+
+
+def check_prompts(prompts: Tensor | Sequence[Sequence[int]], config: GPTConfig) -> list[list[int]]:
+    """Prompts as lists of ids. Raises ValueError for none, an empty one, or an id that the tokenizer has not."""
+    prompts = prompts.tolist() if isinstance(prompts, Tensor) else [list(prompt) for prompt in prompts]
+    if not prompts:
+        raise ValueError("there is no prompt")
+    for number, prompt in enumerate(prompts):
+        if not prompt:
+            raise ValueError(f"prompt {number} has no id")
+        if min(prompt) < 0 or max(prompt) >= config.n_vocab:
+            raise ValueError(f"prompt {number} has an id outside 0 to {config.n_vocab - 1}")
+    return prompts
+
+
+def sample(
+    logits: Tensor,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    min_p: float | None = None,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Draw one id a row, (B,), from logits (B, V).
+
+    The logits are divided by `temperature`; 0 takes the likeliest id instead. Then stay, one after another: the
+    `top_k` likeliest ids; the fewest likeliest whose probabilities reach `top_p` together ("nucleus sampling",
+    Holtzman et al. 2020, section 3.1); those at least `min_p` times as likely as the likeliest ("min-p", Nguyen et
+    al. 2024, section 3).
+    """
+    if temperature == 0:
+        return logits.argmax(-1)
+    probabilities, ids = candidates(logits, temperature, top_k, top_p, min_p)
+    exact = torch.float32 if logits.device.type == "mps" else torch.float64  # MPS has no float64
+    cumulative = probabilities.to(exact).cumsum(-1)
+    # A number in (0, 1], so that the first place to reach it is never one of probability 0.
+    threshold = 1 - torch.rand(len(logits), 1, generator=generator, device=logits.device)
+    choice = torch.searchsorted(cumulative, threshold * cumulative[:, -1:])
+    return (choice if ids is None else ids.gather(1, choice))[:, 0]
+
+
+def candidates(
+    logits: Tensor, temperature: float, top_k: int | None, top_p: float | None, min_p: float | None
+) -> tuple[Tensor, Tensor | None]:
+    """Probabilities (B, N), not normalised, and ids (B, N) of what may be drawn; ids None: all of 0..V-1."""
+    scores = (logits - logits.amax(-1, keepdim=True)) / temperature
+    probabilities, ids = scores.softmax(-1), None
+    if top_k is not None:
+        probabilities, ids = probabilities.topk(min(top_k, probabilities.shape[-1]))  # likeliest first
+        probabilities = probabilities / probabilities.sum(-1, keepdim=True)
+    if top_p is not None:
+        if ids is None:
+            # All ids rarer than (1 - top_p) / V have less than 1 - top_p together, so the nucleus has none of them.
+            may_stay = probabilities >= (1 - top_p) / probabilities.shape[-1]
+            probabilities, ids = probabilities.topk(int(may_stay.sum(-1).max()))
+        likelier = probabilities.cumsum(-1) - probabilities
+        probabilities = probabilities.masked_fill(likelier >= top_p, 0)
+    if min_p is not None:
+        probabilities = probabilities.masked_fill(probabilities < min_p * probabilities.amax(-1, keepdim=True), 0)
+    return probabilities, ids
+
+
+def seen_ids(prompts: list[list[int]], n_vocab: int, device: torch.device) -> Tensor:
+    """True (B, n_vocab) for the ids that stand in each prompt."""
+    seen = torch.zeros(len(prompts), n_vocab, dtype=torch.bool, device=device)
+    for row, prompt in zip(seen, prompts, strict=True):
+        row[prompt] = True
+    return seen
+
+
+def penalise_repetition(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
+    """Make the ids already seen less likely ("CTRL", Keskar et al. 2019, section 4.1): logits divided by `penalty`.
+
+    Negative logits are multiplied by it, so that they too become less likely.
+    """
+    return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
+
+
+def sinusoids(length: int, width: int) -> Tensor:
+    """Sines and cosines (length, width) of rising wavelength ("Attention Is All You Need", section 3.5)."""
+    wavelengths = 10000 ** (torch.arange(0, width, 2) / width)
+    angles = torch.arange(length)[:, None] / wavelengths  # (length, width / 2)
+    return torch.stack([angles.sin(), angles.cos()], dim=2).flatten(1)[:, :width]
+
+
+def linear_cross_entropy(
+    hidden: Tensor, weight: Tensor, targets: Tensor, n_targets: Tensor, loss_and_gradient_: Callable | None = None
+) -> Tensor:
+    """Sum over rows of cross_entropy(hidden @ weight.T, targets) / n_targets, without the whole logits.
+
+    hidden (N, C), weight (V, C), targets (N,), n_targets a tensor of one number. The logits of HEAD_CHUNK rows exist
+    at a time, in one buffer that their gradient then takes over; rows whose target is IGNORED are left out on a CPU.
+    `loss_and_gradient_` is a compiled stand-in for the function of that name.
+    """
+    device = hidden.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+    return _LinearCrossEntropy.apply(
+        hidden, weight, targets, n_targets, dtype, loss_and_gradient_ or _loss_and_gradient_
+    )
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    """The gradients are made in the forward pass, chunk by chunk, so that no chunk's logits need to be kept."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, targets, n_targets, dtype, loss_and_gradient_):
+        wants_gradient = hidden.requires_grad or weight.requires_grad
+        rows = torch.arange(len(hidden), device=hidden.device)
+        if hidden.device.type == "cpu":  # elsewhere counting the rows would wait for the device
+            rows = rows[targets != IGNORED]
+        scale = (targets != IGNORED).float() / n_targets
+        loss = torch.zeros((), device=hidden.device)
+        with torch.autocast(hidden.device.type, enabled=False):
+            low_hidden, low_weight = hidden.to(dtype), weight.to(dtype)
+            hidden_grad = torch.zeros_like(hidden) if wants_gradient else None
+            weight_grad = torch.zeros_like(weight) if wants_gradient else None
+            buffer = torch.empty(min(HEAD_CHUNK, len(rows)), len(weight), device=hidden.device, dtype=dtype)
+            for chunk in rows.split(HEAD_CHUNK):
+                logits = torch.mm(low_hidden[chunk], low_weight.T, out=buffer[: len(chunk)])
+                loss += loss_and_gradient_(logits, targets[chunk].clamp(min=0), scale[chunk])
+                if wants_gradient:
+                    hidden_grad[chunk] = (logits @ low_weight).to(hidden.dtype)
+                    weight_grad += logits.T @ low_hidden[chunk]
+        ctx.save_for_backward(hidden_grad, weight_grad)
+        return loss
+
+    @staticmethod
+    def backward(ctx, loss_grad):
+        hidden_grad, weight_grad = ctx.saved_tensors
+        return hidden_grad * loss_grad, weight_grad * loss_grad, None, None, None, None
+
+
+def _loss_and_gradient_(logits: Tensor, targets: Tensor, scale: Tensor) -> Tensor:
+    """Sum over rows of scale * cross_entropy(logits, targets); `logits` (N, V) becomes its own gradient in place."""
+    hit = targets[:, None]
+    picked = logits.gather(1, hit)[:, 0].float()
+    scores = logits.float()
+    log_total = scores.logsumexp(1)
+    logits.copy_((scores - log_total[:, None]).exp() * scale[:, None])
+    logits.scatter_add_(1, hit, -scale[:, None].to(logits.dtype))
+    return ((log_total - picked) * scale).sum()

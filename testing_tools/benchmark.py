@@ -1,0 +1,311 @@
+"""How fast training, generation and data preparation are here, beside a peer's and beside what the device can do.
+
+    python testing_tools/benchmark.py train --preset small --peer transformers
+    python testing_tools/benchmark.py generate --preset gpt2 --max_tokens 200 --peer transformers --json generate.json
+    python testing_tools/benchmark.py prepare --input TinyStoriesV2-GPT4-train.txt --peer tiktoken
+
+Expect a line a round and a table: tokens a second (median, least and most of the rounds), start-up (the first step,
+compilation included), peak memory, the ratio, FLOP/s and their share of the device's peak (MFU), and the floor: what
+the work cannot do without, over what the device can do. Each side lives in a process of its own, so that its memory
+is its own, and the rounds alternate (A B A B). Weights and ids are random, which changes no speed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import importlib.util
+import json
+import multiprocessing
+import statistics
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.extend(str(ROOT / folder) for folder in (".", "data"))
+
+from benchmark_work import WORKS, model_config, peer_setting, timed, training_config  # noqa: E402
+from device_limits import cpu_name, generation_floor, measure_machine, n_cores, training_floor  # noqa: E402
+
+from files import atomic_write  # noqa: E402
+from runtime import UserError, option, parse_options, run_script  # noqa: E402
+
+PEERS = {"train": "transformers", "generate": "transformers", "prepare": "tiktoken"}
+SHOWN_SETTINGS = (
+    *("preset", "n_layer", "n_head", "n_embd", "block_size", "device", "dtype", "batch_size"),
+    *("gradient_accumulation_steps", "optimizer", "compile", "quantize", "streams", "prompt_tokens", "max_tokens"),
+    *("input", "rounds"),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class BenchmarkOptions:
+    """What to measure, and on what."""
+
+    task: str = option(None, "what to measure", positional=True, nargs=None, choices=tuple(PEERS))
+    peer: str | None = option(
+        None, "what to compare with: transformers, for prepare tiktoken", choices=("transformers", "tiktoken")
+    )
+    rounds: int = option(5, "rounds that count")
+    round_s: float = option(3.0, "seconds for which a round repeats a step of training or a generation", metavar="S")
+    json: str | None = option(None, "also write the figures to this file", metavar="FILE")
+
+    preset: str | None = option(None, "model size, as for train.py (default: gpt2 on CUDA, small elsewhere)")
+    n_layer: int | None = option(None, "layers (default: the preset's)")
+    n_head: int | None = option(None, "attention heads (default: the preset's)")
+    n_embd: int | None = option(None, "width (default: the preset's)")
+    block_size: int | None = option(None, "context length in tokens (default: the preset's)")
+    device: str | None = option(None, "cpu, mps, cuda, cuda:N (default: asks, or takes the best one)")
+    dtype: str | None = option(
+        None, "precision (default: the device's best)", choices=("float32", "bfloat16", "float16")
+    )
+
+    batch_size: int | None = option(None, "train: sequences in a micro-batch (default: train.py's)")
+    gradient_accumulation_steps: int | None = option(None, "train: micro-batches an iteration (default: train.py's)")
+    optimizer: str | None = option(None, "train: our optimizer (default: train.py's)", choices=("muon", "adamw"))
+    compile: bool | None = option(None, "train: our torch.compile (default: as train.py for a long run)")
+
+    quantize: str | None = option(None, "generate: our weights in 8 bits", choices=("int8",))
+    streams: int = option(1, "generate: continuations made together")
+    prompt_tokens: int = option(16, "generate: tokens of the prompt")
+    max_tokens: int = option(200, "generate: new tokens")
+
+    input: str | None = option(None, "prepare: the text file", metavar="FILE")
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, int) and not isinstance(value, bool) and value < 1:
+                raise ValueError(f"{field.name} must be at least 1, not {value}")
+        if not self.round_s > 0:
+            raise ValueError(f"round_s must be above 0, not {self.round_s}")
+        if self.peer not in (None, PEERS[self.task]):
+            raise ValueError(f"the peer of {self.task} is {PEERS[self.task]}, not {self.peer}")
+        if (self.input is None) == (self.task == "prepare"):
+            raise ValueError("prepare needs input, and nothing else takes it")
+        if self.quantize and self.task != "generate":
+            raise ValueError("quantize goes with generate")
+
+
+# --- a process for each side ---
+
+
+def serve(side: str, options: BenchmarkOptions, config, pipe) -> None:
+    """Build one side's work, say how long that took, do a round whenever asked, and tell the peak of memory."""
+    try:
+        start = time.perf_counter()
+        work = WORKS[options.task, side](options, config)
+        if work.repeats:
+            timed(work, 1)  # compiles, captures, takes memory
+        pipe.send(time.perf_counter() - start)
+        steps = max(1, round(options.round_s / timed(work, 1)[0])) if work.repeats else 1
+        while pipe.recv() == "round":
+            pipe.send(timed(work, steps))
+        pipe.send(work.peak_bytes())
+    except UserError as error:
+        pipe.send(error)
+    except (EOFError, BrokenPipeError, KeyboardInterrupt):  # the parent, which has to say why, is gone or going
+        return
+    except Exception as error:
+        if not is_memory_error(error):
+            raise
+        pipe.send(UserError("out of memory; use a smaller --batch_size, --streams or --preset"))
+
+
+def is_memory_error(error: Exception) -> bool:
+    """Whether memory ran out, without importing torch where nothing else has."""
+    if "torch" not in sys.modules:
+        return isinstance(error, MemoryError)
+    from training.memory import is_out_of_memory
+
+    return is_out_of_memory(error)
+
+
+class Side:
+    """A process that does one side's work when asked."""
+
+    def __init__(self, side: str, options: BenchmarkOptions, config):
+        context = multiprocessing.get_context("spawn")  # a fresh process: its memory is its own
+        self.name = "ours" if side == "ours" else PEERS[options.task]
+        self.pipe, theirs = context.Pipe()
+        self.process = context.Process(target=serve, args=(side, options, config, theirs), daemon=True)
+        self.process.start()
+        theirs.close()
+        print(f"{self.name}: starting")
+        self.start_up_s = self._receive()
+
+    def measure(self) -> float:
+        """Tokens a second of one round."""
+        seconds, tokens = self._ask("round")
+        return tokens / seconds
+
+    def finish(self) -> int | None:
+        """End the process; returns the peak of its memory in bytes."""
+        peak_bytes = self._ask("end")
+        self.process.join()
+        return peak_bytes
+
+    def _ask(self, what: str):
+        with contextlib.suppress(BrokenPipeError):  # it has ended, which reading tells better
+            self.pipe.send(what)
+        return self._receive()
+
+    def _receive(self):
+        try:
+            answer = self.pipe.recv()
+        except (EOFError, ConnectionError) as error:
+            self.process.join()
+            raise UserError(
+                f"the process that measures {self.name} ended with status {self.process.exitcode}; if no reason stands "
+                "above, memory ran out: use a smaller --batch_size, --streams or --preset"
+            ) from error
+        if isinstance(answer, UserError):
+            raise answer
+        return answer
+
+
+def alternate(sides: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
+    """What each side measures, in tokens a second, in rounds of A B A B."""
+    found = {name: [] for name in sides}
+    for number in range(1, rounds + 1):
+        for name, measure in sides.items():
+            found[name].append(measure())
+        speeds = ", ".join(f"{name} {_number(values[-1])}" for name, values in found.items())
+        print(f"round {number}/{rounds}: {speeds} tokens/s", flush=True)
+    return found
+
+
+# --- what is told ---
+
+
+def figures(ours: list[float], peer: list[float] | None) -> dict:
+    """The medians of both sides' tokens a second, and their ratio."""
+    ours_median = statistics.median(ours)
+    peer_median = statistics.median(peer) if peer else None
+    return {
+        "ours_tokens_per_s": ours_median,
+        "peer_tokens_per_s": peer_median,
+        "ratio": ours_median / peer_median if peer_median else None,
+        "ours_rounds": ours,
+        "peer_rounds": peer,
+    }
+
+
+def measure_model(options: BenchmarkOptions) -> dict:
+    """The figures of train and generate."""
+    config = training_config(options)
+    model_config(config)
+    machine = measure_machine(config.device, config.dtype)
+    if options.task == "train":
+        flops, floor_s = training_floor(config, machine)
+    else:
+        flops, floor_s = generation_floor(options, config, machine)
+    found = measure_sides(options, config)
+    achieved = found["ours_tokens_per_s"] * flops
+    shape = {name: getattr(config, name) for name in ("n_layer", "n_head", "n_embd", "block_size")}
+    has_own_shape = any(getattr(options, name) for name in shape)
+    if options.task == "train":
+        names = ("batch_size", "gradient_accumulation_steps", "optimizer", "compile")
+        settings = {name: getattr(config, name) for name in names}
+    else:
+        settings = {name: getattr(options, name) for name in ("quantize", "streams", "prompt_tokens", "max_tokens")}
+    return {
+        "task": options.task,
+        "preset": "custom" if has_own_shape else config.preset,
+        "device": config.device,
+        "device_name": machine.name,
+        "dtype": config.dtype,
+        **shape,
+        **settings,
+        **found,
+        "flops_per_s": achieved,
+        "mfu": achieved / machine.peak,
+        "peak_flops": machine.peak,
+        "peak_flops_source": machine.peak_source,
+        "bandwidth_bytes_per_s": machine.bandwidth,
+        "floor_tokens_per_s": 1 / floor_s,
+    }
+
+
+def measure_preparation(options: BenchmarkOptions) -> dict:
+    """The figures of prepare; the floor is one thread's speed at encoding alone on every core."""
+    found = measure_sides(options, None)
+    one_thread = found["peer_tokens_per_s"]
+    if one_thread is None:
+        side = Side("peer", options, None)
+        one_thread = side.measure()
+        side.finish()
+    facts = {"task": "prepare", "preset": None, "device": "cpu", "device_name": cpu_name(), "dtype": None}
+    return {**facts, "input": options.input, **found, "mfu": None, "floor_tokens_per_s": n_cores() * one_thread}
+
+
+def measure_sides(options: BenchmarkOptions, config) -> dict:
+    """Start both sides, let them alternate, end them: speeds, start-up times and peaks of memory."""
+    sides = {side: Side(side, options, config) for side in (("ours", "peer") if options.peer else ("ours",))}
+    speeds = alternate({side.name: side.measure for side in sides.values()}, options.rounds)
+    found = figures(speeds["ours"], speeds.get(options.peer))
+    for prefix, name in (("", "ours"), ("peer_", "peer")):
+        side = sides.get(name)
+        found[f"{prefix}start_up_s"] = side and side.start_up_s
+        found[f"{prefix}peak_memory_bytes"] = side and side.finish()
+    setting = peer_setting(options.task, config.device if config else "cpu") if options.peer else None
+    return {**found, "peer": options.peer, "peer_setting": setting, "rounds": options.rounds}
+
+
+def table(found: dict) -> list[str]:
+    """The figures, in lines."""
+    settings = {name: found[name] for name in SHOWN_SETTINGS if found.get(name) is not None}
+    lines = [f"{found['task']} on {found['device_name']}"]
+    lines.append(", ".join(f"{name} {value}" for name, value in settings.items()))
+    if found["peer"]:
+        lines.append(f"{found['peer']}: {found['peer_setting']}")
+    lines.append(_row("", "ours", found["peer"] or ""))
+    for label, ours_key, peer_key, show in (
+        ("tokens/s, median", "ours_tokens_per_s", "peer_tokens_per_s", _number),
+        ("least to most", "ours_rounds", "peer_rounds", _range),
+        ("start-up, s", "start_up_s", "peer_start_up_s", _number),
+        ("peak memory, MiB", "peak_memory_bytes", "peer_peak_memory_bytes", lambda size: _number(size / 2**20)),
+    ):
+        cells = ["n/a" if found[key] is None else show(found[key]) for key in (ours_key, peer_key)]
+        lines.append(_row(label, cells[0], cells[1] if found["peer"] else ""))
+    if found["ratio"] is not None:
+        lines.append(_row("ratio", f"{found['ratio']:.2f}", "1"))
+    if found["mfu"] is not None:
+        peak = f"of {_number(found['peak_flops'] / 1e12)} ({found['peak_flops_source']})"
+        lines.append(_row("TFLOP/s", _number(found["flops_per_s"] / 1e12), peak))
+        lines.append(_row("MFU", f"{found['mfu']:.1%}", ""))
+    share = found["ours_tokens_per_s"] / found["floor_tokens_per_s"]
+    lines.append(_row("floor, tokens/s", _number(found["floor_tokens_per_s"]), f"ours: {share:.0%}"))
+    return lines
+
+
+def _row(label: str, ours: str, peer: str) -> str:
+    return f"{label:20}{ours:>20}{peer:>28}".rstrip()
+
+
+def _range(speeds: list[float]) -> str:
+    return f"{_number(min(speeds))}-{_number(max(speeds))}"
+
+
+def _number(value: float) -> str:
+    """Three digits at least: 0.123, 12.3, 1,234."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def main() -> None:
+    options = parse_options(BenchmarkOptions, __doc__)
+    if options.peer and importlib.util.find_spec(options.peer) is None:
+        raise UserError(f"--peer {options.peer} is not installed; run: pip install -r requirements-dev.txt")
+    if options.json and not Path(options.json).parent.is_dir():
+        raise UserError(f"--json {options.json}: there is no folder {Path(options.json).parent}; make it with mkdir -p")
+    found = measure_preparation(options) if options.task == "prepare" else measure_model(options)
+    print("\n".join(["", *table(found)]))
+    if options.json:
+        with atomic_write(options.json, "w", encoding="utf-8") as file:
+            json.dump(found, file, indent=1)
+
+
+if __name__ == "__main__":
+    run_script(main)

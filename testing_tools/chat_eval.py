@@ -1,0 +1,201 @@
+"""How well a model chats: 40 openers that want a fitting reply, and 50 names to remember for one turn.
+
+    python testing_tools/chat_eval.py models/chitchat1500.pt --verbose
+
+Expect a table with a score for each kind of opener and for the names, then every failure with its reason. The
+questions in chat_eval_questions.json are fixed; the chitchat data set holds none of the openers and none of the
+names. Replies are decoded greedily, so a model always gets the same score.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+sys.path.extend(str(Path(__file__).resolve().parent.parent / folder) for folder in (".", "data"))
+
+from chitchat import assistant_words, words_of
+
+from files import atomic_write
+from runtime import UserError, choose_device, choose_dtype, option, parse_options, run_script
+from setup_tokenizer import ENDOFTEXT_ID, IM_END, IM_END_ID, encode_chat, get_extended_tokenizer
+
+QUESTIONS_FILE = Path(__file__).with_name("chat_eval_questions.json")
+MAX_REPLY_TOKENS = 60
+MAX_REPLY_WORDS = 40
+
+# A reply as text; it ends in `<|im_end|>` if the assistant ended it.
+Reply = Callable[[list[dict[str, str]]], str]
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalOptions:
+    checkpoint: str | None = option(None, "the checkpoint to question", positional=True)
+    device: str | None = option(None, "cpu, mps, cuda, cuda:N or auto (default: ask, or take the best)")
+    dtype: str | None = option(
+        None, "precision (default: the device's best)", choices=("float32", "bfloat16", "float16")
+    )
+    json: str | None = option(None, "also write scores and all replies to this file", metavar="FILE")
+    verbose: bool = option(False, "show every reply, not only the failures")
+
+
+@dataclasses.dataclass(frozen=True)
+class Answer:
+    """What was asked and replied; `fault` says why the reply counts as wrong, None where it is right."""
+
+    category: str
+    question: str
+    reply: str
+    fault: str | None
+
+
+def load_questions() -> dict:
+    """The checked-in questions."""
+    return json.loads(QUESTIONS_FILE.read_text(encoding="utf-8"))
+
+
+def openers(questions: Mapping) -> list[tuple[str, str, tuple[str, ...]]]:
+    """Every opener as (category, text, patterns that a fitting reply must not match)."""
+    found = []
+    for category, group in questions["openers"].items():
+        for question in group["questions"]:
+            own = question if isinstance(question, dict) else {"text": question, "never": []}
+            found.append((category, own["text"], (*group["never"], *own["never"])))
+    return found
+
+
+def name_tries(questions: Mapping) -> list[tuple[str, str]]:
+    """Every name with the line that introduces it; the phrasings take turns."""
+    phrasings = questions["introductions"]
+    return [(name, phrasings[i % len(phrasings)].format(name=name)) for i, name in enumerate(questions["names"])]
+
+
+def form_fault(reply: str) -> str | None:
+    """Why a reply is wrong whatever it says, None if it is not: never ended, empty, too long, going in circles."""
+    if not reply.endswith(IM_END):
+        return f"not ended by {IM_END}"
+    words = words_of(reply.removesuffix(IM_END))
+    if not words:
+        return "empty"
+    if "\n" in reply.strip() or IM_END in reply.removesuffix(IM_END):
+        return "more than one line"
+    if len(words) > MAX_REPLY_WORDS:
+        return f"more than {MAX_REPLY_WORDS} words"
+    if any(words[i] == words[i + 1] == words[i + 2] for i in range(len(words) - 2)):
+        return "says a word three times"
+    return None
+
+
+def opener_fault(reply: str, fits: tuple[str, ...], never: tuple[str, ...], known: frozenset[str]) -> str | None:
+    """Why `reply` does not fit an opener, None if it does.
+
+    It must match a pattern of `fits` and none of `never`, and use no word but the assistant's own (`known`): an
+    invented word, or a name that nobody gave, is a fault.
+    """
+    if fault := form_fault(reply):
+        return fault
+    text = reply.removesuffix(IM_END).replace("’", "'")
+    if unknown := [word for word in words_of(text) if word not in known]:
+        return f"unexpected word {unknown[0]!r}"
+    if matched := [pattern for pattern in never if re.search(pattern, text, re.IGNORECASE)]:
+        return f"unfitting: matches {matched[0]}"
+    if not any(re.search(pattern, text, re.IGNORECASE) for pattern in fits):
+        return "of another kind"
+    return None
+
+
+def name_fault(reply: str, name: str) -> str | None:
+    """Why `reply` does not give exactly that name back, None if it does."""
+    if fault := form_fault(reply):
+        return fault
+    return None if re.search(rf"(?<!\w){re.escape(name)}(?!\w)", reply) else "another name, or none"
+
+
+def evaluate(reply: Reply, questions: Mapping | None = None) -> list[Answer]:
+    """All questions put to an assistant.
+
+    A name is told in the first message, the assistant answers in its own words, and is then asked for the name.
+    """
+    questions = questions or load_questions()
+    known = assistant_words()
+    answers = []
+    for category, question, never in openers(questions):
+        text = reply([{"role": "user", "content": question}])
+        fits = questions["openers"][category]["fits"]
+        answers.append(Answer(category, question, text, opener_fault(text, fits, never, known)))
+    for name, introduction in name_tries(questions):
+        messages = [{"role": "user", "content": introduction}]
+        messages.append({"role": "assistant", "content": reply(messages).removesuffix(IM_END)})
+        messages.append({"role": "user", "content": questions["recall"]})
+        text = reply(messages)
+        question = f"{introduction} / {messages[1]['content']} / {questions['recall']}"
+        answers.append(Answer("name", question, text, name_fault(text, name)))
+    return answers
+
+
+def scores(answers: list[Answer]) -> dict[str, dict[str, int]]:
+    """Right and asked by category, and for all openers together."""
+    table: dict[str, dict[str, int]] = {}
+    for answer in answers:
+        for category in (answer.category, "openers" if answer.category != "name" else "names"):
+            row = table.setdefault(category, {"right": 0, "asked": 0})
+            row["right"] += answer.fault is None
+            row["asked"] += 1
+    del table["name"]
+    return table
+
+
+def print_report(answers: list[Answer], verbose: bool) -> None:
+    """Print the table of scores, then the failures (all replies with `verbose`)."""
+    shown = [answer for answer in answers if verbose or answer.fault]
+    for answer in shown:
+        print(f"{'wrong' if answer.fault else 'right'}  {answer.category}: {answer.question}")
+        print(f"       -> {answer.reply.removesuffix(IM_END)}{f'   ({answer.fault})' if answer.fault else ''}")
+    print(f"\n{'kind':<14}{'right':>6}{'asked':>7}")
+    table = scores(answers)
+    for category in sorted(table, key=lambda name: name in ("openers", "names")):
+        print(f"{category:<14}{table[category]['right']:>6}{table[category]['asked']:>7}")
+    fitting, names = table["openers"], table["names"]
+    print(f"\nfitting replies: {fitting['right']} of {fitting['asked']}")
+    print(f"names remembered: {names['right']} of {names['asked']} ({100 * names['right'] / names['asked']:.0f} %)")
+
+
+def model_reply(model) -> Reply:
+    """The assistant that a model is: the likeliest id each time, up to and with `<|im_end|>`."""
+    enc = get_extended_tokenizer()
+    cache = model.new_cache()  # keeps the conversation so far between the turns
+
+    def reply(messages: list[dict[str, str]]) -> str:
+        prompt = encode_chat(messages, add_generation_prompt=True)
+        stop_ids = (IM_END_ID, ENDOFTEXT_ID)
+        steps = model.generate([prompt], MAX_REPLY_TOKENS, temperature=0, stop_ids=stop_ids, cache=cache)
+        return enc.decode([int(ids[0]) for ids in steps])
+
+    return reply
+
+
+def main() -> None:
+    options = parse_options(EvalOptions, __doc__)
+    if options.checkpoint is None:
+        raise UserError("which checkpoint? run: python testing_tools/chat_eval.py models/chitchat1500.pt")
+    from checkpoint import load_model
+
+    device = choose_device(options.device)
+    model, info = load_model(options.checkpoint, device, choose_dtype(options.dtype, device))
+    if info.get("format") != "chat":
+        print(f"note: {options.checkpoint} was trained on {info.get('dataset')}, which holds no conversations")
+    answers = evaluate(model_reply(model))
+    print_report(answers, options.verbose)
+    if options.json:
+        content = {"checkpoint": options.checkpoint, "scores": scores(answers)}
+        content["answers"] = [dataclasses.asdict(answer) for answer in answers]
+        with atomic_write(options.json, "w", encoding="utf-8") as file:
+            json.dump(content, file, ensure_ascii=False, indent=1)
+
+
+if __name__ == "__main__":
+    run_script(main)

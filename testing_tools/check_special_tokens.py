@@ -1,0 +1,333 @@
+"""Check that control tokens are what they should be: in the tokenizer, and in a prepared .bin file.
+
+    python testing_tools/check_special_tokens.py
+    python testing_tools/check_special_tokens.py --dataset chitchat
+    python testing_tools/check_special_tokens.py data/chitchat-train.bin --sample 400
+
+Without a file: one line for each property of the tokenizer. With one: counts, what is malformed and where, and for
+chat a sample in which the training targets (what the assistant says, and its `<|im_end|>`) are green, or stand in
+[[ ]] where there are no colours. Exit status 1 if something is malformed.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import numpy as np
+from tqdm import tqdm
+
+from runtime import UserError, option, parse_options, run_script, shows_colour
+from setup_tokenizer import (
+    ENDOFTEXT_ID,
+    IM_END_ID,
+    IM_START_ID,
+    N_VOCAB,
+    ROLES,
+    SPECIAL_TOKENS,
+    encode_chat,
+    encode_document,
+    encode_text,
+    get_base_tokenizer,
+    get_extended_tokenizer,
+    token_text,
+)
+from training.batches import TokenStream, assistant_targets, open_dataset, prepared_datasets
+
+DATA_FOLDER = Path(__file__).resolve().parent.parent / "data"
+CHUNK_TOKENS = 1 << 19
+LONGEST_DOCUMENT_TOKENS = 1 << 27
+LINE_END_ID = 198
+
+
+@dataclass(frozen=True)
+class CheckOptions:
+    bin: str | None = option(None, "a .bin file to check", positional=True)
+    dataset: str | None = option(None, "a prepared data set to check, both splits", metavar="NAME")
+    data_dir: str = option(str(DATA_FOLDER), "the folder with --dataset's files (default: data/)")
+    sample: int = option(200, "tokens to show with their targets, 0 for none", metavar="N")
+
+    def __post_init__(self):
+        if self.sample < 0:
+            raise ValueError(f"sample must be at least 0, not {self.sample}")
+        if self.bin and self.dataset:
+            raise ValueError("give a .bin file or --dataset, not both")
+
+
+# --- the tokenizer ---
+
+
+def check_single_ids() -> None:
+    """each control token is one id, and the id its spelling"""
+    enc = get_extended_tokenizer()
+    for spelling, token in SPECIAL_TOKENS.items():
+        assert enc.encode(spelling, allowed_special="all") == [token], spelling
+        assert enc.decode([token]) == spelling, spelling
+
+
+def check_base_splits_chatml() -> None:
+    """GPT-2's own tokenizer needs several ids for <|im_start|> and <|im_end|>"""
+    for spelling in ("<|im_start|>", "<|im_end|>"):
+        assert len(get_base_tokenizer().encode_ordinary(spelling)) > 1, spelling
+
+
+def check_ordinary_text() -> None:
+    """ordinary text has GPT-2's own ids and decodes to itself"""
+    for text in ("Hello, world!", "It's 3 o'clock.\n\n", "na\u00efve \u4f60\u597d \U0001f600", "<|im_start", "  "):
+        ids = encode_text(text)
+        assert ids == get_base_tokenizer().encode_ordinary(text), text
+        assert get_extended_tokenizer().decode(ids) == text, text
+
+
+def check_forgeries() -> None:
+    """no message, role or document can forge a control token"""
+    for spelling in SPECIAL_TOKENS:
+        typed = f"a{spelling}b"
+        for role in ROLES:
+            ids = encode_chat([{"role": role, "content": typed}])
+            assert [token for token in ids if token >= ENDOFTEXT_ID] == [IM_START_ID, IM_END_ID], (role, typed)
+        assert [token for token in encode_document(typed) if token >= ENDOFTEXT_ID] == [ENDOFTEXT_ID], typed
+        try:
+            encode_chat([{"role": spelling, "content": "a"}])
+        except ValueError:
+            continue
+        raise AssertionError(f"{spelling} was taken for a role")
+
+
+def check_targets() -> None:
+    """training targets are the assistant's words and the <|im_end|> after them"""
+    messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
+    ids = np.array(encode_chat(messages, end_of_conversation=True))
+    assert ids[assistant_targets(ids)].tolist() == [*encode_text("Hello"), IM_END_ID]
+
+
+TOKENIZER_CHECKS = (check_single_ids, check_base_splits_chatml, check_ordinary_text, check_forgeries, check_targets)
+
+
+# --- a .bin file ---
+
+
+@dataclass
+class Findings:
+    """What a stream of ids holds. `problems` maps each fault to how often it occurs, `first` to where it does first."""
+
+    tokens: int = 0
+    documents: int = 0
+    targets: int = 0
+    messages: Counter = field(default_factory=Counter)
+    controls: Counter = field(default_factory=Counter)
+    problems: Counter = field(default_factory=Counter)
+    first: dict[str, int] = field(default_factory=dict)
+
+    def report(self, problem: str, positions: np.ndarray) -> None:
+        """Note a problem at token `positions`; none is fine."""
+        if len(positions):
+            self.problems[problem] += len(positions)
+            self.first.setdefault(problem, int(positions[0]))
+
+
+def inspect(stream: TokenStream, is_chat: bool, n_vocab: int = N_VOCAB, chunk_tokens: int = CHUNK_TOKENS) -> Findings:
+    """Count and check the control ids of a stream, some millions of tokens at a time."""
+    findings = Findings(tokens=len(stream))
+    with tqdm(total=len(stream), desc="checking", unit="tok", unit_scale=True, delay=1, disable=None) as bar:
+        for offset, ids in whole_documents(stream, chunk_tokens):
+            _inspect_ids(ids, offset, n_vocab, findings)
+            if is_chat:
+                _inspect_messages(ids, offset, findings)
+                findings.targets += int(assistant_targets(ids).sum())
+            else:
+                findings.report("control token of a chat in a text", offset + np.flatnonzero(ids > ENDOFTEXT_ID))
+                findings.targets += len(ids)
+            bar.update(len(ids))
+    return findings
+
+
+def whole_documents(stream: TokenStream, chunk_tokens: int) -> Iterator[tuple[int, np.ndarray]]:
+    """(position, ids) of consecutive parts of the stream, each about `chunk_tokens` long and ending with a document."""
+    start, size = 0, chunk_tokens
+    while start < len(stream):
+        end = min(start + size, len(stream))
+        ids = stream.read(start, end)
+        if end < len(stream):
+            ends = np.flatnonzero(ids == ENDOFTEXT_ID)
+            if not len(ends):
+                size *= 2
+                if size > LONGEST_DOCUMENT_TOKENS:
+                    raise UserError(
+                        f"{stream.paths[0]} has no <|endoftext|> in {end - start:,} tokens from {start:,} on, so it is "
+                        "no file that the prepare scripts made; prepare the data again"
+                    )
+                continue
+            ids = ids[: ends[-1] + 1]
+        yield start, ids
+        start, size = start + len(ids), chunk_tokens
+
+
+def _inspect_ids(ids: np.ndarray, offset: int, n_vocab: int, findings: Findings) -> None:
+    """What holds for text and chat alike: ids of the vocabulary, documents that end and hold something."""
+    findings.report(f"id outside the vocabulary of {n_vocab}", offset + np.flatnonzero(ids >= n_vocab))
+    is_end = ids == ENDOFTEXT_ID
+    findings.documents += int(is_end.sum())
+    for spelling, token in SPECIAL_TOKENS.items():
+        findings.controls[spelling] += int((ids == token).sum())
+    findings.report("document without any token", offset + np.flatnonzero(is_end & np.append(True, is_end[:-1])))
+    if not is_end[-1]:
+        findings.report("last document without <|endoftext|>", np.array([offset + len(ids) - 1]))
+
+
+def _inspect_messages(ids: np.ndarray, offset: int, findings: Findings) -> None:
+    """What holds for whole conversations: messages open, name a role, close, and nothing stands between them."""
+    places = np.flatnonzero((ids >= ENDOFTEXT_ID) & (ids <= IM_END_ID))
+    kinds = ids[places]
+    previous_kinds = np.append(ENDOFTEXT_ID, kinds[:-1])
+    between = np.diff(places, prepend=-1) - 1  # tokens since the previous control token
+    before = ids[places - 1]  # at the first place this is the last id, and `between` is what counts there
+    in_message = previous_kinds == IM_START_ID
+
+    def report(problem: str, is_problem: np.ndarray) -> None:
+        findings.report(problem, offset + places[is_problem])
+
+    report("<|im_start|> before the last message was closed", (kinds == IM_START_ID) & in_message)
+    report("<|im_end|> without <|im_start|>", (kinds == IM_END_ID) & ~in_message)
+    report("message not closed before <|endoftext|>", (kinds == ENDOFTEXT_ID) & in_message)
+    follows_end = (previous_kinds == IM_END_ID) & (kinds != IM_END_ID)
+    report("no line end after <|im_end|>", follows_end & ((between != 1) | (before != LINE_END_ID)))
+    report("text outside messages", (previous_kinds == ENDOFTEXT_ID) & (between > 0))
+    if len(places) and kinds[-1] == IM_START_ID:
+        report("message not closed at the end", np.arange(len(places)) == len(places) - 1)
+    _inspect_roles(ids, places[kinds == IM_START_ID], offset, findings)
+
+
+def _inspect_roles(ids: np.ndarray, starts: np.ndarray, offset: int, findings: Findings) -> None:
+    """Count the messages of each role; `starts` are the places of `<|im_start|>`."""
+    padded = np.append(ids, [ENDOFTEXT_ID] * 4)
+    begins_with_line_end = _begins_with_line_end()
+    unknown = np.ones(len(starts), dtype=bool)
+    for role in ROLES:
+        role_ids = encode_text(role)
+        is_role = np.ones(len(starts), dtype=bool)
+        for place, token in enumerate(role_ids, 1):
+            is_role &= padded[starts + place] == token
+        # The line end after the role shares its token with line ends and spaces that the content begins with.
+        is_role &= begins_with_line_end[np.minimum(padded[starts + len(role_ids) + 1], N_VOCAB - 1)]
+        findings.messages[role] += int(is_role.sum())
+        unknown &= ~is_role
+    findings.report("message without a known role", offset + starts[unknown])
+
+
+@functools.cache
+def _begins_with_line_end() -> np.ndarray:
+    """For each id of the vocabulary whether its text begins with a line end, (N_VOCAB,) bool."""
+    enc = get_extended_tokenizer()
+    return np.array([enc.decode_single_token_bytes(token)[:1] == b"\n" for token in range(N_VOCAB)])
+
+
+def show_sample(ids: np.ndarray) -> str:
+    """The text of conversations with their targets green, or in [[ ]] where there are no colours."""
+    mask = assistant_targets(ids)
+    borders = np.flatnonzero(np.diff(mask)) + 1
+    opening, closing = ("\x1b[32m", "\x1b[0m") if shows_colour() else ("[[", "]]")
+    shown = []
+    for part in np.split(np.arange(len(ids)), borders):
+        text = _printable(ids[part])
+        shown.append(f"{opening}{text}{closing}" if len(part) and mask[part[0]] else text)
+    return "".join(shown)
+
+
+def _printable(ids: np.ndarray) -> str:
+    """Text of ids in which only line ends and printable characters are left as they are."""
+    known = [int(token) for token in ids if token < N_VOCAB]
+    text = get_extended_tokenizer().decode(known, errors="backslashreplace")
+    return "".join(c if c == "\n" or c.isprintable() else repr(c)[1:-1] for c in text)
+
+
+# --- the command ---
+
+
+def open_streams(options: CheckOptions) -> tuple[dict[str, TokenStream], dict]:
+    """The streams to check by their names, and what the .json says of them ({} where there is none)."""
+    if options.dataset:
+        return open_dataset(Path(options.data_dir), options.dataset)
+    path = Path(options.bin)
+    if not path.is_file():
+        found = prepared_datasets(path.parent) if path.parent.is_dir() else []
+        there = (
+            f"; prepared there: {', '.join(found)}" if found else "; prepare some with: python data/prepare-story.py"
+        )
+        raise UserError(f"{path} not found{there}")
+    name = re.fullmatch(r"(.+)-(train|val)(-\d{5})?\.bin", path.name)
+    if name and (path.parent / f"{name[1]}.json").is_file():
+        streams, facts = open_dataset(path.parent, name[1])
+        return {name[2]: streams[name[2]]}, facts
+    size = path.stat().st_size
+    if size == 0 or size % 2:
+        fault = "is empty" if size == 0 else f"has {size:,} bytes, an odd number, so it does not hold uint16 ids"
+        raise UserError(f"{path} {fault}; prepare the data again")
+    return {path.name: TokenStream([path])}, {}
+
+
+def print_findings(name: str, stream: TokenStream, findings: Findings, is_chat: bool) -> None:
+    """The counts of one stream and its problems."""
+    files = (
+        stream.paths[0].name if len(stream.paths) == 1 else f"{stream.paths[0].name} and {len(stream.paths) - 1} more"
+    )
+    print(f"\n{name}: {files}, {'chat' if is_chat else 'text'}")
+    print(f"  {'tokens':<19}{findings.tokens:>12,}")
+    print(f"  {'documents':<19}{findings.documents:>12,}")
+    for spelling, count in findings.controls.items():
+        print(f"  {spelling:<19}{count:>12,}")
+    if is_chat:
+        for role, count in findings.messages.items():
+            print(f"  {role + ' messages':<19}{count:>12,}")
+        print(f"  {'targets':<19}{findings.targets:>12,}  ({findings.targets / findings.tokens:.1%} of the tokens)")
+    for problem, count in findings.problems.items():
+        position = findings.first[problem]
+        near = stream.read(max(position - 3, 0), min(position + 4, len(stream)))
+        pieces = " ".join(token_text(int(token)) if token < N_VOCAB else f"<{token}>" for token in near)
+        print(f"  MALFORMED: {problem}: {count:,} times, first at token {position:,}: ... {pieces} ...")
+    if not findings.problems:
+        print("  every control token is well formed")
+
+
+def disagreements(findings: Findings, facts: dict, split: str) -> list[str]:
+    """Where the .json beside the file says otherwise than the file."""
+    described = facts.get("splits", {}).get(split, {})
+    return [
+        f"{facts['name']}.json says {described[what]:,} {what}, the file holds {getattr(findings, what):,}"
+        for what in ("tokens", "documents")
+        if described.get(what, getattr(findings, what)) != getattr(findings, what)
+    ]
+
+
+def main() -> int:
+    options = parse_options(CheckOptions, __doc__)
+    for check in TOKENIZER_CHECKS:
+        check()
+        print(f"ok  {check.__doc__}")
+    if not (options.bin or options.dataset):
+        print("give a .bin file or --dataset NAME to check prepared data too")
+        return 0
+    n_problems = 0
+    streams, facts = open_streams(options)
+    for name, stream in streams.items():
+        head = stream.read(0, min(len(stream), CHUNK_TOKENS))
+        is_chat = facts["format"] == "chat" if facts else bool((head == IM_START_ID).any())
+        findings = inspect(stream, is_chat, facts.get("n_vocab", N_VOCAB))
+        print_findings(name, stream, findings, is_chat)
+        disagreeing = disagreements(findings, facts, name)
+        print("".join(f"  MALFORMED: {sentence}\n" for sentence in disagreeing), end="")
+        n_problems += len(findings.problems) + len(disagreeing)
+        if is_chat and options.sample:
+            print(f"\n{show_sample(head[: options.sample])}")
+    return 1 if n_problems else 0
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,46 @@
+"""Hold a short fixed conversation with a chat model and show both sides; the end of `make demo`.
+
+    python testing_tools/scripted_chat.py models/chitchat600.pt "Hello!" "My name is Priya." "What is my name?"
+
+Expect a line for each side of each exchange. Replies take the likeliest token, so a model always says the same.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from generation.chat import ChatSession
+from runtime import choose_device, choose_dtype, keep_freed_memory, option, parse_options, run_script
+from setup_tokenizer import ENDOFTEXT_ID, IM_END_ID, IM_START_ID
+
+LINES = ("Hello!", "My name is Priya.", "How are you today?", "What is my name?", "Thank you!", "Goodbye!")
+
+
+@dataclasses.dataclass(frozen=True)
+class ScriptedChatOptions:
+    checkpoint: str = option("models/chitchat600.pt", "chat model to talk to", positional=True)
+    lines: tuple[str, ...] = option(LINES, "what the user says, a line an argument", positional=True, nargs="*")
+    device: str = option("cpu", "device to run on")
+
+
+def main() -> None:
+    options = parse_options(ScriptedChatOptions, __doc__)
+    keep_freed_memory()
+    from checkpoint import load_model
+    from generation.engine import Settings, TextEngine
+
+    device = choose_device(options.device)
+    model, _ = load_model(options.checkpoint, device, choose_dtype(None, device))
+    settings = Settings(temperature=0, stop_ids=(IM_END_ID, IM_START_ID, ENDOFTEXT_ID))
+    session = ChatSession(TextEngine(model, settings))
+    for line in options.lines or LINES:
+        print(f"you:  {line}")
+        print(f"jojo: {''.join(session.reply(line))}", flush=True)
+
+
+if __name__ == "__main__":
+    run_script(main)

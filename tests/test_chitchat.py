@@ -1,0 +1,362 @@
+"""The chitchat generator (data/chitchat.py) and the judge of what it taught (testing_tools/chat_eval.py)."""
+
+import importlib.util
+import itertools
+import json
+import os
+import random
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from setup_tokenizer import IM_END, IM_END_ID, encode_chat, encode_text
+
+PROJECT = Path(__file__).resolve().parent.parent
+
+
+def load_module(path: str):
+    """A module of the project that lies in a folder without a package."""
+    name = Path(path).stem
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(name, PROJECT / path)
+        sys.modules[name] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules[name])
+    return sys.modules[name]
+
+
+chitchat = load_module("data/chitchat.py")
+chat_eval = load_module("testing_tools/chat_eval.py")
+
+
+@pytest.fixture(scope="module")
+def conversations():
+    return list(chitchat.generate(20_000))
+
+
+@pytest.fixture(scope="module")
+def questions():
+    return chat_eval.load_questions()
+
+
+def normalised(text: str) -> str:
+    return " ".join(re.findall(r"\w+", text.lower().replace("'", "").replace("’", "")))
+
+
+def user_templates():
+    """Every template that a user's line is made from."""
+    phrases = chitchat.load_phrases()
+    for topic in phrases["topics"].values():
+        for script in topic:
+            yield from itertools.chain.from_iterable(script["lines"][::2])
+    for script in (*phrases["facts"].values(), *phrases["introductions"]):
+        yield from (*script["tell"], *script.get("ask", ()))
+
+
+def all_templates():
+    phrases = chitchat.load_phrases()
+    yield from user_templates()
+    yield from (*phrases["system"], *phrases["system_with_name"])
+    for topic in phrases["topics"].values():
+        for script in topic:
+            yield from itertools.chain.from_iterable(script["lines"][1::2])
+    for script in (*phrases["facts"].values(), *phrases["introductions"]):
+        yield from (*script["reply"], *script.get("answer", ()), *script.get("unknown", ()))
+
+
+def template_pattern(parts: tuple, names: str) -> str:
+    """A regular expression for all texts of a parsed template, squeezed; `names` is the one for a name."""
+    pattern = ""
+    for part in parts:
+        if isinstance(part, list):
+            pattern += "(?:" + "|".join(template_pattern(inner, names) for inner in part) + ")"
+            continue
+        for piece in re.split(r"(\{\w+\})", part):
+            if piece.startswith("{"):
+                values = chitchat.load_phrases()["values"].get(piece[1:-1])  # None for a name, or several
+                pattern += f"(?:{'|'.join(map(squeezed, values)) if values else names})"
+            else:
+                pattern += squeezed(piece)
+    return pattern
+
+
+def squeezed(text: str) -> str:
+    return normalised(text).replace(" ", "")
+
+
+# --- the generator ---
+
+
+def test_conversations_are_many_distinct_short_and_well_formed(conversations):
+    texts = {tuple(message["content"] for message in conversation) for conversation in conversations}
+    assert len(texts) == len(conversations) == 20_000
+    lengths = [len(encode_chat(conversation, end_of_conversation=True)) for conversation in conversations]
+    assert sum(lengths) >= 1_500_000
+    assert max(lengths) < 250
+    for conversation in conversations:
+        roles = [message["role"] for message in conversation]
+        turns = roles[1:] if roles[0] == "system" else roles
+        assert turns == ["user", "assistant"] * (len(turns) // 2) and turns
+        for message in conversation:
+            assert message["content"] == message["content"].strip() != ""
+            assert not re.search(r"[{}<>\[\]|()\\](?!$)|  ", message["content"].removesuffix(":)").removesuffix(":-)"))
+
+
+def test_the_seed_decides_everything(conversations):
+    assert list(chitchat.generate(50)) == conversations[:50]
+    assert list(chitchat.generate(50, seed=7)) != conversations[:50]
+
+
+def test_the_assistant_repeats_the_name_it_was_told(conversations):
+    recalled = 0
+    for conversation in conversations:
+        before = ""
+        for message in conversation:
+            if message["role"] == "assistant" and (match := re.fullmatch(r"Your name is (.+)\.", message["content"])):
+                assert re.search(rf"(?<!\w){re.escape(match[1])}(?!\w)", before)
+                recalled += 1
+            before += message["content"] + "\n"
+    assert recalled > len(conversations) / 3
+
+
+def test_a_name_that_nobody_gave_is_not_known(conversations):
+    for conversation in conversations:
+        for index, message in enumerate(conversation):
+            if message["content"] == "You have not told me your name yet.":
+                earlier = [line["content"] for line in conversation[:index] if line["role"] == "assistant"]
+                assert not any(text.startswith(("Your name is", "Nice to meet you,")) for text in earlier)
+
+
+def test_names_are_many_and_mostly_not_to_be_known_by_heart(conversations):
+    told = [re.findall(r"Your name is (\w+)", message["content"]) for talk in conversations for message in talk]
+    assert len(set(itertools.chain.from_iterable(told))) > 4_000
+    assert len(chitchat.real_names()) > 1_000
+    assert not any(" " in name for name in (*chitchat.real_names(), *chitchat.made_up_names()))
+
+
+def test_every_template_expands_to_plain_text():
+    for template in all_templates():
+        for seed in range(5):
+            text = chitchat.expand(chitchat.parse_template(template), random.Random(seed))
+            assert not re.search(r"[<>\[\]()|]|  |^ | $|\?\S", text), (template, text)
+            assert text
+
+
+def test_slots_of_templates_are_known():
+    phrases = chitchat.load_phrases()
+    slots = {slot for template in all_templates() for slot in re.findall(r"\{(\w+)\}", template)}
+    assert slots == {*phrases["values"], *chitchat.LISTS, "name", "pet_name", "relative_name"}
+
+
+@pytest.mark.parametrize("template", ["(a", "a)", "[a|b", "(a]"])
+def test_unbalanced_brackets_are_named(template):
+    with pytest.raises(ValueError, match="bracket"):
+        chitchat.parse_template(template)
+
+
+def test_typing_changes_no_value():
+    rng = random.Random(1)
+    for _ in range(2_000):
+        assert chitchat.type_like_a_person("hello there, my name is {name}", rng).count("{name}") == 1
+
+
+# --- the questions are new to the model ---
+
+
+def test_no_opener_is_ever_emitted(questions, conversations):
+    """By the templates' grammar, with any filler before and after; and by looking at what was emitted."""
+    phrases = chitchat.load_phrases()
+    before, after = ("|".join(map(squeezed, phrases["noise"][place])) for place in ("before", "after"))
+    openers = chat_eval.openers(questions)
+    opener_words = {word for _, opener, _ in openers for word in chitchat.words_of(opener)}
+    all_names = {name.lower() for name in (*chitchat.real_names(), *chitchat.made_up_names())}
+    names = "|".join(["priya", *(all_names & opener_words)])  # no other name can stand in an opener
+    lines = "|".join({template_pattern(chitchat.parse_template(template), names) for template in user_templates()})
+    grammar = re.compile(f"(?:{before})?(?:{lines})(?:{after})?")
+    assert grammar.fullmatch(squeezed("Oh, what's your favorite color?"))
+    assert grammar.fullmatch(squeezed("I am Priya and I live in New York, haha"))
+    assert not grammar.fullmatch(squeezed("Hello there, I live in New York"))
+    emitted = {squeezed(message["content"]) for talk in conversations for message in talk}
+    for category, opener, _ in openers:
+        assert squeezed(opener) not in emitted, (category, opener)
+        assert not grammar.fullmatch(squeezed(opener)), (category, opener)
+
+
+def test_no_test_name_is_ever_emitted(questions, conversations):
+    possible = {name.lower() for name in (*chitchat.real_names(), *chitchat.made_up_names())}
+    phrase_words = set(chitchat.words_of(chitchat.PHRASES_FILE.read_text(encoding="utf-8")))
+    emitted = {word for talk in conversations for message in talk for word in chitchat.words_of(message["content"])}
+    assert len(set(questions["names"])) == 50
+    for name in questions["names"]:
+        assert name.lower() not in possible | phrase_words | emitted, name
+        assert len(encode_text(f" {name}")) > 1, name  # a token never trained on could not be said at all
+
+
+def test_there_are_ten_openers_of_each_kind(questions):
+    counts = [len(group["questions"]) for group in questions["openers"].values()]
+    assert counts == [10, 10, 10, 10]
+    assert len({opener for _, opener, _ in chat_eval.openers(questions)}) == 40
+
+
+# --- the judge ---
+
+GOOD = {
+    "greeting": "Hello! How can I help you today?",
+    "thanks": "You're welcome! I'm happy to help.",
+    "farewell": "Goodbye! Take care!",
+    "how_are_you": "I'm doing well, thank you! How are you?",
+}
+
+
+class FakeAssistant:
+    """An assistant who gives fixed replies by kind of opener and remembers names."""
+
+    def __init__(self, questions, replies, name_reply="Your name is {name}."):
+        self.kinds = {opener: category for category, opener, _ in chat_eval.openers(questions)}
+        self.names = {introduction: name for name, introduction in chat_eval.name_tries(questions)}
+        self.replies, self.name_reply = replies, name_reply
+
+    def __call__(self, messages):
+        first = messages[0]["content"]
+        if first in self.kinds:
+            return self.replies[self.kinds[first]] + IM_END
+        if len(messages) == 1:
+            return f"Nice to meet you, {self.names[first]}!{IM_END}"
+        assert [message["role"] for message in messages] == ["user", "assistant", "user"]
+        return self.name_reply.format(name=self.names[first]) + IM_END
+
+
+def test_a_perfect_assistant_gets_full_marks(questions):
+    table = chat_eval.scores(chat_eval.evaluate(FakeAssistant(questions, GOOD), questions))
+    assert table["openers"] == {"right": 40, "asked": 40}
+    assert table["names"] == {"right": 50, "asked": 50}
+
+
+def test_every_line_of_the_generator_that_fits_is_accepted(questions):
+    """What the data teaches must be able to win: each reply to a greeting, thanks, ... is judged as fitting."""
+    known = chitchat.assistant_words()
+    for category, group in questions["openers"].items():
+        for script in chitchat.load_phrases()["topics"][category]:
+            for template in script["lines"][1]:
+                if "{name}" not in template:
+                    reply = template + IM_END
+                    assert not chat_eval.opener_fault(reply, group["fits"], group["never"], known), reply
+
+
+def test_a_reply_of_another_kind_never_fits(questions):
+    for right, wrong in itertools.permutations(GOOD, 2):
+        if (right, wrong) == ("greeting", "how_are_you"):
+            continue  # tested below: it needs the greeting's own words
+        group = questions["openers"][right]
+        fault = chat_eval.opener_fault(GOOD[wrong] + IM_END, group["fits"], group["never"], chitchat.assistant_words())
+        assert fault, (right, wrong)
+
+
+@pytest.mark.parametrize(
+    ("reply", "fault"),
+    [
+        ("Hello! How are you?", "not ended"),
+        (IM_END, "empty"),
+        ("Hello, Zorba!" + IM_END, "unexpected word 'zorba'"),
+        ("Hello hello hello" + IM_END, "three times"),
+        ("I'm doing well, thank you!" + IM_END, "another kind"),
+        ("Hello! I helo you" + IM_END, "unexpected word 'helo'"),
+        ("Hello.\nHow are you?" + IM_END, "more than one line"),
+        ("Hello! Goodbye!" + IM_END, "unfitting"),
+    ],
+)
+def test_faults_of_a_greeting(questions, reply, fault):
+    group = questions["openers"]["greeting"]
+    found = chat_eval.opener_fault(reply, group["fits"], group["never"], chitchat.assistant_words())
+    assert fault in found
+
+
+def test_the_time_of_day_must_agree(questions):
+    answers = chat_eval.evaluate(FakeAssistant(questions, {**GOOD, "greeting": "Good morning!"}), questions)
+    faults = {answer.question: answer.fault for answer in answers if answer.category == "greeting"}
+    assert faults["A very good morning to you"] is None
+    assert faults["Good evening, dear Jojo, here I am"]
+
+
+@pytest.mark.parametrize(
+    "reply", ["Your name is Petra", "Your name is Pet.", "Your name is Petras.", "Your name is petra."]
+)
+def test_only_exactly_that_name_counts(reply):
+    ended = reply if reply.endswith("Petra") else reply + IM_END
+    assert chat_eval.name_fault(ended, "Petra")
+    assert chat_eval.name_fault(f"Your name is Petra.{IM_END}", "Petra") is None
+
+
+def test_forgotten_names_lower_the_score(questions):
+    assistant = FakeAssistant(questions, GOOD, name_reply="You have not told me your name yet.")
+    table = chat_eval.scores(chat_eval.evaluate(assistant, questions))
+    assert table["names"] == {"right": 0, "asked": 50}
+
+
+# --- the scripts ---
+
+
+def run_script(path, *arguments, cwd):
+    command = [sys.executable, str(PROJECT / path), *map(str, arguments)]
+    one_thread = {**os.environ, "OMP_NUM_THREADS": "1"}  # threads that wait for a busy core spin
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=120, env=one_thread)
+
+
+def test_prepare_chitchat_writes_the_same_bytes_again(tmp_path):
+    for folder in ("one", "two"):
+        result = run_script("data/prepare-chitchat.py", "--conversations", 400, "--output_dir", folder, cwd=tmp_path)
+        assert result.returncode == 0, result.stderr
+        assert result.stdout.count("licence: MIT") == 1
+        assert "<|im_start|>assistant" in result.stdout
+    files = [f"chitchat-{split}.{kind}" for split in ("train", "val") for kind in ("bin", "jsonl")]
+    for file in (*files, "chitchat.json"):
+        assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "two" / file).read_bytes()
+    description = json.loads((tmp_path / "one/chitchat.json").read_text())
+    documents = {}
+    for split in ("train", "val"):
+        lines = (tmp_path / f"one/chitchat-{split}.jsonl").read_text(encoding="utf-8").splitlines()
+        ids = [encode_chat(json.loads(line)["messages"], end_of_conversation=True) for line in lines]
+        stored = np.fromfile(tmp_path / f"one/chitchat-{split}.bin", dtype="<u2")
+        assert stored.tolist() == list(itertools.chain.from_iterable(ids))
+        assert description["splits"][split]["tokens"] == len(stored)
+        documents[split] = set(lines)
+    assert len(documents["train"]) + len(documents["val"]) == 400
+    assert not documents["train"] & documents["val"]
+
+
+def test_prepare_chitchat_refuses_input_in_one_sentence(tmp_path):
+    result = run_script("data/prepare-chitchat.py", "--input", "mine.txt", "--output_dir", "out", cwd=tmp_path)
+    assert result.returncode == 1
+    assert "prepare_with_extended_tokenizer.py" in result.stderr and "Traceback" not in result.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_chat_eval_questions_a_checkpoint(tmp_path):
+    """A model that only ever says nothing is asked everything, gets no point, and that is no error."""
+    import torch
+
+    from checkpoint import save_checkpoint
+    from model import GPT, GPTConfig
+
+    model = GPT(GPTConfig(block_size=128, n_layer=1, n_head=1, n_embd=16))
+    with torch.no_grad():
+        model.ln_f.bias.fill_(1.0)
+        model.wte.weight[IM_END_ID].fill_(1.0)  # the last layer's output now points to <|im_end|>, always
+    save_checkpoint(tmp_path / "model.pt", model, {"dataset": "chitchat", "format": "chat"})
+    result = run_script(
+        "testing_tools/chat_eval.py", "model.pt", "--device", "cpu", "--json", "scores.json", cwd=tmp_path
+    )
+    assert result.returncode == 0, result.stderr
+    content = json.loads((tmp_path / "scores.json").read_text(encoding="utf-8"))
+    assert content["scores"]["names"] == {"right": 0, "asked": 50}
+    assert content["scores"]["openers"] == {"right": 0, "asked": 40}
+    assert [answer["fault"] for answer in content["answers"]] == ["empty"] * 90
+    assert "names remembered: 0 of 50" in result.stdout
+
+
+def test_chat_eval_without_a_checkpoint_says_what_to_run(tmp_path):
+    result = run_script("testing_tools/chat_eval.py", "none.pt", "--device", "cpu", cwd=tmp_path)
+    assert result.returncode == 1 and "not found" in result.stderr and "Traceback" not in result.stderr

@@ -1,0 +1,317 @@
+"""evaluate.py against brute force: every id once, with the context it should have, and honest comparisons."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import evaluate
+from checkpoint import save_checkpoint
+from evaluate import EvaluateOptions, measure, paired_bootstrap, read_split, score, windows
+from files import sha256_file
+from generation import stories
+from model import GPT, GPTConfig
+from runtime import UserError
+from setup_tokenizer import ENDOFTEXT_ID, encode_chat, encode_document, encode_text
+from training.batches import assistant_targets, open_dataset
+
+BLOCK_SIZE = 16
+DOCUMENTS = [
+    "Once upon a time there was a na\u00efve \U0001f600 fox. It ran and ran and ran.",
+    "A cat sat.",
+    "The end of the day came, and <|im_end|> was only text.\n\n",
+]
+CONVERSATIONS = [
+    [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "Hi! Who are you, and what do you like to do all day long?"},
+        {"role": "assistant", "content": "I am Jojo \U0001f600 and I like stories about small cats."},
+    ],
+    [{"role": "user", "content": "\n\nHm"}, {"role": "assistant", "content": "<|im_end|> is text"}],
+    [{"role": "user", "content": ""}, {"role": "assistant", "content": "Hello, Ana!"}],
+]
+
+
+def write_dataset(folder: Path, name: str, documents: list, shards: int = 1, **facts) -> Path:
+    """A prepared data set whose two splits hold the same documents."""
+    is_chat = not isinstance(documents[0], str)
+    encoded = [encode_chat(d, end_of_conversation=True) if is_chat else encode_document(d) for d in documents]
+    ids = np.array([i for document in encoded for i in document], dtype="<u2")
+    splits = {}
+    for split in ("train", "val"):
+        paths = [folder / f"{name}-{split}{f'-{n:05d}' if shards > 1 else ''}.bin" for n in range(shards)]
+        for path, part in zip(paths, np.array_split(ids, shards), strict=True):
+            part.tofile(path)
+        files = [{"file": path.name, "tokens": path.stat().st_size // 2, "sha256": sha256_file(path)} for path in paths]
+        splits[split] = {"documents": len(documents), "tokens": len(ids), "files": files}
+    content = {"name": name, "format": "chat" if is_chat else "text", "tokenizer": "gpt2_chatml", "n_vocab": 50259}
+    (folder / f"{name}.json").write_text(json.dumps({**content, "splits": splits, **facts}))
+    return folder
+
+
+def tiny_model(seed: int = 0, **settings) -> GPT:
+    torch.manual_seed(seed)
+    config = GPTConfig(**{"block_size": BLOCK_SIZE, "n_layer": 2, "n_head": 2, "n_embd": 32, **settings})
+    model = GPT(config).eval().requires_grad_(False)
+    for weight in model.parameters():  # far from uniform, so that each id of context matters
+        weight.mul_(5)
+    return model
+
+
+def write_checkpoint(path: Path, model: GPT, dataset: str, **info) -> str:
+    tokenizer = {"name": "gpt2_chatml", "n_vocab": 50259}
+    save_checkpoint(path, model, {"dataset": dataset, "format": "text", "tokenizer": tokenizer, "config": {}, **info})
+    return str(path)
+
+
+def val_split(folder: Path, name: str, limit: int | None = None):
+    streams, facts = open_dataset(folder, name)
+    return read_split(name, streams["val"], facts["format"] == "chat", limit)
+
+
+def brute_force(model: GPT, context_start: int, ids: list[int], place: int) -> tuple[float, bool]:
+    """Loss and correctness of one id from one forward pass over exactly its context."""
+    logits = model(torch.tensor([ids[context_start:place]]))[0][0, -1, : model.config.n_vocab].double()
+    return -logits.log_softmax(-1)[ids[place]].item(), int(logits.argmax()) == ids[place]
+
+
+def context_start(span_start: int, place: int, stride: int) -> int:
+    """Where the context of `place` begins: the first window, starting every `stride`, that reaches to it."""
+    window = max(0, math.ceil((place - span_start - BLOCK_SIZE + 1) / stride))
+    return span_start + window * stride - 1
+
+
+@pytest.mark.parametrize("stride", [1, 5, 8, BLOCK_SIZE])
+@pytest.mark.parametrize("shards", [1, 3])
+def test_text_is_scored_as_brute_force_does(tmp_path, stride, shards):
+    write_dataset(tmp_path, "story", DOCUMENTS, shards)
+    split, model = val_split(tmp_path, "story"), tiny_model()
+    losses, is_right = score(model, split, stride, batch_size=3)
+    ids = [ENDOFTEXT_ID, *(i for document in DOCUMENTS for i in encode_document(document))]
+    expected = [brute_force(model, context_start(1, place, stride), ids, place) for place in range(1, len(ids))]
+    assert math.isnan(losses[0])
+    np.testing.assert_allclose(losses[1:], [loss for loss, _ in expected], atol=2e-4)
+    assert is_right[1:].tolist() == [right for _, right in expected]
+    numbers = evaluate.summarise(split, "all", losses, is_right)
+    nats = math.fsum(loss for loss, _ in expected)
+    text_bytes = sum(len(document.encode()) for document in DOCUMENTS)
+    assert numbers["tokens"] == len(ids) - 1 and numbers["text_bytes"] == text_bytes
+    assert numbers["loss"] == pytest.approx(nats / (len(ids) - 1), abs=1e-4)
+    assert numbers["perplexity"] == pytest.approx(math.exp(nats / (len(ids) - 1)), rel=1e-3)
+    assert numbers["bits_per_byte"] == pytest.approx(nats / math.log(2) / text_bytes, rel=1e-4)
+
+
+def test_each_conversation_is_scored_alone(tmp_path):
+    write_dataset(tmp_path, "chat", CONVERSATIONS)
+    split, model, stride = val_split(tmp_path, "chat"), tiny_model(), 4
+    losses, is_right = score(model, split, stride, batch_size=2)
+    expected, said, place = [], [], 1
+    for conversation in CONVERSATIONS:
+        ids = encode_chat(conversation, end_of_conversation=True)
+        assert len(ids) > BLOCK_SIZE or conversation is not CONVERSATIONS[0]
+        assert math.isnan(losses[place])  # <|im_start|> is given
+        expected += [brute_force(model, context_start(1, n, stride), ids, n)[0] for n in range(1, len(ids))]
+        said += assistant_targets(np.array(ids))[1:].tolist()
+        place += len(ids)
+    scored = losses[~np.isnan(losses)]
+    np.testing.assert_allclose(scored, expected, atol=2e-4)
+    everything, assistant = (evaluate.summarise(split, scope, losses, is_right) for scope in ("all", "assistant"))
+    contents = [(m["role"], len(m["content"].encode())) for c in CONVERSATIONS for m in c]
+    assert everything["text_bytes"] == sum(size for _, size in contents)
+    assert assistant["text_bytes"] == sum(size for role, size in contents if role == "assistant")
+    assert everything["loss"] == pytest.approx(np.mean(expected), abs=1e-4)
+    assert assistant["tokens"] == sum(said)
+    assert assistant["loss"] == pytest.approx(np.mean(np.array(expected)[said]), abs=1e-4)
+
+
+def test_chat_is_not_influenced_by_its_neighbours(tmp_path):
+    alone = write_dataset(tmp_path, "alone", CONVERSATIONS[1:2])
+    write_dataset(tmp_path, "all", CONVERSATIONS)
+    model = tiny_model()
+    first, _ = score(model, val_split(alone, "alone"), 8)
+    second, _ = score(model, val_split(tmp_path, "all"), 8)
+    start = len(encode_chat(CONVERSATIONS[0], end_of_conversation=True))
+    np.testing.assert_allclose(second[start + 2 : start + len(first)], first[2:], atol=1e-5)
+
+
+@pytest.mark.parametrize("length", [1, 7, 8, 9, 30, 31])
+@pytest.mark.parametrize("stride", [1, 3, 8])
+def test_windows_score_each_place_once_with_enough_context(length, stride):
+    scored = []
+    for begin, stop, first in windows(5, 5 + length, 8, stride):
+        assert stop - begin <= 8
+        assert begin == 5 or first - begin >= 8 - stride
+        scored += range(first, stop)
+    assert scored == list(range(5, 5 + length))
+
+
+def test_the_prepared_bytes_are_the_counted_ones(tmp_path):
+    """What the preparation writes into the .json and what evaluate.py counts from the ids is the same number."""
+    import corpus
+
+    for name, documents in (("story", DOCUMENTS * 30), ("chat", CONVERSATIONS * 30)):
+        kind = "text" if name == "story" else "chat"
+        options = corpus.PrepareOptions(output_dir=str(tmp_path), workers=1)
+        numbered = [f"{n} {d}" for n, d in enumerate(documents)]
+        if kind == "chat":
+            numbered = [[{**m, "content": f"{m['content']} {n}"} for m in d] for n, d in enumerate(documents)]
+        facts = corpus.prepare(
+            corpus.Dataset(name, kind, "the test", "none"), options, iter(numbered[10:]), iter(numbered[:10])
+        )
+        assert val_split(tmp_path, name).counted["all"][1] == facts["splits"]["val"]["text_bytes"]
+
+
+def test_limit_takes_the_beginning_and_whole_conversations(tmp_path):
+    write_dataset(tmp_path, "story", DOCUMENTS)
+    write_dataset(tmp_path, "chat", CONVERSATIONS)
+    assert len(val_split(tmp_path, "story", 7).ids) == 1 + 7
+    lengths = [len(encode_chat(conversation, end_of_conversation=True)) for conversation in CONVERSATIONS]
+    assert len(val_split(tmp_path, "chat", sum(lengths[:2]) + 3).ids) == 1 + sum(lengths[:2])
+    with pytest.raises(UserError, match="--limit 5"):
+        val_split(tmp_path, "chat", 5)
+
+
+def test_the_bootstrap_sees_a_real_difference_and_no_false_one(tmp_path):
+    documents = [f"{word} story number {n}." for n in range(30) for word in ("A", "The", "One")]
+    split = val_split(write_dataset(tmp_path, "story", documents), "story")
+    rng = np.random.default_rng(1)
+    first = rng.normal(3, 1, len(split.ids)).astype(np.float32)
+    noise = rng.normal(0, 1, len(split.ids)).astype(np.float32)
+    noise -= noise[1:].mean()
+    same, better = (paired_bootstrap(split, "all", first, first + shift + noise) for shift in (0.0, -0.5))
+    assert not same["excludes_zero"] and same["interval"][0] < 0 < same["interval"][1]
+    assert better["excludes_zero"] and better["interval"][1] < 0
+    assert better["difference"] == pytest.approx(-0.5, abs=1e-3)
+    assert same["units"] == "90 documents"
+    # Against the textbook's standard error of a mean of independent values.
+    error = 1.96 / math.sqrt(len(split.ids) - 1)
+    assert (same["interval"][1] - same["interval"][0]) / 2 == pytest.approx(error, rel=0.25)
+    assert better == paired_bootstrap(split, "all", first, first - np.float32(0.5) + noise)
+
+
+def test_few_documents_are_resampled_in_blocks(tmp_path):
+    split = val_split(write_dataset(tmp_path, "book", ["word " * 2600]), "book")
+    bootstrap = paired_bootstrap(split, "all", np.ones(len(split.ids)), np.ones(len(split.ids)))
+    assert bootstrap["units"] == "11 blocks of 256 ids" and not bootstrap["excludes_zero"]
+    short = val_split(write_dataset(tmp_path, "short", ["A word. " * 600]), "short")
+    assert paired_bootstrap(short, "all", np.ones(len(short.ids)), np.ones(len(short.ids))) is None
+
+
+def test_two_checkpoints_on_their_own_data_sets(tmp_path, capsys, monkeypatch):
+    write_dataset(tmp_path, "story", [f"Story {n}." for n in range(50)])
+    write_dataset(tmp_path, "chat", [[*CONVERSATIONS[2], {"role": "user", "content": str(n)}] for n in range(50)])
+    one = write_checkpoint(tmp_path / "one.pt", tiny_model(), "story")
+    two = write_checkpoint(tmp_path / "two.pt", tiny_model(1, block_size=12), "chat")
+    out = tmp_path / "report.json"
+    arguments = [one, two, "--data_dir", str(tmp_path), "--device", "cpu", "--dtype", "float32", "--json", str(out)]
+    monkeypatch.setattr("sys.argv", ["evaluate.py", *arguments])
+    evaluate.main()
+    report, printed = json.loads(out.read_text()), capsys.readouterr().out
+    assert list(report["datasets"]) == ["story", "chat"]
+    for name, scopes in (("story", ["all"]), ("chat", ["all", "assistant"])):
+        results = report["datasets"][name]["results"]
+        assert [(r["checkpoint"], r["block_size"], r["stride"]) for r in results] == [(one, 16, 8), (two, 12, 6)]
+        for comparison, scope in zip(report["datasets"][name]["comparisons"], scopes, strict=True):
+            assert comparison["scope"] == scope and comparison["baseline"] == one
+            difference = results[1][scope]["loss"] - results[0][scope]["loss"]
+            assert comparison["bootstrap"]["difference"] == pytest.approx(difference, abs=1e-5)
+            assert f"loss {comparison['bootstrap']['difference']:+.4f}, 95 % interval" in printed
+        assert f"{results[0]['all']['loss']:.4f}" in printed
+    options = EvaluateOptions((one, two), data_dir=str(tmp_path), device="cpu", dtype="float32")
+    again = measure(options)
+    for name in ("story", "chat"):
+        assert again["datasets"][name]["comparisons"] == report["datasets"][name]["comparisons"]
+
+
+@pytest.mark.parametrize(
+    ("model", "info", "settings", "words"),
+    [
+        ({}, {"dataset": "nowhere"}, {}, "nowhere-train.bin not found; run: "),
+        ({}, {"dataset": "unknown"}, {}, "name a data set with --dataset"),
+        ({}, {"tokenizer": {"name": "char"}}, {}, "uses the tokenizer char"),
+        ({"n_vocab": 50257, "vocab_size": 50257}, {"dataset": "chat"}, {}, "the model has 50257 ids"),
+        ({}, {}, {"stride": BLOCK_SIZE + 1}, "is more than the block size 16"),
+    ],
+)
+def test_what_cannot_be_measured_is_said_in_a_sentence(tmp_path, model, info, settings, words):
+    write_dataset(tmp_path, "story", DOCUMENTS)
+    write_dataset(tmp_path, "chat", CONVERSATIONS)
+    path = write_checkpoint(tmp_path / "x.pt", tiny_model(**model), **{"dataset": "story", **info})
+    with pytest.raises(UserError, match=words):
+        measure(EvaluateOptions((path,), data_dir=str(tmp_path), device="cpu", **settings))
+
+
+def test_a_broken_model_is_refused_and_changed_data_is_mentioned(tmp_path, capsys):
+    write_dataset(tmp_path, "story", DOCUMENTS)
+    _, facts = open_dataset(tmp_path, "story")
+    model = tiny_model()
+    model.wte.weight[11] = math.nan
+    path = write_checkpoint(tmp_path / "x.pt", model, "story", data=facts)
+    write_dataset(tmp_path, "story", DOCUMENTS[::-1])
+    with pytest.raises(UserError, match="not finite"):
+        measure(EvaluateOptions((path,), data_dir=str(tmp_path), device="cpu", dtype="float32"))
+    assert "story has changed since" in capsys.readouterr().out
+
+
+def test_copied_runs_are_found_wherever_they_stand(tmp_path, monkeypatch):
+    rng = np.random.default_rng(0)
+    ids = rng.integers(0, 50, 1000).astype("<u2")
+    for n, part in enumerate(np.split(ids, [333, 340])):  # the second shard is shorter than a run
+        part.tofile(tmp_path / f"x-{n}.bin")
+    stream = stories.TokenStream([tmp_path / f"x-{n}.bin" for n in range(3)])
+    monkeypatch.setattr(stories, "SCAN_CHUNK", 100)
+    present = {tuple(ids[start : start + 8].tolist()) for start in (0, 95, 99, 100, 330, 335, 992)}
+    absent = {tuple((ids[start : start + 8] + 100).tolist()) for start in range(10)}
+    absent.add((*ids[5:12].tolist(), 49 - int(ids[12])))
+    everything = set(stories.ngrams(ids.tolist(), 8))
+    assert present <= everything and not absent & everything
+    assert stories.found_in(stream, present | absent, 8) == present
+    assert stories.found_in(stream, everything, 8) == everything
+    assert stories.found_in(stream, set(), 8) == set()
+
+
+def test_variety_and_repetition_are_the_published_counts():
+    assert stories.distinct([[1, 2, 1, 2], [1, 2]], 1) == 2 / 6
+    assert stories.distinct([[1, 2, 1, 2], [1, 2]], 2) == 2 / 4  # (1, 2) three times, (2, 1)
+    assert stories.repetition([[1] * 7, [1, 2, 3, 4, 5]], 4) == (0.75 + 0) / 2
+    assert stories.repetition([[1]], 4) == 0 and stories.distinct([], 2) == 0
+
+
+def test_a_model_that_recites_is_told_from_one_that_does_not(tmp_path):
+    recited = encode_text("The fox went home and the bear went home and the cat stayed where it was all night.")
+    folder = write_dataset(
+        tmp_path,
+        "story",
+        [*DOCUMENTS, "The fox went home and the bear went home and the cat stayed where it was all night."],
+    )
+    streams, _ = open_dataset(folder, "story")
+    judged = stories.judge_stories([recited, recited], streams)
+    assert judged["copied_8"] == 1 and judged["copied_8_of_real_text"] == 1  # train and val are the same here
+    assert judged["distinct_1"] < 0.5 and judged["tokens"] == 2 * len(recited)
+    assert stories.judge_stories([recited[::-1]], streams)["copied_8"] == 0
+    assert stories.judge_stories([[], []], streams)["copied_8"] == 0
+
+
+def test_samples_are_the_models_own_and_repeat_themselves(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(stories, "STORY_TOKENS", 12)
+    write_dataset(tmp_path, "story", DOCUMENTS)
+    path = write_checkpoint(tmp_path / "x.pt", tiny_model(block_size=64), "story")
+    options = EvaluateOptions((path,), data_dir=str(tmp_path), device="cpu", dtype="float32", samples=True)
+    first, second = measure(options)["samples"], measure(options)["samples"]
+    assert first == second and len(first[0]["stories"]) == len(stories.STORY_PROMPTS)
+    assert 0 < first[0]["tokens"] <= 12 * len(stories.STORY_PROMPTS)
+    evaluate.print_report({"datasets": {}, "samples": first, "limit": None})
+    printed = capsys.readouterr().out
+    assert all(f"> {prompt}\n" in printed for prompt in stories.STORY_PROMPTS)
+    assert "8-grams that stand in the training split of story" in printed
+
+
+def test_options_are_checked():
+    for name in ("stride", "batch_size", "limit"):
+        with pytest.raises(ValueError, match=f"{name} must be at least 1"):
+            EvaluateOptions(("x.pt",), **{name: 0})

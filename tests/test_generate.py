@@ -1,0 +1,366 @@
+"""The generating half of model.py, and packed_linear.py: exactness against brute force, sampling against oracles."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import model as model_module
+from generation import packed_linear
+from generation.packed_linear import Int8Linear, PackedLinear, is_exact, pack_linears, quantize_rows
+from model import (
+    ENDED,
+    GPT,
+    CapturedDecode,
+    GPTConfig,
+    candidates,
+    penalise_repetition,
+    sample,
+)
+from runtime import UserError
+
+CONFIG = GPTConfig(block_size=16, vocab_size=64, n_vocab=61, n_layer=2, n_head=2, n_embd=32)
+
+
+def tiny_model(seed: int = 0, dtype: torch.dtype = torch.float32, **changes) -> GPT:
+    """A random model whose logits are far enough apart that the likeliest id is no matter of rounding."""
+    torch.manual_seed(seed)
+    model = GPT(GPTConfig(**{**CONFIG.__dict__, **changes})).to(dtype)
+    for parameter in model.parameters():
+        parameter.data.mul_(4).add_(0.05 * torch.randn_like(parameter))
+    return model.eval().requires_grad_(False)
+
+
+def random_prompt(length: int, seed: int = 0) -> list[int]:
+    return torch.randint(0, CONFIG.n_vocab, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+def brute_force(model: GPT, prompt: list[int], max_tokens: int) -> list[int]:
+    """Greedy ids by the plain forward over the documented context, a whole forward for each id."""
+    block_size = model.config.block_size
+    context, ids = prompt[-block_size:], []
+    for _ in range(max_tokens):
+        logits = model(torch.tensor([context]))[0][0, -1, : model.config.n_vocab]
+        ids.append(int(logits.argmax()))
+        if len(context) == block_size:
+            context = context[block_size - block_size // 2 :]
+        context = [*context, ids[-1]]
+    return ids
+
+
+def generated(model: GPT, prompts, max_tokens: int, **settings) -> list[list[int]]:
+    """Each row's ids."""
+    settings = {"temperature": 0, **settings}
+    steps = [ids.tolist() for ids in model.generate(prompts, max_tokens, **settings)]
+    return [[token for token in row if token != ENDED] for row in zip(*steps, strict=True)]
+
+
+@pytest.mark.parametrize("length", range(1, CONFIG.block_size + 4))
+def test_greedy_ids_equal_the_plain_forward_also_past_the_context(length):
+    model = tiny_model()
+    prompt = random_prompt(length, seed=length)
+    assert generated(model, [prompt], 40) == [brute_force(model, prompt, 40)]
+
+
+@pytest.mark.parametrize("block_size", [1, 2, 3, 5])
+def test_the_window_slides_in_very_short_contexts(block_size):
+    model = tiny_model(block_size=block_size)
+    for length in (1, block_size, block_size + 2):
+        prompt = random_prompt(length)
+        assert generated(model, [prompt], 12) == [brute_force(model, prompt, 12)]
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.lists(st.integers(1, 20), min_size=2, max_size=5))
+def test_a_batch_of_different_lengths_equals_each_row_alone(lengths):
+    model = tiny_model()
+    prompts = [random_prompt(length, seed=number) for number, length in enumerate(lengths)]
+    assert generated(model, prompts, 30) == [brute_force(model, prompt, 30) for prompt in prompts]
+
+
+def test_the_logits_with_the_cache_are_those_of_the_plain_forward():
+    model = tiny_model()
+    seen: list[torch.Tensor] = []
+    ids = generated(model, [random_prompt(3)], 10, observe=lambda logits: seen.append(logits.clone()))[0]
+    plain = model(torch.tensor([random_prompt(3) + ids]))[0][0, 2:-1, : CONFIG.n_vocab]
+    torch.testing.assert_close(torch.cat(seen), plain, atol=1e-4, rtol=1e-4)
+
+
+def test_a_kept_cache_changes_no_id_and_computes_the_new_part_alone(monkeypatch):
+    model = tiny_model()
+    cache = model.new_cache()
+    widths = []
+    hidden = GPT.hidden
+    monkeypatch.setattr(GPT, "hidden", lambda self, idx, *rest: widths.append(idx.shape[1]) or hidden(self, idx, *rest))
+    prompt = random_prompt(4)
+    for turn in range(3):  # 4, 7 and 10 ids, then 2 more each time
+        widths.clear()
+        ids = generated(model, [prompt], 2, cache=cache)[0]
+        # The last id that was drawn is not in the cache yet: nothing had to be computed from it.
+        assert widths == [4 if turn == 0 else 2, 1]
+        assert ids == brute_force(model, prompt, 2)
+        prompt = [*prompt, *ids, turn]
+    changed = [prompt[0], *random_prompt(5, seed=9)]  # another history: only its beginning is shared
+    assert generated(model, [changed], 3, cache=cache)[0] == brute_force(model, changed, 3)
+    assert generated(model, [changed[:2]], 3, cache=cache)[0] == brute_force(model, changed[:2], 3)
+
+
+def test_an_interrupted_step_leaves_a_cache_that_is_right(monkeypatch):
+    model = tiny_model()
+    cache = model.new_cache()
+    prompt = random_prompt(6)
+    generated(model, [prompt], 2, cache=cache)
+    with monkeypatch.context() as patch:
+        patch.setattr(type(model.h[1]), "forward", lambda *arguments: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            generated(model, [[*prompt[:2], *random_prompt(6, seed=3)]], 1, cache=cache)
+    assert generated(model, [prompt], 5, cache=cache)[0] == brute_force(model, prompt, 5)
+
+
+def test_the_cache_is_allocated_once_in_the_precision_of_the_weights():
+    model = tiny_model(dtype=torch.bfloat16)
+    cache = model.new_cache(2)
+    places = [tensor.data_ptr() for layer in cache.layers for tensor in layer]
+    generated(model, [random_prompt(3), random_prompt(5)], 20, cache=cache)
+    assert places == [tensor.data_ptr() for layer in cache.layers for tensor in layer]
+    assert {tensor.dtype for layer in cache.layers for tensor in layer} == {torch.bfloat16}
+
+
+def test_the_step_that_cuda_captures_equals_the_others():
+    # The step itself, without the capture: static shapes, places and mask from tensors.
+    model = tiny_model()
+    cache = model.new_cache(2)
+    prompts = [random_prompt(3), random_prompt(5)]
+    with torch.inference_mode():
+        logits = model.prefill(prompts, cache)
+        rows = [[], []]
+        for step in range(8):
+            ids = logits.argmax(-1)
+            for row, token in zip(rows, ids.tolist(), strict=True):
+                row.append(token)
+            logits = model.decode_at(ids, torch.tensor([3 + step, 5 + step]), CONFIG.block_size, cache)
+    assert rows == [brute_force(model, prompt, 8) for prompt in prompts]
+
+
+def test_captured_steps_are_reused_for_a_stretch_of_context(monkeypatch):
+    monkeypatch.setattr(model_module, "GRAPH_PLACES", 6)
+    model = tiny_model()
+    cache = model.new_cache(1)
+    captures = []
+
+    class Replay:
+        def __init__(self, step):
+            self.step, self.logits = step, step()
+
+        def replay(self):
+            self.logits.copy_(self.step())
+
+    def capture(self, end):
+        captures.append(end)
+        replay = Replay(lambda: model.decode_at(self.ids, self.positions, end, cache))
+        return replay, replay.logits
+
+    monkeypatch.setattr(CapturedDecode, "_capture", capture)
+    prompt = random_prompt(3)
+    captured = CapturedDecode(model, cache)
+    with torch.inference_mode():
+        logits, ids = model.prefill([prompt], cache), []
+        for place in range(3, CONFIG.block_size):
+            ids.append(int(logits.argmax()))
+            logits = captured(torch.tensor(ids[-1:]), [place])
+    assert ids == brute_force(model, prompt, len(ids))
+    assert captures == [6, 12, 16]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_cuda_graphs_give_the_same_ids():
+    model = tiny_model().cuda()
+    prompts = [random_prompt(3), random_prompt(7)]
+    assert generated(model, prompts, 40, cuda_graph=True) == generated(model, prompts, 40)
+
+
+def test_a_row_that_stops_leaves_the_others_as_they_are():
+    model = tiny_model()
+    prompts = [random_prompt(4, seed=1), random_prompt(6, seed=2)]
+    whole = [brute_force(model, prompt, 25) for prompt in prompts]
+    stop = next(token for token in whole[0] if token not in whole[1])
+    rows = generated(model, prompts, 25, stop_ids=[stop])
+    assert rows == [whole[0][: whole[0].index(stop) + 1], whole[1]]
+    steps = list(model.generate(prompts[:1], None, temperature=0, stop_ids=[stop]))
+    assert len(steps) == whole[0].index(stop) + 1  # endless otherwise
+
+
+def test_generation_has_no_end_without_max_tokens():
+    stream = tiny_model().generate([random_prompt(2)], None, temperature=1.5)
+    assert len(list(itertools.islice(stream, 100))) == 100
+
+
+def test_dropout_is_off_while_generating_and_training_goes_on_after_it():
+    model = tiny_model(dropout=0.5).train()
+    first = generated(model, [random_prompt(3)], 10)
+    assert model.training and generated(model, [random_prompt(3)], 10) == first
+
+
+@pytest.mark.parametrize("prompts", [[], [[]], [[1], []], [[CONFIG.n_vocab]], [[-1]]])
+def test_prompts_that_are_none_are_refused(prompts):
+    with pytest.raises(ValueError, match="prompt"):
+        next(tiny_model().generate(prompts, 1))
+
+
+def test_logits_that_are_no_numbers_are_refused():
+    model = tiny_model()
+    model.ln_f.weight.data.fill_(torch.nan)
+    with pytest.raises(FloatingPointError, match="not finite"):
+        next(model.generate([[1]], 1))
+
+
+def seeded(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def test_padding_ids_are_never_drawn():
+    model = tiny_model()
+    model.wte.weight.data[CONFIG.n_vocab :] = 100 * model.wte.weight[0]  # would be likeliest or least likely
+    steps = model.generate([[0]] * 50, 60, temperature=5.0, generator=seeded())
+    assert max(int(ids.max()) for ids in steps) < CONFIG.n_vocab
+
+
+def test_sampled_ids_depend_on_the_seed_alone():
+    model = tiny_model()
+
+    def draw(seed):
+        return generated(model, [random_prompt(3)] * 2, 20, temperature=1.0, top_k=30, generator=seeded(seed))
+
+    assert draw(1) == draw(1) != draw(2)
+    assert draw(1)[0] != draw(1)[1]  # rows are drawn independently
+
+
+def test_draws_follow_the_probabilities():
+    logits = torch.tensor([[0.0, 1.0, 2.0, -torch.inf]])
+    for top_k in (None, 4):
+        ids = sample(logits.expand(40_000, -1), temperature=0.7, top_k=top_k, generator=seeded())
+        measured = ids.bincount(minlength=4) / len(ids)
+        torch.testing.assert_close(measured, (logits[0] / 0.7).softmax(0), atol=0.01, rtol=0)
+        assert measured[3] == 0
+
+
+FILTERS = [
+    {"top_k": 5},
+    {"top_k": 1000},
+    {"top_p": 0.7},
+    {"top_p": 1.0},
+    {"top_p": 0.01},
+    {"min_p": 0.2},
+    {"top_k": 20, "top_p": 0.8},
+    {"top_k": 30, "top_p": 0.9, "min_p": 0.1},
+    {"top_p": 0.9, "min_p": 0.05},
+]
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 1.7])
+@pytest.mark.parametrize("filters", FILTERS, ids=str)
+def test_filters_keep_what_transformers_keeps(filters, temperature):
+    process = pytest.importorskip("transformers.generation.logits_process")
+    logits = 3 * torch.randn(6, 200, generator=seeded(4))
+    expected = process.TemperatureLogitsWarper(temperature)(None, logits)
+    warpers = {
+        "top_k": process.TopKLogitsWarper,
+        "top_p": process.TopPLogitsWarper,
+        "min_p": process.MinPLogitsWarper,
+    }
+    for name, value in filters.items():
+        expected = warpers[name](value)(None, expected)
+    everything = {"top_k": None, "top_p": None, "min_p": None, **filters}
+    probabilities, ids = candidates(logits, temperature, **everything)
+    if ids is not None:
+        probabilities = torch.zeros_like(logits).scatter(1, ids, probabilities)
+    probabilities = probabilities / probabilities.sum(-1, keepdim=True)
+    torch.testing.assert_close(probabilities, expected.softmax(-1), atol=1e-6, rtol=1e-4)
+
+
+def test_a_tiny_temperature_is_nearly_greedy_and_no_division_by_zero():
+    logits = torch.randn(8, 50, generator=seeded())
+    assert sample(logits, temperature=1e-30, generator=seeded()).equal(logits.argmax(-1))
+
+
+def test_the_repetition_penalty_is_that_of_transformers():
+    process = pytest.importorskip("transformers.generation.logits_process")
+    logits = torch.randn(3, 50, generator=seeded())
+    ids = torch.randint(0, 50, (3, 9), generator=seeded())
+    expected = process.RepetitionPenaltyLogitsProcessor(1.7)(ids, logits.clone())
+    seen = torch.zeros(3, 50, dtype=torch.bool).scatter(1, ids, True)
+    torch.testing.assert_close(penalise_repetition(logits, seen, 1.7), expected)
+
+
+def test_a_strong_repetition_penalty_repeats_nothing():
+    ids = generated(tiny_model(), [[5, 6]], 40, repetition_penalty=1e6)[0]
+    # All logits of seen ids are about 0 or far below: a repeat would need every other logit to be negative.
+    assert len(set(ids[:20])) == 20 and not {5, 6} & set(ids[:20])
+
+
+# ---- packed_linear.py ----
+
+needs_int8 = pytest.mark.skipif(not is_exact(Int8Linear, torch.float32, 0.02), reason="no 8-bit kernel here")
+needs_packed = pytest.mark.skipif(not is_exact(PackedLinear, torch.bfloat16, 0.02), reason="no packed kernel here")
+
+
+def test_quantised_rows_are_within_half_a_step():
+    weight = torch.randn(20, 33, generator=seeded()) * torch.logspace(-3, 3, 20)[:, None]
+    weight[4] = 0
+    int8, scale = quantize_rows(weight)
+    assert int8.dtype == torch.int8 and int8.abs().max() == 127 and scale.shape == (20,)
+    assert ((int8 * scale[:, None] - weight).abs() <= 0.5001 * scale[:, None]).all()
+
+
+@needs_int8
+@pytest.mark.parametrize("rows", [1, 3, packed_linear.MANY_ROWS + 1])
+def test_8_bit_weights_are_the_only_thing_rounded(rows):
+    layer = torch.nn.Linear(70, 50).requires_grad_(False)
+    int8, scale = quantize_rows(layer.weight)
+    x = torch.randn(2, rows, 70, generator=seeded())
+    x[0, 0, 3] = 300  # one large value must not cost the others their digits
+    x[-1, -1] = 0
+    before = x.clone()
+    y = Int8Linear(layer.weight, layer.bias)(x)
+    expected = torch.nn.functional.linear(x.double(), int8.double() * scale.double()[:, None], layer.bias.double())
+    step = x.abs().amax(-1, keepdim=True) / 2**15
+    bound = (step * (int8.double() * scale[:, None]).abs().sum(1)).expand_as(expected) + 1e-4
+    assert ((y - expected).abs() <= bound).all()
+    assert x.equal(before)
+
+
+@needs_packed
+def test_packed_bfloat16_generates_what_the_plain_layers_would():
+    prompts = [random_prompt(3), random_prompt(9)]
+    model = tiny_model(dtype=torch.bfloat16)
+    with torch.inference_mode():
+        plain = model.prefill(prompts, model.new_cache(2))
+        assert pack_linears(model) == "weights packed for the processor"
+        packed = model.prefill(prompts, model.new_cache(2))
+    torch.testing.assert_close(packed, plain, atol=0.05 * float(plain.std()), rtol=0.05)
+    assert [len(row) for row in generated(model, prompts, 30)] == [30, 30]
+
+
+@needs_int8
+def test_8_bit_logits_are_near_the_plain_ones():
+    prompt = [random_prompt(12)]
+    model = tiny_model()
+    with torch.inference_mode():
+        plain = model.prefill(prompt, model.new_cache())
+        assert pack_linears(model, "int8") == "8-bit weights"
+        rounded = model.prefill(prompt, model.new_cache())
+    assert 0 < (rounded - plain).square().mean().sqrt() < 0.05 * plain.std()
+
+
+def test_plain_layers_stay_where_packing_does_not_pay_and_8_bits_are_refused_without_a_kernel(monkeypatch):
+    model = tiny_model()
+    assert pack_linears(model) == "plain layers" and model.packed_head is None
+    monkeypatch.setattr(packed_linear, "is_exact", lambda *arguments, **settings: False)
+    assert pack_linears(tiny_model(dtype=torch.bfloat16)) == "plain layers"
+    with pytest.raises(UserError, match="--quantize int8 has no kernel"):
+        pack_linears(model, "int8")

@@ -1,0 +1,333 @@
+"""The prepare scripts against a stand-in for the hub on loopback: success, and each way in which a download fails.
+
+The real huggingface_hub and datasets run, for each state of the network in a process of their own, which a process
+with their dependencies in memory forks: importing these takes longer than the scripts do.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import io
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+from hub_server import HubServer, closed_endpoint, hub_environment
+from prepared import read_description, read_prepared
+
+ROOT = Path(__file__).resolve().parent.parent
+
+pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="forks a process for each state of the network")
+
+# For each line of JSON on stdin, a fork runs scripts as `python script arguments` does, one after another, and writes
+# the exit status, stdout and stderr of each into a file. The clients' waits between retries (25 s in all without a
+# network) are skipped, the retries are not.
+FORKER = """
+import contextlib, io, json, os, runpy, sys, time
+import numpy, pandas, pyarrow.dataset, pyarrow.parquet, tqdm
+from setup_tokenizer import encode_documents
+encode_documents(["a text"])
+time.sleep = lambda seconds: None
+assert not {"huggingface_hub", "datasets"} & set(sys.modules), "these read the environment when they are imported"
+
+def run(script, *arguments):
+    sys.argv, sys.path[0] = [script, *arguments], os.path.dirname(script)
+    output, errors = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(output), contextlib.redirect_stderr(errors):
+        try:
+            runpy.run_path(script, run_name="__main__")
+            status = 0
+        except SystemExit as stop:
+            status = stop.code or 0
+    return status, output.getvalue(), errors.getvalue()
+
+for line in sys.stdin:
+    task = json.loads(line)
+    child = os.fork()
+    if not child:
+        os.environ.update(task["environment"])
+        os.chdir(task["folder"])
+        results = [run(*script) for script in task["runs"]]
+        with open(task["answer"], "w") as file:
+            json.dump(results, file)
+        os._exit(0)
+    print(os.waitpid(child, 0)[1], flush=True)
+"""
+
+
+class Outcome(NamedTuple):
+    """How a script ended."""
+
+    status: int
+    output: str
+    errors: str
+
+
+Run = Callable[[list[list[str]], Path, dict[str, str]], list[Outcome]]
+
+
+@pytest.fixture(scope="module")
+def run_scripts() -> Iterator[Run]:
+    """A function from ([script, argument, ...] of each run, working folder, environment) to the runs' outcomes."""
+    path = os.pathsep.join(map(str, (ROOT, ROOT / "data")))
+    with subprocess.Popen(
+        [sys.executable, "-c", FORKER],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"PYTHONPATH": path},
+    ) as forker:
+
+        def run_scripts(runs: list[list[str]], folder: Path, environment: dict[str, str]) -> list[Outcome]:
+            answer = folder / "answer.json"
+            task = {"runs": runs, "folder": str(folder), "environment": environment, "answer": str(answer)}
+            forker.stdin.write(json.dumps(task) + "\n")
+            forker.stdin.flush()
+            assert forker.stdout.readline() == "0\n"
+            outcomes = [Outcome(*outcome) for outcome in json.loads(answer.read_text("utf-8"))]
+            answer.unlink()
+            return outcomes
+
+        yield run_scripts
+        forker.stdin.close()
+
+
+def parquet(records: list[dict]) -> bytes:
+    import pyarrow
+    import pyarrow.parquet
+
+    file = io.BytesIO()
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(records), file, compression="none", row_group_size=500)
+    return file.getvalue()
+
+
+def talks(first: int, last: int) -> list[list[str]]:
+    return [[f"Question {number} ?", f"Answer {number} ."] for number in range(first, last)]
+
+
+def chat_records(first: int, last: int) -> list[dict]:
+    roles = ("user", "assistant")
+    return [
+        {"messages": [{"role": role, "content": turn} for role, turn in zip(roles, talk, strict=True)]}
+        for talk in talks(first, last)
+    ]
+
+
+def stories(first: int, last: int) -> bytes:
+    return "".join(f"Story {number}.\n<|endoftext|>\n" for number in range(first, last)).encode()
+
+
+# Data set -> script, repository, files for train and validation, documents expected in each.
+DIALOGUE_FILES = (
+    "data/train-00000-of-00001-f151c79abb2c1fd5.parquet",
+    "data/validation-00000-of-00001-2407eb323af19881.parquet",
+)
+DATASETS = {
+    "story": ("prepare-story.py", "roneneldan/TinyStories", "TinyStoriesV2-GPT4-train.txt", (30, 5)),
+    "dailydialog": ("prepare-dailydialog.py", "OpenRL/daily_dialog", DIALOGUE_FILES[0], (30, 5)),
+    "chat": ("prepare-chat.py", "HuggingFaceTB/smol-smoltalk", "data/train-00000-of-00001.parquet", (2000, 5)),
+    "education": (
+        "prepare-education.py",
+        "HuggingFaceTB/cosmopedia",
+        "data/stories/train-00000-of-00001.parquet",
+        (38, 2),
+    ),
+}
+COSMOPEDIA_CARD = b"""---
+configs:
+- config_name: stories
+  data_files:
+  - split: train
+    path: data/stories/train-*
+- config_name: wikihow
+  data_files:
+  - split: train
+    path: data/wikihow/train-*
+---
+"""
+
+
+@functools.cache
+def repositories() -> dict[str, dict[str, bytes]]:
+    return {
+        "roneneldan/TinyStories": {
+            "TinyStoriesV2-GPT4-train.txt": stories(0, 30),
+            "TinyStoriesV2-GPT4-valid.txt": stories(30, 35),
+        },
+        "OpenRL/daily_dialog": {
+            DIALOGUE_FILES[0]: parquet([{"dialog": talk} for talk in talks(0, 30)]),
+            DIALOGUE_FILES[1]: parquet([{"dialog": talk} for talk in talks(30, 35)]),
+        },
+        "HuggingFaceTB/smol-smoltalk": {
+            "data/train-00000-of-00001.parquet": parquet(chat_records(0, 2000)),
+            "data/test-00000-of-00001.parquet": parquet(chat_records(2000, 2005)),
+        },
+        "HuggingFaceTB/cosmopedia": {
+            "README.md": COSMOPEDIA_CARD,
+            "data/stories/train-00000-of-00001.parquet": parquet(
+                [{"text": f"Lesson {n}.", "prompt": "p"} for n in range(40)]
+            ),
+            "data/wikihow/train-00000-of-00001.parquet": parquet([{"text": "How to.", "prompt": "p"}]),
+        },
+    }
+
+
+def prepare_all(run_scripts: Run, folder: Path, environment: dict[str, str]) -> dict[str, Outcome]:
+    """Data set -> how its script ended."""
+    runs = [[str(ROOT / "data" / script), "--output_dir", str(folder / "out")] for script, *_ in DATASETS.values()]
+    return dict(zip(DATASETS, run_scripts(runs, folder, environment), strict=True))
+
+
+def test_every_script_prepares_what_the_hub_serves_once(tmp_path, run_scripts):
+    with HubServer(repositories()) as hub:
+        environment = hub.environment(tmp_path / "cache")
+        outcomes = prepare_all(run_scripts, tmp_path, environment)
+        for name, (script, repository, _, (n_train, n_val)) in DATASETS.items():
+            assert not outcomes[name].status, outcomes[name].errors
+            description = read_description(tmp_path / "out", name)
+            found = [len(list(read_prepared(tmp_path / "out", description, split))) for split in ("train", "val")]
+            assert found == [n_train, n_val], script
+            assert any(repository in request for request in hub.requests)
+        asked = len(hub.requests)
+        again = prepare_all(run_scripts, tmp_path, environment)
+        assert all("already prepared" in outcome.output for outcome in again.values())
+        assert not any("GET" in request and "/resolve/" in request for request in hub.requests[asked:])
+        # What was fetched as a file is in the cache: offline mode finds it there. What was streamed is not stored.
+        asked = len(hub.requests)
+        offline = prepare_all(run_scripts, tmp_path, environment | {"HF_HUB_OFFLINE": "1"})
+        assert len(hub.requests) == asked
+        hub.commit = hub.commit[::-1]
+        (later,) = run_scripts(
+            [[str(ROOT / "data" / "prepare-education.py"), "--output_dir", str(tmp_path / "out")]],
+            tmp_path,
+            environment,
+        )
+    assert not later.status and "already prepared" not in later.output, "another commit is another input"
+    assert read_description(tmp_path / "out", "education")["input_digest"] == hub.commit
+    assert not offline["story"].status and not offline["dailydialog"].status, offline
+    for name in ("chat", "education"):
+        assert_one_sentence(name, offline[name])
+
+
+def assert_one_sentence(name: str, outcome: Outcome) -> None:
+    """The script ended with status 1 and one sentence that names --input and the file to fetch by hand."""
+    errors = outcome.errors
+    assert outcome.status == 1, errors
+    assert "Traceback" not in errors
+    sentence = errors.strip().splitlines()[-1]
+    assert sentence.startswith("error: ") and "--input" in sentence, errors
+    _, repository, path, _ = DATASETS[name]
+    assert repository in sentence
+    assert path in sentence or path.replace("00000-of-00001", "*") in sentence
+
+
+@pytest.mark.parametrize(
+    ("fault", "said"),
+    [
+        ("missing", "HTTP 404"),
+        ("cut", ""),
+        ("wrong length", ""),
+        ("no network", "Connect"),
+    ],
+)
+def test_a_failed_download_is_one_sentence_and_leaves_nothing_behind(tmp_path, run_scripts, fault, said):
+    faults = {path: fault for *_, path, _ in DATASETS.values()}
+    with HubServer(repositories(), faults) as hub:
+        endpoint = closed_endpoint() if fault == "no network" else hub.endpoint
+        outcomes = prepare_all(run_scripts, tmp_path, hub_environment(endpoint, tmp_path / "cache"))
+    for name, outcome in outcomes.items():
+        assert_one_sentence(name, outcome)
+        assert said in outcome.errors.strip().splitlines()[-1], outcome.errors
+    left = [path.name for path in tmp_path.glob("out/*") if not path.name.endswith(".lock")]
+    assert left == []
+
+
+def run_program(run_scripts: Run, program: str, folder: Path, environment: dict[str, str]) -> Outcome:
+    """How a few lines that use `sources` end."""
+    (folder / "program.py").write_text(program)
+    (outcome,) = run_scripts([[str(folder / "program.py")]], folder, environment)
+    return outcome
+
+
+def test_a_connection_cut_once_is_resumed_where_it_broke(tmp_path, run_scripts):
+    # huggingface_hub writes in pieces of 10 MiB and resumes after the last one.
+    payload = os.urandom(1 << 20) * 24
+    program = """
+import hashlib, sources
+print(hashlib.sha256(sources.fetch_file("owner/name", "big.bin").read_bytes()).hexdigest())
+"""
+    with HubServer({"owner/name": {"big.bin": payload}}, {"big.bin": "cut once"}) as hub:
+        outcome = run_program(run_scripts, program, tmp_path, hub.environment(tmp_path / "cache"))
+    assert outcome.output.strip() == hashlib.sha256(payload).hexdigest(), outcome.errors
+    assert hub.ranges == [f"big.bin {10 << 20}"]
+
+
+def test_a_connection_that_breaks_between_records_is_one_sentence(tmp_path, run_scripts):
+    first, second = "data/train-00000-of-00002.parquet", "data/train-00001-of-00002.parquet"
+    files = {path: parquet([{"text": path}] * 10) for path in (first, second)}
+    program = """
+import sources
+from runtime import UserError
+count = 0
+try:
+    for record in sources.stream_hub("owner/name"):
+        count += 1
+except UserError as error:
+    print(count, error)
+"""
+    with HubServer({"owner/name": files}, {second: "cut"}) as hub:
+        outcome = run_program(run_scripts, program, tmp_path, hub.environment(tmp_path / "cache"))
+    count, sentence = outcome.output.split(" ", 1)
+    assert int(count) == 10
+    assert sentence.startswith("owner/name not read from the hub") and "--input" in sentence
+
+
+def test_every_chat_source_is_read_in_its_own_layout_and_a_gated_one_asks_for_a_token(tmp_path, run_scripts):
+    rows = [
+        {
+            "message_id": f"{role}{n}",
+            "parent_id": parent,
+            "role": role,
+            "text": f"{role} {n}",
+            "rank": rank,
+            "lang": "en",
+        }
+        for n in range(12)
+        for role, parent, rank in (("prompter", None, None), ("assistant", f"prompter{n}", 0))
+    ]
+    pairs = [{"instruction": f"q{n}", "context": "", "response": f"a{n}", "category": "x"} for n in range(20)]
+    served = {
+        "HuggingFaceTB/everyday-conversations-llama3.1-2k": {
+            "data/train_sft-00000-of-00001.parquet": parquet(chat_records(0, 9)),
+            "data/test_sft-00000-of-00001.parquet": parquet(chat_records(9, 11)),
+            "README.md": b"---\nconfigs:\n- config_name: default\n  data_files:\n"
+            b"  - {split: train_sft, path: data/train_sft-*}\n  - {split: test_sft, path: data/test_sft-*}\n---\n",
+        },
+        "OpenAssistant/oasst1": {
+            "data/train-00000-of-00001.parquet": parquet(rows[:18]),
+            "data/validation-00000-of-00001.parquet": parquet(rows[18:]),
+        },
+        "databricks/databricks-dolly-15k": {
+            "databricks-dolly-15k.jsonl": "".join(json.dumps(pair) + "\n" for pair in pairs).encode()
+        },
+        "HuggingFaceTB/smol-smoltalk": dict.fromkeys(
+            ("data/train-0.parquet", "data/test-0.parquet"), parquet(chat_records(0, 9))
+        ),
+    }
+    expected = {"everyday": (9, 2), "oasst1": (9, 3), "dolly": (19, 1)}
+    script = str(ROOT / "data" / "prepare-chat.py")
+    runs = [[script, "--source", source, "--output_dir", str(tmp_path / source)] for source in expected]
+    runs.append([script, "--output_dir", str(tmp_path / "gated")])
+    with HubServer(served, dict.fromkeys(served["HuggingFaceTB/smol-smoltalk"], "gated")) as hub:
+        *outcomes, gated = run_scripts(runs, tmp_path, hub.environment(tmp_path / "cache"))
+    assert gated.status == 1 and "HF_TOKEN" in gated.errors.splitlines()[-1] and "Traceback" not in gated.errors
+    for (source, counts), outcome in zip(expected.items(), outcomes, strict=True):
+        assert not outcome.status, outcome.errors
+        splits = read_description(tmp_path / source, "chat")["splits"]
+        assert tuple(splits[split]["documents"] for split in ("train", "val")) == counts

@@ -1,0 +1,232 @@
+"""Who may import whom, read from the syntax trees; and importing a module does nothing else."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+ROOMS = {"training", "generation", "exchange"}  # folders whose modules are imported as room.module
+FOLDERS = (ROOT, ROOT / "data", ROOT / "testing_tools", *(ROOT / room for room in sorted(ROOMS)))
+PATHS = sorted(path for folder in FOLDERS for path in folder.glob("*.py"))
+OWN = {path.stem for path in PATHS}
+EVERYWHERE = {"runtime", "files"}
+
+# Beside the standard library: what a module may import when it is imported, and what only inside its functions.
+# A name that is missing here may import any own module that is no script, and any installed package.
+TABLE = {
+    "runtime": (set(), {"torch", "numpy"}),
+    "files": ({"runtime"}, set()),
+    "setup_tokenizer": ({"tiktoken", "runtime"}, {"numpy"}),
+    "model": ({"torch"}, set()),
+    "tokenizer_files": ({"tiktoken", "setup_tokenizer"}, set()),
+    "hugging_face": (
+        {"torch", "model", "setup_tokenizer", "tokenizer_files", *EVERYWHERE},
+        {"safetensors", "huggingface_hub"},
+    ),
+    "checkpoint": ({"torch", "model", "hugging_face", *EVERYWHERE}, {"numpy"}),
+    "model_card": (set(), set()),
+    "gguf_file": ({"torch", "model", "setup_tokenizer", "tokenizer_files", *EVERYWHERE}, {"gguf"}),
+    "export": (
+        {"model_card", *EVERYWHERE},
+        {"checkpoint", "hugging_face", "gguf_file", "model", "setup_tokenizer", "tokenizer_files"},
+    ),
+    "batches": ({"numpy", "setup_tokenizer", *EVERYWHERE}, {"torch"}),
+    "metrics": (EVERYWHERE, {"matplotlib", "torch"}),
+    "memory": ({"torch", "numpy", "model", "runtime"}, set()),
+    "run": ({"torch", "model", "checkpoint", "batches", "metrics", *EVERYWHERE}, {"numpy"}),
+    "train": (
+        {"torch", "numpy", "model", "checkpoint", "batches", "memory", "run", *EVERYWHERE},
+        {"setup_tokenizer", "tqdm"},
+    ),
+    "packed_linear": ({"torch", "model", *EVERYWHERE}, set()),
+    "engine": ({"torch", "tiktoken", "model", "setup_tokenizer", *EVERYWHERE}, set()),
+    "chat": ({"setup_tokenizer", *EVERYWHERE}, set()),
+    "terminal": (EVERYWHERE, set()),
+    "gen": (
+        {"setup_tokenizer", "chat", "terminal", *EVERYWHERE},
+        {"torch", "model", "checkpoint", "engine", "packed_linear"},
+    ),
+}
+# Data is prepared without torch, directly or through another module.
+NO_TORCH = {
+    "runtime",
+    "files",
+    "setup_tokenizer",
+    "gen",
+    "chat",
+    "terminal",
+    "tokenizer_demo",
+    "prepare_with_extended_tokenizer",
+    "tokenizer_files",
+    "model_card",
+    "export",
+}
+NO_TORCH |= {path.stem for path in PATHS if path.parent.name == "data"}
+
+
+@dataclass(frozen=True)
+class Imports:
+    at_import: frozenset[str]
+    in_functions: frozenset[str]
+
+
+class _Collector(ast.NodeVisitor):
+    def __init__(self):
+        self.depth, self.found = 0, {False: set(), True: set()}
+
+    def visit_FunctionDef(self, node):
+        self.depth += 1
+        self.generic_visit(node)
+        self.depth -= 1
+
+    visit_AsyncFunctionDef = visit_Lambda = visit_FunctionDef
+
+    def visit_If(self, node):
+        if "TYPE_CHECKING" not in ast.dump(node.test):
+            self.generic_visit(node)
+
+    def visit_Import(self, node):
+        self.found[self.depth > 0].update(alias.name.split(".")[0] for alias in node.names)
+
+    def visit_ImportFrom(self, node):
+        assert node.level == 0, "relative imports have no place among scripts"
+        first, *rest = node.module.split(".")
+        names = rest[:1] or {alias.name for alias in node.names} if first in ROOMS else [first]
+        self.found[self.depth > 0].update(names)
+
+
+def imports_of(source: str) -> Imports:
+    """The top-level names that a module imports, without the standard library."""
+    collector = _Collector()
+    collector.visit(ast.parse(source))
+    at_import, in_functions = (names - set(sys.stdlib_module_names) for names in collector.found.values())
+    return Imports(frozenset(at_import), frozenset(in_functions))
+
+
+def is_script(path: Path) -> bool:
+    """Whether a file is run rather than imported: it has an `if __name__ == "__main__"`."""
+    return any(
+        isinstance(node, ast.If) and "__main__" in ast.dump(node.test)
+        for node in ast.parse(path.read_text("utf-8")).body
+    )
+
+
+SCRIPTS = {path.stem for path in PATHS if is_script(path)}
+MEASURED = {"benchmark_work": {"train"}}  # the benchmark times the functions of the loop itself, not a copy
+
+
+def test_the_reader_of_imports_sees_all_of_them():
+    source = (
+        "import os, torch.nn as nn\nfrom numpy import array\n"
+        "if TYPE_CHECKING:\n    import tiktoken\n"
+        "try:\n    import tqdm\nexcept ImportError:\n    pass\n"
+        "class A:\n    import ftfy\n    def f(self):\n        import datasets\n"
+        "g = lambda: __import__('os')\n"
+    )
+    assert imports_of(source) == Imports(frozenset({"torch", "numpy", "tqdm", "ftfy"}), frozenset({"datasets"}))
+
+
+@pytest.mark.parametrize("path", PATHS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_a_module_imports_what_its_room_allows(path):
+    imports = imports_of(path.read_text("utf-8"))
+    if path.stem in TABLE:
+        at_import, in_functions = TABLE[path.stem]
+        assert imports.at_import <= at_import
+        assert imports.in_functions <= at_import | in_functions
+    if path.stem in NO_TORCH:
+        assert "torch" not in imports.at_import
+    if path.parent.name == "data":
+        assert not {"torch", "model", "checkpoint", "train", "gen"} & (imports.at_import | imports.in_functions)
+    imported_scripts = SCRIPTS & (imports.at_import | imports.in_functions)
+    assert imported_scripts <= MEASURED.get(path.stem, set()), "scripts never import scripts"
+
+
+def test_files_that_are_run_are_guarded():
+    unguarded = []
+    for path in PATHS:
+        for node in ast.parse(path.read_text("utf-8")).body:
+            call = node.value if isinstance(node, ast.Expr) else None
+            if isinstance(call, ast.Call) and not ast.unparse(call).startswith("sys.path."):
+                unguarded.append(f"{path.name}: {ast.unparse(call)}")
+    assert not unguarded
+
+
+def test_the_search_path_is_changed_once_and_only_where_folders_meet():
+    for path in PATHS:
+        changes = path.read_text("utf-8").count("sys.path.")
+        if path.parent.name == "testing_tools":
+            assert changes <= 1, path.name
+        else:
+            assert changes == (path.stem in ("corpus", "prepare_with_extended_tokenizer")), path.name
+
+
+# Imports each file under a name of its own and reports what that did beside defining names. The packages are imported
+# first, so that what they do is not counted.
+OBSERVER = """
+import argparse, contextlib, importlib, importlib.util, io, json, os, random, sys, warnings
+root, packages, paths = json.loads(sys.argv[1])
+sys.argv = ["observer", "--nonsense"]
+sys.path[:0] = [root, os.path.join(root, "data"), os.path.join(root, "testing_tools")]
+warnings.simplefilter("ignore")
+for name in packages:
+    importlib.import_module(name)
+import numpy
+opened, report = [], {}
+def watch(event, arguments):
+    if event == "open" and isinstance(arguments[0], str):
+        opened.append(arguments[0])
+sys.addaudithook(watch)
+def refuse(*arguments, **settings):
+    raise AssertionError("parsed arguments")
+argparse.ArgumentParser.parse_args = refuse
+argparse.ArgumentParser.parse_known_args = refuse
+for path in paths:
+    before = random.getstate(), str(numpy.random.get_state())
+    opened.clear()
+    output = io.StringIO()
+    spec = importlib.util.spec_from_file_location("observed_" + os.path.basename(path)[:-3].replace("-", "_"), path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
+        spec.loader.exec_module(module)
+    read = [name for name in opened if name.startswith(root) and not name.endswith((".py", ".pyc"))
+            and ".pyc." not in name and os.sep + "site-packages" + os.sep not in name and not os.path.isdir(name)]
+    seeded = before != (random.getstate(), str(numpy.random.get_state()))
+    report[path] = [output.getvalue(), read, seeded]
+print(json.dumps(report))
+"""
+
+
+def test_importing_prints_nothing_reads_nothing_and_seeds_nothing():
+    import json
+
+    used = set().union(*(imports_of(path.read_text("utf-8")).at_import for path in PATHS)) - OWN
+    paths = [str(path) for path in PATHS]
+    arguments = json.dumps([str(ROOT), sorted(used - {"pytest"}), paths])
+    done = subprocess.run([sys.executable, "-c", OBSERVER, arguments], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    report = json.loads(done.stdout)
+    assert sorted(report) == paths
+    assert {path: found for path, found in report.items() if found != ["", [], False]} == {}
+
+
+def test_torch_is_not_loaded_where_it_is_not_needed():
+    paths = [path for path in PATHS if path.stem in NO_TORCH]
+    program = (
+        "import importlib.util, sys\n"
+        f"sys.path[:0] = {[str(ROOT), str(ROOT / 'data')]!r}\n"
+        "for path in sys.argv[1:]:\n"
+        "    spec = importlib.util.spec_from_file_location('observed', path)\n"
+        "    sys.modules['observed'] = module = importlib.util.module_from_spec(spec)\n"
+        "    spec.loader.exec_module(module)\n"
+        "    assert 'torch' not in sys.modules, path\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program, *map(str, paths)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,219 @@
+"""The network is GPT-2: same logits, same loss, causal, with the published sizes. (Generation: test_generate.py.)"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import model
+from model import GPT, IGNORED, PRESETS, GPTConfig, linear_cross_entropy
+
+TINY = GPTConfig(block_size=16, vocab_size=96, n_vocab=90, n_layer=3, n_head=4, n_embd=32)
+PUBLISHED = {
+    "gpt2": 124_439_808,
+    "gpt2-medium": 354_823_168,
+    "gpt2-large": 774_030_080,
+    "gpt2-xl": 1_557_611_200,
+}
+
+
+@pytest.fixture(scope="module")
+def gpt():
+    torch.manual_seed(1)
+    made = GPT(TINY)
+    with torch.no_grad():
+        for weight in made.parameters():  # larger than at the start, biases too, so that every part matters
+            weight.add_(0.1 * torch.randn_like(weight))
+    return made
+
+
+def random_ids(*shape: int) -> torch.Tensor:
+    return torch.randint(0, TINY.n_vocab, shape, generator=torch.Generator().manual_seed(2))
+
+
+def test_logits_equal_those_of_transformers_with_the_same_weights(gpt):
+    transformers = pytest.importorskip("transformers")
+    config = transformers.GPT2Config(
+        **{"vocab_size": TINY.vocab_size, "n_positions": TINY.block_size, "n_embd": TINY.n_embd},
+        **{"n_layer": TINY.n_layer, "n_head": TINY.n_head, "resid_pdrop": 0, "embd_pdrop": 0, "attn_pdrop": 0},
+    )
+    theirs = transformers.GPT2LMHeadModel(config).eval()
+    linear = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")  # stored transposed there
+    state = {}
+    for name, weight in gpt.state_dict().items():
+        transposed = name.endswith(".weight") and name.removesuffix(".weight").endswith(linear)
+        state[f"transformer.{name}"] = weight.t() if transposed else weight
+    missing = theirs.load_state_dict({**state, "lm_head.weight": gpt.wte.weight}, strict=False)
+    assert not missing.unexpected_keys and not missing.missing_keys
+    ids = random_ids(3, TINY.block_size)
+    with torch.no_grad():
+        ours, _ = gpt.eval()(ids)
+        assert ours.abs().max() > 1
+        torch.testing.assert_close(ours, theirs(ids).logits, atol=1e-4, rtol=0)
+        loss = gpt(ids, torch.cat([ids[:, 1:], torch.full((3, 1), IGNORED)], dim=1))[1]
+        torch.testing.assert_close(loss, theirs(ids, labels=ids).loss, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_the_published_sizes_have_the_published_parameters(name):
+    with torch.device("meta"):
+        gpt = GPT(dataclasses.replace(PRESETS[name], vocab_size=50257, n_vocab=50257))
+    assert gpt.n_params() == PUBLISHED[name]
+
+
+def test_a_loss_does_not_depend_on_later_tokens(gpt):
+    ids = random_ids(1, 10)
+    embedded = gpt.wte(ids).detach().requires_grad_()
+    x = embedded + gpt.wpe(torch.arange(10))
+    for block in gpt.eval().h:
+        x = block(x)
+    logits = F.linear(gpt.ln_f(x), gpt.wte.weight)
+    for place in range(10):
+        loss = F.cross_entropy(logits[:, place], ids[:, place])
+        (gradient,) = torch.autograd.grad(loss, embedded, retain_graph=True)
+        reach = gradient[0].abs().sum(-1) > 0
+        assert reach.tolist() == [True] * (place + 1) + [False] * (9 - place)
+
+
+def test_rows_do_not_see_each_other(gpt):
+    ids = random_ids(2, 12)
+    both, alone = gpt.eval()(ids)[0], gpt(ids[:1])[0]
+    torch.testing.assert_close(both[:1], alone)
+
+
+def gradients(gpt, loss) -> dict:
+    gpt.zero_grad()
+    loss.backward()
+    return {name: weight.grad.clone() for name, weight in gpt.named_parameters()}
+
+
+@pytest.mark.parametrize("chunk", [4, 1024])
+@pytest.mark.parametrize("ignored", [0.0, 0.6])
+def test_loss_and_gradients_equal_cross_entropy(gpt, monkeypatch, chunk, ignored):
+    monkeypatch.setattr(model, "HEAD_CHUNK", chunk)
+    ids, targets = random_ids(4, 16), random_ids(4, 16).flip(0)
+    targets[torch.rand(4, 16, generator=torch.Generator().manual_seed(3)) < ignored] = IGNORED
+    gpt.train()
+    _, loss = gpt(ids, targets)
+    expected = F.cross_entropy(gpt(ids)[0].flatten(0, 1), targets.flatten())
+    torch.testing.assert_close(loss, expected)
+    ours, theirs = gradients(gpt, loss), gradients(gpt, expected)
+    for name in ours:
+        torch.testing.assert_close(
+            ours[name], theirs[name], atol=1e-6, rtol=1e-4, msg=lambda text, n=name: f"{n}: {text}"
+        )
+
+
+def test_no_target_at_all_gives_zero_and_no_nan(gpt):
+    ids = random_ids(2, 8)
+    _, loss = gpt.train()(ids, torch.full_like(ids, IGNORED))
+    assert loss.item() == 0
+    assert all(not gradient.any() for gradient in gradients(gpt, loss).values())
+
+
+def test_micro_batches_add_up(gpt):
+    ids, targets = random_ids(4, 16), random_ids(4, 16).flip(1)
+    targets[0, :13] = IGNORED  # the halves have different numbers of targets
+    whole = gradients(gpt.train(), gpt(ids, targets)[1])
+    count = (targets != IGNORED).sum()
+    gpt.zero_grad()
+    losses = [gpt(ids[half], targets[half], count)[1] for half in (slice(0, 2), slice(2, 4))]
+    summed = gradients(gpt, sum(losses))
+    torch.testing.assert_close(sum(losses), gpt(ids, targets)[1])
+    for name in whole:
+        torch.testing.assert_close(summed[name], whole[name], atol=1e-6, rtol=1e-4)
+
+
+def test_the_loss_in_low_precision_is_near():
+    hidden, weight = torch.randn(20, 8, requires_grad=True), torch.randn(30, 8, requires_grad=True)
+    targets = torch.randint(0, 30, (20,))
+    exact = F.cross_entropy(hidden @ weight.T, targets)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = linear_cross_entropy(hidden, weight, targets, torch.tensor(20.0))
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(loss, exact, atol=0.05, rtol=0)
+    ours, theirs = torch.autograd.grad(loss, (hidden, weight)), torch.autograd.grad(exact, (hidden, weight))
+    for gradient, expected in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(gradient, expected, atol=0.02, rtol=0.05)
+
+
+def test_huge_logits_give_a_finite_loss():
+    hidden, weight = torch.full((2, 4), 1e4, requires_grad=True), torch.randn(10, 4, requires_grad=True)
+    loss = linear_cross_entropy(hidden, weight, torch.tensor([0, 9]), torch.tensor(2.0))
+    torch.testing.assert_close(loss, F.cross_entropy(hidden @ weight.T, torch.tensor([0, 9])))
+    assert all(gradient.isfinite().all() for gradient in torch.autograd.grad(loss, (hidden, weight)))
+
+
+def test_the_start_is_gpt2s():
+    torch.manual_seed(0)
+    gpt = GPT(GPTConfig(block_size=64, vocab_size=512, n_vocab=512, n_layer=8, n_head=4, n_embd=128))
+    for name, weight in gpt.named_parameters():
+        if name.endswith("c_proj.weight"):
+            assert weight.std().item() == pytest.approx(0.02 / math.sqrt(16), rel=0.05)
+        elif weight.dim() == 2:
+            assert weight.std().item() == pytest.approx(0.02, rel=0.05)
+        else:
+            assert (weight == (name.endswith("weight"))).all()
+    ids = torch.randint(0, 512, (4, 64))
+    assert gpt(ids, ids.flip(0))[1].item() == pytest.approx(math.log(512), abs=0.1)
+
+
+def test_the_head_is_tied_and_counted_once(gpt):
+    assert sum(weight.numel() for weight in gpt.parameters()) == gpt.n_params()
+    assert not any("lm_head" in name for name in gpt.state_dict())
+
+
+def test_without_bias_there_is_none():
+    names = [name for name, _ in GPT(dataclasses.replace(TINY, bias=False)).named_parameters()]
+    assert names and not any("bias" in name for name in names)
+
+
+def test_dropout_acts_in_training_alone():
+    torch.manual_seed(0)
+    gpt = GPT(dataclasses.replace(TINY, dropout=0.3))
+    ids = random_ids(2, 16)
+    assert not torch.equal(gpt.train()(ids, ids)[1], gpt(ids, ids)[1])
+    assert torch.equal(gpt.eval()(ids, ids)[1], gpt(ids, ids)[1])
+
+
+def test_flops_are_six_a_weight_and_attention():
+    with torch.device("meta"):
+        gpt = GPT(dataclasses.replace(PRESETS["gpt2"], vocab_size=50257, n_vocab=50257))
+    weights = PUBLISHED["gpt2"] - 1024 * 768
+    assert gpt.flops_per_token() == 6 * weights + 12 * 12 * 768 * 1024
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"n_head": 5}, r"n_embd \(32\) must be a multiple of n_head \(5\)"),
+        ({"n_layer": 0}, "n_layer must be at least 1, not 0"),
+        ({"dropout": 1.0}, "dropout must be at least 0 and below 1"),
+        ({"n_vocab": 97}, r"n_vocab \(97\) must not exceed vocab_size \(96\)"),
+    ],
+)
+def test_numbers_that_do_not_fit_are_sentences(changes, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        dataclasses.replace(TINY, **changes)
+
+
+def test_too_long_an_input_is_a_sentence(gpt):
+    with pytest.raises(ValueError, match=r"17 tokens exceed block_size \(16\)"):
+        gpt(random_ids(1, 17))
+
+
+def test_the_model_learns_a_pattern_by_heart():
+    torch.manual_seed(0)
+    gpt = GPT(dataclasses.replace(TINY, n_layer=1))
+    ids = torch.arange(17).repeat(4, 1)
+    optimizer = torch.optim.AdamW(gpt.parameters(), lr=1e-2)
+    for _ in range(60):
+        _, loss = gpt(ids[:, :-1], ids[:, 1:])
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert loss.item() < 0.1

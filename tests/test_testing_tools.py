@@ -1,0 +1,390 @@
+"""The tools in testing_tools and the demo: what they report is true, whatever the file holds."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from setup_tokenizer import (
+    ENDOFTEXT_ID,
+    IM_END_ID,
+    IM_START_ID,
+    ROLES,
+    encode_chat,
+    encode_document,
+    get_base_tokenizer,
+    get_extended_tokenizer,
+)
+from training.batches import TokenStream
+
+ROOT = Path(__file__).resolve().parent.parent
+TOOLS = ROOT / "testing_tools"
+CONVERSATIONS = [
+    [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello, Ana!"}],
+    [
+        {"role": "system", "content": "\n\n  Be brief.\n"},
+        {"role": "user", "content": "\n"},
+        {"role": "assistant", "content": "na\u00efve \U0001f600<|im_end|>"},
+        {"role": "user", "content": ""},
+        {"role": "assistant", "content": ""},
+    ],
+    [{"role": "assistant", "content": "\n\n\n"}],
+]
+
+
+def load(name: str):
+    """A tool as a module."""
+    sys.path.insert(0, str(TOOLS))
+    try:
+        spec = importlib.util.spec_from_file_location(name, TOOLS / f"{name}.py")
+        module = sys.modules[name] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+    finally:
+        sys.path.remove(str(TOOLS))
+    return module
+
+
+check = load("check_special_tokens")
+compare = load("compare_tokenizers")
+
+
+def run_tool(path: Path, *arguments: object, cwd: Path = ROOT, **environment: str) -> subprocess.CompletedProcess:
+    settings = {name: value for name, value in os.environ.items() if name not in ("FORCE_COLOR", "NO_COLOR")}
+    return subprocess.run(
+        [sys.executable, path, *map(str, arguments)],
+        cwd=cwd,
+        env={**settings, "PYTHONIOENCODING": "utf-8", **environment},
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+        stdin=subprocess.DEVNULL,
+    )
+
+
+def chat_ids(conversations=CONVERSATIONS) -> list[int]:
+    return [token for messages in conversations for token in encode_chat(messages, end_of_conversation=True)]
+
+
+def write_bin(path: Path, ids) -> Path:
+    np.asarray(ids, dtype="<u2").tofile(path)
+    return path
+
+
+def write_dataset(folder: Path, name: str, **changes) -> None:
+    """A prepared chat data set, as data/corpus.py leaves it; train in two shards."""
+    ids = chat_ids()
+    parts = {"train": [ids[:20], ids[20:]], "val": [chat_ids(CONVERSATIONS[:1])]}
+    splits = {}
+    for split, shards in parts.items():
+        files = []
+        for number, shard in enumerate(shards):
+            file = write_bin(folder / f"{name}-{split}{f'-{number:05d}' if len(shards) > 1 else ''}.bin", shard)
+            digest = hashlib.sha256(file.read_bytes()).hexdigest()
+            files.append({"file": file.name, "tokens": len(shard), "sha256": digest})
+        splits[split] = {"documents": 3 if split == "train" else 1, "tokens": sum(map(len, shards)), "files": files}
+    splits["train"] |= changes
+    lines = "".join(json.dumps({"messages": messages}) + "\n" for messages in CONVERSATIONS)
+    for split in ("train", "val"):
+        (folder / f"{name}-{split}.jsonl").write_text(lines, encoding="utf-8")
+    description = {"name": name, "format": "chat", "tokenizer": "gpt2_chatml", "n_vocab": 50259, "splits": splits}
+    (folder / f"{name}.json").write_text(json.dumps(description), encoding="utf-8")
+
+
+def inspect_ids(ids, folder: Path, is_chat: bool = True, chunk_tokens: int = 1 << 22):
+    return check.inspect(TokenStream([write_bin(folder / "a.bin", ids)]), is_chat, chunk_tokens=chunk_tokens)
+
+
+# --- check_special_tokens.py ---
+
+
+def test_the_tokenizer_checks_pass():
+    for tokenizer_check in check.TOKENIZER_CHECKS:
+        tokenizer_check()
+
+
+def test_a_good_chat_file_is_counted(tmp_path):
+    findings = inspect_ids(chat_ids(), tmp_path)
+    assert not findings.problems
+    assert findings.documents == 3 and findings.tokens == len(chat_ids())
+    assert findings.messages == {"system": 1, "user": 3, "assistant": 4}
+    assert list(findings.controls.values()) == [3, 8, 8]
+
+
+def test_a_good_text_file_is_counted(tmp_path):
+    ids = encode_document("Once upon a time.") + encode_document("It says <|im_start|>.")
+    findings = inspect_ids(ids, tmp_path, is_chat=False)
+    assert not findings.problems and findings.documents == 2 and not findings.messages
+
+
+@pytest.mark.parametrize(
+    ("ids", "problem", "position"),
+    [
+        ([IM_START_ID, 7220, 198, 17250, ENDOFTEXT_ID], "message not closed before <|endoftext|>", 4),
+        ([IM_START_ID, 7220, 198, IM_START_ID, 7220, 198, IM_END_ID, 198, ENDOFTEXT_ID], "before the last message", 3),
+        ([17250, IM_END_ID, 198, ENDOFTEXT_ID], "<|im_end|> without <|im_start|>", 1),
+        ([IM_START_ID, 7220, 198, IM_END_ID, IM_END_ID, 198, ENDOFTEXT_ID], "<|im_end|> without <|im_start|>", 4),
+        ([IM_START_ID, 7220, 198, IM_END_ID, ENDOFTEXT_ID], "no line end after <|im_end|>", 4),
+        ([IM_START_ID, 7220, 198, IM_END_ID, 220, ENDOFTEXT_ID], "no line end after <|im_end|>", 5),
+        ([17250, IM_START_ID, 7220, 198, IM_END_ID, 198, ENDOFTEXT_ID], "text outside messages", 1),
+        ([17250, ENDOFTEXT_ID], "text outside messages", 1),
+        ([IM_START_ID, 17250, 198, IM_END_ID, 198, ENDOFTEXT_ID], "without a known role", 0),
+        ([IM_START_ID, 7220, 17250, IM_END_ID, 198, ENDOFTEXT_ID], "without a known role", 0),
+        ([IM_START_ID, 562, 198, IM_END_ID, 198, ENDOFTEXT_ID], "without a known role", 0),
+        ([IM_START_ID, 7220, IM_END_ID, 198, ENDOFTEXT_ID], "without a known role", 0),
+        ([*encode_chat(CONVERSATIONS[0]), ENDOFTEXT_ID, ENDOFTEXT_ID], "document without any token", -1),
+        ([ENDOFTEXT_ID], "document without any token", 0),
+        (encode_chat(CONVERSATIONS[0]), "last document without <|endoftext|>", -1),
+        ([IM_START_ID, 7220, 198], "message not closed at the end", 0),
+        ([IM_START_ID], "without a known role", 0),
+        ([IM_START_ID, 7220, 198, 50300, IM_END_ID, 198, ENDOFTEXT_ID], "outside the vocabulary", 3),
+    ],
+)
+def test_each_fault_is_named_with_its_place(tmp_path, ids, problem, position):
+    findings = inspect_ids(ids, tmp_path)
+    named = [name for name in findings.problems if problem in name]
+    assert len(named) == 1, findings.problems
+    assert findings.first[named[0]] == position % len(ids)
+
+
+def test_control_tokens_of_a_chat_are_a_fault_in_a_text(tmp_path):
+    findings = inspect_ids([*encode_document("a"), IM_START_ID, ENDOFTEXT_ID], tmp_path, is_chat=False)
+    assert findings.first == {"control token of a chat in a text": 2}
+
+
+def is_well_formed(ids: list[int]) -> bool:
+    """A chat stream read one id at a time: the slow reference."""
+    enc = get_extended_tokenizer()
+    if not ids or ids[-1] != ENDOFTEXT_ID or max(ids) >= enc.n_vocab:
+        return False
+    position = 0
+    while position < len(ids):
+        n_messages = 0
+        while position < len(ids) and ids[position] == IM_START_ID:
+            end = position + 1
+            while end < len(ids) and ids[end] < ENDOFTEXT_ID:
+                end += 1
+            if end >= len(ids) - 1 or ids[end] != IM_END_ID or ids[end + 1] != 198:
+                return False
+            body = ids[position + 1 : end]
+            if not any(
+                body[: len(role)] == role
+                and enc.decode_single_token_bytes(next(iter(body[len(role) :]), 0))[:1] == b"\n"
+                for role in map(enc.encode_ordinary, ROLES)
+            ):
+                return False
+            position, n_messages = end + 2, n_messages + 1
+        if position >= len(ids) or ids[position] != ENDOFTEXT_ID or not n_messages:
+            return False
+        position += 1
+    return True
+
+
+def test_damage_is_found_exactly_where_the_slow_reference_finds_it(tmp_path):
+    rng = random.Random(1337)
+    tokens = [IM_START_ID, IM_END_ID, ENDOFTEXT_ID, 198, 628, 7220, 562, 10167, 10057, 17250, 50259, 65535]
+    n_damaged = 0
+    for _ in range(400):
+        ids = chat_ids(rng.sample(CONVERSATIONS, rng.randint(1, 3)))
+        for _ in range(rng.randint(0, 2)):
+            place = rng.randrange(len(ids))
+            change = rng.choice(["replace", "insert", "delete"])
+            ids[place : place + (change != "insert")] = [] if change == "delete" else [rng.choice(tokens)]
+        if not ids:
+            continue
+        expected = is_well_formed(ids)
+        n_damaged += not expected
+        findings = inspect_ids(ids, tmp_path, chunk_tokens=rng.choice([1, 7, 1 << 20]))
+        assert bool(findings.problems) == (not expected), (ids, findings.problems)
+    assert 50 < n_damaged < 350
+
+
+def test_the_size_of_the_chunks_changes_nothing(tmp_path):
+    rng = random.Random(7)
+    ids = chat_ids(CONVERSATIONS * 3)
+    for place in rng.sample(range(len(ids)), 5):
+        ids[place] = rng.choice([IM_START_ID, IM_END_ID, 17250])
+    whole = inspect_ids(ids, tmp_path)
+    assert whole.problems
+    for chunk_tokens in (1, 5, 33):
+        assert inspect_ids(ids, tmp_path, chunk_tokens=chunk_tokens) == whole
+
+
+def test_targets_are_marked_in_the_sample(monkeypatch):
+    monkeypatch.setenv("NO_COLOR", "1")
+    ids = np.array(chat_ids(CONVERSATIONS[:1]))
+    expected = "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n[[Hello, Ana!<|im_end|>]]\n<|endoftext|>"
+    assert check.show_sample(ids) == expected
+    monkeypatch.delenv("NO_COLOR")
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    assert "\x1b[32mHello, Ana!<|im_end|>\x1b[0m\n<|endoftext|>" in check.show_sample(ids)
+    assert check.show_sample(ids[:0]) == ""
+
+
+def test_text_cannot_send_commands_to_the_terminal():
+    ids = np.array(encode_chat([{"role": "user", "content": "\x1b[31m red \x07"}]))
+    assert "\x1b" not in check.show_sample(ids) and "\\x1b[31m red \\x07" in check.show_sample(ids)
+
+
+def test_a_data_set_is_checked_from_any_folder(tmp_path):
+    write_dataset(tmp_path, "mine")
+    done = run_tool(TOOLS / "check_special_tokens.py", "--dataset", "mine", "--data_dir", tmp_path, cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "mine-train-00000.bin and 1 more, chat" in done.stdout and "mine-val.bin, chat" in done.stdout
+    assert done.stdout.count("every control token is well formed") == 2
+    assert "[[Hello, Ana!<|im_end|>]]" in done.stdout and "\x1b" not in done.stdout
+
+
+def test_one_file_of_a_data_set_is_checked_against_the_json(tmp_path):
+    write_dataset(tmp_path, "mine", documents=5)
+    done = run_tool(TOOLS / "check_special_tokens.py", tmp_path / "mine-train-00001.bin", "--sample", 0)
+    assert done.returncode == 1
+    assert "mine.json says 5 documents, the file holds 3" in done.stdout
+    assert "mine-val.bin" not in done.stdout and "[[" not in done.stdout
+
+
+def test_a_malformed_file_without_a_json_is_reported(tmp_path):
+    path = write_bin(tmp_path / "a.bin", [IM_START_ID, 7220, 198, 17250, 65535, ENDOFTEXT_ID])
+    done = run_tool(TOOLS / "check_special_tokens.py", path)
+    assert (done.returncode, done.stderr) == (1, "")
+    assert "MALFORMED: message not closed before <|endoftext|>: 1 times, first at token 5" in done.stdout
+    assert "<65535>" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [(None, "not found"), (b"", "is empty"), (b"abc", "3 bytes, an odd number")],
+)
+def test_a_file_that_is_no_bin_is_one_sentence(tmp_path, content, sentence):
+    path = tmp_path / "a-train.bin"
+    if content is not None:
+        path.write_bytes(content)
+    done = run_tool(TOOLS / "check_special_tokens.py", path)
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: ") and sentence in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_a_changed_bin_or_a_missing_data_set_is_one_sentence(tmp_path):
+    write_dataset(tmp_path, "mine")
+    write_bin(tmp_path / "mine-val.bin", [1, 2, 3])
+    for name, sentence in (("mine", "sha256"), ("yours", "not found")):
+        done = run_tool(TOOLS / "check_special_tokens.py", "--dataset", name, "--data_dir", tmp_path)
+        assert done.returncode == 1
+        assert sentence in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_a_file_without_documents_is_given_up_in_time(tmp_path, monkeypatch):
+    monkeypatch.setattr(check, "LONGEST_DOCUMENT_TOKENS", 64)
+    with pytest.raises(check.UserError, match=r"no <\|endoftext\|> in"):
+        inspect_ids([17250] * 1000, tmp_path, chunk_tokens=8)
+
+
+# --- compare_tokenizers.py and extended_tokenizer.py ---
+
+
+def test_the_comparison_counts_what_the_tokenizers_give():
+    results = {result.name: result for result in compare.compare(CONVERSATIONS[:1], repeats=1)}
+    text = "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nHello, Ana!<|im_end|>\n"
+    assert results["GPT-2"].tokens == len(get_base_tokenizer().encode_ordinary(text)) + 1
+    n_extended = len(chat_ids(CONVERSATIONS[:1]))
+    assert results["extended"].tokens == results["extended, encode_chat"].tokens == n_extended
+    assert results["historical wrapper"].tokens == n_extended
+    assert all(result.mb_per_s > 0 for result in results.values())
+    assert compare.saving(list(results.values())) == 1 - n_extended / results["GPT-2"].tokens
+
+
+def test_the_wrapper_agrees_where_nothing_is_forged_and_is_forged_where_encode_chat_is_not():
+    wrapper = compare.ExtendedTokenizerWrapper()
+    enc = get_extended_tokenizer()
+    assert (wrapper.n_vocab, wrapper.special_tokens) == (enc.n_vocab, enc._special_tokens)
+    for messages in (*compare.EXAMPLES, CONVERSATIONS[0]):
+        text = compare.render_chat(messages) + "<|endoftext|>"
+        assert wrapper.encode(text) == encode_chat(messages, end_of_conversation=True)
+        assert wrapper.decode(wrapper.encode(text)) == text
+    assert compare.forged_ids() == {"extended": 3, "extended, encode_chat": 0, "historical wrapper": 3}
+
+
+def test_the_comparison_reads_data_sets_and_chat_files(tmp_path):
+    write_dataset(tmp_path, "mine")
+    for source in (["--dataset", "mine", "--data_dir", tmp_path], ["--input", tmp_path / "mine-train.jsonl"]):
+        done = run_tool(TOOLS / "compare_tokenizers.py", *source, "--repeats", 1, cwd=tmp_path)
+        assert (done.returncode, done.stderr) == (0, "")
+        assert "conversations, " in done.stdout and "historical wrapper" in done.stdout
+
+
+def test_the_comparison_refuses_what_is_no_chat(tmp_path):
+    (tmp_path / "a.txt").write_text("Once upon a time.", encoding="utf-8")
+    (tmp_path / "empty.jsonl").write_text("", encoding="utf-8")
+    for source in (
+        ["--input", tmp_path / "a.txt"],
+        ["--input", tmp_path / "empty.jsonl"],
+        ["--input", tmp_path / "missing.jsonl"],
+        ["--dataset", "missing", "--data_dir", tmp_path],
+    ):
+        done = run_tool(TOOLS / "compare_tokenizers.py", *source)
+        assert done.returncode == 1, source
+        assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr
+
+
+# --- quick_test.py and tokenizer_demo.py ---
+
+
+def test_quick_test_prints_the_pieces():
+    done = run_tool(TOOLS / "quick_test.py", "Hi<|im_end|>\n")
+    assert done.returncode == 0 and "17250  [Hi]" in done.stdout and "50258" not in done.stdout
+    done = run_tool(TOOLS / "quick_test.py", "--control", "Hi<|im_end|>\n")
+    assert done.returncode == 0 and "50258  [<|im_end|>]" in done.stdout and "198  [\\n]" in done.stdout
+    assert "15 characters" not in done.stdout and "3 tokens; decoded again: the same" in done.stdout
+
+
+def test_quick_test_fails_where_text_does_not_come_back():
+    done = run_tool(TOOLS / "quick_test.py", b"a\xff".decode("utf-8", "surrogateescape"))
+    assert done.returncode == 1 and "\ufffd" in done.stdout
+
+
+def test_the_demo_shows_true_ids_without_a_terminal(tmp_path):
+    done = run_tool(ROOT / "tokenizer_demo.py", "--text", "Once upon", cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "[Once][ upon]\n7454 2402\n" in done.stdout
+    for spelling, token in get_extended_tokenizer()._special_tokens.items():
+        assert any(line.startswith(spelling) and str(token) in line for line in done.stdout.splitlines())
+    assert "[<|im_start|>][user][\\n][Hi][<][|][im][_][end][|][>][<|im_end|>][\\n]" in done.stdout
+    assert "\x1b" not in done.stdout
+
+
+def test_the_demo_has_colours_only_where_they_are_wanted():
+    assert "\x1b[" in run_tool(ROOT / "tokenizer_demo.py", FORCE_COLOR="1").stdout
+    assert "\x1b" not in run_tool(ROOT / "tokenizer_demo.py", FORCE_COLOR="1", NO_COLOR="1").stdout
+
+
+def test_the_demo_runs_on_an_ascii_console():
+    done = run_tool(ROOT / "tokenizer_demo.py", PYTHONIOENCODING="ascii")
+    assert (done.returncode, done.stderr) == (0, "") and "Zo?" in done.stdout
+
+
+def test_the_demos_savings_are_measured():
+    spec = importlib.util.spec_from_file_location("tokenizer_demo", ROOT / "tokenizer_demo.py")
+    demo = importlib.util.module_from_spec(spec)
+    sys.modules["tokenizer_demo"] = demo
+    spec.loader.exec_module(demo)
+    output = run_tool(ROOT / "tokenizer_demo.py").stdout
+    for name, messages in demo.EXAMPLES.items():
+        n_extended = len(get_extended_tokenizer().encode(demo.render_chat(messages), allowed_special="all"))
+        line = next(line for line in output.splitlines() if line.startswith(name))
+        n_base = len(get_base_tokenizer().encode(demo.render_chat(messages), disallowed_special=()))
+        assert line.split()[-3:] == [str(n_base), str(n_extended), f"{1 - n_extended / n_base:.0%}"]
+
+
+@pytest.mark.parametrize("tool", ["check_special_tokens.py", "compare_tokenizers.py", "quick_test.py"])
+def test_help_starts_from_any_folder(tool, tmp_path):
+    done = run_tool(TOOLS / tool, "--help", cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "") and "usage:" in done.stdout
+    assert run_tool(TOOLS / tool, "--no_such_option").returncode == 2

@@ -1,0 +1,538 @@
+"""Create a GPT-2-style model and train it on a prepared data set.
+
+    python data/prepare-chitchat.py && python train.py --dataset chitchat --max_iters 600
+
+Prints the device, the model's size, a line every --log_interval iterations (loss, learning rate, tokens a second,
+time left) and, at each evaluation, the validation loss and a sample. The run is kept in models/{dataset}{max_iters}.pt;
+its metrics lie beside it as .jsonl and, as loss curves, .png.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+import os
+import re
+import time
+from pathlib import Path
+
+import torch
+
+from checkpoint import checkpoint_bytes, load_checkpoint, load_weights, random_states, set_random_states
+from model import GPT, IGNORED, PRESETS, GPTConfig
+from runtime import (
+    UserError,
+    autocast,
+    choose_device,
+    choose_dtype,
+    given_options,
+    has_cpp_compiler,
+    keep_freed_memory,
+    option,
+    parse_options,
+    peak_flops,
+    run_script,
+    seed_everything,
+)
+from training.batches import Batches, ChatRows, TextRows, fixed_batches, open_dataset, require_length
+from training.memory import fit_batch_size, is_out_of_memory, move_model, out_of_memory_error
+from training.run import Run, StopSignal, check_same_data, is_complete, load_resumable, resume_config
+
+
+def number_or_auto(word: str) -> int | str:
+    """A number on the command line, or the word "auto"."""
+    return word if word == "auto" else int(word)
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """What a run is made of; a value of None is chosen by `resolve` for the device and the model."""
+
+    dataset: str = option("story", "data set to train on: story, dailydialog, chat, chitchat or any prepared name")
+    max_iters: int = option(5000, "iterations in all; the schedule scales with it")
+    seed: int = option(1337, "seed of the weights and of the data's order")
+
+    preset: str | None = option(None, "model size (default: gpt2 on CUDA, small elsewhere)", choices=tuple(PRESETS))
+    n_layer: int | None = option(None, "layers (default: the preset's)")
+    n_head: int | None = option(None, "attention heads (default: the preset's)")
+    n_embd: int | None = option(None, "width (default: the preset's)")
+    block_size: int | None = option(None, "context length in tokens (default: the preset's)")
+    dropout: float = option(0.0, "dropout probability")
+
+    batch_size: int | str | None = option(
+        None,
+        "sequences in a micro-batch, or auto: the most that fit, of as many an iteration (default: 16)",
+        type=number_or_auto,
+        metavar="N",
+    )
+    gradient_accumulation_steps: int | None = option(None, "micro-batches an iteration (default: 8 on CUDA, else 1)")
+    loss_on: str | None = option(
+        None, "tokens that are targets (default: assistant for chat data, else all)", choices=("assistant", "all")
+    )
+
+    optimizer: str = option("muon", "muon (hidden matrices; AdamW for the rest) or adamw", choices=("muon", "adamw"))
+    learning_rate: float | None = option(None, "AdamW's peak learning rate (default: by optimizer and width)")
+    muon_learning_rate: float = option(0.02, "Muon's peak learning rate")
+    min_lr: float | None = option(None, "learning rate at the end (default: learning_rate / 10)")
+    warmup_iters: int | None = option(None, "iterations of linear warm-up (default: max_iters / 20)")
+    weight_decay: float = option(0.1, "decay of the weight matrices under AdamW")
+    grad_clip: float = option(1.0, "largest gradient norm; 0 turns clipping off")
+
+    eval_interval: int | None = option(None, "iterations between evaluations (default: max_iters / 4, at most 250)")
+    eval_iters: int = option(20, "validation batches, the same ones each time")
+    log_interval: int = option(10, "iterations between lines")
+    keep: int = option(0, "also keep the last N checkpoints of evaluations")
+    tensorboard: bool = option(False, "also write the metrics for TensorBoard (pip install tensorboard)")
+
+    device: str | None = option(None, "cpu, mps, cuda, cuda:N (default: asks, or takes the best one)")
+    dtype: str | None = option(
+        None, "precision of the matrix work (default: the device's best)", choices=("float32", "bfloat16", "float16")
+    )
+    compile: bool | None = option(
+        None, "use torch.compile (default: on CUDA, and from 200 iterations on a CPU with g++)"
+    )
+    deterministic: bool = option(False, "make CUDA repeat itself exactly, at some cost in speed")
+    data_dir: str = option("data", "folder of the prepared data")
+    out_dir: str = option("models", "folder of the checkpoints")
+    resume: str | None = option(
+        None,
+        "go on with a checkpoint (default: that of --dataset and --max_iters)",
+        nargs="?",
+        const="",
+        metavar="PATH",
+    )
+    init_from: str | None = option(
+        None,
+        "start from weights: a checkpoint, a folder in the Hugging Face layout, or gpt2, gpt2-medium, gpt2-large, "
+        "gpt2-xl from the hub",
+        metavar="CHECKPOINT",
+    )
+    val_rows: int | None = None  # no option: eval_iters x batch_size at the start, whatever batch_size becomes
+
+    def __post_init__(self):
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", self.dataset):
+            raise ValueError(f"dataset must be a name such as story, not {self.dataset!r}")
+        at_least_one = ("max_iters", "eval_interval", "eval_iters", "log_interval", "batch_size", "block_size")
+        for name in (*at_least_one, "gradient_accumulation_steps", "n_layer", "n_head", "n_embd"):
+            if getattr(self, name) not in (None, "auto") and getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        at_least_zero = ("learning_rate", "muon_learning_rate", "min_lr", "warmup_iters", "weight_decay", "grad_clip")
+        for name in (*at_least_zero, "keep", "seed"):
+            if getattr(self, name) is not None and not 0 <= getattr(self, name) < float("inf"):
+                raise ValueError(f"{name} must be at least 0, not {getattr(self, name)}")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout must be at least 0 and below 1, not {self.dropout}")
+        if self.resume is not None and self.init_from is not None:
+            raise ValueError("resume and init_from exclude each other: one goes on with a run, the other starts one")
+
+    @property
+    def name(self) -> str:
+        """What the run's files are called."""
+        return f"{self.dataset}{self.max_iters}"
+
+    @property
+    def tokens_per_iter(self) -> int:
+        return self.batch_size * self.gradient_accumulation_steps * self.block_size
+
+
+def resolve(config: TrainConfig, device: str, chat: bool) -> TrainConfig:
+    """`config` with a value for every option that was left to the program."""
+    on_cuda = device.startswith("cuda")
+    preset = config.preset or ("gpt2" if on_cuda else "small")
+    shape = PRESETS[preset]
+    width = config.n_embd or shape.n_embd
+    chosen = {
+        "preset": preset,
+        "n_layer": shape.n_layer,
+        "n_head": shape.n_head,
+        "n_embd": shape.n_embd,
+        "block_size": shape.block_size,
+        "batch_size": 16,
+        "gradient_accumulation_steps": 8 if on_cuda else 1,
+        "loss_on": "assistant" if chat else "all",
+        "learning_rate": 3e-3 if width <= 384 else 6e-4,
+        "warmup_iters": max(1, config.max_iters // 20),
+        "eval_interval": max(1, min(250, config.max_iters // 4)),
+        "dtype": choose_dtype(config.dtype, device),
+        "compile": on_cuda or (device == "cpu" and config.max_iters >= 200 and has_cpp_compiler()),
+        "device": device,
+    }
+    config = dataclasses.replace(
+        config, **{key: value for key, value in chosen.items() if getattr(config, key) in (None, "auto")}
+    )
+    if config.val_rows is None:
+        config = dataclasses.replace(config, val_rows=config.eval_iters * config.batch_size)
+    if config.min_lr is None:
+        config = dataclasses.replace(config, min_lr=config.learning_rate / 10)
+    return dataclasses.replace(config, device=device)
+
+
+def schedule(iter_num: int, config: TrainConfig) -> float:
+    """The learning rate of an iteration as a share of its peak: linear warm-up, then a cosine to min_lr.
+
+    "SGDR" (Loshchilov and Hutter 2017, section 3) without restarts.
+    """
+    if iter_num < config.warmup_iters:
+        return (iter_num + 1) / config.warmup_iters
+    lowest = min(1.0, config.min_lr / config.learning_rate) if config.learning_rate else 0.0
+    progress = min(1.0, (iter_num - config.warmup_iters) / max(1, config.max_iters - config.warmup_iters))
+    return lowest + (1 - lowest) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def make_optimizers(model: GPT, config: TrainConfig) -> list[torch.optim.Optimizer]:
+    """AdamW for all weights, or Muon for the blocks' matrices and AdamW for the rest.
+
+    "Decoupled Weight Decay Regularization" (Loshchilov and Hutter 2019); Muon as in torch.optim.Muon (Jordan et al.
+    2024). Biases, LayerNorms and, beside Muon, embeddings are not decayed.
+    """
+    matrices = [weight for name, weight in model.named_parameters() if weight.dim() == 2]
+    vectors = [weight for name, weight in model.named_parameters() if weight.dim() < 2]
+    optimizers = []
+    if config.optimizer == "muon":
+        hidden = [weight for name, weight in model.named_parameters() if weight.dim() == 2 and name.startswith("h.")]
+        optimizers.append(torch.optim.Muon(hidden, lr=config.muon_learning_rate, weight_decay=0.01))
+        groups = [{"params": [model.wte.weight, model.wpe.weight, *vectors], "weight_decay": 0.0}]
+    else:
+        groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    fused = config.device.startswith(("cuda", "cpu"))
+    optimizers.append(torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, 0.95), fused=fused))
+    return optimizers
+
+
+def set_peak_rates(optimizers: list[torch.optim.Optimizer], config: TrainConfig) -> None:
+    """Note in each parameter group the rate that the schedule scales, also after older ones were loaded."""
+    for optimizer in optimizers:
+        is_muon = isinstance(optimizer, torch.optim.Muon)
+        for group in optimizer.param_groups:
+            group["peak_lr"] = config.muon_learning_rate if is_muon else config.learning_rate
+
+
+@torch.no_grad()
+def evaluate(model: GPT, batches: list, config: TrainConfig) -> float:
+    """Mean validation loss in nats a target token over fixed batches of (ids, targets)."""
+    model.eval()
+    loss_sum, n_targets = 0.0, 0
+    for ids, targets in batches:
+        count = int((targets != IGNORED).sum())
+        with autocast(config.device, config.dtype):
+            _, loss = model(*to_device(config.device, ids, targets))
+        loss_sum += loss.item() * count
+        n_targets += count
+    model.train()
+    return loss_sum / max(1, n_targets)
+
+
+def to_device(device: str, *arrays) -> list[torch.Tensor]:
+    """NumPy arrays as tensors on the device; copied to CUDA without waiting."""
+    tensors = [torch.from_numpy(array) for array in arrays]
+    if device.startswith("cuda"):
+        return [tensor.pin_memory().to(device, non_blocking=True) for tensor in tensors]
+    return [tensor.to(device) for tensor in tensors]
+
+
+def sample_text(model: GPT, config: TrainConfig, chat: bool, iter_num: int) -> str | None:
+    """A short text from the model as it stands, None where the tokenizer is missing; leaves the global seeds alone."""
+    import setup_tokenizer
+
+    try:
+        enc = setup_tokenizer.get_extended_tokenizer()
+    except UserError:
+        return None
+    if chat:
+        prompt = setup_tokenizer.encode_chat([{"role": "user", "content": "Hello! How are you?"}], True)
+    else:
+        prompt = [setup_tokenizer.ENDOFTEXT_ID]
+    generator = torch.Generator(config.device).manual_seed(config.seed + iter_num)
+    stop_ids = (setup_tokenizer.ENDOFTEXT_ID, setup_tokenizer.IM_END_ID)
+    max_tokens = min(60, config.block_size - len(prompt))
+    steps = model.generate([prompt], max_tokens, temperature=0.8, top_k=50, generator=generator, stop_ids=stop_ids)
+    ids = [int(step[0]) for step in steps]
+    return enc.decode([token_id for token_id in ids if token_id not in stop_ids])
+
+
+def print_sample(model: GPT, config: TrainConfig, chat: bool, iter_num: int) -> None:
+    """Show at an evaluation what the model says by now."""
+    text = sample_text(model, config, chat, iter_num)
+    if text is not None:
+        print(f"  sample: {text.strip()!r}")
+
+
+def make_rows(stream, config: TrainConfig, is_chat: bool) -> TextRows | ChatRows:
+    """How a stream is cut into rows: chat by whole conversations, text by pieces of block_size."""
+    if is_chat:
+        return ChatRows(stream, config.block_size, config.seed, config.loss_on)
+    return TextRows(stream, config.block_size, config.seed)
+
+
+def describe_data(facts: dict) -> list[str]:
+    """What is trained on, in lines: counts, source and licence."""
+    counts = ", ".join(f"{split} {facts['splits'][split]['tokens']:,} tokens" for split in ("train", "val"))
+    lines = [f"data: {facts['name']} ({facts['format']}), {counts}"]
+    if facts.get("licence"):
+        lines.append(f"licence: {facts['licence']}" + (" (non-commercial)" if facts.get("non_commercial") else ""))
+    return lines
+
+
+def set_determinism(deterministic: bool) -> None:
+    """Make CUDA's kernels repeat themselves exactly, where asked."""
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(deterministic)
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = not deterministic
+
+
+class Clock:
+    """Speed, time left, and the line that shows them."""
+
+    def __init__(self, model: GPT, config: TrainConfig, iter_num: int):
+        self.config = config
+        self.flops_per_iter = model.flops_per_token() * config.tokens_per_iter
+        on_cuda = config.device.startswith("cuda")
+        self.peak_flops = peak_flops(torch.cuda.get_device_name(config.device)) if on_cuda else None
+        self.restart(iter_num)
+
+    def restart(self, iter_num: int) -> None:
+        """Measure from here: what came before (an evaluation, a save) is not training speed."""
+        self.start, self.start_iter = time.perf_counter(), iter_num
+
+    def log(self, iter_num: int, loss: float, learning_rate: float, grad_norm: float, skipped: int) -> float:
+        """Print a line on the iteration just done; returns tokens a second."""
+        s_per_iter = (time.perf_counter() - self.start) / max(1, iter_num - self.start_iter)
+        self.restart(iter_num)
+        max_iters = self.config.max_iters
+        tokens_per_s = self.config.tokens_per_iter / s_per_iter
+        mfu = f"{self.flops_per_iter / s_per_iter / self.peak_flops:.1%}" if self.peak_flops else "n/a"
+        filled = 20 * iter_num // max_iters
+        left = int(s_per_iter * (max_iters - iter_num))
+        print(
+            f"iter {iter_num:>{len(str(max_iters))}}/{max_iters} [{'#' * filled}{'.' * (20 - filled)}] "
+            f"loss {loss:.4f}, lr {learning_rate:.2e}, norm {grad_norm:.2f}, {tokens_per_s:,.0f} tokens/s, mfu {mfu}, "
+            f"{left // 60}:{left % 60:02d} left" + (f", {skipped} skipped" if skipped else ""),
+            flush=True,
+        )
+        return tokens_per_s
+
+
+def make_model(config: TrainConfig, saved: dict | None) -> GPT:
+    """A model on the CPU: with the weights of `saved`, of the checkpoint that --init_from names, or new ones."""
+    source = config.resume or config.init_from
+    if source:
+        saved = saved or load_checkpoint(source, ("info", "model"))
+    shape = {name: getattr(config, name) for name in ("block_size", "n_layer", "n_head", "n_embd", "dropout")}
+    try:
+        vocab = GPTConfig()
+        if saved:
+            shape["bias"] = saved["info"]["model"]["bias"]
+            shape["vocab_size"] = max(vocab.vocab_size, saved["info"]["model"]["vocab_size"])
+        model = GPT(dataclasses.replace(vocab, **shape))
+    except ValueError as error:
+        raise UserError(f"{error}; change --n_embd or --n_head") from error
+    if saved:
+        load_weights(model, saved["model"], source)
+    else:
+        model.start_to_copy()
+    return model
+
+
+def shape_of_checkpoint(config: TrainConfig, given: dict) -> TrainConfig:
+    """`config` with the shape of the model that --init_from names; refuses options that contradict it."""
+    saved = load_checkpoint(config.init_from, ("info",))["info"]["model"]
+    shape = {name: saved[name] for name in ("n_layer", "n_head", "n_embd", "block_size")}
+    preset = PRESETS[given["preset"]] if "preset" in given else None
+    for name, value in shape.items():
+        wanted = given.get(name, getattr(preset, name) if preset and name != "block_size" else value)
+        if wanted != value:
+            option_name = name if name in given else "preset"
+            raise UserError(
+                f"--{option_name} {given[option_name]} contradicts {config.init_from}, whose {name} is {value}; leave "
+                "it out"
+            )
+    return dataclasses.replace(config, **shape)
+
+
+def compile_or_eager(model: GPT, config: TrainConfig, ids, targets) -> None:
+    """Compile the model by running it once; where that fails, say so and go on without. Changes no state."""
+    states = random_states(config.device)
+    start = time.perf_counter()
+    model.compile_training()
+    try:
+        forward_backward(model, config, ids, targets)
+        print(f"torch.compile: ready after {time.perf_counter() - start:.1f} s")
+    except Exception as error:  # compilers fail in many ways; without one the same work runs, only slower
+        if is_out_of_memory(error):
+            raise
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        print(f"warning: torch.compile failed ({reason[:200]}); going on without it")
+        model.compiled_hidden = model.compiled_loss_and_gradient = None
+    model.zero_grad(set_to_none=True)
+    set_random_states(states)
+
+
+def forward_backward(model: GPT, config: TrainConfig, ids, targets, optimizers=(), scaler=None) -> tuple[float, float]:
+    """Gradients of one iteration's rows, in micro-batches, clipped; returns the mean loss a target and their norm."""
+    n_targets = torch.tensor(float(max(1, (targets != IGNORED).sum())), device=config.device)
+    total = torch.zeros((), device=config.device)
+    for first in range(0, len(ids), config.batch_size):
+        rows = slice(first, first + config.batch_size)
+        x, y = to_device(config.device, ids[rows], targets[rows])
+        with autocast(config.device, config.dtype):
+            _, loss = model(x, y, n_targets)
+        (scaler.scale(loss) if scaler else loss).backward()
+        total += loss.detach()
+    for optimizer in optimizers:
+        scaler.unscale_(optimizer)
+    grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf)
+    return tuple(torch.stack([total, grad_norm]).tolist())  # the iteration's one wait for the device
+
+
+def not_finite_error(run: Run, what: str, value: float, share: float) -> UserError:
+    """The sentence for a loss or gradient that is no number. The same batch would fail again, so an earlier state
+    is the good one: the last one saved."""
+    config = run.config
+    last = "none" if run.train_loss is None else f"{run.train_loss:.4f}"
+    rates = f"--learning_rate {config.learning_rate / 2:g}"
+    if config.optimizer == "muon":
+        rates += f" --muon_learning_rate {config.muon_learning_rate / 2:g}"
+    remedy = f"start again with {rates}"
+    if run.saved_path:
+        command = f"python train.py --resume {run.saved_path} {rates}"
+        remedy = f"go on from the last good state, iteration {run.saved_iter}, with: {command}"
+    return UserError(
+        f"the {what} is {value} in iteration {run.iter_num + (what != 'validation loss')} at learning rate "
+        f"{share * config.learning_rate:.2e} (last finite loss {last}); {remedy}"
+    )
+
+
+def train(config: TrainConfig, given: dict) -> int:
+    """Run the training that `config` describes; returns the exit status (128 + signal where one stopped it).
+
+    `given` holds the options that the command line really names, which a resumed run takes over.
+    """
+    keep_freed_memory()
+    # What: a new model, another run's weights, or a run that goes on. All that can fail, fails before the first step.
+    saved = None
+    if config.resume is not None:
+        source = Path(config.resume or f"{config.out_dir}/{config.name}.pt")
+        saved = load_resumable(source)
+        config = resume_config(config, given, source, saved["info"])
+        if is_complete(saved["info"], config.max_iters):
+            print(
+                f"{source} is complete: iteration {saved['info']['iter_num']} of {config.max_iters}; go on with a "
+                "larger --max_iters"
+            )
+            return 0
+    elif config.init_from:
+        config = shape_of_checkpoint(config, given)
+    streams, facts = open_dataset(Path(config.data_dir), config.dataset)
+    is_chat = facts["format"] == "chat"
+    config = resolve(config, choose_device(config.device), is_chat)
+    require_length(streams, config.block_size)
+    if saved:
+        check_same_data(facts, saved["info"], source)
+    for line in describe_data(facts):
+        print(line)
+
+    # The model, its optimizers and its data, each from the seed or from the checkpoint.
+    set_determinism(config.deterministic)
+    seed_everything(config.seed)
+    model = make_model(config, saved)
+    shape = f"{config.n_layer} layers, {config.n_head} heads, {config.n_embd} wide"
+    print(f"model: {shape}, {model.n_params():,} parameters, {config.dtype}, block size {config.block_size}")
+    move_model(model, config.device).train()
+    if given.get("batch_size") == "auto":
+        batch_size, steps = fit_batch_size(model, config, forward_backward)
+        config = dataclasses.replace(config, batch_size=batch_size, gradient_accumulation_steps=steps)
+        print(f"batch size (auto): {batch_size} x {steps} sequences, {config.tokens_per_iter:,} tokens an iteration")
+    optimizers = make_optimizers(model, config)
+    scaler = torch.amp.GradScaler(config.device.partition(":")[0], enabled=config.dtype == "float16")
+    run = Run(config, model, optimizers, scaler, facts)
+    position = run.restore(saved) if saved else {"epoch": 0, "row": 0}
+    set_peak_rates(optimizers, config)
+    rows = {name: make_rows(stream, config, is_chat) for name, stream in streams.items()}
+    val_batches = fixed_batches(rows["val"], config.batch_size, config.val_rows)
+    batches = Batches(rows["train"], config.batch_size * config.gradient_accumulation_steps, position)
+    del saved
+
+    with run.claim(checkpoint_bytes(model)) as log, contextlib.closing(batches), StopSignal() as stop:
+        if config.resume:
+            print(f"resume: {config.resume}, iteration {run.iter_num} of {config.max_iters}, goes on as {run.path}")
+        run.mark(batches.position)
+        clock = Clock(model, config, run.iter_num)
+        try:
+            if config.compile:
+                compile_or_eager(model, config, *val_batches[0])
+            clock.restart(run.iter_num)
+            while True:
+                share = schedule(run.iter_num, config)
+                for optimizer in optimizers:
+                    for group in optimizer.param_groups:
+                        group["lr"] = group["peak_lr"] * share
+
+                # Evaluate, log and save what the last step made, once: also where a run failed in between.
+                is_last = run.iter_num >= config.max_iters
+                if run.record and (run.iter_num % config.eval_interval == 0 or is_last):
+                    val_loss = evaluate(model, val_batches, config)
+                    if not math.isfinite(val_loss):
+                        raise not_finite_error(run, "validation loss", val_loss, share)
+                    best = " (best)" if run.iter_num and run.is_best(val_loss) else ""
+                    print(f"iter {run.iter_num}: validation loss {val_loss:.4f}{best}")
+                    if run.iter_num:
+                        print_sample(model, config, is_chat, run.iter_num)
+                    run.finish_evaluation(log, val_loss)
+                    clock.restart(run.iter_num)
+                elif run.record:
+                    run.write_record(log)
+                if is_last or stop.number:
+                    break
+
+                ids, targets = batches.next()
+                loss, grad_norm = forward_backward(model, config, ids, targets, optimizers, scaler)
+                if not math.isfinite(loss):
+                    raise not_finite_error(run, "loss", loss, share)
+                is_sound = math.isfinite(grad_norm)
+                if not (is_sound or (scaler.is_enabled() and scaler.get_scale() >= 1)):
+                    raise not_finite_error(run, "gradient norm", grad_norm, share)
+
+                run.is_updating = True
+                if is_sound:  # else float16 overflowed: no optimizer steps, and the scaler scales less
+                    for optimizer in optimizers:
+                        scaler.step(optimizer)
+                scaler.update()
+                model.zero_grad(set_to_none=True)
+                run.iter_num += 1
+                run.tokens_seen += ids.size
+                run.skipped_steps += not is_sound
+                run.train_loss = loss
+                run.mark(batches.position)
+                run.record = {"iter_num": run.iter_num}
+                is_logged = run.iter_num % config.log_interval == 0 or run.iter_num in (1, config.max_iters)
+                learning_rate = share * config.learning_rate
+                if is_logged:
+                    run.record |= {"loss": loss, "learning_rate": learning_rate, "grad_norm": grad_norm}
+                run.is_updating = False
+                if is_logged:
+                    tokens_per_s = clock.log(run.iter_num, loss, learning_rate, grad_norm, run.skipped_steps)
+                    run.record["tokens_per_s"] = tokens_per_s
+        except UserError:  # no number any more: the last checkpoint is better than what the weights are now
+            raise
+        except BaseException as error:
+            run.rescue(log)
+            if is_out_of_memory(error):
+                raise out_of_memory_error(config, f"--resume {run.saved_path} " if run.saved_path else "") from error
+            raise
+        run.save_at_end(log)
+        if stop.number:
+            print(f"stopped at iteration {run.iter_num}; go on with: python train.py --resume {run.path}")
+            return 128 + stop.number
+        next_command = f"python gen.py {run.path}{' --chat' if is_chat else ''}"
+        print(f"done: {run.path}, best validation loss {run.best_val_loss:.4f}; next: {next_command}")
+    return 0
+
+
+def main() -> int:
+    return train(parse_options(TrainConfig, __doc__), given_options(TrainConfig))
+
+
+if __name__ == "__main__":
+    run_script(main)

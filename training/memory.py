@@ -1,0 +1,144 @@
+"""What a training step needs in memory: the micro-batch that fits, and what to say where none does."""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from model import GPT, HEAD_CHUNK, GPTConfig
+from runtime import UserError
+
+OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "ALLOC_FAILED")  # CUDA and MPS, the CPU, CUDA's libraries
+HEADROOM = 0.9  # share of the free memory that a step may fill
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether a device, or the machine itself, had too little memory."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and any(phrase in str(error) for phrase in OUT_OF_MEMORY)
+
+
+def move_model(model: GPT, device: str) -> GPT:
+    """The model on the device. Raises UserError where its weights alone do not fit."""
+    try:
+        return model.to(device)
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        raise UserError(
+            f"{device} has no room for the model's {model.n_params() * 4 / 2**30:.1f} GiB of weights; choose a smaller "
+            "--preset or another --device"
+        ) from error
+
+
+def smaller_micro_batch(batch_size: int, gradient_accumulation_steps: int) -> tuple[int, int] | None:
+    """A micro-batch of half the size or less with the accumulation that keeps their product; None for one of 1.
+
+    >>> smaller_micro_batch(12, 1)
+    (6, 2)
+    """
+    sequences = batch_size * gradient_accumulation_steps
+    sizes = [size for size in divisors(sequences) if size <= batch_size // 2]
+    return (sizes[0], sequences // sizes[0]) if sizes else None
+
+
+def out_of_memory_error(config, go_on: str = "") -> UserError:
+    """The sentence for a step that does not fit: a smaller micro-batch that makes the same iteration.
+
+    `go_on` is what the command needs besides, such as the checkpoint to resume.
+    """
+    smaller = smaller_micro_batch(config.batch_size, config.gradient_accumulation_steps)
+    if smaller is None:
+        return UserError("out of memory with --batch_size 1; use a smaller --block_size, --n_layer or --n_embd")
+    return UserError(
+        f"out of memory with --batch_size {config.batch_size}; run again with {go_on}--batch_size {smaller[0]} "
+        f"--gradient_accumulation_steps {smaller[1]}, the same tokens an iteration in less memory"
+    )
+
+
+def divisors(number: int) -> list[int]:
+    """The divisors of a number, largest first."""
+    return [size for size in range(number, 0, -1) if number % size == 0]
+
+
+def fit_batch_size(model: GPT, config, step: Callable) -> tuple[int, int]:
+    """The largest micro-batch that fits, and the accumulation that keeps the sequences of an iteration.
+
+    On CUDA and MPS by trying: `step(model, config, ids, targets)` makes the gradients of one micro-batch while the
+    room that the optimizers will need is taken. On a CPU, where too much memory ends the process, by an estimate of
+    what a step needs and what the system says is available. The model's gradients are gone afterwards.
+    """
+    sequences = config.batch_size * config.gradient_accumulation_steps
+    if config.device == "cpu":
+        available = available_memory_bytes()
+        if available is None:
+            print("warning: this system does not say how much memory is free; --batch_size auto changes nothing")
+            return config.batch_size, config.gradient_accumulation_steps
+        fits = [size for size in divisors(sequences) if step_bytes(model.config, size) <= HEADROOM * available]
+    else:
+        fits = (size for size in divisors(sequences) if _step_fits(model, config, step, size))
+    size = next(iter(fits), 1)
+    return size, sequences // size
+
+
+def _step_fits(model: GPT, config, step: Callable, batch_size: int) -> bool:
+    """Whether a step with this micro-batch runs through on the device beside the optimizers' state."""
+    tried = dataclasses.replace(config, batch_size=batch_size, gradient_accumulation_steps=1)
+    ids = np.zeros((batch_size, config.block_size), dtype=np.int64)
+    try:
+        optimizer_state = [torch.empty_like(weight) for weight in model.parameters() for _ in range(2)]
+        step(model, tried, ids, ids)
+        del optimizer_state
+        return True
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        return False
+    finally:
+        model.zero_grad(set_to_none=True)
+        gc.collect()  # the exception's traceback held the step's tensors
+        if config.device.startswith("cuda"):
+            torch.cuda.empty_cache()
+
+
+def step_bytes(config: GPTConfig, batch_size: int) -> int:
+    """About what a training step on a CPU takes beside the weights, in bytes.
+
+    Per layer and token 18 widths are kept for the backward pass in float32 (the inputs of each LayerNorm, Linear and
+    GELU); the logits' chunk exists three times at its peak; gradients and two optimizer states are the weights' size;
+    128 MiB are the libraries' own.
+    """
+    tokens = batch_size * config.block_size
+    activations = tokens * config.n_embd * (18 * config.n_layer + 16)
+    logits = 3 * min(HEAD_CHUNK, tokens) * config.vocab_size
+    weights = config.vocab_size * config.n_embd + 12 * config.n_layer * config.n_embd**2
+    return 4 * (activations + logits + 4 * weights) + (128 << 20)
+
+
+def available_memory_bytes() -> int | None:
+    """Memory that this process may still take, in bytes; None where the system does not say (Linux does)."""
+    available = _number_in(Path("/proc/meminfo"), "MemAvailable:")
+    if available is None:
+        return None
+    found = [available * 1024]
+    limit = _number_in(Path("/sys/fs/cgroup/memory.max"))  # a container's; "max" where there is none
+    used = _number_in(Path("/sys/fs/cgroup/memory.current"))
+    if limit is not None and used is not None:
+        found.append(max(0, limit - used))
+    return min(found)
+
+
+def _number_in(path: Path, label: str = "") -> int | None:
+    """The number behind `label` at a line's start in one of the system's text files."""
+    try:
+        lines = path.read_text(encoding="ascii").splitlines()
+    except (OSError, UnicodeDecodeError):  # another system
+        return None
+    words = next((line[len(label) :].split() for line in lines if line.startswith(label)), [])
+    return int(words[0]) if words and words[0].isdecimal() else None

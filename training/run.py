@@ -1,0 +1,337 @@
+"""A run's state and files: what is saved, what a resume takes over, what it refuses, and how a run stops."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+import itertools
+import os
+import re
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from torch.optim import Optimizer
+
+from checkpoint import (
+    copy_checkpoint,
+    load_checkpoint,
+    prune_kept,
+    random_states,
+    read_info,
+    save_checkpoint,
+    set_random_states,
+)
+from files import FileLock, remove_stale_temporaries, require_free_space, write_error
+from model import GPT
+from runtime import UserError
+from training.metrics import MetricsLog, TensorBoard, draw_curves, read_metrics
+
+# What --resume may change; everything else belongs to the run.
+CHANGEABLE = {
+    *("max_iters", "batch_size", "gradient_accumulation_steps", "data_dir", "out_dir"),
+    *("learning_rate", "muon_learning_rate", "min_lr", "warmup_iters", "weight_decay", "grad_clip"),
+    *("eval_interval", "eval_iters", "log_interval", "keep", "tensorboard", "device", "dtype", "compile"),
+    "deterministic",
+}
+
+
+class StopSignal:
+    """Notes SIGINT and SIGTERM so that the step in hand can end; a second Ctrl-C ends the program at once.
+
+    A second SIGTERM changes nothing: `timeout` and batch systems send it twice.
+    """
+
+    def __init__(self):
+        self.number = 0
+
+    def __enter__(self) -> StopSignal:
+        self._before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *exception) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number, frame) -> None:
+        if self.number and number == signal.SIGINT:
+            os._exit(128 + number)
+        if not self.number:
+            self.number = number
+            # Not print(): the handler may have interrupted one, which then refuses a second.
+            os.write(2, b"\nstopping after this iteration; Ctrl-C once more leaves at once\n")
+
+
+class Run:
+    """A run's state and its files: `<name>.pt`, `<name>-best.pt`, `<name>.jsonl`, `<name>.png`, `<name>.lock`.
+
+    Saved is always the last complete step: `mark` notes, between two steps, where the data and the generators stand,
+    and `is_updating` is True while the weights are half-way between two steps. `record` is what the last step leaves
+    to be evaluated and logged; a run that ends in between does that when it is resumed.
+    """
+
+    FACTS = ("iter_num", "tokens_seen", "skipped_steps", "train_loss", "val_loss", "best_val_loss", "record")
+
+    def __init__(self, config, model: GPT, optimizers: list[Optimizer], scaler, facts: dict):
+        self.config, self.model, self.optimizers, self.scaler, self.facts = config, model, optimizers, scaler, facts
+        self.folder = Path(config.out_dir)
+        self.path = self.folder / f"{config.name}.pt"
+        self.started, self.elapsed_s = time.perf_counter(), 0.0
+        self.iter_num = self.tokens_seen = self.skipped_steps = 0
+        self.train_loss = self.val_loss = self.best_val_loss = None
+        self.record: dict | None = {"iter_num": 0}
+        self.resume_point: dict = {}
+        self.saved_path = self.saved_iter = None  # the last good state on the disk
+        self.is_updating = False
+
+    @contextlib.contextmanager
+    def claim(self, checkpoint_bytes: int) -> Iterator[MetricsLog]:
+        """Make the folder, lock the run, check the space, clean up after dead runs; yields the metrics log.
+
+        Raises UserError where another process has the run, or the folder cannot be written or has too little space.
+        """
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise write_error(self.folder, error) from error
+        with FileLock(self._file(".lock"), str(self.path)):
+            self._remove_stale_temporaries()
+            require_free_space(self.folder, checkpoint_bytes * (3 + self.config.keep), f"the run {self.config.name}")
+            self._check_unchanged()
+            records = [] if self.config.resume is None else self._records_so_far()
+            board = TensorBoard(self._file("-tensorboard"), records) if self.config.tensorboard else None
+            self._set_aside()
+            if self.config.resume is not None:
+                self._inherit_best()
+            with contextlib.closing(MetricsLog(self._file(".jsonl"), records, board)) as log:
+                yield log
+
+    def _remove_stale_temporaries(self) -> None:
+        ours = re.compile(re.escape(self.config.name) + r"(-best|-iter\d+)?\.(pt|png|jsonl)\.\d+\.tmp")
+        for path in self.folder.glob(f"{self.config.name}*.tmp"):
+            if ours.fullmatch(path.name):
+                remove_stale_temporaries(path.with_suffix("").with_suffix(""))
+
+    def _check_unchanged(self) -> None:
+        """Raise UserError where another process went on with the checkpoint after this one had loaded it."""
+        if self.path.is_file() and self._is_source() and read_info(self.path)["iter_num"] != self.iter_num:
+            raise UserError(f"{self.path} was changed by another run meanwhile; run the command again")
+
+    def _records_so_far(self) -> list[dict]:
+        """The metrics up to the checkpoint that the run goes on with; those behind it are made again."""
+        done = self.iter_num if self.record is None else self.iter_num - 1
+        source = Path(self.config.resume)
+        for path in (source.with_suffix(".jsonl"), source.with_name(f"{self._resumed_name}.jsonl")):
+            if path.is_file():
+                return [record for record in read_metrics(path) if record["iter_num"] <= done]
+        print(f"{source}: no metrics of the first {self.iter_num} iterations beside it")
+        return []
+
+    def _set_aside(self) -> None:
+        """Keep the files of another run that has this name under other names: nothing is ever written over."""
+        if self.path.is_file() and not self._is_source() and not _is_untrained(self.path):
+            names = (f"{self.config.name}-previous{number}" for number in itertools.chain([""], itertools.count(2)))
+            aside = next(self.folder / name for name in names if not (self.folder / f"{name}.pt").exists())
+            if (best := self._file("-best.pt")).is_file():
+                copy_checkpoint(best, f"{aside}-best.pt")
+            for kind in (".jsonl", ".png", ".pt"):  # the checkpoint last: only then is it done
+                with contextlib.suppress(FileNotFoundError):
+                    os.replace(self._file(kind), f"{aside}{kind}")
+            print(f"{self.path} belongs to another run (--resume would go on with it): kept as {aside}.pt")
+
+    def _inherit_best(self) -> None:
+        """A run that goes on under another name takes its best checkpoint along."""
+        best = Path(self.config.resume).with_name(f"{self._resumed_name}-best.pt")
+        if best.is_file() and best.resolve() != self._file("-best.pt").resolve():
+            copy_checkpoint(best, self._file("-best.pt"))
+
+    def _file(self, kind: str) -> Path:
+        return self.folder / f"{self.config.name}{kind}"
+
+    def _is_source(self) -> bool:
+        """Whether the run goes on with the checkpoint that it writes."""
+        return self.config.resume is not None and os.path.samefile(self.path, self.config.resume)
+
+    def mark(self, position: dict) -> None:
+        """Note where the data and the generators stand, between two steps."""
+        self.resume_point = {"position": dict(position), "random": random_states(self.config.device)}
+
+    def total_elapsed_s(self) -> float:
+        """Seconds that the run has taken, those before a resume included."""
+        return self.elapsed_s + time.perf_counter() - self.started
+
+    def info(self) -> dict:
+        """The plain facts that go into the checkpoint."""
+        return {
+            "dataset": self.config.dataset,
+            "format": self.facts["format"],
+            "data": self.facts,
+            "tokenizer": {"name": self.facts["tokenizer"], "n_vocab": self.facts["n_vocab"]},
+            "config": dataclasses.asdict(self.config),
+            "elapsed_s": self.total_elapsed_s(),
+            **{name: getattr(self, name) for name in self.FACTS},
+        }
+
+    def save(self, is_best: bool = False, keep: bool = False) -> None:
+        """Write the last complete step to the run's checkpoint, and before that to its copies if asked.
+
+        The checkpoint itself comes last: a run killed before does the rest again when it is resumed.
+        Raises UserError where that cannot be done.
+        """
+        names = [f"-iter{self.iter_num:08d}"] * keep + ["-best"] * is_best + [""]
+        paths = [self._file(f"{name}.pt") for name in names]
+        optimizers = [optimizer.state_dict() for optimizer in self.optimizers]
+        training = {"optimizers": optimizers, "scaler": self.scaler.state_dict(), **self.resume_point}
+        save_checkpoint(paths[0], self.model, self.info(), training)
+        for path in paths[1:-1]:
+            copy_checkpoint(paths[0], path)
+        if keep:
+            prune_kept(self.folder, f"{self.config.name}-iter*.pt", self.config.keep)
+        if paths[0] != self.path:
+            copy_checkpoint(paths[0], self.path)
+        self.saved_path, self.saved_iter = self.path, self.iter_num
+
+    def is_best(self, val_loss: float) -> bool:
+        """Whether no evaluation before gave as small a loss."""
+        return self.best_val_loss is None or val_loss < self.best_val_loss
+
+    def finish_evaluation(self, log: MetricsLog, val_loss: float) -> None:
+        """Note the validation loss, log it with the step's record, save and draw the curves.
+
+        Where the disk does not take it, say so and let training go on.
+        """
+        before, is_best = (self.record, self.val_loss, self.best_val_loss), self.is_best(val_loss)
+        self.val_loss, self.best_val_loss = val_loss, val_loss if is_best else self.best_val_loss
+        self.write_record(log, {"val_loss": val_loss})
+        try:
+            log.sync()
+            self.save(is_best, keep=self.config.keep > 0)
+        except UserError as error:
+            self.best_val_loss = before[2]  # that of the file which is called the best
+            print(f"warning: {error}; training goes on, and the last checkpoint is as it was")
+            return
+        except BaseException:  # a resumed run evaluates again
+            self.record, self.val_loss, self.best_val_loss = before
+            raise
+        try:
+            draw_curves(self._file(".png"), read_metrics(log.path), self.config.name)
+        except UserError as error:
+            print(f"warning: {error}; training goes on")
+
+    def write_record(self, log: MetricsLog, more: dict | None = None) -> None:
+        """Log what the last step left, if it is a step to be logged."""
+        record = self.record | (more or {})
+        if len(record) > 1:
+            log.write({**record, "tokens_seen": self.tokens_seen, "elapsed_s": round(self.total_elapsed_s(), 3)})
+        self.record = None
+
+    def save_at_end(self, log: MetricsLog) -> None:
+        """Save where the run stops, unless the last evaluation did. Raises UserError where that cannot be done."""
+        if (self.saved_path, self.saved_iter) != (self.path, self.iter_num):
+            log.sync()
+            self.save()
+
+    def rescue(self, log: MetricsLog) -> None:
+        """After an error in a step, save the state before that step, unless its weights are half updated."""
+        if self.is_updating:
+            print(f"the error came while the weights were being updated: {self.path} stays as it was")
+            return
+        try:
+            log.sync()
+            self.save()
+        except UserError as error:
+            print(f"warning: {error}")
+        else:
+            print(f"saved iteration {self.iter_num}, the last complete one, as {self.path}")
+
+    def restore(self, saved: dict) -> dict:
+        """Take over a loaded checkpoint's state, but for the weights; returns the position in the data.
+
+        The optimizers keep their own settings, those of the command line.
+        """
+        info, training = saved["info"], saved["training"]
+        for optimizer, state in zip(self.optimizers, training["optimizers"], strict=True):
+            # Copied: on a CPU the loaded tensors are views into the file.
+            own = copy.deepcopy(state["state"]) if self.config.device == "cpu" else state["state"]
+            optimizer.load_state_dict({"state": own, "param_groups": optimizer.state_dict()["param_groups"]})
+        if training["scaler"] and self.scaler.is_enabled():
+            self.scaler.load_state_dict(training["scaler"])
+        for name in self.FACTS:
+            setattr(self, name, info[name])
+        self.elapsed_s = info["elapsed_s"]
+        self.saved_path, self.saved_iter = Path(self.config.resume), self.iter_num
+        self._resumed_name = f"{info['config']['dataset']}{info['config']['max_iters']}"
+        set_random_states(training["random"])
+        return training["position"]
+
+
+def _is_untrained(path: Path) -> bool:
+    """Whether a checkpoint was made before the first step, so that nothing is lost with it."""
+    try:
+        return read_info(path).get("iter_num") == 0
+    except UserError:  # unreadable, and all the more not ours to write over
+        return False
+
+
+def load_resumable(path: Path) -> dict:
+    """A checkpoint that training can go on from. Raises UserError for one with weights alone."""
+    saved = load_checkpoint(path)
+    if saved["training"] is None:
+        raise UserError(f"{path} holds weights alone, which cannot be resumed; start from them with --init_from {path}")
+    return saved
+
+
+def is_complete(info: dict, max_iters: int) -> bool:
+    """Whether a run has made its iterations, the last evaluation included."""
+    return info["iter_num"] >= max_iters and info["record"] is None
+
+
+def resume_config(config, given: dict, path: Path, saved: dict):
+    """The saved run's options with those that the command line changes, each said; refuses those that contradict.
+
+    `saved` is the checkpoint's info. An option that the command line leaves out stays as it was; min_lr follows
+    learning_rate where it was derived from it, and `--batch_size auto` is found later.
+    """
+    fields = {field.name for field in dataclasses.fields(config)}
+    before = {key: value for key, value in saved["config"].items() if key in fields}
+    wanted = {key: value for key, value in given.items() if key != "resume" and (key, value) != ("batch_size", "auto")}
+    changes = {key: value for key, value in wanted.items() if value != before.get(key)}
+    for key, value in changes.items():
+        if key not in CHANGEABLE:
+            raise UserError(
+                f"--{key} {value} contradicts {path}, which was made with {before.get(key)}; leave the option out, or "
+                "start a new run without --resume"
+            )
+    resumed = dataclasses.replace(config, **{**before, **changes, "resume": str(path), "init_from": None})
+    if "learning_rate" in changes and "min_lr" not in given and before["min_lr"] == before["learning_rate"] / 10:
+        resumed = dataclasses.replace(resumed, min_lr=None)
+    if "eval_iters" in changes:
+        resumed = dataclasses.replace(resumed, val_rows=None)
+    sequences = before["batch_size"] * before["gradient_accumulation_steps"]
+    if resumed.batch_size * resumed.gradient_accumulation_steps != sequences:
+        raise UserError(
+            f"batch_size x gradient_accumulation_steps is {resumed.batch_size} x {resumed.gradient_accumulation_steps} "
+            f"and {path} was made with {sequences} sequences an iteration; choose numbers with that product"
+        )
+    for key, value in changes.items():
+        print(f"resume: {key} {before.get(key)} -> {value}")
+    return resumed
+
+
+def check_same_data(facts: dict, saved: dict, path: Path) -> None:
+    """Raise UserError where the data is not what the checkpoint was trained and validated on."""
+    if facts["tokenizer"] != saved["tokenizer"]["name"]:
+        raise UserError(
+            f"{path} uses the tokenizer {saved['tokenizer']['name']} and the data {facts['tokenizer']}; give the data "
+            "set that the run was started with"
+        )
+    for split in ("train", "val"):
+        now, then = ([file["sha256"] for file in data["splits"][split]["files"]] for data in (facts, saved["data"]))
+        if now != then:
+            raise UserError(
+                f"the data set {facts['name']} has changed since {path} was made ({split}: sha256 "
+                f"{now[0][:12]} instead of {then[0][:12]}); prepare it again as it was, or start from the weights with "
+                f"--init_from {path}"
+            )
