@@ -15,6 +15,16 @@ $(VENV)/.installed-dev: requirements-dev.txt $(VENV)/.installed
 	$(BIN)/python -m pip install --disable-pip-version-check -r requirements-dev.txt
 	touch $@
 
+# 900 iterations take five to six minutes on two CPU cores. Without a terminal to ask on, train.py takes the best device.
+demo: $(VENV)/.installed
+	$(BIN)/python data/prepare-chitchat.py
+	$(BIN)/python train.py --dataset chitchat --preset tiny --max_iters 900 --min_lr 1e-4 --eval_iters 10 < /dev/null
+	@echo
+	@$(BIN)/python testing_tools/scripted_chat.py models/chitchat900.pt
+	@echo
+	@echo "Talk to it yourself:       $(BIN)/python gen.py --chat"
+	@echo "Train it on stories next:  $(BIN)/python data/prepare-story.py && $(BIN)/python train.py"
+
 test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest
 

@@ -1,6 +1,6 @@
 """Create a GPT-2-style model and train it on a prepared data set.
 
-    python data/prepare-chitchat.py && python train.py --dataset chitchat --max_iters 600
+    python data/prepare-chitchat.py && python train.py --dataset chitchat --preset tiny --max_iters 900
 
 Prints the device, the model's size, a line every --log_interval iterations (loss, learning rate, tokens a second,
 time left) and, at each evaluation, the validation loss and a sample. The run is kept in models/{dataset}{max_iters}.pt;
