@@ -72,7 +72,7 @@ class TrainConfig:
     )
 
     optimizer: str = option("muon", "muon (hidden matrices; AdamW for the rest) or adamw", choices=("muon", "adamw"))
-    learning_rate: float | None = option(None, "AdamW's peak learning rate (default: by optimizer and width)")
+    learning_rate: float | None = option(None, "AdamW's peak learning rate (default: 3e-3 up to 384 wide, else 6e-4)")
     muon_learning_rate: float = option(0.02, "Muon's peak learning rate")
     min_lr: float | None = option(None, "learning rate at the end (default: learning_rate / 10)")
     warmup_iters: int | None = option(None, "iterations of linear warm-up (default: max_iters / 20)")

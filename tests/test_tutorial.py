@@ -1,0 +1,175 @@
+"""The tutorial is true: its commands run in order, its outputs look as shown, its names, links and pictures exist.
+
+The commands run in a copy of the project, as they stand but for STAND_INS: what would take minutes or a download is
+made small. Nothing else is left out, and a stand-in that no command needs fails.
+"""
+
+from __future__ import annotations
+
+import ast
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+TUTORIAL = ROOT / "docs" / "tutorial.md"
+MOST_PICTURE_BYTES = 150_000
+SHAPE = "--n_layer 3 --n_head 2 --n_embd 16 --block_size 64 --batch_size 2 --eval_interval 4 --log_interval 1"
+
+# What the tutorial says (a pattern), and what runs in its place.
+STAND_INS = {
+    r"python data/prepare-chitchat\.py": "python data/prepare-chitchat.py --conversations 300",
+    r"python data/prepare-story\.py": "python data/prepare-story.py --input stories.txt",  # it downloads 2.2 GB
+    r"--preset tiny\b": SHAPE,
+    r"train\.py --dataset story\b": f"train.py --dataset story {SHAPE}",
+    r"--max_iters (900|300|100)\b": "--max_iters 4",
+    r"--max_iters 1200\b": "--max_iters 6",
+    r"\b(chitchat|page|story)(900|300|100)\b": r"\g<1>4",
+}
+STORIES = "".join(
+    f"Once upon a time there was a {animal} who had {n} shells. It gave one away and was glad.\n<|endoftext|>\n"
+    for n in range(2, 32)
+    for animal in ("cat", "dog", "hen", "fox")
+)
+
+
+class Block(NamedTuple):
+    language: str
+    text: str
+
+
+def blocks() -> list[Block]:
+    """The fenced blocks of the tutorial, in order."""
+    return [Block(*found) for found in re.findall(r"^```(\w*)\n(.*?)^```$", tutorial(), re.DOTALL | re.MULTILINE)]
+
+
+def tutorial() -> str:
+    return TUTORIAL.read_text(encoding="utf-8")
+
+
+def commands() -> list[str]:
+    """Every command of the bash blocks, a line each."""
+    lines = [line for block in blocks() if block.language == "bash" for line in block.text.splitlines()]
+    return [line for line in lines if line.strip()]
+
+
+def small(text: str) -> str:
+    """A command or a Python block with the stand-ins put in.
+
+    >>> small("python gen.py models/chitchat900.pt")
+    'python gen.py models/chitchat4.pt'
+    """
+    for pattern, replacement in STAND_INS.items():
+        text = re.sub(pattern, replacement, text)
+    return text
+
+
+def masked(line: str) -> str:
+    """A line of output with its numbers, bars, spaces and the device's precision made alike.
+
+    >>> masked("iter  10/900 [##......] loss 10.6217") == masked("iter 2/4 [####....] loss 9.9")
+    True
+    """
+    line = re.sub(r"\[[#.]+\]", "[bar]", re.sub(r"\bb?float(16|32)\b", "precision", line))
+    return " ".join(re.sub(r"-?\d[\d,.:e+-]*", "0", line).split())
+
+
+@pytest.fixture(scope="module")
+def sandbox(tmp_path_factory) -> Path:
+    """A copy of the project without data and models."""
+    folder = tmp_path_factory.mktemp("tutorial")
+    names = ("data", "training", "generation", "exchange", "testing_tools", "docs")
+    files = [path for name in names for path in (ROOT / name).rglob("*") if path.suffix in (".py", ".md")]
+    files += [*ROOT.glob("*.py"), ROOT / "data" / "chitchat-phrases.json", *ROOT.glob("testing_tools/*.json")]
+    for path in files:
+        target = folder / path.relative_to(ROOT)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, target)
+    (folder / "stories.txt").write_text(STORIES, encoding="utf-8")
+    python = folder / "bin" / "python"
+    python.parent.mkdir()
+    python.write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
+    python.chmod(0o755)
+    return folder
+
+
+def run(sandbox: Path, command: list[str]) -> str:
+    """What a command prints. It runs without a terminal, on the CPU, and finds this Python as `python`."""
+    env = {**os.environ, "PATH": f"{sandbox / 'bin'}{os.pathsep}{os.environ['PATH']}", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(
+        command, cwd=sandbox, env=env, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0, f"{command[-1]}\n{done.stdout}\n{done.stderr}"
+    return done.stdout + done.stderr
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="the tutorial's commands are written for bash")
+def test_the_commands_run_in_order_and_print_what_is_shown(sandbox):
+    output, python_so_far = "", ""
+    for block in blocks():
+        if block.language == "bash":
+            lines = [line for line in block.text.splitlines() if line.strip()]
+            output = "".join(run(sandbox, ["bash", "-euo", "pipefail", "-c", small(line)]) for line in lines)
+        elif block.language == "python":  # one session: later blocks use the names of earlier ones
+            python_so_far += small(block.text)
+            output = run(sandbox, [sys.executable, "-c", python_so_far])
+        elif block.language == "text":
+            printed = {masked(line) for line in output.splitlines()}
+            missing = [line for line in block.text.splitlines() if line != "..." and masked(line) not in printed]
+            assert not missing, f"not in the output: {missing}\n\n{output}"
+
+
+def test_every_stand_in_is_needed_and_every_training_run_is_small():
+    text = "\n".join(commands())
+    unused = [pattern for pattern in STAND_INS if not re.search(pattern, text)]
+    assert not unused
+    for command in commands():
+        if "train.py" in command:
+            assert re.search(r"--max_iters [46]\b", small(command)), f"no stand-in makes this short: {command}"
+
+
+def test_the_tokens_shown_are_those_of_the_tokenizer(sandbox):
+    command = next(command for command in commands() if "tokenizer_demo.py" in command)
+    shown = blocks()[[block.text.strip() for block in blocks()].index(command) + 1].text
+    assert shown.strip()
+    assert set(shown.splitlines()) <= set(run(sandbox, ["bash", "-c", command]).splitlines())
+
+
+def defined_names(path: Path) -> set[str]:
+    """The functions, classes and methods (Class.method) of a file."""
+    names = set()
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            names.add(node.name)
+        if isinstance(node, ast.ClassDef):
+            names |= {f"{node.name}.{item.name}" for item in node.body if isinstance(item, ast.FunctionDef)}
+    return names
+
+
+def test_the_lines_of_code_that_it_points_to_exist():
+    name = r"`[A-Za-z_][\w.]*`"
+    found = re.findall(rf"((?:{name}(?:,\s|\sand\s))*{name})\sin\s`([\w/-]+\.py)`", tutorial())
+    assert len(found) >= 15
+    for names, file in found:
+        missing = set(re.findall(r"`([\w.]+)`", names)) - defined_names(ROOT / file)
+        assert not missing, f"{file} has no {missing}"
+
+
+def test_its_files_links_and_pictures_exist():
+    for file in re.findall(r"`([\w/-]+\.py)`", tutorial()):
+        assert (ROOT / file).is_file(), file
+    links = re.findall(r"\]\(([^)#]+)[^)]*\)", tutorial())
+    assert links
+    for link in links:
+        target = TUTORIAL.parent / link
+        assert target.is_file(), link
+        if target.suffix == ".png":
+            assert target.stat().st_size < MOST_PICTURE_BYTES
+    pictures = {path.name for path in (TUTORIAL.parent / "pictures").glob("tutorial-*.png")}
+    assert pictures == {Path(link).name for link in links if link.endswith(".png")}
