@@ -70,7 +70,7 @@ def test_the_file_overview_is_complete():
     names = {path.name for path in ROOT.glob("*.py")}
     for folder in ("data", "testing_tools", "training", "generation", "exchange"):
         names |= {path.name for path in (ROOT / folder).glob("*.py")} - {"__init__.py"}
-    missing = {name for name in names if f"{name}" not in overview}
+    missing = {name for name in names if name not in overview}
     assert not missing
 
 
