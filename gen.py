@@ -163,6 +163,8 @@ def load_engine(options: GenOptions) -> TextEngine:
             "a conversation's",
             file=sys.stderr,
         )
+    elif not options.chat and info.get("format") == "chat":
+        print(f"note: {path} was trained on chat data; talk to it with --chat", file=sys.stderr)
     engine = TextEngine(model, engine_settings(options))
     if options.verbose:
         print(describe_model(path, info, model, device, dtype, kernels), file=sys.stderr)
