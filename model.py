@@ -163,7 +163,7 @@ class GPT(nn.Module):
         for name, parameter in self.named_parameters():
             if name.endswith("c_proj.weight"):  # scaled by depth: two residual additions a layer (GPT-2, section 2.3)
                 nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * config.n_layer))
-        self.compiled_hidden = self.compiled_loss_and_gradient = None  # see compile_training
+        self.compiled_blocks = self.compiled_loss_and_gradient = None  # see compile_training
         self.packed_head: nn.Module | None = None  # see generation/packed_linear.py
 
     @staticmethod
@@ -207,6 +207,12 @@ class GPT(nn.Module):
         if positions is None:
             positions = torch.arange(idx.shape[1], device=idx.device)
         x = F.dropout(self.wte(idx) + self.wpe(positions), self.config.dropout, self.training)
+        if cache is None and self.training and self.compiled_blocks:
+            return self.compiled_blocks(x)
+        return self.blocks(x, cache, mask)
+
+    def blocks(self, x: Tensor, cache: KVCache | None = None, mask: Tensor | None = None) -> Tensor:
+        """The embedded tokens (B, T, C) through all blocks and the final LayerNorm."""
         for block in self.h:
             x = block(x, cache, mask)
         return self.ln_f(x)
@@ -225,8 +231,7 @@ class GPT(nn.Module):
             raise ValueError(f"{idx.shape[1]} tokens exceed block_size ({self.config.block_size})")
         if targets is None:
             return F.linear(self.hidden(idx), self.wte.weight), None
-        body = self.compiled_hidden if self.compiled_hidden and self.training else self.hidden
-        hidden = body(idx).flatten(0, 1)  # (N, C)
+        hidden = self.hidden(idx).flatten(0, 1)  # (N, C)
         if n_targets is None:
             n_targets = (targets != IGNORED).sum().clamp(min=1)
         kernel = self.compiled_loss_and_gradient
@@ -237,7 +242,8 @@ class GPT(nn.Module):
 
         The weights keep their names, and logits and generation stay as they are.
         """
-        self.compiled_hidden = torch.compile(self.hidden)
+        # Without the embeddings: on a CPU their compiled gradient adds in varying order, so runs would not repeat.
+        self.compiled_blocks = torch.compile(self.blocks)
         self.compiled_loss_and_gradient = torch.compile(_loss_and_gradient_, dynamic=True)
 
     @torch.inference_mode()

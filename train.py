@@ -364,7 +364,7 @@ def compile_or_eager(model: GPT, config: TrainConfig, ids, targets) -> None:
             raise
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         print(f"warning: torch.compile failed ({reason[:200]}); going on without it")
-        model.compiled_hidden = model.compiled_loss_and_gradient = None
+        model.compiled_blocks = model.compiled_loss_and_gradient = None
     model.zero_grad(set_to_none=True)
     set_random_states(states)
 
