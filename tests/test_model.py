@@ -217,3 +217,24 @@ def test_the_model_learns_a_pattern_by_heart():
         optimizer.step()
         optimizer.zero_grad()
     assert loss.item() < 0.1
+
+
+def test_the_compiled_part_holds_no_embedding(monkeypatch):
+    """On a CPU the compiled gradient of an embedding adds in varying order: compiled runs would not repeat."""
+    seen = []
+
+    def compile_(function, **settings):
+        def compiled(*arguments):
+            seen.append((function.__name__, arguments[0].dtype))
+            return function(*arguments)
+
+        return compiled
+
+    monkeypatch.setattr(torch, "compile", compile_)
+    model = GPT(GPTConfig(block_size=8, vocab_size=64, n_vocab=60, n_layer=1, n_head=1, n_embd=8))
+    idx = torch.zeros(1, 8, dtype=torch.long)
+    plain = model(idx, idx)[1]
+    model.compile_training()
+    assert torch.equal(model(idx, idx)[1], plain)
+    assert seen[0] == ("blocks", torch.float32)
+    assert len(seen) == 2  # the blocks and the loss, both really used
