@@ -35,7 +35,15 @@ from runtime import (
     run_script,
     seed_everything,
 )
-from training.batches import Batches, ChatRows, TextRows, fixed_batches, open_dataset, require_length
+from training.batches import (
+    Batches,
+    ChatRows,
+    TextRows,
+    document_numbers,
+    fixed_batches,
+    open_dataset,
+    require_length,
+)
 from training.memory import fit_batch_size, is_out_of_memory, move_model, out_of_memory_error
 from training.run import Run, StopSignal, check_same_data, is_complete, load_resumable, resume_config
 
@@ -70,6 +78,7 @@ class TrainConfig:
     loss_on: str | None = option(
         None, "tokens that are targets (default: assistant for chat data, else all)", choices=("assistant", "all")
     )
+    document_mask: bool = option(False, "keep attention inside each document of a row")
 
     optimizer: str = option("muon", "muon (hidden matrices; AdamW for the rest) or adamw", choices=("muon", "adamw"))
     learning_rate: float | None = option(None, "AdamW's peak learning rate (default: 3e-3 up to 384 wide, else 6e-4)")
@@ -216,7 +225,8 @@ def evaluate(model: GPT, batches: list, config: TrainConfig) -> float:
     for ids, targets in batches:
         count = int((targets != IGNORED).sum())
         with autocast(config.device, config.dtype):
-            _, loss = model(*to_device(config.device, ids, targets))
+            x, y, documents = inputs(config, ids, targets)
+            _, loss = model(x, y, documents=documents)
         loss_sum += loss.item() * count
         n_targets += count
     model.train()
@@ -229,6 +239,13 @@ def to_device(device: str, *arrays) -> list[torch.Tensor]:
     if device.startswith("cuda"):
         return [tensor.pin_memory().to(device, non_blocking=True) for tensor in tensors]
     return [tensor.to(device) for tensor in tensors]
+
+
+def inputs(config: TrainConfig, ids, targets) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Rows on the device: ids, targets and, where attention is to stay inside them, the documents' numbers."""
+    if not config.document_mask:
+        return (*to_device(config.device, ids, targets), None)
+    return tuple(to_device(config.device, ids, targets, document_numbers(ids)))
 
 
 def sample_text(model: GPT, config: TrainConfig, chat: bool, iter_num: int) -> str | None:
@@ -375,9 +392,9 @@ def forward_backward(model: GPT, config: TrainConfig, ids, targets, optimizers=(
     total = torch.zeros((), device=config.device)
     for first in range(0, len(ids), config.batch_size):
         rows = slice(first, first + config.batch_size)
-        x, y = to_device(config.device, ids[rows], targets[rows])
+        x, y, documents = inputs(config, ids[rows], targets[rows])
         with autocast(config.device, config.dtype):
-            _, loss = model(x, y, n_targets)
+            _, loss = model(x, y, n_targets, documents)
         (scaler.scale(loss) if scaler else loss).backward()
         total += loss.detach()
     for optimizer in optimizers:

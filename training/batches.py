@@ -191,6 +191,16 @@ def assistant_targets(ids: np.ndarray) -> np.ndarray:
     return (message >= 0) & is_assistant[message] & is_open & (position > header) & (ids != ENDOFTEXT_ID)
 
 
+def document_numbers(ids: np.ndarray) -> np.ndarray:
+    """The number of the document that each id of the rows (B, T) belongs to, counted along its row.
+
+    >>> document_numbers(np.array([[7, 8, 50256, 9]]))
+    array([[0, 0, 0, 1]])
+    """
+    is_end = ids == ENDOFTEXT_ID
+    return np.cumsum(is_end, axis=1) - is_end
+
+
 class TextRows:
     """Rows of a plain stream: pieces of block_size tokens in a new order and from a new offset each epoch.
 
