@@ -278,7 +278,7 @@ def print_sample(model: GPT, config: TrainConfig, chat: bool, iter_num: int) -> 
 def make_rows(stream, config: TrainConfig, is_chat: bool) -> TextRows | ChatRows:
     """How a stream is cut into rows: chat by whole conversations, text by pieces of block_size."""
     if is_chat:
-        return ChatRows(stream, config.block_size, config.seed, config.loss_on)
+        return ChatRows(stream, config.block_size, config.seed, config.loss_on, end_pieces=config.document_mask)
     return TextRows(stream, config.block_size, config.seed)
 
 
