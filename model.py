@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-if TYPE_CHECKING:  # importing it takes as long as torch itself
+if TYPE_CHECKING:  # a large import, needed for the mask on CUDA alone
     from torch.nn.attention.flex_attention import BlockMask
 
     Mask = Tensor | BlockMask
@@ -261,8 +261,8 @@ class GPT(nn.Module):
     def document_mask(self, documents: Tensor) -> Mask:
         """The mask, shared by all layers, that keeps attention causal and inside each document of the rows (B, T).
 
-        On CUDA FlexAttention skips the blocks of which nothing counts; it needs torch.compile, knows no dropout and has
-        no backward pass on a CPU, where all of the mask exists.
+        In compiled training on CUDA a BlockMask: FlexAttention skips the blocks in which nothing counts. It has no
+        dropout, and on a CPU no backward pass; there and elsewhere the mask is a tensor.
         """
         if documents.is_cuda and self.training and self.compiled_blocks and not self.config.dropout:
             return block_mask(documents)
