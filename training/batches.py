@@ -194,11 +194,15 @@ def assistant_targets(ids: np.ndarray) -> np.ndarray:
 def document_numbers(ids: np.ndarray) -> np.ndarray:
     """The number of the document that each id of the rows (B, T) belongs to, counted along its row.
 
+    A text begins with the `<|endoftext|>` that ends the one before, and a conversation with its `<|im_start|>`: so
+    both begin in gen.py and evaluate.py.
+
     >>> document_numbers(np.array([[7, 8, 50256, 9]]))
-    array([[0, 0, 0, 1]])
+    array([[0, 0, 1, 1]])
     """
-    is_end = ids == ENDOFTEXT_ID
-    return np.cumsum(is_end, axis=1) - is_end
+    begins = ids == ENDOFTEXT_ID
+    begins[:, 1:] |= begins[:, :-1] & (ids[:, 1:] == IM_START_ID)
+    return np.cumsum(begins, axis=1)
 
 
 class TextRows:
