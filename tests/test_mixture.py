@@ -122,7 +122,9 @@ def rounds(mixed: MixedRows, n: int) -> list[list[tuple]]:
 
 def test_each_round_holds_the_shares_and_each_part_its_own_epochs():
     shares = [Fraction(1, 2), Fraction(3, 10), Fraction(1, 5)]
-    made = rounds(MixedRows([Counted(name) for name in range(3)], shares, 1), 40)
+    mixed = MixedRows([Counted(name) for name in range(3)], shares, 1)
+    made = rounds(mixed, 40)
+    assert rounds(mixed, 3) == made[:3], "also when it begins again"
     for rows in made:
         assert Counter(name for name, _, _ in rows) == {0: 5, 1: 3, 2: 2}
     for name in range(3):
