@@ -227,13 +227,19 @@ def test_a_mixed_run_stopped_after_every_iteration_equals_an_uninterrupted_one(d
     assert [record[0] for record in losses(stopped / "text+chat10.jsonl")] == list(range(11))
 
 
-def test_a_resume_takes_the_mixture_over_and_refuses_another(data, half, capsys):
+def test_a_resume_takes_the_mixture_over_and_refuses_another(data, half, monkeypatch, capsys):
     path = half / "text+chat10.pt"
     for dataset in ("text=0.5,chat=0.5", "chat=0.4,text=0.6,more=1", "text"):
         with pytest.raises(UserError, match=rf"--dataset {dataset} contradicts .*, which was made with {MIXED}; leave"):
             run(data, half, resume=path, dataset=dataset)
     with pytest.raises(UserError, match=r"text10.pt not found; there are .*text\+chat10.pt"):
         run(data, half, resume=True, dataset="text")
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "StopSignal", lambda: StopAfter(1))
+        before = load_checkpoint(path)["info"]["val_losses"]
+        assert run(data, half, resume=path) == 130
+    info = load_checkpoint(path)["info"]
+    assert info["iter_num"] == 6 and info["val_losses"] == before and list(before) == ["text", "chat"]
     assert run(data, half, resume=path, dataset="text=6,chat=4", max_iters=12) == 0, "the same shares"
     assert "resume: dataset" not in capsys.readouterr().out
     info = load_checkpoint(half / "text+chat12.pt")["info"]
@@ -273,6 +279,24 @@ def test_each_parts_validation_loss_is_reported_and_the_mean_counts(data, tmp_pa
     assert info["best_val_loss"] == info["val_loss"] == best["val_loss"] and info["iter_num"] == best["iter_num"]
     assert info["val_losses"] == {"text": best["val_loss/text"], "chat": best["val_loss/chat"]}
     assert output.split("weighted mean")[-1].count("sample:") == 2, "a text and an answer"
+
+
+def test_an_error_after_an_evaluation_keeps_the_losses_that_belong_together(data, tmp_path, monkeypatch):
+    real, calls = run_module.save_checkpoint, []
+
+    def failing(*arguments):
+        calls.append(arguments)
+        if len(calls) == 2:
+            raise RuntimeError("a bug")
+        real(*arguments)
+
+    monkeypatch.setattr(run_module, "save_checkpoint", failing)
+    with pytest.raises(RuntimeError, match="a bug"):
+        run(data, tmp_path, dataset=MIXED)
+    info = load_checkpoint(tmp_path / "text+chat10.pt")["info"]
+    first = read_metrics(tmp_path / "text+chat10.jsonl")[0]
+    assert info["iter_num"] == 4 and info["val_loss"] == first["val_loss"], "that of iteration 4 is made again"
+    assert info["val_losses"] == {name: first[f"val_loss/{name}"] for name in ("text", "chat")}
 
 
 def test_the_curves_of_each_part_are_drawn(tmp_path, monkeypatch):
