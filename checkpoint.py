@@ -4,7 +4,8 @@ A checkpoint is one file written by `torch.save`:
 
     format    "jojo-1"
     info      plain facts: model (GPTConfig as a dict), config (train.py's options), dataset, format ("text" or "chat"),
-              data (the data set's .json), tokenizer, iter_num, tokens_seen, elapsed_s, train_loss, val_loss, ...
+              data (the data set's .json; of a mixture, its "parts" are), tokenizer, iter_num, tokens_seen, elapsed_s,
+              train_loss, val_loss, ...
     model     the weights in float32, by name
     training  what a resume needs besides: optimizers, scaler, data position, random states; None in a weights file
     digests   sha256 of each of info, model and training

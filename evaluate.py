@@ -50,6 +50,7 @@ from runtime import (
 )
 from setup_tokenizer import ENDOFTEXT_ID, IM_END_ID, IM_START_ID, get_extended_tokenizer
 from training.batches import TokenStream, assistant_targets, open_dataset
+from training.mixture import trained_on
 
 HEAD_CHUNK = 1024  # rows whose logits exist at the same time
 RESAMPLES = 2000  # of the bootstrap
@@ -265,10 +266,10 @@ def paired_bootstrap(split: Split, scope: str, first: np.ndarray, second: np.nda
 
 
 def dataset_names(options: EvaluateOptions, infos: list[dict]) -> list[str]:
-    """What to measure on: --dataset, or each data set that one of the models was trained on."""
+    """What to measure on: --dataset, or each data set that one of the models was trained on, a mixture's parts too."""
     if options.dataset:
         return list(dict.fromkeys(options.dataset))
-    names = list(dict.fromkeys(info["dataset"] for info in infos))
+    names = list(dict.fromkeys(name for info in infos for name in trained_on(info)))
     if "unknown" in names:
         path = options.checkpoints[[info["dataset"] for info in infos].index("unknown")]
         raise UserError(f"{path} does not say what it was trained on; name a data set with --dataset")
@@ -283,8 +284,8 @@ def check_fit(path: str, info: dict, facts: dict) -> None:
             f"{path} uses the tokenizer {tokenizer} and {facts['name']} was prepared with {facts['tokenizer']}; name "
             "another data set with --dataset"
         )
-    if info["dataset"] == facts["name"] and info.get("data"):
-        digests = [[file["sha256"] for file in data["splits"]["train"]["files"]] for data in (info["data"], facts)]
+    if trained := trained_on(info).get(facts["name"]):
+        digests = [[file["sha256"] for file in data["splits"]["train"]["files"]] for data in (trained, facts)]
         if digests[0] != digests[1]:
             print(f"note: {facts['name']} has changed since {path} was made, which may have trained on what is now val")
 
@@ -295,12 +296,12 @@ def measure(options: EvaluateOptions) -> dict:
     names = dataset_names(options, infos)
     data_dir = Path(options.data_dir)
     datasets = {name: open_dataset(data_dir, name) for name in names}
-    trained_on = [info["dataset"] if info["dataset"] != "unknown" else names[0] for info in infos]
+    story_data = [stories_of(info, names[0]) for info in infos]
     for path, info in zip(options.checkpoints, infos, strict=True):
         for _, facts in datasets.values():
             check_fit(path, info, facts)
     if options.samples:
-        datasets |= {name: open_dataset(data_dir, name) for name in set(trained_on) - set(names)}
+        datasets |= {name: open_dataset(data_dir, name) for name in set(story_data) - set(names)}
     splits = {
         name: read_split(name, datasets[name][0]["val"], datasets[name][1]["format"] == "chat", options.limit)
         for name in names
@@ -310,7 +311,7 @@ def measure(options: EvaluateOptions) -> dict:
     results: dict[str, list[dict]] = {name: [] for name in names}
     losses: dict[str, list[np.ndarray]] = {name: [] for name in names}
     samples = []
-    for path, dataset in zip(options.checkpoints, trained_on, strict=True):
+    for path, dataset in zip(options.checkpoints, story_data, strict=True):
         model, _ = load_model(path, device)
         stride = choose_stride(options.stride, model, path)
         for name in names:
@@ -329,6 +330,14 @@ def measure(options: EvaluateOptions) -> dict:
         "datasets": {name: {"results": results[name], "comparisons": compared[name]} for name in names},
         "samples": samples,
     }
+
+
+def stories_of(info: dict, fallback: str) -> str:
+    """The data set that a model's stories are compared with: what it was trained on, of a mixture the first text."""
+    parts = trained_on(info)
+    texts = [name for name, facts in parts.items() if facts.get("format") == "text"]
+    name = next(iter([*texts, *parts]))
+    return fallback if name == "unknown" else name
 
 
 def choose_stride(requested: int | None, model: GPT, path: str) -> int:

@@ -163,13 +163,20 @@ def load_engine(options: GenOptions) -> TextEngine:
             "a conversation's",
             file=sys.stderr,
         )
-    elif not options.chat and info.get("format") == "chat":
+    elif not options.chat and info.get("format") == "chat" and not holds_text(info):
         print(f"note: {path} was trained on chat data; talk to it with --chat", file=sys.stderr)
     engine = TextEngine(model, engine_settings(options))
     if options.verbose:
         print(describe_model(path, info, model, device, dtype, kernels), file=sys.stderr)
         print(f"ready after {time.perf_counter() - started:.1f} s, seed {engine.seed}", file=sys.stderr)
     return engine
+
+
+def holds_text(info: dict) -> bool:
+    """Whether a model was trained on plain text, beside conversations perhaps."""
+    from training.mixture import data_parts
+
+    return any(part.get("format") == "text" for part in data_parts(info.get("data") or {}))
 
 
 def engine_settings(options: GenOptions) -> Settings:

@@ -13,7 +13,6 @@ import contextlib
 import dataclasses
 import math
 import os
-import re
 import time
 from pathlib import Path
 
@@ -45,6 +44,7 @@ from training.batches import (
     require_length,
 )
 from training.memory import fit_batch_size, is_out_of_memory, move_model, out_of_memory_error
+from training.mixture import MixedRows, data_parts, mixture_facts, mixture_name, parse_mixture
 from training.run import Run, StopSignal, check_same_data, is_complete, load_resumable, resume_config
 
 
@@ -57,7 +57,11 @@ def number_or_auto(word: str) -> int | str:
 class TrainConfig:
     """What a run is made of; a value of None is chosen by `resolve` for the device and the model."""
 
-    dataset: str = option("story", "data set to train on: story, dailydialog, chat, chitchat or any prepared name")
+    dataset: str = option(
+        "story",
+        "data set to train on: story, dailydialog, chat, chitchat or any prepared name; or several with their shares "
+        "of the rows, story=0.7,chat=0.3",
+    )
     max_iters: int = option(5000, "iterations in all; the schedule scales with it")
     seed: int = option(1337, "seed of the weights and of the data's order")
 
@@ -120,8 +124,7 @@ class TrainConfig:
     val_rows: int | None = None  # no option: eval_iters x batch_size at the start, whatever batch_size becomes
 
     def __post_init__(self):
-        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", self.dataset):
-            raise ValueError(f"dataset must be a name such as story, not {self.dataset!r}")
+        parse_mixture(self.dataset)  # which refuses what is none
         at_least_one = ("max_iters", "eval_interval", "eval_iters", "log_interval", "batch_size", "block_size")
         for name in (*at_least_one, "gradient_accumulation_steps", "n_layer", "n_head", "n_embd"):
             if getattr(self, name) not in (None, "auto") and getattr(self, name) < 1:
@@ -138,7 +141,7 @@ class TrainConfig:
     @property
     def name(self) -> str:
         """What the run's files are called."""
-        return f"{self.dataset}{self.max_iters}"
+        return f"{mixture_name(self.dataset)}{self.max_iters}"
 
     @property
     def tokens_per_iter(self) -> int:
@@ -282,13 +285,35 @@ def make_rows(stream, config: TrainConfig, is_chat: bool) -> TextRows | ChatRows
     return TextRows(stream, config.block_size, config.seed)
 
 
+def rows_and_batches(parts: dict, shares: dict, config: TrainConfig) -> tuple[TextRows | ChatRows | MixedRows, dict]:
+    """The rows to train on, mixed where there are several parts, and each part's validation batches by its name."""
+    rows, val_batches = [], {}
+    for name, (streams, facts) in parts.items():
+        train_rows, val_rows = (make_rows(streams[split], config, facts["format"] == "chat") for split in streams)
+        rows.append(train_rows)
+        val_batches[name] = fixed_batches(val_rows, config.batch_size, config.val_rows)
+    return (MixedRows(rows, list(shares.values()), config.seed) if len(rows) > 1 else rows[0]), val_batches
+
+
 def describe_data(facts: dict) -> list[str]:
-    """What is trained on, in lines: counts, source and licence."""
-    counts = ", ".join(f"{split} {facts['splits'][split]['tokens']:,} tokens" for split in ("train", "val"))
-    lines = [f"data: {facts['name']} ({facts['format']}), {counts}"]
-    if facts.get("licence"):
-        lines.append(f"licence: {facts['licence']}" + (" (non-commercial)" if facts.get("non_commercial") else ""))
+    """What is trained on, in lines: of each part the counts, source and licence."""
+    lines = []
+    for part in data_parts(facts):
+        counts = ", ".join(f"{split} {part['splits'][split]['tokens']:,} tokens" for split in ("train", "val"))
+        share = f", {100 * part['weight']:.4g} % of the rows" if "weight" in part else ""
+        lines.append(f"data: {part['name']} ({part['format']}){share}, {counts}")
+        if part.get("source"):
+            lines.append(f"source: {part['source']}")
+        if part.get("licence"):
+            lines.append(f"licence: {part['licence']}" + (" (non-commercial)" if part.get("non_commercial") else ""))
     return lines
+
+
+def describe_parts(val_losses: dict[str, float]) -> str:
+    """Of what a mixture's validation loss is the mean; nothing for one data set."""
+    if len(val_losses) == 1:
+        return ""
+    return "; weighted mean of " + ", ".join(f"{name} {loss:.4f}" for name, loss in val_losses.items())
 
 
 def set_determinism(deterministic: bool) -> None:
@@ -441,10 +466,14 @@ def train(config: TrainConfig, given: dict) -> int:
             return 0
     elif config.init_from:
         config = shape_of_checkpoint(config, given)
-    streams, facts = open_dataset(Path(config.data_dir), config.dataset)
+    shares = parse_mixture(config.dataset)
+    parts = {name: open_dataset(Path(config.data_dir), name) for name in shares}
+    facts = mixture_facts({name: facts for name, (_, facts) in parts.items()}, shares)
     is_chat = facts["format"] == "chat"
+    formats = dict.fromkeys(part["format"] for part in data_parts(facts))  # each once, in order
     config = resolve(config, choose_device(config.device), is_chat)
-    require_length(streams, config.block_size)
+    for streams, _ in parts.values():
+        require_length(streams, config.block_size)
     if saved:
         check_same_data(facts, saved["info"], source)
     for line in describe_data(facts):
@@ -466,9 +495,8 @@ def train(config: TrainConfig, given: dict) -> int:
     run = Run(config, model, optimizers, scaler, facts)
     position = run.restore(saved) if saved else {"epoch": 0, "row": 0}
     set_peak_rates(optimizers, config)
-    rows = {name: make_rows(stream, config, is_chat) for name, stream in streams.items()}
-    val_batches = fixed_batches(rows["val"], config.batch_size, config.val_rows)
-    batches = Batches(rows["train"], config.batch_size * config.gradient_accumulation_steps, position)
+    train_rows, val_batches = rows_and_batches(parts, shares, config)
+    batches = Batches(train_rows, config.batch_size * config.gradient_accumulation_steps, position)
     del saved
 
     with run.claim(checkpoint_bytes(model)) as log, contextlib.closing(batches), StopSignal() as stop:
@@ -478,7 +506,7 @@ def train(config: TrainConfig, given: dict) -> int:
         clock = Clock(model, config, run.iter_num)
         try:
             if config.compile:
-                compile_or_eager(model, config, *val_batches[0])
+                compile_or_eager(model, config, *next(iter(val_batches.values()))[0])
             clock.restart(run.iter_num)
             while True:
                 share = schedule(run.iter_num, config)
@@ -489,14 +517,15 @@ def train(config: TrainConfig, given: dict) -> int:
                 # Evaluate, log and save what the last step made, once: also where a run failed in between.
                 is_last = run.iter_num >= config.max_iters
                 if run.record and (run.iter_num % config.eval_interval == 0 or is_last):
-                    val_loss = evaluate(model, val_batches, config)
+                    val_losses = {name: evaluate(model, own, config) for name, own in val_batches.items()}
+                    val_loss = sum(float(shares[name]) * loss for name, loss in val_losses.items())
                     if not math.isfinite(val_loss):
                         raise not_finite_error(run, "validation loss", val_loss, share)
                     best = " (best)" if run.iter_num and run.is_best(val_loss) else ""
-                    print(f"iter {run.iter_num}: validation loss {val_loss:.4f}{best}")
-                    if run.iter_num:
-                        print_sample(model, config, is_chat, run.iter_num)
-                    run.finish_evaluation(log, val_loss)
+                    print(f"iter {run.iter_num}: validation loss {val_loss:.4f}{best}{describe_parts(val_losses)}")
+                    for kind in formats if run.iter_num else ():
+                        print_sample(model, config, kind == "chat", run.iter_num)
+                    run.finish_evaluation(log, val_loss, val_losses)
                     clock.restart(run.iter_num)
                 elif run.record:
                     run.write_record(log)

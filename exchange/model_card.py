@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+
+from training.mixture import data_parts
 
 # Licences that the hub knows, by its names for them: ours in small letters with hyphens.
 HUB_LICENCES = {"mit", "apache-2.0", "cdla-sharing-1.0", "cdla-permissive-2.0", "cc0-1.0", "odc-by"}
@@ -39,17 +41,18 @@ def model_card(info: Mapping, name: str, folder_name: str, gguf_file: str | None
 
 
 def _front_matter(info: Mapping) -> str:
-    data = info.get("data") or {}
-    licence = str(data.get("licence", "")).lower().replace(" ", "-")
+    parts = data_parts(info.get("data") or {})
+    licences = list(dict.fromkeys(part.get("licence") or "not stated" for part in parts))
+    known = licences[0].lower().replace(" ", "-") if len(licences) == 1 else None
     lines = ["---", "library_name: transformers", "pipeline_tag: text-generation"]
-    if licence in HUB_LICENCES:
-        lines.append(f"license: {licence}")
-    elif data.get("licence"):
-        lines += ["license: other", f"license_name: {json.dumps(data['licence'])}"]
-    if data.get("name") in ENGLISH:
+    if known in HUB_LICENCES:
+        lines.append(f"license: {known}")
+    elif licences != ["not stated"]:  # one that the hub does not know, or several, each of which holds
+        lines += ["license: other", f"license_name: {json.dumps(', '.join(licences))}"]
+    if all(part.get("name") in ENGLISH for part in parts):
         lines += ["language:", "- en"]
-    if dataset := _hub_dataset(data):
-        lines += ["datasets:", f"- {dataset}"]
+    if datasets := list(dict.fromkeys(filter(None, map(_hub_dataset, parts)))):
+        lines += ["datasets:", *(f"- {dataset}" for dataset in datasets)]
     tags = ["gpt2", "jojo", *(["conversational", "chatml"] if info["format"] == "chat" else [])]
     return "\n".join([*lines, "tags:", *(f"- {tag}" for tag in tags), "---"])
 
@@ -75,13 +78,18 @@ def _data(info: Mapping) -> str:
     data = info.get("data") or {}
     if not data:
         return f"Not recorded: the weights come from elsewhere ({info.get('origin', 'unknown')})."
-    rows = [f"- Data set: {data['name']}; source: {data.get('source', 'unknown')}"]
-    only = " Not for commercial use, and so are models trained on it." if data.get("non_commercial") else ""
-    rows.append(f"- Licence of the data: {data.get('licence', 'not stated')}.{only}")
+    return "\n\n".join("\n".join(_data_of_part(part)) for part in data_parts(data))
+
+
+def _data_of_part(part: Mapping) -> Iterator[str]:
+    share = f"; {100 * part['weight']:.4g} % of the rows trained on" if "weight" in part else ""
+    yield f"- Data set: {part['name']}; source: {part.get('source', 'unknown')}{share}"
+    only = " Not for commercial use, and so are models trained on it." if part.get("non_commercial") else ""
+    yield f"- Licence of the data: {part.get('licence', 'not stated')}.{only}"
     for split in ("train", "val"):
-        counts = data["splits"][split]
-        rows.append(f"- {split}: {counts['documents']:,} documents, {counts['tokens']:,} tokens")
-    return "\n".join(rows)
+        counts = part["splits"][split]
+        documents = f"{counts['documents']:,} documents, " if "documents" in counts else ""  # no .json, no count
+        yield f"- {split}: {documents}{counts['tokens']:,} tokens"
 
 
 def _training(info: Mapping) -> str:
@@ -97,8 +105,11 @@ def _training(info: Mapping) -> str:
     for key, label in {**names, "best_val_loss": "Best validation loss"}.items():
         if info.get(key) is not None:
             rows.append(f"- {label}: {info[key]:.4f} nats a token (perplexity {math.exp(info[key]):.2f})")
+    if info.get("val_losses"):
+        own = ", ".join(f"{name} {loss:.4f}" for name, loss in info["val_losses"].items())
+        rows.append(f"- A validation loss is the mean over the data sets by their shares of the rows; last: {own}")
     if config.get("loss_on") == "assistant":
-        rows.append("- The losses are those of the assistant's tokens")
+        rows.append("- The losses on conversations are those of the assistant's tokens")
     return "\n".join(rows) or "Not recorded."
 
 

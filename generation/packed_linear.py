@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model import GPT
+from model import GPT, MLP
 from runtime import UserError
 
 MANY_ROWS = 64  # from here on the arithmetic, not the memory, takes the time
@@ -22,13 +22,26 @@ CHECK_SHAPE = (4, 64)  # rows and columns of the product that tells whether a ke
 class PackedLinear(nn.Module):
     """A bfloat16 linear layer in oneDNN's blocked layout, in which one row's product reads memory in order."""
 
-    def __init__(self, weight: Tensor, bias: Tensor | None):
+    def __init__(self, weight: Tensor, bias: Tensor | None, gelu: bool = False):
         super().__init__()
         self.bias = bias
         self.packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), 1)
+        self.then = ("gelu", [], "tanh") if gelu else ("none", [], "")  # done with each output while it is at hand
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
+        return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, *self.then)
+
+
+class PackedMLP(nn.Module):
+    """Two packed layers in place of the model's, the GELU between them being part of the first."""
+
+    def __init__(self, mlp: MLP):
+        super().__init__()
+        self.c_fc = PackedLinear(mlp.c_fc.weight, mlp.c_fc.bias, gelu=True)
+        self.c_proj = PackedLinear(mlp.c_proj.weight, mlp.c_proj.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.c_proj(self.c_fc(x))
 
 
 class Int8Linear(nn.Module):
@@ -85,6 +98,9 @@ def pack_linears(model: GPT, quantize: str | None = None) -> str:
     else:
         return "plain layers"
     head = layer(model.wte.weight[: model.config.n_vocab], None)
+    if layer is PackedLinear:
+        for block in model.h:
+            block.mlp = PackedMLP(block.mlp)
     for module in list(model.modules()):
         for name, child in list(module.named_children()):
             if isinstance(child, nn.Linear):

@@ -19,6 +19,7 @@ from model import GPT, GPTConfig
 from runtime import UserError
 from setup_tokenizer import ENDOFTEXT_ID, encode_chat, encode_document, encode_text
 from training.batches import assistant_targets, open_dataset
+from training.mixture import mixture_facts, parse_mixture
 
 BLOCK_SIZE = 16
 DOCUMENTS = [
@@ -256,6 +257,23 @@ def test_a_broken_model_is_refused_and_changed_data_is_mentioned(tmp_path, capsy
     with pytest.raises(UserError, match="not finite"):
         measure(EvaluateOptions((path,), data_dir=str(tmp_path), device="cpu", dtype="float32"))
     assert "story has changed since" in capsys.readouterr().out
+
+
+def test_a_mixtures_parts_are_measured_each_on_its_own(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(stories, "STORY_TOKENS", 4)
+    write_dataset(tmp_path, "talk", CONVERSATIONS)
+    write_dataset(tmp_path, "story", DOCUMENTS)
+    facts = {name: open_dataset(tmp_path, name)[1] for name in ("talk", "story")}
+    data = mixture_facts(facts, parse_mixture("talk=0.3,story=0.7"))
+    mixed = write_checkpoint(tmp_path / "talk+story1.pt", tiny_model(), "talk+story", format="chat", data=data)
+    write_dataset(tmp_path, "story", DOCUMENTS[::-1])
+    options = EvaluateOptions((mixed,), data_dir=str(tmp_path), device="cpu", dtype="float32", samples=True)
+    report = measure(options)
+    assert list(report["datasets"]) == ["talk", "story"]
+    assert "assistant" in report["datasets"]["talk"]["results"][0]
+    assert report["samples"][0]["dataset"] == "story", "stories are compared with the text among the parts"
+    output = capsys.readouterr().out
+    assert "note: story has changed since" in output and "talk has changed" not in output
 
 
 def test_copied_runs_are_found_wherever_they_stand(tmp_path, monkeypatch):

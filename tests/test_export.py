@@ -220,6 +220,42 @@ def test_a_card_says_what_is_not_known_and_what_is_not_free():
     assert "Not for commercial use" in own
 
 
+def test_the_card_of_a_mixture_tells_every_part():
+    from huggingface_hub import ModelCard
+
+    from exchange.model_card import model_card
+    from training.mixture import mixture_facts, parse_mixture
+
+    story = DATA | {"tokenizer": "gpt2_chatml", "n_vocab": N_VOCAB}
+    talks = story | {"name": "dailydialog", "format": "chat", "source": "DailyDialog", "non_commercial": True}
+    talks["licence"] = "CC BY-NC-SA 4.0"
+    data = mixture_facts({"story": story, "dailydialog": talks}, parse_mixture("story=1,dailydialog=3"))
+    info = {"model": dataclasses.asdict(CONFIG), "format": "chat", "data": data, **FACTS}
+    card = ModelCard(model_card(info | {"val_losses": {"story": 2.5, "dailydialog": 3.25}}, "mixed", "mixed", None))
+    front = card.data.to_dict()
+    assert (front["license"], front["license_name"]) == ("other", "CDLA-Sharing-1.0, CC BY-NC-SA 4.0")
+    assert front["datasets"] == ["roneneldan/TinyStories"] and front["language"] == ["en"]
+    for fact in (
+        "Data set: story; source: roneneldan/TinyStories (TinyStories V2); 25 % of the rows trained on",
+        "Data set: dailydialog; source: DailyDialog; 75 % of the rows trained on",
+        "Licence of the data: CC BY-NC-SA 4.0. Not for commercial use, and so are models trained on it.",
+        "story 2.5000, dailydialog 3.2500",
+    ):
+        assert fact in card.text
+    del talks["licence"]
+    data = mixture_facts({"story": story, "dailydialog": talks}, parse_mixture("story=1,dailydialog=3"))
+    front = ModelCard(model_card(info | {"data": data}, "mixed", "mixed", None)).data.to_dict()
+    assert front["license_name"] == "CDLA-Sharing-1.0, not stated", "the one that is known is not all"
+
+
+def test_a_card_of_data_without_a_json_counts_tokens_alone():
+    from exchange.model_card import model_card
+
+    splits = {split: {"tokens": 5000} for split in ("train", "val")}
+    info = {"model": dataclasses.asdict(CONFIG), "format": "text", "data": {"name": "mine", "splits": splits}}
+    assert "- train: 5,000 tokens" in model_card(info, "mine", "mine", None)
+
+
 def test_a_folder_with_files_needs_force_and_keeps_its_others(tmp_path, capsys):
     checkpoint, out = save(tmp_path, "chat"), tmp_path / "out"
     out.mkdir()

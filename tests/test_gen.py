@@ -450,6 +450,20 @@ def test_a_chat_with_a_model_of_stories_says_so_before_the_first_line(run):
     assert "error: unknown command /nonsense" in notices and text
 
 
+def test_a_mixture_of_stories_and_chat_does_both_without_a_note(run, models):
+    parts = [{"name": "story", "format": "text"}, {"name": "chat", "format": "chat"}]
+    info = {"dataset": "story+chat", "format": "chat", "data": {"parts": parts}}
+    path = models / "models" / "story+chat500.pt"
+    save_checkpoint(path, tiny_gpt(64), info)
+    try:
+        assert "chatting with models/story+chat500.pt" in run("--chat", "--max_tokens", "2", stdin="Hi\n")[1]
+        assert "note:" not in run("models/story+chat500.pt", "--prompt", "Once", "--max_tokens", "2")[1]
+    finally:
+        path.unlink()
+    notices = run("models/chitchat600.pt", "--prompt", "Once", "--max_tokens", "2")[1]
+    assert "note: models/chitchat600.pt was trained on chat data; talk to it with --chat" in notices
+
+
 def test_interactive_continues_prompts_without_chatml(run):
     arguments = ("--interactive", "--max_tokens", "4", "--temp", "0")
     text, _ = run(*arguments, stdin="One\nOne\n")

@@ -30,7 +30,7 @@ TABLE = {
         {"safetensors", "huggingface_hub"},
     ),
     "checkpoint": ({"torch", "model", "hugging_face", *EVERYWHERE}, {"numpy"}),
-    "model_card": (set(), set()),
+    "model_card": ({"mixture"}, set()),
     "gguf_file": ({"torch", "model", "setup_tokenizer", "tokenizer_files", *EVERYWHERE}, {"gguf"}),
     "export": (
         {"model_card", *EVERYWHERE},
@@ -39,9 +39,10 @@ TABLE = {
     "batches": ({"numpy", "setup_tokenizer", *EVERYWHERE}, {"torch"}),
     "metrics": (EVERYWHERE, {"matplotlib", "torch"}),
     "memory": ({"torch", "numpy", "model", "runtime"}, set()),
-    "run": ({"torch", "model", "checkpoint", "batches", "metrics", *EVERYWHERE}, {"numpy"}),
+    "mixture": ({"numpy"}, set()),
+    "run": ({"torch", "model", "checkpoint", "batches", "metrics", "mixture", *EVERYWHERE}, {"numpy"}),
     "train": (
-        {"torch", "numpy", "model", "checkpoint", "batches", "memory", "run", *EVERYWHERE},
+        {"torch", "numpy", "model", "checkpoint", "batches", "memory", "mixture", "run", *EVERYWHERE},
         {"setup_tokenizer", "tqdm"},
     ),
     "packed_linear": ({"torch", "model", *EVERYWHERE}, set()),
@@ -50,7 +51,7 @@ TABLE = {
     "terminal": (EVERYWHERE, set()),
     "gen": (
         {"setup_tokenizer", "chat", "terminal", *EVERYWHERE},
-        {"torch", "model", "checkpoint", "engine", "packed_linear"},
+        {"torch", "model", "checkpoint", "engine", "packed_linear", "mixture"},
     ),
 }
 # Data is prepared without torch, directly or through another module.
@@ -65,6 +66,7 @@ NO_TORCH = {
     "prepare_with_extended_tokenizer",
     "tokenizer_files",
     "model_card",
+    "mixture",
     "export",
 }
 NO_TORCH |= {path.stem for path in PATHS if path.parent.name == "data"}

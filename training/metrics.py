@@ -11,6 +11,8 @@ from pathlib import Path
 from files import atomic_write, write_error
 from runtime import UserError
 
+PART_LOSS = "val_loss/"  # begins the name under which a record holds the validation loss of a mixture's part
+
 
 class MetricsLog:
     """Appends records, each a dict with "iter_num", to a file that starts anew with `records`.
@@ -117,9 +119,12 @@ def draw_curves(path: Path, records: list[dict], title: str) -> bool:
         return False
     figure = Figure(figsize=(8, 7), layout="constrained", dpi=110)
     losses, rates, norms = figure.subplots(3, 1, sharex=True, height_ratios=[3, 1, 1])
+    parts = dict.fromkeys(key for record in records for key in record if key.startswith(PART_LOSS))
+    dashed = {"linestyle": "--", "marker": "o", "markersize": 3}
     for axes, key, label, style in (
         (losses, "loss", "training", {"color": "tab:blue", "alpha": 0.7, "linewidth": 1}),
         (losses, "val_loss", "validation", {"color": "tab:orange", "marker": "o", "markersize": 3}),
+        *((losses, key, f"validation, {key.removeprefix(PART_LOSS)}", dashed) for key in parts),
         (rates, "learning_rate", None, {"color": "tab:green"}),
         (norms, "grad_norm", None, {"color": "tab:red", "linewidth": 1}),
     ):

@@ -27,7 +27,8 @@ from checkpoint import (
 from files import FileLock, remove_stale_temporaries, require_free_space, write_error
 from model import GPT
 from runtime import UserError
-from training.metrics import MetricsLog, TensorBoard, draw_curves, read_metrics
+from training.metrics import PART_LOSS, MetricsLog, TensorBoard, draw_curves, read_metrics
+from training.mixture import data_parts, mixture_name, parse_mixture
 
 # What --resume may change; everything else belongs to the run.
 CHANGEABLE = {
@@ -81,6 +82,7 @@ class Run:
         self.started, self.elapsed_s = time.perf_counter(), 0.0
         self.iter_num = self.tokens_seen = self.skipped_steps = 0
         self.train_loss = self.val_loss = self.best_val_loss = None
+        self.val_losses: dict[str, float] = {}  # of a mixture's parts
         self.record: dict | None = {"iter_num": 0}
         self.resume_point: dict = {}
         self.saved_path = self.saved_iter = None  # the last good state on the disk
@@ -165,12 +167,13 @@ class Run:
     def info(self) -> dict:
         """The plain facts that go into the checkpoint."""
         return {
-            "dataset": self.config.dataset,
+            "dataset": mixture_name(self.config.dataset),
             "format": self.facts["format"],
             "data": self.facts,
             "tokenizer": {"name": self.facts["tokenizer"], "n_vocab": self.facts["n_vocab"]},
             "config": dataclasses.asdict(self.config),
             "elapsed_s": self.total_elapsed_s(),
+            "val_losses": self.val_losses,
             **{name: getattr(self, name) for name in self.FACTS},
         }
 
@@ -197,14 +200,16 @@ class Run:
         """Whether no evaluation before gave as small a loss."""
         return self.best_val_loss is None or val_loss < self.best_val_loss
 
-    def finish_evaluation(self, log: MetricsLog, val_loss: float) -> None:
-        """Note the validation loss, log it with the step's record, save and draw the curves.
+    def finish_evaluation(self, log: MetricsLog, val_loss: float, val_losses: dict[str, float]) -> None:
+        """Note the validation loss, of a mixture each part's too, log them with the step's record, save, draw curves.
 
         Where the disk does not take it, say so and let training go on.
         """
-        before, is_best = (self.record, self.val_loss, self.best_val_loss), self.is_best(val_loss)
+        before, is_best = (self.record, self.val_loss, self.best_val_loss, self.val_losses), self.is_best(val_loss)
         self.val_loss, self.best_val_loss = val_loss, val_loss if is_best else self.best_val_loss
-        self.write_record(log, {"val_loss": val_loss})
+        self.val_losses = val_losses if len(val_losses) > 1 else {}
+        parts = {f"{PART_LOSS}{name}": loss for name, loss in self.val_losses.items()}
+        self.write_record(log, {"val_loss": val_loss, **parts})
         try:
             log.sync()
             self.save(is_best, keep=self.config.keep > 0)
@@ -213,7 +218,7 @@ class Run:
             print(f"warning: {error}; training goes on, and the last checkpoint is as it was")
             return
         except BaseException:  # a resumed run evaluates again
-            self.record, self.val_loss, self.best_val_loss = before
+            self.record, self.val_loss, self.best_val_loss, self.val_losses = before
             raise
         try:
             draw_curves(self._file(".png"), read_metrics(log.path), self.config.name)
@@ -260,9 +265,9 @@ class Run:
             self.scaler.load_state_dict(training["scaler"])
         for name in self.FACTS:
             setattr(self, name, info[name])
-        self.elapsed_s = info["elapsed_s"]
+        self.elapsed_s, self.val_losses = info["elapsed_s"], info.get("val_losses", {})  # older runs had no mixtures
         self.saved_path, self.saved_iter = Path(self.config.resume), self.iter_num
-        self._resumed_name = f"{info['config']['dataset']}{info['config']['max_iters']}"
+        self._resumed_name = f"{info['dataset']}{info['config']['max_iters']}"
         set_random_states(training["random"])
         return training["position"]
 
@@ -297,6 +302,8 @@ def resume_config(config, given: dict, path: Path, saved: dict):
     fields = {field.name for field in dataclasses.fields(config)}
     before = {key: value for key, value in saved["config"].items() if key in fields}
     wanted = {key: value for key, value in given.items() if key != "resume" and (key, value) != ("batch_size", "auto")}
+    if "dataset" in wanted and parse_mixture(wanted["dataset"]) == parse_mixture(before["dataset"]):
+        del wanted["dataset"]  # 7 to 3 is 0.7 to 0.3
     changes = {key: value for key, value in wanted.items() if value != before.get(key)}
     for key, value in changes.items():
         if key not in CHANGEABLE:
@@ -327,11 +334,12 @@ def check_same_data(facts: dict, saved: dict, path: Path) -> None:
             f"{path} uses the tokenizer {saved['tokenizer']['name']} and the data {facts['tokenizer']}; give the data "
             "set that the run was started with"
         )
-    for split in ("train", "val"):
-        now, then = ([file["sha256"] for file in data["splits"][split]["files"]] for data in (facts, saved["data"]))
-        if now != then:
-            raise UserError(
-                f"the data set {facts['name']} has changed since {path} was made ({split}: sha256 "
-                f"{now[0][:12]} instead of {then[0][:12]}); prepare it again as it was, or start from the weights with "
-                f"--init_from {path}"
-            )
+    for part, saved_part in zip(data_parts(facts), data_parts(saved["data"]), strict=True):
+        for split in ("train", "val"):
+            now, then = ([file["sha256"] for file in data["splits"][split]["files"]] for data in (part, saved_part))
+            if now != then:
+                raise UserError(
+                    f"the data set {part['name']} has changed since {path} was made ({split}: sha256 "
+                    f"{now[0][:12]} instead of {then[0][:12]}); prepare it again as it was, or start from the weights "
+                    f"with --init_from {path}"
+                )
