@@ -82,7 +82,7 @@ class TrainConfig:
     loss_on: str | None = option(
         None, "tokens that are targets (default: assistant for chat data, else all)", choices=("assistant", "all")
     )
-    document_mask: bool = option(False, "keep attention inside each document of a row")
+    document_mask: bool | None = option(None, "keep attention inside each document of a row (default: for chat data)")
 
     optimizer: str = option("muon", "muon (hidden matrices; AdamW for the rest) or adamw", choices=("muon", "adamw"))
     learning_rate: float | None = option(None, "AdamW's peak learning rate (default: 3e-3 up to 384 wide, else 6e-4)")
@@ -163,6 +163,7 @@ def resolve(config: TrainConfig, device: str, chat: bool) -> TrainConfig:
         "batch_size": 16,
         "gradient_accumulation_steps": 8 if on_cuda else 1,
         "loss_on": "assistant" if chat else "all",
+        "document_mask": chat,
         "learning_rate": 3e-3 if width <= 384 else 6e-4,
         "warmup_iters": max(1, config.max_iters // 20),
         "eval_interval": max(1, min(250, config.max_iters // 4)),

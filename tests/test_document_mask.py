@@ -13,12 +13,12 @@ import torch.nn.functional as F
 import model
 import train
 from model import GPT, IGNORED, GPTConfig, block_mask, dense_mask
-from runtime import UserError, has_cpp_compiler
+from runtime import UserError, given_options, has_cpp_compiler
 from setup_tokenizer import ENDOFTEXT_ID, IM_START_ID
 from tests.test_batches import conversations, joined, stream_of
 from tests.tiny import StopAfter, differences, load_checkpoint, losses, prepare, run
 from training import run as run_module
-from training.batches import ChatRows, document_numbers
+from training.batches import ChatRows, TextRows, document_numbers
 
 SHAPE = GPTConfig(block_size=24, vocab_size=96, n_vocab=90, n_layer=2, n_head=2, n_embd=32)
 LENGTHS = [(5, 1, 9, 1, 1, 7), (24,), (1, 22, 1)]  # of each row's documents
@@ -169,6 +169,40 @@ def test_the_mask_has_the_precision_of_the_attention(gpt):
 # Rows
 
 
+@pytest.mark.parametrize(
+    "documents",
+    [
+        [[7, 8], [ENDOFTEXT_ID, 9], [ENDOFTEXT_ID, 7, 7, 8]],
+        [[ENDOFTEXT_ID, 9, 8], [ENDOFTEXT_ID], [ENDOFTEXT_ID]],
+        [[IM_START_ID, 7, IM_START_ID, 8], [ENDOFTEXT_ID], [IM_START_ID, 9], [ENDOFTEXT_ID], [ENDOFTEXT_ID]],
+        [[8, IM_START_ID, 9], [ENDOFTEXT_ID, 7, IM_START_ID, 8], [ENDOFTEXT_ID]],
+    ],
+    ids=["text", "text-padded", "chat-padded", "pieces-of-long-messages"],
+)
+def test_documents_begin_as_they_do_at_use(documents):
+    """gen.py puts `<|endoftext|>` before a text and nothing before a conversation."""
+    ids = np.concatenate(documents)
+    expected = np.repeat(np.arange(len(documents)), [len(document) for document in documents])
+    numbers = document_numbers(np.stack([ids, np.full_like(ids, 5)]))
+    assert (numbers[0] - numbers[0, 0]).tolist() == expected.tolist()
+    assert not numbers[1].any()
+
+
+def test_a_text_sees_in_its_row_what_gen_py_shows_it(tmp_path):
+    texts = [np.random.default_rng(length).integers(0, 500, length).tolist() for length in (3, 9, 1, 20, 6, 30)]
+    stream = stream_of(tmp_path, [i for text in texts for i in (*text, ENDOFTEXT_ID)])
+    rows, seen = TextRows(stream, 16, 1), []
+    for row in range(rows.start_epoch(0)):
+        ids, targets = rows.row(row)
+        for number in np.unique(numbers := document_numbers(ids[None])[0]):
+            seen.append((ids[numbers == number].tolist(), targets[numbers == number].tolist()))
+    for text in texts[1:]:
+        prompt = [ENDOFTEXT_ID, *text]
+        whole = [*text, ENDOFTEXT_ID]
+        parts = [pair for pair in seen if pair[0][0] == ENDOFTEXT_ID and pair[0] == prompt[: len(pair[0])]]
+        assert any(targets == whole[: len(ids)] for ids, targets in parts), text
+
+
 @pytest.mark.parametrize("block_size", [15, 40, 63])
 @pytest.mark.parametrize("loss_on", ["assistant", "all"])
 def test_no_two_conversations_of_a_row_share_a_document(tmp_path, block_size, loss_on):
@@ -185,9 +219,12 @@ def test_no_two_conversations_of_a_row_share_a_document(tmp_path, block_size, lo
             _, begin, end = rows._pieces[piece].tolist()
             content = slice(place, min(place + end - begin, block_size))
             assert (ids[content] == stream.read(begin, end)[: block_size - place]).all()
-            own = set(numbers[content].tolist())
-            assert len(own) == (place < block_size) and not own & seen
+            is_said = ids[content] != ENDOFTEXT_ID
+            own = set(numbers[content][is_said].tolist())
+            assert len(own) == is_said.any() and not own & seen
             seen |= own
+            if place and place < block_size and ids[place] == IM_START_ID:
+                assert numbers[place - 1] not in own, "gen.py and evaluate.py show it no <|endoftext|>"
             n_cut += stream.read(end - 1, end)[0] != ENDOFTEXT_ID
             place += int(rows._lengths[piece])
         assert place <= block_size + 1
@@ -246,6 +283,36 @@ def test_the_mask_belongs_to_the_run(data, tmp_path, monkeypatch, quiet):
     run(data, tmp_path / "a")
     with pytest.raises(UserError, match=r"--document_mask True contradicts .*text10.pt, which was made with False"):
         run(data, tmp_path / "a", resume=True, document_mask=True)
+
+
+@pytest.mark.parametrize(("dataset", "is_masked"), [("text", False), ("chat", True), ("text=1,chat=1", True)])
+def test_chat_is_masked_unless_told_otherwise(data, tmp_path, quiet, dataset, is_masked):
+    name = dataset.replace("=1,chat=1", "+chat")
+    for folder, given, expected in (("a", {}, is_masked), ("b", {"document_mask": not is_masked}, not is_masked)):
+        assert run(data, tmp_path / folder, dataset=dataset, max_iters=1, **given) == 0
+        saved = load_checkpoint(tmp_path / folder / f"{name}1.pt")
+        assert saved["info"]["config"]["document_mask"] is expected
+    assert given_options(train.TrainConfig, ["--no-document_mask"]) == {"document_mask": False}
+
+
+def test_a_run_from_before_there_was_a_mask_goes_on_without_one(data, tmp_path, monkeypatch, quiet):
+    straight, older = tmp_path / "a", tmp_path / "b"
+    assert run(data, straight, dataset="chat", document_mask=False) == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "StopSignal", lambda: StopAfter(5))
+        assert run(data, older, dataset="chat", document_mask=False) == 130
+    real = train.load_resumable
+
+    def load_older(path):
+        saved = real(path)
+        del saved["info"]["config"]["document_mask"]
+        return saved
+
+    monkeypatch.setattr(train, "load_resumable", load_older)
+    with pytest.raises(UserError, match=r"--document_mask True contradicts .*chat10.pt, which was made with False"):
+        run(data, older, resume=True, dataset="chat", document_mask=True)
+    assert run(data, older, resume=True, dataset="chat") == 0
+    assert losses(older / "chat10.jsonl") == losses(straight / "chat10.jsonl")
 
 
 def test_micro_batches_add_up_under_the_mask(data, tmp_path, quiet):
