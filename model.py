@@ -526,6 +526,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         rows = torch.arange(len(hidden), device=hidden.device)
         if hidden.device.type == "cpu":  # elsewhere counting the rows would wait for the device
             rows = rows[targets != IGNORED]
+        place = torch.arange(HEAD_CHUNK, device=hidden.device)
         scale = (targets != IGNORED).float() / n_targets
         loss = torch.zeros((), device=hidden.device)
         with torch.autocast(hidden.device.type, enabled=False):
@@ -535,8 +536,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
             buffer = torch.empty(min(HEAD_CHUNK, len(rows)), len(weight), device=hidden.device, dtype=dtype)
             for chunk in rows.split(HEAD_CHUNK):
                 logits = torch.mm(low_hidden[chunk], low_weight.T, out=buffer[: len(chunk)])
-                loss += loss_and_gradient_(logits, targets[chunk].clamp(min=0), scale[chunk])
+                hit = targets[chunk].clamp(min=0)
+                chunk_loss, at_target = loss_and_gradient_(logits, hit, scale[chunk])
+                loss += chunk_loss
                 if wants_gradient:
+                    logits[place[: len(chunk)], hit] = at_target
                     hidden_grad[chunk] = (logits @ low_weight).to(hidden.dtype)
                     weight_grad += logits.T @ low_hidden[chunk]
         ctx.save_for_backward(hidden_grad, weight_grad)
@@ -545,15 +549,18 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, loss_grad):
         hidden_grad, weight_grad = ctx.saved_tensors
-        return hidden_grad * loss_grad, weight_grad * loss_grad, None, None, None, None
+        return hidden_grad.mul_(loss_grad), weight_grad.mul_(loss_grad), None, None, None, None
 
 
-def _loss_and_gradient_(logits: Tensor, targets: Tensor, scale: Tensor) -> Tensor:
-    """Sum over rows of scale * cross_entropy(logits, targets); `logits` (N, V) becomes its own gradient in place."""
-    hit = targets[:, None]
-    picked = logits.gather(1, hit)[:, 0].float()
+def _loss_and_gradient_(logits: Tensor, targets: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """Sum over rows of scale * cross_entropy(logits, targets); `logits` (N, V) become their gradient in place.
+
+    But for the target's place in each row: what belongs there is returned (N,), because compiled code would copy all
+    logits to write it.
+    """
+    picked = logits.gather(1, targets[:, None])[:, 0].float()
     scores = logits.float()
     log_total = scores.logsumexp(1)
     logits.copy_((scores - log_total[:, None]).exp() * scale[:, None])
-    logits.scatter_add_(1, hit, -scale[:, None].to(logits.dtype))
-    return ((log_total - picked) * scale).sum()
+    at_target = ((picked - log_total).exp() - 1) * scale
+    return ((log_total - picked) * scale).sum(), at_target.to(logits.dtype)
