@@ -18,6 +18,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 IGNORED = -100  # a target that does not count, as in F.cross_entropy
 HEAD_CHUNK = 1024  # rows whose logits exist at the same time while the loss is computed
@@ -164,6 +165,7 @@ class GPT(nn.Module):
             if name.endswith("c_proj.weight"):  # scaled by depth: two residual additions a layer (GPT-2, section 2.3)
                 nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * config.n_layer))
         self.compiled_blocks = self.compiled_loss_and_gradient = None  # see compile_training
+        self.activation_checkpointing = False  # see blocks
         self.packed_head: nn.Module | None = None  # see generation/packed_linear.py
 
     @staticmethod
@@ -212,9 +214,17 @@ class GPT(nn.Module):
         return self.blocks(x, cache, mask)
 
     def blocks(self, x: Tensor, cache: KVCache | None = None, mask: Tensor | None = None) -> Tensor:
-        """The embedded tokens (B, T, C) through all blocks and the final LayerNorm."""
+        """The embedded tokens (B, T, C) through all blocks and the final LayerNorm.
+
+        With `activation_checkpointing` training keeps each block's input alone and runs the block again, with the same
+        dropout, when the backward pass needs the rest ("Training Deep Nets with Sublinear Memory Cost", Chen et al.
+        2016).
+        """
         for block in self.h:
-            x = block(x, cache, mask)
+            if self.activation_checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, x, cache, mask, use_reentrant=False)
+            else:
+                x = block(x, cache, mask)
         return self.ln_f(x)
 
     def forward(
