@@ -489,7 +489,7 @@ def train(config: TrainConfig, given: dict, world: World = ALONE) -> int:
     batches = Batches(rows["train"], config.batch_size * config.gradient_accumulation_steps, position)
     del saved
 
-    with run.claim(checkpoint_bytes(model)) as log, contextlib.closing(batches), StopSignal() as stop:
+    with StopSignal() as stop, run.claim(checkpoint_bytes(model)) as log, contextlib.closing(batches):
         if config.resume:
             print(f"resume: {config.resume}, iteration {run.iter_num} of {config.max_iters}, goes on as {run.path}")
         run.mark(batches.position)

@@ -14,6 +14,8 @@ import contextlib
 import dataclasses
 import datetime
 import os
+import time
+import uuid
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -44,6 +46,12 @@ class World:
     def is_main(self) -> bool:
         """Whether this process is the one that prints and writes."""
         return self.rank == 0
+
+    def agreed(self) -> World:
+        """The same world with the facts that each machine's torchrun may tell differently: restarts and job."""
+        job = [self.job]
+        dist.broadcast_object_list(job)
+        return dataclasses.replace(self, restarts=self.largest(self.restarts), job=job[0])
 
     def choose_device(self, requested: str | None) -> str:
         """The device of this process, as `runtime.choose_device`; of several processes each takes its own, unasked.
@@ -191,23 +199,21 @@ def join_job() -> Iterator[World]:
     Only rank 0's output is seen, and a UserError that all processes raise is said once. Tensors on CUDA meet through
     NCCL, those on a CPU through gloo.
     """
-    environment = {name: int(os.environ.get(name, default)) for name, default in _ENVIRONMENT.items()}
-    rank, size, local_rank, local_size, restarts = environment.values()
-    job = None
-    if (run_id := os.environ.get("TORCHELASTIC_RUN_ID")) is not None:
-        job = f"{run_id}, torchrun's process {os.getppid()}"
-    world = World(rank, size, local_rank, local_size, job, restarts)
-    if size == 1:
+    given = {field: int(os.environ[name]) for name, field in _FIELDS.items() if name in os.environ}
+    world = World(**given, job=_job())
+    if world.size == 1:
         yield world
         return
     if missing := [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]:
-        raise UserError(f"WORLD_SIZE is {size} and {missing[0]} is not set; start several processes with torchrun")
-    with_nccl = torch.cuda.is_available() and dist.is_nccl_available()
+        raise UserError(f"WORLD_SIZE is set and {missing[0]} is not; start several processes with torchrun")
     store, _, _ = next(dist.rendezvous("env://", timeout=PATIENCE))
+    store = dist.PrefixStore(_name_of_this_start(store, world), store)
+    with_nccl = torch.cuda.is_available() and dist.is_nccl_available()
     backend = "cpu:gloo,cuda:nccl" if with_nccl else "gloo"
-    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=PATIENCE)
+    dist.init_process_group(backend, store=store, rank=world.rank, world_size=world.size, timeout=PATIENCE)
+    world = world.agreed()
     with contextlib.ExitStack() as stack:
-        if rank:
+        if not world.is_main:
             silence = stack.enter_context(open(os.devnull, "w"))  # noqa: PTH123
             stack.enter_context(contextlib.redirect_stdout(silence))
         try:
@@ -219,13 +225,41 @@ def join_job() -> Iterator[World]:
     dist.destroy_process_group()  # not after an error: it would wait for processes that may be gone
 
 
-_ENVIRONMENT = {
-    "RANK": "0",
-    "WORLD_SIZE": "1",
-    "LOCAL_RANK": "0",
-    "LOCAL_WORLD_SIZE": "1",
-    "TORCHELASTIC_RESTART_COUNT": "0",
+_FIELDS = {  # what torchrun says, and what it is called here
+    "RANK": "rank",
+    "WORLD_SIZE": "size",
+    "LOCAL_RANK": "local_rank",
+    "LOCAL_WORLD_SIZE": "local_size",
+    "TORCHELASTIC_RESTART_COUNT": "restarts",
 }
+
+
+def _job() -> str | None:
+    run_id = os.environ.get("TORCHELASTIC_RUN_ID")
+    return f"torchrun's process {os.getppid()}" if run_id == "none" else run_id
+
+
+def _name_of_this_start(store: dist.Store, world: World) -> str:
+    """A name that all processes of this start know, and none that torchrun has ended before.
+
+    torchrun's store still holds what those wrote, the addresses of dead processes among it (PyTorch issue 135712), and
+    its count of restarts is each machine's own. So rank 0 answers every process by the name that it gives itself.
+    """
+    own = uuid.uuid4().hex
+    store.set(f"jojo/here/{world.rank}", own)
+    if not world.is_main:
+        name = store.get(f"jojo/welcome/{own}").decode()
+        store.set(f"jojo/thanks/{name}/{world.rank}", "")
+        return name
+    awaited, deadline = set(range(1, world.size)), time.monotonic() + PATIENCE.total_seconds()
+    while awaited := {rank for rank in awaited if not store.check([f"jojo/thanks/{own}/{rank}"])}:
+        for rank in awaited:
+            if store.check([f"jojo/here/{rank}"]):  # perhaps still a dead process's name: asked again
+                store.set(f"jojo/welcome/{store.get(f'jojo/here/{rank}').decode()}", own)
+        if time.monotonic() > deadline:
+            raise UserError(f"of {world.size} processes {len(awaited)} have not come; look at their machines")
+        time.sleep(0.02)
+    return own
 
 
 def _is_first_to_say(store: dist.Store, sentence: str) -> bool:
@@ -300,27 +334,26 @@ def _piece_of(value, weight: Tensor):
 
 
 class MuonInPieces(torch.optim.Muon):
-    """Muon for weights in pieces: a matrix's update is made whole while it is orthogonalised, in every process alike.
+    """Muon for weights in pieces: a matrix is whole only while its update is made, in every process alike.
 
-    Momentum and decay go number by number and stay in pieces. The state is torch.optim.Muon's.
+    Momentum is kept in pieces, number by number. State and arithmetic are torch.optim.Muon's, bit by bit.
     """
 
     @torch.no_grad()
     def step(self, closure=None) -> None:
+        names = ("lr", "weight_decay", "ns_coefficients", "eps", "ns_steps", "adjust_lr_fn")
         for group in self.param_groups:
-            plain = {name: group[name] for name in ("lr", "ns_coefficients", "eps", "ns_steps", "adjust_lr_fn")}
+            settings = {name: group[name] for name in names}
             for weight in group["params"]:
                 state = self.state[weight]
                 if not state:
                     state["momentum_buffer"] = torch.zeros_like(weight.grad)
                 momentum = state["momentum_buffer"].lerp_(weight.grad, 1 - group["momentum"])
                 update = weight.grad.lerp(momentum, group["momentum"]) if group["nesterov"] else momentum
-                # Zeros that Muon moves once, without momentum and decay, become the change itself.
-                change = nn.Parameter(torch.zeros(weight.shape, device=weight.device))
-                change.grad = update.full_tensor()
-                torch.optim.Muon([change], momentum=0, nesterov=False, weight_decay=0, **plain).step()
-                weight.mul_(1 - group["lr"] * group["weight_decay"])
-                weight.add_(_piece_of(change.detach(), weight))
+                matrix = nn.Parameter(weight.full_tensor())
+                matrix.grad = update.full_tensor()
+                torch.optim.Muon([matrix], momentum=0, nesterov=False, **settings).step()
+                weight.copy_(_piece_of(matrix.detach(), weight))
 
 
 def muon_for(weights: list[Tensor]) -> type[torch.optim.Muon]:
