@@ -247,14 +247,25 @@ class GPT(nn.Module):
         kernel = self.compiled_loss_and_gradient
         return None, linear_cross_entropy(hidden, self.wte.weight, targets.flatten(), n_targets, kernel)
 
-    def compile_training(self) -> None:
+    def compile_training(self, each_block: bool = False) -> None:
         """Let torch.compile speed up the loss of `forward`; the first call then takes seconds to a minute.
 
-        The weights keep their names, and logits and generation stay as they are.
+        The weights keep their names, and logits and generation stay as they are. `each_block` compiles the blocks one
+        by one, where something is done between them: weights in pieces are made whole there.
         """
         # Without the embeddings: on a CPU their compiled gradient adds in varying order, so runs would not repeat.
-        self.compiled_blocks = torch.compile(self.blocks)
+        if each_block:
+            for block in self.h:
+                block.forward = torch.compile(block.forward)
+        else:
+            self.compiled_blocks = torch.compile(self.blocks)
         self.compiled_loss_and_gradient = torch.compile(_loss_and_gradient_, dynamic=True)
+
+    def compile_nothing(self) -> None:
+        """Undo `compile_training`."""
+        self.compiled_blocks = self.compiled_loss_and_gradient = None
+        for block in self.h:
+            vars(block).pop("forward", None)
 
     @torch.inference_mode()
     def generate(
