@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -233,6 +234,13 @@ def test_a_signal_to_torchrun_stops_all_processes_with_the_work_saved(data, tmp_
 
 
 # What needs no second process
+
+
+def test_the_computed_table_is_what_the_page_computes(capsys):
+    page = (ROOT / "docs" / "many-devices.md").read_text("utf-8")
+    (code,), (table,) = (re.findall(rf"```{kind}\n(.*?)```", page, re.DOTALL) for kind in ("python", "text"))
+    exec(code, {})
+    assert capsys.readouterr().out == table
 
 
 def test_each_process_has_its_share_and_together_they_have_all():
