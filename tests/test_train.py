@@ -25,7 +25,7 @@ import model
 import train
 from runtime import UserError, given_options, parse_options
 from tests.tiny import OPTIONS, StopAfter, differences, load_checkpoint, losses, prepare, run
-from training import memory, parallel
+from training import memory
 from training import run as run_module
 
 ROOT = Path(train.__file__).parent
@@ -499,10 +499,10 @@ def test_a_full_disk_at_a_periodic_save_lets_training_go_on(data, tmp_path, monk
 def test_no_room_for_the_best_file_keeps_the_older_best(data, tmp_path, monkeypatch, quiet):
     real = run_module.save_checkpoint
 
-    def on_a_full_disk(path, gpt, info, training):
+    def on_a_full_disk(path, gpt, info, *more):
         if info["iter_num"] == 10:
             raise UserError("the disk is full")
-        real(path, gpt, info, training)
+        real(path, gpt, info, *more)
 
     monkeypatch.setattr(run_module, "save_checkpoint", on_a_full_disk)
     with pytest.raises(UserError, match="the disk is full"):  # at the end there is nothing to go on with
@@ -796,7 +796,7 @@ def test_metrics_and_curves_of_a_run(data, tmp_path, monkeypatch):
 
 def test_every_option_is_read_somewhere():
     fields = {field.name for field in dataclasses.fields(train.TrainConfig)}
-    source = "".join(inspect.getsource(module) for module in (train, run_module, memory, parallel))
+    source = "".join(inspect.getsource(module) for module in (train, run_module, memory))
     body = source.replace(inspect.getsource(train.TrainConfig), "")
     unread = {name for name in fields if not re.search(rf"\bconfig\.{name}\b", body)}
     assert unread <= {"n_layer", "n_head", "n_embd", "block_size", "dropout"}  # read by name in make_model

@@ -146,13 +146,11 @@ class World:
             seed = np.random.SeedSequence([*numbers, self.rank]).generate_state(1, np.uint64)[0]
             torch.manual_seed(int(seed) >> 1)
 
-    def gathered(self, thing) -> list | None:
-        """The processes' plain things, in the order of their ranks, in the main process; None elsewhere."""
-        if self.size == 1:
-            return [thing]
+    def gathered_from_others(self, thing) -> list | None:
+        """What plain thing each process but the first has, in the order of their ranks; None in all but the first."""
         things = [None] * self.size if self.is_main else None
         dist.gather_object(thing, things)
-        return things
+        return things and things[1:]
 
     def whole(self, state):
         """Nested dicts and lists with each tensor in pieces made whole, for the main process; the others get none.

@@ -192,16 +192,14 @@ class Run:
         """
         weights = self.world.whole(self.model.state_dict())
         optimizers = self.world.whole([optimizer.state_dict() for optimizer in self.optimizers])
-        random = self.world.gathered(self.resume_point["random"])
-        if log is not None:
-            log.sync()
-            training = {"optimizers": optimizers, "scaler": self.scaler.state_dict(), **self.resume_point}
-            if len(random) > 1:
-                training["random_of_others"] = random[1:]
-            self._write(weights, training, is_best, keep)
+        training = {"optimizers": optimizers, "scaler": self.scaler.state_dict(), **self.resume_point}
+        if self.world.size > 1:
+            training["random_of_others"] = self.world.gathered_from_others(self.resume_point["random"])
+        self.world.on_main(lambda: self._write(log, weights, training, is_best, keep))
         self.saved_path, self.saved_iter = self.path, self.iter_num
 
-    def _write(self, weights: dict, training: dict, is_best: bool, keep: bool) -> None:
+    def _write(self, log: MetricsLog, weights: dict, training: dict, is_best: bool, keep: bool) -> None:
+        log.sync()
         names = [f"-iter{self.iter_num:08d}"] * keep + ["-best"] * is_best + [""]
         paths = [self._file(f"{name}.pt") for name in names]
         save_checkpoint(paths[0], self.model, self.info(), training, weights)
