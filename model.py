@@ -144,8 +144,13 @@ class Block(nn.Module):
         self.attn = Attention(config, layer)
         self.ln_2 = nn.LayerNorm(config.n_embd, bias=config.bias)
         self.mlp = MLP(config)
+        self.compiled: Callable | None = None  # see GPT.compile_training
 
     def forward(self, x: Tensor, cache: KVCache | None = None, mask: Tensor | None = None) -> Tensor:
+        return (self.compiled if self.compiled and self.training else self.residuals)(x, cache, mask)
+
+    def residuals(self, x: Tensor, cache: KVCache | None = None, mask: Tensor | None = None) -> Tensor:
+        """The input and what the layer adds to it."""
         x = x + self.attn(self.ln_1(x), cache, mask)
         return x + self.mlp(self.ln_2(x))
 
@@ -251,12 +256,12 @@ class GPT(nn.Module):
         """Let torch.compile speed up the loss of `forward`; the first call then takes seconds to a minute.
 
         The weights keep their names, and logits and generation stay as they are. `each_block` compiles the blocks one
-        by one, where something is done between them: weights in pieces are made whole there.
+        by one, where something is done between them: weights are gathered, or gradients sent off.
         """
         # Without the embeddings: on a CPU their compiled gradient adds in varying order, so runs would not repeat.
         if each_block:
             for block in self.h:
-                block.forward = torch.compile(block.forward)
+                block.compiled = torch.compile(block.residuals)
         else:
             self.compiled_blocks = torch.compile(self.blocks)
         self.compiled_loss_and_gradient = torch.compile(_loss_and_gradient_, dynamic=True)
@@ -265,7 +270,7 @@ class GPT(nn.Module):
         """Undo `compile_training`."""
         self.compiled_blocks = self.compiled_loss_and_gradient = None
         for block in self.h:
-            vars(block).pop("forward", None)
+            block.compiled = None
 
     @torch.inference_mode()
     def generate(

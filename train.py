@@ -37,7 +37,7 @@ from runtime import (
 )
 from training.batches import Batches, ChatRows, TextRows, fixed_batches, open_dataset, require_length
 from training.memory import fit_batch_size, is_out_of_memory, move_model, out_of_memory_error
-from training.parallel import ALONE, World, averaging, is_in_pieces, join_job, muon_for, shard_model, whole
+from training.parallel import ALONE, World, averaging, join_job, muon_for, shard_model, whole
 from training.run import Run, StopSignal, after_restart, check_same_data, is_complete, load_resumable, resume_config
 
 
@@ -373,7 +373,7 @@ def compile_or_eager(model: GPT, config: TrainConfig, ids, targets, module=None,
     ids, targets = (np.resize(rows, (n_rows, rows.shape[1])) for rows in (ids, targets))
     states = random_states(config.device)
     start = time.perf_counter()
-    model.compile_training(each_block=is_in_pieces(model.wte.weight))
+    model.compile_training(each_block=world.size > 1)
     try:
         forward_backward(module or model, config, ids, targets, world=world)
         print(f"torch.compile: ready after {time.perf_counter() - start:.1f} s")
