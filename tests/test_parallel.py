@@ -258,6 +258,16 @@ def test_a_lost_process_is_a_sentence_and_other_errors_stay_what_they_are():
     assert parallel.ALONE.lost_process_error(lost, None) is None
 
 
+def test_half_a_job_is_refused_and_none_is_a_world_of_one(monkeypatch):
+    for name in ("RANK", "WORLD_SIZE", "TORCHELASTIC_RUN_ID"):
+        monkeypatch.delenv(name, raising=False)
+    with parallel.join_job() as world:
+        assert world == parallel.ALONE
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="RANK is not; start several processes with torchrun"), parallel.join_job():
+        pass
+
+
 def test_each_process_takes_its_own_device(monkeypatch):
     taken = []
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
