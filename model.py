@@ -18,6 +18,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 IGNORED = -100  # a target that does not count, as in F.cross_entropy
 HEAD_CHUNK = 1024  # rows whose logits exist at the same time while the loss is computed
@@ -143,8 +144,13 @@ class Block(nn.Module):
         self.attn = Attention(config, layer)
         self.ln_2 = nn.LayerNorm(config.n_embd, bias=config.bias)
         self.mlp = MLP(config)
+        self.compiled: Callable | None = None  # see GPT.compile_training
 
     def forward(self, x: Tensor, cache: KVCache | None = None, mask: Tensor | None = None) -> Tensor:
+        return (self.compiled if self.compiled and self.training else self.residuals)(x, cache, mask)
+
+    def residuals(self, x: Tensor, cache: KVCache | None = None, mask: Tensor | None = None) -> Tensor:
+        """The input and what the layer adds to it."""
         x = x + self.attn(self.ln_1(x), cache, mask)
         return x + self.mlp(self.ln_2(x))
 
@@ -164,6 +170,7 @@ class GPT(nn.Module):
             if name.endswith("c_proj.weight"):  # scaled by depth: two residual additions a layer (GPT-2, section 2.3)
                 nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * config.n_layer))
         self.compiled_blocks = self.compiled_loss_and_gradient = None  # see compile_training
+        self.activation_checkpointing = False  # see blocks
         self.packed_head: nn.Module | None = None  # see generation/packed_linear.py
 
     @staticmethod
@@ -212,9 +219,17 @@ class GPT(nn.Module):
         return self.blocks(x, cache, mask)
 
     def blocks(self, x: Tensor, cache: KVCache | None = None, mask: Tensor | None = None) -> Tensor:
-        """The embedded tokens (B, T, C) through all blocks and the final LayerNorm."""
+        """The embedded tokens (B, T, C) through all blocks and the final LayerNorm.
+
+        With `activation_checkpointing` training keeps each block's input alone and runs the block again, with the same
+        dropout, when the backward pass needs the rest ("Training Deep Nets with Sublinear Memory Cost", Chen et al.
+        2016).
+        """
         for block in self.h:
-            x = block(x, cache, mask)
+            if self.activation_checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, x, cache, mask, use_reentrant=False)
+            else:
+                x = block(x, cache, mask)
         return self.ln_f(x)
 
     def forward(
@@ -237,14 +252,25 @@ class GPT(nn.Module):
         kernel = self.compiled_loss_and_gradient
         return None, linear_cross_entropy(hidden, self.wte.weight, targets.flatten(), n_targets, kernel)
 
-    def compile_training(self) -> None:
+    def compile_training(self, each_block: bool = False) -> None:
         """Let torch.compile speed up the loss of `forward`; the first call then takes seconds to a minute.
 
-        The weights keep their names, and logits and generation stay as they are.
+        The weights keep their names, and logits and generation stay as they are. `each_block` compiles the blocks one
+        by one, where something is done between them: weights are gathered, or gradients sent off.
         """
         # Without the embeddings: on a CPU their compiled gradient adds in varying order, so runs would not repeat.
-        self.compiled_blocks = torch.compile(self.blocks)
+        if each_block:
+            for block in self.h:
+                block.compiled = torch.compile(block.residuals)
+        else:
+            self.compiled_blocks = torch.compile(self.blocks)
         self.compiled_loss_and_gradient = torch.compile(_loss_and_gradient_, dynamic=True)
+
+    def compile_nothing(self) -> None:
+        """Undo `compile_training`."""
+        self.compiled_blocks = self.compiled_loss_and_gradient = None
+        for block in self.h:
+            block.compiled = None
 
     @torch.inference_mode()
     def generate(
