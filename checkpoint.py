@@ -38,14 +38,18 @@ PARTS = ("info", "model", "training")
 GPT2_VOCAB = 50257  # ids of the vocabulary without ChatML's
 
 
-def save_checkpoint(path: str | os.PathLike, model: GPT, info: Mapping, training: Mapping | None = None) -> None:
+def save_checkpoint(
+    path: str | os.PathLike, model: GPT, info: Mapping, training: Mapping | None = None, weights: Mapping | None = None
+) -> None:
     """Write a run to `path`, whole or not at all. Raises UserError where the disk is full or read-only.
 
     `info` and `training` hold plain types and tensors alone; the model's configuration is added to `info`.
+    `weights` are the model's where it holds them in pieces.
     """
+    weights = model.state_dict() if weights is None else weights
     parts = {
         "info": {**info, "model": dataclasses.asdict(model.config)},
-        "model": {name: tensor.detach() for name, tensor in model.state_dict().items()},
+        "model": {name: tensor.detach() for name, tensor in weights.items()},
         "training": training,
     }
     digests = {name: digest(part) for name, part in parts.items()}
@@ -266,7 +270,7 @@ def copy_checkpoint(path: str | os.PathLike, copy: str | os.PathLike) -> None:
 
 
 def random_states(device: str) -> dict:
-    """The states of Python's, NumPy's and torch's generators and of the devices' own, as plain types."""
+    """The states of Python's, NumPy's and torch's generators and of the device's own, as plain types."""
     import random
 
     import numpy as np
@@ -279,14 +283,14 @@ def random_states(device: str) -> dict:
         "torch": torch.get_rng_state(),
     }
     if device.startswith("cuda"):
-        states["cuda"] = torch.cuda.get_rng_state_all()
+        states["cuda"] = torch.cuda.get_rng_state(device)
     if device == "mps":
         states["mps"] = torch.mps.get_rng_state()
     return states
 
 
-def set_random_states(states: Mapping) -> None:
-    """Put the generators into states that `random_states` gave; those of missing devices are left out."""
+def set_random_states(states: Mapping, device: str) -> None:
+    """Put the generators into states that `random_states` gave; that of a device of another kind is left out."""
     import random
 
     import numpy as np
@@ -296,9 +300,12 @@ def set_random_states(states: Mapping) -> None:
     name, keys, position, has_gauss, cached = states["numpy"]
     np.random.set_state((name, np.array(keys, dtype=np.uint32), position, has_gauss, cached))
     torch.set_rng_state(states["torch"])
-    for index, state in enumerate(states.get("cuda", [])[: torch.cuda.device_count()]):
-        torch.cuda.set_rng_state(state, index)
-    if "mps" in states and torch.backends.mps.is_available():
+    if "cuda" in states and device.startswith("cuda"):
+        state = states["cuda"]
+        if isinstance(state, list):  # an older checkpoint has a state for each of its machine's devices
+            state = state[min(torch.device(device).index or 0, len(state) - 1)]
+        torch.cuda.set_rng_state(state, device)
+    if "mps" in states and device == "mps":
         torch.mps.set_rng_state(states["mps"])
 
 

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 if TYPE_CHECKING:  # a large import, needed for the mask on CUDA alone
     from torch.nn.attention.flex_attention import BlockMask
@@ -158,8 +159,13 @@ class Block(nn.Module):
         self.attn = Attention(config, layer)
         self.ln_2 = nn.LayerNorm(config.n_embd, bias=config.bias)
         self.mlp = MLP(config)
+        self.compiled: Callable | None = None  # see GPT.compile_training
 
     def forward(self, x: Tensor, cache: KVCache | None = None, mask: Mask | None = None) -> Tensor:
+        return (self.compiled if self.compiled and self.training else self.residuals)(x, cache, mask)
+
+    def residuals(self, x: Tensor, cache: KVCache | None = None, mask: Mask | None = None) -> Tensor:
+        """The input and what the layer adds to it."""
         x = x + self.attn(self.ln_1(x), cache, mask)
         return x + self.mlp(self.ln_2(x))
 
@@ -179,6 +185,7 @@ class GPT(nn.Module):
             if name.endswith("c_proj.weight"):  # scaled by depth: two residual additions a layer (GPT-2, section 2.3)
                 nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * config.n_layer))
         self.compiled_blocks = self.compiled_loss_and_gradient = None  # see compile_training
+        self.activation_checkpointing = False  # see blocks
         self.packed_head: nn.Module | None = None  # see generation/packed_linear.py
 
     @staticmethod
@@ -227,9 +234,17 @@ class GPT(nn.Module):
         return self.blocks(x, cache, mask)
 
     def blocks(self, x: Tensor, cache: KVCache | None = None, mask: Mask | None = None) -> Tensor:
-        """The embedded tokens (B, T, C) through all blocks and the final LayerNorm."""
+        """The embedded tokens (B, T, C) through all blocks and the final LayerNorm.
+
+        With `activation_checkpointing` training keeps each block's input alone and runs the block again, with the same
+        dropout, when the backward pass needs the rest ("Training Deep Nets with Sublinear Memory Cost", Chen et al.
+        2016).
+        """
         for block in self.h:
-            x = block(x, cache, mask)
+            if self.activation_checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, x, cache, mask, use_reentrant=False)
+            else:
+                x = block(x, cache, mask)
         return self.ln_f(x)
 
     def forward(
@@ -268,14 +283,25 @@ class GPT(nn.Module):
             return block_mask(documents)
         return dense_mask(documents, compute_dtype(self.wte.weight))
 
-    def compile_training(self) -> None:
+    def compile_training(self, each_block: bool = False) -> None:
         """Let torch.compile speed up the loss of `forward`; the first call then takes seconds to a minute.
 
-        The weights keep their names, and logits and generation stay as they are.
+        The weights keep their names, and logits and generation stay as they are. `each_block` compiles the blocks one
+        by one, where something is done between them: weights are gathered, or gradients sent off.
         """
         # Without the embeddings: on a CPU their compiled gradient adds in varying order, so runs would not repeat.
-        self.compiled_blocks = torch.compile(self.blocks)
+        if each_block:
+            for block in self.h:
+                block.compiled = torch.compile(block.residuals)
+        else:
+            self.compiled_blocks = torch.compile(self.blocks)
         self.compiled_loss_and_gradient = torch.compile(_loss_and_gradient_, dynamic=True)
+
+    def compile_nothing(self) -> None:
+        """Undo `compile_training`."""
+        self.compiled_blocks = self.compiled_loss_and_gradient = None
+        for block in self.h:
+            block.compiled = None
 
     @torch.inference_mode()
     def generate(
@@ -587,6 +613,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         rows = torch.arange(len(hidden), device=hidden.device)
         if hidden.device.type == "cpu":  # elsewhere counting the rows would wait for the device
             rows = rows[targets != IGNORED]
+        place = torch.arange(HEAD_CHUNK, device=hidden.device)
         scale = (targets != IGNORED).float() / n_targets
         loss = torch.zeros((), device=hidden.device)
         with torch.autocast(hidden.device.type, enabled=False):
@@ -596,8 +623,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
             buffer = torch.empty(min(HEAD_CHUNK, len(rows)), len(weight), device=hidden.device, dtype=dtype)
             for chunk in rows.split(HEAD_CHUNK):
                 logits = torch.mm(low_hidden[chunk], low_weight.T, out=buffer[: len(chunk)])
-                loss += loss_and_gradient_(logits, targets[chunk].clamp(min=0), scale[chunk])
+                hit = targets[chunk].clamp(min=0)
+                chunk_loss, at_target = loss_and_gradient_(logits, hit, scale[chunk])
+                loss += chunk_loss
                 if wants_gradient:
+                    logits[place[: len(chunk)], hit] = at_target
                     hidden_grad[chunk] = (logits @ low_weight).to(hidden.dtype)
                     weight_grad += logits.T @ low_hidden[chunk]
         ctx.save_for_backward(hidden_grad, weight_grad)
@@ -606,15 +636,18 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, loss_grad):
         hidden_grad, weight_grad = ctx.saved_tensors
-        return hidden_grad * loss_grad, weight_grad * loss_grad, None, None, None, None
+        return hidden_grad.mul_(loss_grad), weight_grad.mul_(loss_grad), None, None, None, None
 
 
-def _loss_and_gradient_(logits: Tensor, targets: Tensor, scale: Tensor) -> Tensor:
-    """Sum over rows of scale * cross_entropy(logits, targets); `logits` (N, V) becomes its own gradient in place."""
-    hit = targets[:, None]
-    picked = logits.gather(1, hit)[:, 0].float()
+def _loss_and_gradient_(logits: Tensor, targets: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """Sum over rows of scale * cross_entropy(logits, targets); `logits` (N, V) become their gradient in place.
+
+    But for the target's place in each row: what belongs there is returned (N,), because compiled code would copy all
+    logits to write it.
+    """
+    picked = logits.gather(1, targets[:, None])[:, 0].float()
     scores = logits.float()
     log_total = scores.logsumexp(1)
     logits.copy_((scores - log_total[:, None]).exp() * scale[:, None])
-    logits.scatter_add_(1, hit, -scale[:, None].to(logits.dtype))
-    return ((log_total - picked) * scale).sum()
+    at_target = ((picked - log_total).exp() - 1) * scale
+    return ((log_total - picked) * scale).sum(), at_target.to(logits.dtype)

@@ -16,6 +16,7 @@ import os
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from checkpoint import checkpoint_bytes, load_checkpoint, load_weights, random_states, set_random_states
@@ -23,7 +24,6 @@ from model import GPT, IGNORED, PRESETS, GPTConfig
 from runtime import (
     UserError,
     autocast,
-    choose_device,
     choose_dtype,
     given_options,
     has_cpp_compiler,
@@ -45,7 +45,8 @@ from training.batches import (
 )
 from training.memory import fit_batch_size, is_out_of_memory, move_model, out_of_memory_error
 from training.mixture import MixedRows, data_parts, mixture_facts, mixture_name, parse_mixture
-from training.run import Run, StopSignal, check_same_data, is_complete, load_resumable, resume_config
+from training.parallel import ALONE, World, averaging, join_job, muon_for, shard_model, whole
+from training.run import Run, StopSignal, after_restart, check_same_data, is_complete, load_resumable, resume_config
 
 
 def number_or_auto(word: str) -> int | str:
@@ -104,6 +105,14 @@ class TrainConfig:
     )
     compile: bool | None = option(
         None, "use torch.compile (default: on CUDA, and from 200 iterations on a CPU with g++)"
+    )
+    activation_checkpointing: bool = option(
+        False, "keep less for the backward pass and compute it again: less memory, up to a third more work"
+    )
+    parallel: str = option(
+        "ddp",
+        "under torchrun: ddp (each process holds the whole model) or fsdp (a piece of it)",
+        choices=("ddp", "fsdp"),
     )
     deterministic: bool = option(False, "make CUDA repeat itself exactly, at some cost in speed")
     data_dir: str = option("data", "folder of the prepared data")
@@ -204,7 +213,7 @@ def make_optimizers(model: GPT, config: TrainConfig) -> list[torch.optim.Optimiz
     optimizers = []
     if config.optimizer == "muon":
         hidden = [weight for name, weight in model.named_parameters() if weight.dim() == 2 and name.startswith("h.")]
-        optimizers.append(torch.optim.Muon(hidden, lr=config.muon_learning_rate, weight_decay=0.01))
+        optimizers.append(muon_for(hidden)(hidden, lr=config.muon_learning_rate, weight_decay=0.01))
         groups = [{"params": [model.wte.weight, model.wpe.weight, *vectors], "weight_decay": 0.0}]
     else:
         groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
@@ -222,17 +231,20 @@ def set_peak_rates(optimizers: list[torch.optim.Optimizer], config: TrainConfig)
 
 
 @torch.no_grad()
-def evaluate(model: GPT, batches: list, config: TrainConfig) -> float:
-    """Mean validation loss in nats a target token over fixed batches of (ids, targets)."""
+def evaluate(model: GPT, batches: list, config: TrainConfig, world: World = ALONE) -> float:
+    """Mean validation loss in nats a target token over fixed batches of (ids, targets), shared by the processes."""
     model.eval()
     loss_sum, n_targets = 0.0, 0
-    for ids, targets in batches:
-        count = int((targets != IGNORED).sum())
+    for number in range(world.rank, math.ceil(len(batches) / world.size) * world.size, world.size):
+        ids, targets = batches[number % len(batches)]
+        # A process that has none left makes a batch that does not count: one in pieces needs all to take part.
+        count = int((targets != IGNORED).sum()) if number < len(batches) else 0
         with autocast(config.device, config.dtype):
             x, y, documents = inputs(config, ids, targets)
             _, loss = model(x, y, documents=documents)
         loss_sum += loss.item() * count
         n_targets += count
+    loss_sum, n_targets = world.sum(loss_sum, n_targets)
     model.train()
     return loss_sum / max(1, n_targets)
 
@@ -328,11 +340,12 @@ def set_determinism(deterministic: bool) -> None:
 class Clock:
     """Speed, time left, and the line that shows them."""
 
-    def __init__(self, model: GPT, config: TrainConfig, iter_num: int):
+    def __init__(self, model: GPT, config: TrainConfig, iter_num: int, n_devices: int = 1):
         self.config = config
         self.flops_per_iter = model.flops_per_token() * config.tokens_per_iter
         on_cuda = config.device.startswith("cuda")
-        self.peak_flops = peak_flops(torch.cuda.get_device_name(config.device)) if on_cuda else None
+        peak = peak_flops(torch.cuda.get_device_name(config.device)) if on_cuda else None
+        self.peak_flops = peak and peak * n_devices
         self.restart(iter_num)
 
     def restart(self, iter_num: int) -> None:
@@ -394,39 +407,52 @@ def shape_of_checkpoint(config: TrainConfig, given: dict) -> TrainConfig:
     return dataclasses.replace(config, **shape)
 
 
-def compile_or_eager(model: GPT, config: TrainConfig, ids, targets) -> None:
-    """Compile the model by running it once; where that fails, say so and go on without. Changes no state."""
+def compile_or_eager(model: GPT, config: TrainConfig, ids, targets, module=None, world: World = ALONE) -> None:
+    """Compile the model by running it once; where that fails, say so and go on without. Changes no state.
+
+    `module` is what a step calls where that is not the model itself.
+    """
+    n_rows = world.micro_batches(config).batch_size * world.size  # each process compiles for its micro-batch
+    ids, targets = (np.resize(rows, (n_rows, rows.shape[1])) for rows in (ids, targets))
     states = random_states(config.device)
     start = time.perf_counter()
-    model.compile_training()
+    model.compile_training(each_block=world.size > 1)
     try:
-        forward_backward(model, config, ids, targets)
+        forward_backward(module or model, config, ids, targets, world=world)
         print(f"torch.compile: ready after {time.perf_counter() - start:.1f} s")
     except Exception as error:  # compilers fail in many ways; without one the same work runs, only slower
         if is_out_of_memory(error):
             raise
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         print(f"warning: torch.compile failed ({reason[:200]}); going on without it")
-        model.compiled_blocks = model.compiled_loss_and_gradient = None
+        model.compile_nothing()
     model.zero_grad(set_to_none=True)
-    set_random_states(states)
+    set_random_states(states, config.device)
 
 
-def forward_backward(model: GPT, config: TrainConfig, ids, targets, optimizers=(), scaler=None) -> tuple[float, float]:
-    """Gradients of one iteration's rows, in micro-batches, clipped; returns the mean loss a target and their norm."""
-    n_targets = torch.tensor(float(max(1, (targets != IGNORED).sum())), device=config.device)
+def forward_backward(
+    model: torch.nn.Module, config: TrainConfig, ids, targets, optimizers=(), scaler=None, world: World = ALONE
+) -> tuple[float, float]:
+    """Gradients of one iteration's rows, in micro-batches, clipped; returns the mean loss a target and their norm.
+
+    Of several processes each takes its share of the rows, and the gradients and losses are averaged.
+    """
+    # That the average is the mean over all targets, each process divides by an equal part of them, whatever it has.
+    n_targets = torch.tensor(float(max(1, (targets != IGNORED).sum())) / world.size, device=config.device)
     total = torch.zeros((), device=config.device)
+    ids, targets = world.share(ids), world.share(targets)
     for first in range(0, len(ids), config.batch_size):
         rows = slice(first, first + config.batch_size)
         x, y, documents = inputs(config, ids[rows], targets[rows])
-        with autocast(config.device, config.dtype):
-            _, loss = model(x, y, n_targets, documents)
-        (scaler.scale(loss) if scaler else loss).backward()
+        with averaging(model, is_last=rows.stop >= len(ids)):
+            with autocast(config.device, config.dtype):
+                _, loss = model(x, y, n_targets, documents)
+            (scaler.scale(loss) if scaler else loss).backward()
         total += loss.detach()
     for optimizer in optimizers:
         scaler.unscale_(optimizer)
-    grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf)
-    return tuple(torch.stack([total, grad_norm]).tolist())  # the iteration's one wait for the device
+    grad_norm = whole(torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf))
+    return tuple(torch.stack([world.mean(total), grad_norm]).tolist())  # the iteration's one wait for the device
 
 
 def not_finite_error(run: Run, what: str, value: float, share: float) -> UserError:
@@ -447,12 +473,14 @@ def not_finite_error(run: Run, what: str, value: float, share: float) -> UserErr
     )
 
 
-def train(config: TrainConfig, given: dict) -> int:
+def train(config: TrainConfig, given: dict, world: World = ALONE) -> int:
     """Run the training that `config` describes; returns the exit status (128 + signal where one stopped it).
 
-    `given` holds the options that the command line really names, which a resumed run takes over.
+    `given` holds the options that the command line really names, which a resumed run takes over. Each process of
+    `world` runs this alike: the first one prints and writes, and what needs all of them is asked of `world`.
     """
     keep_freed_memory()
+    config, given = after_restart(config, given, world)
     # What: a new model, another run's weights, or a run that goes on. All that can fail, fails before the first step.
     saved = None
     if config.resume is not None:
@@ -472,7 +500,8 @@ def train(config: TrainConfig, given: dict) -> int:
     facts = mixture_facts({name: facts for name, (_, facts) in parts.items()}, shares)
     is_chat = facts["format"] == "chat"
     formats = dict.fromkeys(part["format"] for part in data_parts(facts))  # each once, in order
-    config = resolve(config, choose_device(config.device), is_chat)
+    config = resolve(config, world.choose_device(config.device), is_chat)
+    world.micro_batches(config)  # raises UserError where the processes cannot share the work
     for streams, _ in parts.values():
         require_length(streams, config.block_size)
     if saved:
@@ -486,28 +515,35 @@ def train(config: TrainConfig, given: dict) -> int:
     model = make_model(config, saved)
     shape = f"{config.n_layer} layers, {config.n_head} heads, {config.n_embd} wide"
     print(f"model: {shape}, {model.n_params():,} parameters, {config.dtype}, block size {config.block_size}")
-    move_model(model, config.device).train()
+    model.activation_checkpointing = config.activation_checkpointing
+    is_sharded = world.size > 1 and config.parallel == "fsdp"
+    model = shard_model(model, config.device) if is_sharded else move_model(model, config.device)
+    model.train()
     if given.get("batch_size") == "auto":
-        batch_size, steps = fit_batch_size(model, config, forward_backward)
+        if is_sharded:
+            raise UserError("--batch_size auto cannot try sizes with --parallel fsdp; give a number")
+        batch_size, steps = fit_batch_size(model, config, forward_backward, world)
         config = dataclasses.replace(config, batch_size=batch_size, gradient_accumulation_steps=steps)
         print(f"batch size (auto): {batch_size} x {steps} sequences, {config.tokens_per_iter:,} tokens an iteration")
     optimizers = make_optimizers(model, config)
     scaler = torch.amp.GradScaler(config.device.partition(":")[0], enabled=config.dtype == "float16")
-    run = Run(config, model, optimizers, scaler, facts)
+    world.seed_dropout(config.seed)
+    run = Run(config, model, optimizers, scaler, facts, world)
     position = run.restore(saved) if saved else {"epoch": 0, "row": 0}
     set_peak_rates(optimizers, config)
     train_rows, val_batches = rows_and_batches(parts, shares, config)
     batches = Batches(train_rows, config.batch_size * config.gradient_accumulation_steps, position)
     del saved
 
-    with run.claim(checkpoint_bytes(model)) as log, contextlib.closing(batches), StopSignal() as stop:
+    with StopSignal() as stop, run.claim(checkpoint_bytes(model)) as log, contextlib.closing(batches):
         if config.resume:
             print(f"resume: {config.resume}, iteration {run.iter_num} of {config.max_iters}, goes on as {run.path}")
         run.mark(batches.position)
-        clock = Clock(model, config, run.iter_num)
+        clock = Clock(model, config, run.iter_num, world.size)
+        module = world.wrap(model, config.parallel)
         try:
             if config.compile:
-                compile_or_eager(model, config, *next(iter(val_batches.values()))[0])
+                compile_or_eager(model, config, *next(iter(val_batches.values()))[0], module, world)
             clock.restart(run.iter_num)
             while True:
                 share = schedule(run.iter_num, config)
@@ -518,23 +554,25 @@ def train(config: TrainConfig, given: dict) -> int:
                 # Evaluate, log and save what the last step made, once: also where a run failed in between.
                 is_last = run.iter_num >= config.max_iters
                 if run.record and (run.iter_num % config.eval_interval == 0 or is_last):
-                    val_losses = {name: evaluate(model, own, config) for name, own in val_batches.items()}
+                    val_losses = {name: evaluate(model, own, config, world) for name, own in val_batches.items()}
                     val_loss = sum(float(shares[name]) * loss for name, loss in val_losses.items())
                     if not math.isfinite(val_loss):
                         raise not_finite_error(run, "validation loss", val_loss, share)
                     best = " (best)" if run.iter_num and run.is_best(val_loss) else ""
                     print(f"iter {run.iter_num}: validation loss {val_loss:.4f}{best}{describe_parts(val_losses)}")
-                    for kind in formats if run.iter_num else ():
-                        print_sample(model, config, kind == "chat", run.iter_num)
+                    if run.iter_num and world.is_main and not is_sharded:
+                        for kind in formats:
+                            print_sample(model, config, kind == "chat", run.iter_num)
                     run.finish_evaluation(log, val_loss, val_losses)
                     clock.restart(run.iter_num)
                 elif run.record:
                     run.write_record(log)
-                if is_last or stop.number:
+                stopped_by = world.largest(stop.number)  # all stop, whichever was told to
+                if is_last or stopped_by:
                     break
 
                 ids, targets = batches.next()
-                loss, grad_norm = forward_backward(model, config, ids, targets, optimizers, scaler)
+                loss, grad_norm = forward_backward(module, config, ids, targets, optimizers, scaler, world)
                 if not math.isfinite(loss):
                     raise not_finite_error(run, "loss", loss, share)
                 is_sound = math.isfinite(grad_norm)
@@ -564,21 +602,26 @@ def train(config: TrainConfig, given: dict) -> int:
         except UserError:  # no number any more: the last checkpoint is better than what the weights are now
             raise
         except BaseException as error:
+            if lost := world.lost_process_error(error, run.saved_path):
+                raise lost from error
             run.rescue(log)
             if is_out_of_memory(error):
-                raise out_of_memory_error(config, f"--resume {run.saved_path} " if run.saved_path else "") from error
+                tried = world.micro_batches(config)
+                raise out_of_memory_error(tried, f"--resume {run.saved_path} " if run.saved_path else "") from error
             raise
         run.save_at_end(log)
-        if stop.number:
+        if stopped_by:
             print(f"stopped at iteration {run.iter_num}; go on with: python train.py --resume {run.path}")
-            return 128 + stop.number
+            return 128 + stopped_by
         next_command = f"python gen.py {run.path}{' --chat' if is_chat else ''}"
         print(f"done: {run.path}, best validation loss {run.best_val_loss:.4f}; next: {next_command}")
     return 0
 
 
 def main() -> int:
-    return train(parse_options(TrainConfig, __doc__), given_options(TrainConfig))
+    config, given = parse_options(TrainConfig, __doc__), given_options(TrainConfig)
+    with join_job() as world:
+        return train(config, given, world)
 
 
 if __name__ == "__main__":

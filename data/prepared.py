@@ -141,17 +141,23 @@ class Encoded:
         """The batch with the chosen documents only, (documents,) bool."""
         if chosen.all():
             return self
-        lines = np.frombuffer(self.lines, dtype=np.uint8)[np.repeat(chosen, self.line_bytes)].tobytes()
+        edges = np.flatnonzero(np.diff(chosen, prepend=False, append=False)).reshape(-1, 2)  # runs of chosen documents
         return dataclasses.replace(
             self,
             digests=self.digests[chosen],
-            ids=self.ids[np.repeat(chosen, self.n_tokens)],
+            ids=np.concatenate([self.ids[:0], *_parts(self.ids, self.n_tokens, edges)]),
             n_tokens=self.n_tokens[chosen],
             text_bytes=self.text_bytes[chosen],
-            lines=lines,
+            lines=b"".join(_parts(memoryview(self.lines), self.line_bytes, edges)),
             line_bytes=self.line_bytes[chosen],
             band_keys=None if self.band_keys is None else self.band_keys[chosen],
         )
+
+
+def _parts(data, lengths: np.ndarray, edges: np.ndarray) -> list:
+    """The slices of `data`, elements of which have these lengths, from one edge to the next: (runs, 2) indices."""
+    starts = np.concatenate([[0], np.cumsum(lengths)])[edges]
+    return [data[start:end] for start, end in starts.tolist()]
 
 
 class SplitWriter:

@@ -87,6 +87,30 @@ def test_positions_are_found_across_shards_and_pieces(tmp_path, monkeypatch):
     assert stream.positions_of(9).tolist() == []
 
 
+def resident_bytes() -> np.ndarray:
+    """What this process holds in memory of its own, and of files."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return np.array([1024 * int(line.split()[1]) for line in lines if line.startswith(("RssAnon:", "RssFile:"))])
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="Linux tells what a process holds in memory")
+def test_an_epoch_holds_little_of_a_large_file_in_memory(tmp_path):
+    file_bytes = 256 << 20
+    with (tmp_path / "large.bin").open("wb") as file:
+        file.truncate(file_bytes)  # zeros that take no room
+    before = resident_bytes()
+    stream = TokenStream([tmp_path / "large.bin"])
+    stream.check_ids("unused")
+    assert (resident_bytes() - before).max() < file_bytes / 8, "after the look at every id"
+    rows = TextRows(stream, 16384, seed=1)
+    grown = 0
+    for index in range(rows.start_epoch(0)):
+        rows.row(index)
+        if index % 100 == 0:
+            grown = max(grown, (resident_bytes() - before).max())
+    assert grown < file_bytes / 4, "while an epoch is read in its order"
+
+
 # Text rows
 
 

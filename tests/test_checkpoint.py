@@ -412,7 +412,7 @@ def test_random_states_survive_a_checkpoint(tmp_path, gpt):
     draw()
     save_checkpoint(tmp_path / "a.pt", gpt, {}, {"random": random_states("cpu")})
     expected = [draw(), draw()]
-    set_random_states(load_checkpoint(tmp_path / "a.pt")["training"]["random"])
+    set_random_states(load_checkpoint(tmp_path / "a.pt")["training"]["random"], "cpu")
     assert [draw(), draw()] == expected
 
 

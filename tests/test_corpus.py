@@ -437,7 +437,16 @@ AWKWARD = st.text(
     st.one_of(st.sampled_from(" \n\t\r\x00\x1c\x85\xa0\u2028\u3000<|>'’é٣"), st.characters()), max_size=40
 )
 PIECES = st.sampled_from(
-    ["<|endoftext|>", "\n<|endoftext|>\n", "\\<|endoftext|>", "<|im_start|>", "<|im_end|>\n", "   ", "\n\n\n"]
+    [
+        "<|endoftext|>",
+        "<|white space|>",
+        "\n<|endoftext|>\n",
+        "\\<|endoftext|>",
+        "<|im_start|>",
+        "<|im_end|>\n",
+        "   ",
+        "\n\n\n",
+    ]
 )
 CONTENTS = st.lists(st.one_of(AWKWARD, PIECES), max_size=5).map("".join)
 MESSAGES = st.lists(

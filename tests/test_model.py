@@ -238,3 +238,75 @@ def test_the_compiled_part_holds_no_embedding(monkeypatch):
     assert torch.equal(model(idx, idx)[1], plain)
     assert seen[0] == ("blocks", torch.float32)
     assert len(seen) == 2  # the blocks and the loss, both really used
+
+
+def test_blocks_are_compiled_one_by_one_where_asked(monkeypatch):
+    seen = []
+
+    def compile_(function, **settings):
+        def compiled(*arguments):
+            seen.append(function.__name__)
+            return function(*arguments)
+
+        return compiled
+
+    monkeypatch.setattr(torch, "compile", compile_)
+    gpt = GPT(GPTConfig(block_size=8, vocab_size=64, n_vocab=60, n_layer=3, n_head=1, n_embd=8))
+    idx = torch.zeros(1, 8, dtype=torch.long)
+    plain = gpt(idx, idx)[1]
+    gpt.compile_training(each_block=True)
+    assert torch.equal(gpt(idx, idx)[1], plain)
+    assert seen == ["residuals"] * 3 + ["_loss_and_gradient_"]
+    with torch.no_grad():
+        gpt.eval()(idx)
+    gpt.compile_nothing()
+    assert torch.equal(gpt.train()(idx, idx)[1], plain) and len(seen) == 4
+
+
+def loss_and_gradients(gpt: GPT, ids: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    torch.manual_seed(3)  # of the dropout
+    loss = gpt(ids[:, :-1], ids[:, 1:])[1]
+    return loss.detach(), torch.autograd.grad(loss, list(gpt.parameters()))
+
+
+def test_activation_checkpointing_changes_the_memory_and_not_the_gradients(gpt):
+    deep = GPT(dataclasses.replace(TINY, n_layer=8, dropout=0.3))
+    ids = random_ids(2, 17)
+    kept_bytes, found = [0, 0], []
+    for number in range(2):
+        deep.activation_checkpointing = number == 1
+
+        def keep(tensor, number=number):
+            kept_bytes[number] += tensor.numel() * tensor.element_size()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            found.append(loss_and_gradients(deep, ids))
+    (loss, gradients), (loss_again, gradients_again) = found
+    assert torch.equal(loss, loss_again) and all(map(torch.equal, gradients, gradients_again))
+    assert kept_bytes[1] < kept_bytes[0] / 3
+    with torch.no_grad():
+        assert torch.equal(deep.eval()(ids[:, :-1])[0], deep(ids[:, :-1])[0])
+
+
+def test_activation_checkpointing_draws_the_same_dropout_again_when_compiled(monkeypatch):
+    """The gradient's length is the slope of the loss along it: not so if other activations were dropped."""
+    compile_ = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda function, **settings: compile_(function, backend="aot_eager"))
+    torch.manual_seed(1)
+    gpt = GPT(dataclasses.replace(TINY, dropout=0.3))
+    gpt.activation_checkpointing = True
+    gpt.compile_training()
+    ids = random_ids(4, 17)
+    _, gradients = loss_and_gradients(gpt, ids)
+    length = math.sqrt(sum(gradient.square().sum().item() for gradient in gradients))
+    losses = []
+    for step in (0.02, -0.02):
+        with torch.no_grad():
+            for weight, gradient in zip(gpt.parameters(), gradients, strict=True):
+                weight.add_(gradient, alpha=step / length)
+        losses.append(loss_and_gradients(gpt, ids)[0].item())
+        with torch.no_grad():
+            for weight, gradient in zip(gpt.parameters(), gradients, strict=True):
+                weight.sub_(gradient, alpha=step / length)
+    assert (losses[0] - losses[1]) / 0.04 == pytest.approx(length, rel=0.02)

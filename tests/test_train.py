@@ -499,10 +499,10 @@ def test_a_full_disk_at_a_periodic_save_lets_training_go_on(data, tmp_path, monk
 def test_no_room_for_the_best_file_keeps_the_older_best(data, tmp_path, monkeypatch, quiet):
     real = run_module.save_checkpoint
 
-    def on_a_full_disk(path, gpt, info, training):
+    def on_a_full_disk(path, gpt, info, *more):
         if info["iter_num"] == 10:
             raise UserError("the disk is full")
-        real(path, gpt, info, training)
+        real(path, gpt, info, *more)
 
     monkeypatch.setattr(run_module, "save_checkpoint", on_a_full_disk)
     with pytest.raises(UserError, match="the disk is full"):  # at the end there is nothing to go on with
@@ -665,14 +665,14 @@ def test_the_skips_of_float16_are_counted_and_shown(data, tmp_path, monkeypatch,
     real, calls = train.forward_backward, [0]
     weights = []
 
-    def overflowing(gpt, config, ids, targets, optimizers=(), scaler=None):
+    def overflowing(gpt, config, ids, targets, *more):
         calls[0] += 1
         if calls[0] in (3, 4):
             gpt.ln_f.weight.register_hook(lambda gradient: gradient * float("inf"))
             weights.append([weight.detach().clone() for weight in gpt.parameters()])
         elif calls[0] == 5:
             weights.append([weight.detach().clone() for weight in gpt.parameters()])
-        found = real(gpt, config, ids, targets, optimizers, scaler)
+        found = real(gpt, config, ids, targets, *more)
         gpt.ln_f.weight._backward_hooks = None
         return found
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import train
 from checkpoint import load_checkpoint
 from training.metrics import read_metrics
+from training.parallel import ALONE, World
 
 sys.path.append(str(Path(train.__file__).parent / "testing_tools"))
 from crash_test import differences, write_dataset
@@ -29,14 +30,14 @@ def prepare(folder: Path, kind: str = "text", name: str | None = None, n_tokens:
     return folder
 
 
-def run(data_dir: Path, out_dir: Path, resume: bool | Path = False, **changes) -> int:
+def run(data_dir: Path, out_dir: Path, resume: bool | Path = False, world: World = ALONE, **changes) -> int:
     """Train in this process; returns the exit status. A resumed run is given `changes` alone, as a person would."""
     folders = {"data_dir": str(data_dir), "out_dir": str(out_dir)}
     if resume is False:
         given = {**OPTIONS, **folders, **changes}
-        return train.train(train.TrainConfig(**given), given)
+        return train.train(train.TrainConfig(**given), given, world)
     given = {**folders, **changes, "resume": "" if resume is True else str(resume)}
-    return train.train(train.TrainConfig(**{"dataset": "text", "max_iters": 10, **given}), given)
+    return train.train(train.TrainConfig(**{"dataset": "text", "max_iters": 10, **given}), given, world)
 
 
 class StopAfter:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import bisect
 import contextlib
 import json
+import mmap
 import queue
 import threading
 from collections.abc import Iterator
@@ -22,6 +23,8 @@ from runtime import UserError
 from setup_tokenizer import ASSISTANT_IDS, ENDOFTEXT_ID, IM_END_ID, IM_START_ID, N_VOCAB, TOKENIZER_NAME
 
 PIECE_TOKENS = 1 << 24  # tokens looked at together, so that memory stays flat
+MOST_MAPPED_BYTES = 64 << 20  # of a split's files, so that resident memory stays flat
+BYTES_MAPPED_AT_ONCE = 2 << 20  # what the system may map where one byte is read: a huge page
 IGNORED = -100  # a target that does not count; model.IGNORED
 PREPARE_COMMANDS = {
     "story": "python data/prepare-story.py",
@@ -39,6 +42,7 @@ class TokenStream:
         self.paths = paths
         self._shards = [np.memmap(path, dtype="<u2", mode="r") for path in paths]
         self._ends = np.cumsum([len(shard) for shard in self._shards]).tolist()
+        self._mapped_bytes = 0
 
     def __len__(self) -> int:
         return self._ends[-1]
@@ -53,26 +57,41 @@ class TokenStream:
             piece = self._shards[index][position - first : end - first]
             ids[position - start : position - start + len(piece)] = piece
             position += len(piece)
+        self._mapped_bytes += 2 * (end - start) + BYTES_MAPPED_AT_ONCE
+        if self._mapped_bytes > MOST_MAPPED_BYTES:
+            self._unmap()
         return ids
 
     def positions_of(self, token_id: int) -> np.ndarray:
         """Every position at which `token_id` stands, found a piece at a time."""
         found = [np.zeros(0, dtype=np.int64)]
         for shard, end in zip(self._shards, self._ends, strict=True):
-            for first in range(0, len(shard), PIECE_TOKENS):
-                piece = shard[first : first + PIECE_TOKENS]
+            for first, piece in self._pieces(shard):
                 found.append(np.flatnonzero(piece == token_id) + (end - len(shard) + first))
         return np.concatenate(found)
 
     def check_ids(self, remedy: str) -> None:
         """Raise UserError where an id is above the vocabulary's last."""
         for path, shard in zip(self.paths, self._shards, strict=True):
-            largest = int(shard.max())
+            largest = max(int(piece.max()) for _, piece in self._pieces(shard))
             if largest >= N_VOCAB:
                 raise UserError(
                     f"{path} holds the id {largest}, above the vocabulary's last ({N_VOCAB - 1}); prepare it again "
                     f"with: {remedy}"
                 )
+
+    def _pieces(self, shard: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
+        """A shard in pieces, each with its first position, one mapped at a time."""
+        for first in range(0, len(shard), PIECE_TOKENS):
+            yield first, shard[first : first + PIECE_TOKENS]
+            self._unmap()
+
+    def _unmap(self) -> None:
+        """Let go of the files' pages: until then they count as memory of this process; the system keeps its copy."""
+        self._mapped_bytes = 0
+        if hasattr(mmap, "MADV_DONTNEED"):  # not on Windows
+            for shard in self._shards:
+                shard.base.madvise(mmap.MADV_DONTNEED)
 
 
 def open_dataset(data_dir: Path, name: str) -> tuple[dict[str, TokenStream], dict]:

@@ -12,6 +12,7 @@ import torch
 
 from model import GPT, HEAD_CHUNK, GPTConfig
 from runtime import UserError
+from training.parallel import ALONE, World
 
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "ALLOC_FAILED")  # CUDA and MPS, the CPU, CUDA's libraries
 HEADROOM = 0.9  # share of the free memory that a step may fill
@@ -67,23 +68,27 @@ def divisors(number: int) -> list[int]:
     return [size for size in range(number, 0, -1) if number % size == 0]
 
 
-def fit_batch_size(model: GPT, config, step: Callable) -> tuple[int, int]:
+def fit_batch_size(model: GPT, config, step: Callable, world: World = ALONE) -> tuple[int, int]:
     """The largest micro-batch that fits, and the accumulation that keeps the sequences of an iteration.
 
     On CUDA and MPS by trying: `step(model, config, ids, targets)` makes the gradients of one micro-batch while the
     room that the optimizers will need is taken. On a CPU, where too much memory ends the process, by an estimate of
-    what a step needs and what the system says is available. The model's gradients are gone afterwards.
+    what a step needs and what the system says is available. The model's gradients are gone afterwards. Several
+    processes take the smallest size that one of them finds.
     """
     sequences = config.batch_size * config.gradient_accumulation_steps
+    sizes = divisors(sequences // world.size)
     if config.device == "cpu":
         available = available_memory_bytes()
         if available is None:
             print("warning: this system does not say how much memory is free; --batch_size auto changes nothing")
             return config.batch_size, config.gradient_accumulation_steps
-        fits = [size for size in divisors(sequences) if step_bytes(model.config, size) <= HEADROOM * available]
+        room = HEADROOM * available / world.local_size
+        recomputes = model.activation_checkpointing
+        fits = (size for size in sizes if step_bytes(model.config, size, recomputes) <= room)
     else:
-        fits = (size for size in divisors(sequences) if _step_fits(model, config, step, size))
-    size = next(iter(fits), 1)
+        fits = (size for size in sizes if _step_fits(model, config, step, size))
+    size = world.smallest(next(fits, 1))
     return size, sequences // size
 
 
@@ -107,15 +112,16 @@ def _step_fits(model: GPT, config, step: Callable, batch_size: int) -> bool:
             torch.cuda.empty_cache()
 
 
-def step_bytes(config: GPTConfig, batch_size: int) -> int:
+def step_bytes(config: GPTConfig, batch_size: int, recomputes: bool = False) -> int:
     """About what a training step on a CPU takes beside the weights, in bytes.
 
     Per layer and token 18 widths are kept for the backward pass in float32 (the inputs of each LayerNorm, Linear and
-    GELU); the logits' chunk exists three times at its peak; gradients and two optimizer states are the weights' size;
-    128 MiB are the libraries' own.
+    GELU), with activation checkpointing 1 and the 18 of one layer at a time; the logits' chunk exists three times at
+    its peak; gradients and two optimizer states are the weights' size; 128 MiB are the libraries' own.
     """
     tokens = batch_size * config.block_size
-    activations = tokens * config.n_embd * (18 * config.n_layer + 16)
+    kept = config.n_layer + 18 if recomputes else 18 * config.n_layer
+    activations = tokens * config.n_embd * (kept + 16)
     logits = 3 * min(HEAD_CHUNK, tokens) * config.vocab_size
     weights = config.vocab_size * config.n_embd + 12 * config.n_layer * config.n_embd**2
     return 4 * (activations + logits + 4 * weights) + (128 << 20)

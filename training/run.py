@@ -29,13 +29,14 @@ from model import GPT
 from runtime import UserError
 from training.metrics import PART_LOSS, MetricsLog, TensorBoard, draw_curves, read_metrics
 from training.mixture import data_parts, mixture_name, parse_mixture
+from training.parallel import ALONE, World, is_main_process, pieces_of
 
 # What --resume may change; everything else belongs to the run.
 CHANGEABLE = {
     *("max_iters", "batch_size", "gradient_accumulation_steps", "data_dir", "out_dir"),
     *("learning_rate", "muon_learning_rate", "min_lr", "warmup_iters", "weight_decay", "grad_clip"),
     *("eval_interval", "eval_iters", "log_interval", "keep", "tensorboard", "device", "dtype", "compile"),
-    "deterministic",
+    *("deterministic", "activation_checkpointing", "parallel"),
 }
 BEFORE_ADDED = {"document_mask": False}  # what runs did before there was the option
 
@@ -63,7 +64,8 @@ class StopSignal:
         if not self.number:
             self.number = number
             # Not print(): the handler may have interrupted one, which then refuses a second.
-            os.write(2, b"\nstopping after this iteration; Ctrl-C once more leaves at once\n")
+            if is_main_process():
+                os.write(2, b"\nstopping after this iteration; Ctrl-C once more leaves at once\n")
 
 
 class Run:
@@ -71,12 +73,14 @@ class Run:
 
     Saved is always the last complete step: `mark` notes, between two steps, where the data and the generators stand,
     and `is_updating` is True while the weights are half-way between two steps. `record` is what the last step leaves
-    to be evaluated and logged; a run that ends in between does that when it is resumed.
+    to be evaluated and logged; a run that ends in between does that when it is resumed. Of several processes the
+    first has the files: elsewhere the log is None, and saving only hands over what the process holds.
     """
 
     FACTS = ("iter_num", "tokens_seen", "skipped_steps", "train_loss", "val_loss", "best_val_loss", "record")
 
-    def __init__(self, config, model: GPT, optimizers: list[Optimizer], scaler, facts: dict):
+    def __init__(self, config, model: GPT, optimizers: list[Optimizer], scaler, facts: dict, world: World = ALONE):
+        self.world = world
         self.config, self.model, self.optimizers, self.scaler, self.facts = config, model, optimizers, scaler, facts
         self.folder = Path(config.out_dir)
         self.path = self.folder / f"{config.name}.pt"
@@ -90,11 +94,16 @@ class Run:
         self.is_updating = False
 
     @contextlib.contextmanager
-    def claim(self, checkpoint_bytes: int) -> Iterator[MetricsLog]:
+    def claim(self, checkpoint_bytes: int) -> Iterator[MetricsLog | None]:
         """Make the folder, lock the run, check the space, clean up after dead runs; yields the metrics log.
 
-        Raises UserError where another process has the run, or the folder cannot be written or has too little space.
+        Raises UserError where another run has these files, or the folder cannot be written or has too little space.
         """
+        with contextlib.ExitStack() as stack:
+            yield self.world.on_main(lambda: stack.enter_context(self._claim_files(checkpoint_bytes)))
+
+    @contextlib.contextmanager
+    def _claim_files(self, checkpoint_bytes: int) -> Iterator[MetricsLog]:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -175,33 +184,41 @@ class Run:
             "config": dataclasses.asdict(self.config),
             "elapsed_s": self.total_elapsed_s(),
             "val_losses": self.val_losses,
+            "job": self.world.job,
             **{name: getattr(self, name) for name in self.FACTS},
         }
 
-    def save(self, is_best: bool = False, keep: bool = False) -> None:
-        """Write the last complete step to the run's checkpoint, and before that to its copies if asked.
+    def save(self, log: MetricsLog | None, is_best: bool = False, keep: bool = False) -> None:
+        """Write the last complete step to the run's checkpoint, and before that the log and the copies if asked.
 
         The checkpoint itself comes last: a run killed before does the rest again when it is resumed.
         Raises UserError where that cannot be done.
         """
+        weights = self.world.whole(self.model.state_dict())
+        optimizers = self.world.whole([optimizer.state_dict() for optimizer in self.optimizers])
+        training = {"optimizers": optimizers, "scaler": self.scaler.state_dict(), **self.resume_point}
+        if self.world.size > 1:
+            training["random_of_others"] = self.world.gathered_from_others(self.resume_point["random"])
+        self.world.on_main(lambda: self._write(log, weights, training, is_best, keep))
+        self.saved_path, self.saved_iter = self.path, self.iter_num
+
+    def _write(self, log: MetricsLog, weights: dict, training: dict, is_best: bool, keep: bool) -> None:
+        log.sync()
         names = [f"-iter{self.iter_num:08d}"] * keep + ["-best"] * is_best + [""]
         paths = [self._file(f"{name}.pt") for name in names]
-        optimizers = [optimizer.state_dict() for optimizer in self.optimizers]
-        training = {"optimizers": optimizers, "scaler": self.scaler.state_dict(), **self.resume_point}
-        save_checkpoint(paths[0], self.model, self.info(), training)
+        save_checkpoint(paths[0], self.model, self.info(), training, weights)
         for path in paths[1:-1]:
             copy_checkpoint(paths[0], path)
         if keep:
             prune_kept(self.folder, f"{self.config.name}-iter*.pt", self.config.keep)
         if paths[0] != self.path:
             copy_checkpoint(paths[0], self.path)
-        self.saved_path, self.saved_iter = self.path, self.iter_num
 
     def is_best(self, val_loss: float) -> bool:
         """Whether no evaluation before gave as small a loss."""
         return self.best_val_loss is None or val_loss < self.best_val_loss
 
-    def finish_evaluation(self, log: MetricsLog, val_loss: float, val_losses: dict[str, float]) -> None:
+    def finish_evaluation(self, log: MetricsLog | None, val_loss: float, val_losses: dict[str, float]) -> None:
         """Note the validation loss, of a mixture each part's too, log them with the step's record, save, draw curves.
 
         Where the disk does not take it, say so and let training go on.
@@ -212,8 +229,7 @@ class Run:
         parts = {f"{PART_LOSS}{name}": loss for name, loss in self.val_losses.items()}
         self.write_record(log, {"val_loss": val_loss, **parts})
         try:
-            log.sync()
-            self.save(is_best, keep=self.config.keep > 0)
+            self.save(log, is_best, keep=self.config.keep > 0)
         except UserError as error:
             self.best_val_loss = before[2]  # that of the file which is called the best
             print(f"warning: {error}; training goes on, and the last checkpoint is as it was")
@@ -221,32 +237,38 @@ class Run:
         except BaseException:  # a resumed run evaluates again
             self.record, self.val_loss, self.best_val_loss, self.val_losses = before
             raise
+        if log is None:
+            return
         try:
             draw_curves(self._file(".png"), read_metrics(log.path), self.config.name)
         except UserError as error:
             print(f"warning: {error}; training goes on")
 
-    def write_record(self, log: MetricsLog, more: dict | None = None) -> None:
+    def write_record(self, log: MetricsLog | None, more: dict | None = None) -> None:
         """Log what the last step left, if it is a step to be logged."""
         record = self.record | (more or {})
-        if len(record) > 1:
+        if log is not None and len(record) > 1:
             log.write({**record, "tokens_seen": self.tokens_seen, "elapsed_s": round(self.total_elapsed_s(), 3)})
         self.record = None
 
-    def save_at_end(self, log: MetricsLog) -> None:
+    def save_at_end(self, log: MetricsLog | None) -> None:
         """Save where the run stops, unless the last evaluation did. Raises UserError where that cannot be done."""
         if (self.saved_path, self.saved_iter) != (self.path, self.iter_num):
-            log.sync()
-            self.save()
+            self.save(log)
 
-    def rescue(self, log: MetricsLog) -> None:
-        """After an error in a step, save the state before that step, unless its weights are half updated."""
+    def rescue(self, log: MetricsLog | None) -> None:
+        """After an error in a step, save the state before that step, unless its weights are half updated.
+
+        Several processes cannot: the others, whose part is needed, know nothing of the error.
+        """
+        if self.world.size > 1:
+            print(f"an error in one of {self.world.size} processes: {self.path} stays as it was")
+            return
         if self.is_updating:
             print(f"the error came while the weights were being updated: {self.path} stays as it was")
             return
         try:
-            log.sync()
-            self.save()
+            self.save(log)
         except UserError as error:
             print(f"warning: {error}")
         else:
@@ -261,6 +283,7 @@ class Run:
         for optimizer, state in zip(self.optimizers, training["optimizers"], strict=True):
             # Copied: on a CPU the loaded tensors are views into the file.
             own = copy.deepcopy(state["state"]) if self.config.device == "cpu" else state["state"]
+            own = pieces_of(own, optimizer)
             optimizer.load_state_dict({"state": own, "param_groups": optimizer.state_dict()["param_groups"]})
         if training["scaler"] and self.scaler.is_enabled():
             self.scaler.load_state_dict(training["scaler"])
@@ -269,7 +292,11 @@ class Run:
         self.elapsed_s, self.val_losses = info["elapsed_s"], info.get("val_losses", {})  # older runs had no mixtures
         self.saved_path, self.saved_iter = Path(self.config.resume), self.iter_num
         self._resumed_name = f"{info['dataset']}{info['config']['max_iters']}"
-        set_random_states(training["random"])
+        states = [training["random"], *training.get("random_of_others", ())]
+        if self.world.size == len(states) or self.world.is_main:
+            set_random_states(states[self.world.rank], self.config.device)
+        else:  # another number of processes: new dropout for all but the first
+            self.world.seed_dropout(self.config.seed, self.iter_num)
         return training["position"]
 
 
@@ -279,6 +306,26 @@ def _is_untrained(path: Path) -> bool:
         return read_info(path).get("iter_num") == 0
     except UserError:  # unreadable, and all the more not ours to write over
         return False
+
+
+def after_restart(config, given: dict, world: World) -> tuple:
+    """The options with which torchrun's restarted processes go on: with the checkpoint that the same job has written.
+
+    Without such a checkpoint they are what they were. A run that was resumed may have gone on under another name.
+    """
+    if not world.restarts:
+        return config, given
+    options = {"dataset": config.dataset, "max_iters": config.max_iters, "out_dir": config.out_dir}
+    if config.resume is not None:
+        source = Path(config.resume or f"{config.out_dir}/{config.name}.pt")
+        options |= {key: read_info(source)["config"][key] for key in options}
+        options |= {key: given[key] for key in options if key in given}
+    path = Path(options["out_dir"]) / f"{mixture_name(options['dataset'])}{options['max_iters']}.pt"
+    if not path.is_file() or read_info(path).get("job") != world.job:
+        return config, given
+    print(f"restart {world.restarts} by torchrun: going on with {path}")
+    given = {key: value for key, value in given.items() if key != "init_from"}
+    return dataclasses.replace(config, resume=str(path), init_from=None), {**given, "resume": str(path)}
 
 
 def load_resumable(path: Path) -> dict:

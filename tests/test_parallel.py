@@ -1,0 +1,314 @@
+"""Many processes: the same losses as one, checkpoints that fit every layout, and an end to every job."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import train
+from runtime import UserError
+from tests.tiny import differences, load_checkpoint, losses, prepare, run
+from training import memory, parallel
+from training import run as run_module
+
+ROOT = Path(train.__file__).parent
+PROCESSES = 2
+MODEL = {"n_layer": 2, "n_head": 2, "n_embd": 16, "block_size": 16}
+# Twenty iterations of eight rows; three validation batches, which two processes cannot share equally.
+ADAMW = {
+    **{"dataset": "chat", "max_iters": 20, "optimizer": "adamw", "batch_size": 2, "gradient_accumulation_steps": 4},
+    **{"eval_interval": 10, "eval_iters": 3, **MODEL},
+}
+# A micro-batch for each process, whose gradients add up in one order. In any other order the last digits differ, and
+# Muon's bfloat16 makes 1e-4 of that: one process alone differs as much between 4 x 2 and 1 x 8 rows.
+MUON = {**ADAMW, "optimizer": "muon", "batch_size": 4, "gradient_accumulation_steps": 2, "grad_clip": 0.0}
+DROPOUT = {**ADAMW, "dropout": 0.2, "max_iters": 6, "eval_interval": 3, "dataset": "text"}
+
+# One process of a job: the runs of a list one after another. "alone" is a run of rank 0, "stop_after" is told rank 1.
+WORKER = """
+import json, os, signal, sys, torch, train
+from runtime import run_script
+from tests.tiny import StopAfter, run
+from training import parallel, run as run_module
+run_module.draw_curves = train.print_sample = lambda *arguments: None
+real_signal, real_step, steps = train.StopSignal, train.forward_backward, [0]
+
+def dying_step(*arguments):
+    steps[0] += 1
+    if steps[0] == 13 and os.environ["RANK"] == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+        os.kill(os.getpid(), signal.SIGKILL)
+    return real_step(*arguments)
+
+def main():
+    torch.set_num_threads(1)
+    runs = json.load(open(sys.argv[1]))
+    with parallel.join_job() as world:
+        for options in runs:
+            alone, steps = options.pop("alone", False), options.pop("stop_after", None)
+            train.forward_backward = dying_step if options.pop("dies", False) else real_step
+            mine = 9999 if world.rank == 0 and not alone else steps
+            train.StopSignal = real_signal if steps is None else lambda: StopAfter(mine)
+            if not alone or world.is_main:
+                status = run(world=parallel.ALONE if alone else world, **options)
+            print("status", status, flush=True)
+            world.largest(0)  # wait for the files of a run of rank 0 alone
+    return status
+
+run_script(main)
+"""
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = prepare(tmp_path_factory.mktemp("data"), n_tokens=4000)
+    return prepare(folder, "chat", n_tokens=4000)
+
+
+def start(folder: Path, runs: list[dict], restarts: int = 0) -> subprocess.Popen:
+    """A job of two processes, started as a person does."""
+    folder.mkdir(exist_ok=True)
+    (folder / "worker.py").write_text(WORKER)
+    (folder / "runs.json").write_text(json.dumps(runs, default=str))
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={PROCESSES}"]
+    command = [*torchrun, f"--max-restarts={restarts}", str(folder / "worker.py"), str(folder / "runs.json")]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def output_of(process: subprocess.Popen) -> str:
+    try:
+        return process.communicate(timeout=150)[0]
+    finally:
+        process.kill()
+
+
+@pytest.fixture(scope="module")
+def straight(data, tmp_path_factory):
+    """The folder of what one process makes of each kind of run."""
+    folder = tmp_path_factory.mktemp("straight")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run_module, "draw_curves", lambda *arguments: False)
+        patch.setattr(train, "print_sample", lambda *arguments: None)
+        for name, options in (("adamw", ADAMW), ("muon", MUON)):
+            assert run(data, folder / name, **options) == 0
+    return folder
+
+
+@pytest.fixture(scope="module")
+def job(data, tmp_path_factory):
+    """The folder and the output of one job of two processes that makes run after run."""
+    folder = tmp_path_factory.mktemp("job")
+
+    def options(name, **changes):
+        return {"data_dir": data, "out_dir": folder / name, **changes}
+
+    resumed = {"resume": True, "dataset": "chat", "max_iters": 20}
+    runs = [
+        options("adamw-ddp", **ADAMW),
+        options("adamw-fsdp", **ADAMW, parallel="fsdp"),
+        options("muon-ddp", **MUON),
+        options("muon-fsdp", **MUON, parallel="fsdp", activation_checkpointing=True),
+        # One process, two, two in pieces, two, one.
+        options("layouts", **ADAMW, alone=True, stop_after=4),
+        options("layouts", **resumed, stop_after=4),
+        options("layouts", **resumed, parallel="fsdp", stop_after=4),
+        options("layouts", **resumed, parallel="ddp", stop_after=4),
+        options("layouts", **resumed, alone=True),
+        options("muon-layouts", **MUON, parallel="fsdp", stop_after=7),
+        options("muon-layouts", **resumed, parallel="ddp", stop_after=7),
+        options("muon-layouts", **resumed, alone=True),
+        *(options(f"{kind}-dropout", **DROPOUT, parallel=kind) for kind in ("ddp", "fsdp")),
+        *(options(f"{kind}-stopped", **DROPOUT, parallel=kind, stop_after=2) for kind in ("ddp", "fsdp")),
+        *(options(f"{kind}-stopped", resume=True, dataset="text", max_iters=6) for kind in ("ddp", "fsdp")),
+        options("unequal", **{**ADAMW, "batch_size": 3, "gradient_accumulation_steps": 1}),
+    ]
+    process = start(folder, runs)
+    return folder, output_of(process), process.returncode
+
+
+def largest_difference(folder: Path, reference: Path, column: int = 1) -> float:
+    """Between two runs' training losses, or column 2: their validation losses."""
+    ours, theirs = (losses(next(path.glob("*.jsonl"))) for path in (folder, reference))
+    assert [row[0] for row in ours] == [row[0] for row in theirs] == list(range(21))
+    pairs = [(a[column], b[column]) for a, b in zip(ours, theirs, strict=True) if a[column] is not None]
+    assert len(pairs) == (20 if column == 1 else 3)
+    return max(abs(a - b) for a, b in pairs)
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_two_processes_have_the_losses_of_one(job, straight, kind, optimizer):
+    folder, output, _ = job
+    assert output.count("status 0") >= 4, output
+    for column in (1, 2):
+        assert largest_difference(folder / f"{optimizer}-{kind}", straight / optimizer, column) < 1e-5
+    theirs, ours = (
+        load_checkpoint(path / "chat20.pt") for path in (straight / optimizer, folder / f"{optimizer}-{kind}")
+    )
+    for name, weight in theirs["model"].items():
+        torch.testing.assert_close(ours["model"][name], weight, rtol=0, atol=1e-4)
+    assert ours["info"]["tokens_seen"] == theirs["info"]["tokens_seen"] == 20 * 8 * 16
+
+
+@pytest.mark.parametrize(("name", "optimizer"), [("layouts", "adamw"), ("muon-layouts", "muon")])
+def test_a_checkpoint_of_one_layout_goes_on_in_any_other(job, straight, name, optimizer):
+    folder, output, _ = job
+    assert largest_difference(folder / name, straight / optimizer) < 1e-5, output
+    saved, plain = (load_checkpoint(path / "chat20.pt")["training"] for path in (folder / name, straight / optimizer))
+    for ours, theirs in zip(saved["optimizers"], plain["optimizers"], strict=True):
+        assert ours["state"].keys() == theirs["state"].keys()
+        for number, state in theirs["state"].items():
+            for key, value in state.items():
+                torch.testing.assert_close(ours["state"][number][key], value, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_with_as_many_processes_a_resume_is_exact_with_dropout_too(job, kind):
+    folder, output, _ = job
+    for name in ("stopped", "dropout"):
+        (folder / f"{kind}-{name}.txt").touch()  # there are no samples to compare
+    assert differences(folder / f"{kind}-stopped", folder / f"{kind}-dropout") == [], output
+    training = load_checkpoint(folder / f"{kind}-dropout" / "text6.pt")["training"]
+    assert len(training["random_of_others"]) == PROCESSES - 1
+    assert not torch.equal(training["random_of_others"][0]["torch"], training["random"]["torch"])
+
+
+def test_the_first_process_alone_prints_and_an_error_of_all_is_said_once(job):
+    _, output, status = job
+    assert status != 0
+    sentence = (
+        "error: --batch_size 3 x --gradient_accumulation_steps 1 are 3 sequences an iteration, which 2 processes "
+        "cannot share equally; change --gradient_accumulation_steps to a multiple of 2"
+    )
+    assert output.count(sentence) == 1
+    assert output.count("Traceback") == 1, "torchrun's own"
+    assert output.count("resume: parallel ddp -> fsdp") == 1
+
+
+def test_after_a_killed_process_a_restart_goes_on_by_itself(data, straight, tmp_path):
+    runs = [{"data_dir": data, "out_dir": tmp_path / "run", **ADAMW, "dies": True, "parallel": "fsdp"}]
+    process = start(tmp_path, runs, restarts=1)
+    output = output_of(process)
+    assert process.returncode == 0, output
+    assert "exitcode: -9" in output and "Traceback" not in output
+    assert "restart 1 by torchrun: going on with" in output and "iteration 10 of 20" in output
+    assert largest_difference(tmp_path / "run", straight / "adamw") < 1e-5
+
+
+def test_a_signal_to_torchrun_stops_all_processes_with_the_work_saved(data, tmp_path):
+    long = {**ADAMW, "max_iters": 5000, "eval_interval": 5000}
+    process = start(tmp_path, [{"data_dir": data, "out_dir": tmp_path / "run", **long, "parallel": "fsdp"}])
+    for line in process.stdout:
+        if line.startswith("iter    3/"):
+            break
+    process.send_signal(signal.SIGTERM)
+    output = output_of(process)
+    assert output.count("stopping after this iteration") == 1
+    assert "stopped at iteration" in output, output
+    assert load_checkpoint(tmp_path / "run" / "chat5000.pt")["info"]["iter_num"] >= 3
+
+
+# What needs no second process
+
+
+def test_the_computed_table_is_what_the_page_computes(capsys):
+    page = (ROOT / "docs" / "many-devices.md").read_text("utf-8")
+    (code,), (table,) = (re.findall(rf"```{kind}\n(.*?)```", page, re.DOTALL) for kind in ("python", "text"))
+    exec(code, {})
+    assert capsys.readouterr().out == table
+
+
+def test_each_process_has_its_share_and_together_they_have_all():
+    rows = np.arange(24).reshape(12, 2)
+    worlds = [parallel.World(rank=rank, size=3) for rank in range(3)]
+    assert np.concatenate([world.share(rows) for world in worlds]).tolist() == rows.tolist()
+    config = train.TrainConfig(batch_size=8, gradient_accumulation_steps=3, block_size=16)
+    assert worlds[0].micro_batches(config) == config
+    config = train.TrainConfig(batch_size=12, gradient_accumulation_steps=1, block_size=16)
+    tried = worlds[0].micro_batches(config)
+    assert (tried.batch_size, tried.gradient_accumulation_steps) == (4, 3)
+    with pytest.raises(UserError, match="are 10 sequences an iteration, which 3 processes cannot share equally"):
+        worlds[0].micro_batches(train.TrainConfig(batch_size=10, gradient_accumulation_steps=1))
+
+
+def test_a_lost_process_is_a_sentence_and_other_errors_stay_what_they_are():
+    world = parallel.World(rank=1, size=2)
+    lost = RuntimeError("[gloo/transport/tcp/pair.cc:538] Connection closed by peer [127.0.0.1]:7")
+    sentence = str(world.lost_process_error(lost, "models/story5000.pt"))
+    assert "process 1 lost another process" in sentence and "--resume models/story5000.pt" in sentence
+    for error in (RuntimeError("shapes cannot be multiplied"), ValueError("gloo"), torch.OutOfMemoryError("CUDA out")):
+        assert world.lost_process_error(error, None) is None
+    assert parallel.ALONE.lost_process_error(lost, None) is None
+
+
+def test_half_a_job_is_refused_and_none_is_a_world_of_one(monkeypatch):
+    for name in ("RANK", "WORLD_SIZE", "TORCHELASTIC_RUN_ID"):
+        monkeypatch.delenv(name, raising=False)
+    with parallel.join_job() as world:
+        assert world == parallel.ALONE
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="RANK is not; start several processes with torchrun"), parallel.join_job():
+        pass
+
+
+def test_each_process_takes_its_own_device(monkeypatch):
+    taken = []
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    monkeypatch.setattr("torch.cuda.set_device", taken.append)
+    monkeypatch.setattr("runtime.cuda_devices", lambda: [{"index": 0}, {"index": 1}])
+    world = parallel.World(rank=3, size=4, local_rank=1, local_size=2)
+    assert [world.choose_device(word) for word in (None, "auto", "cuda", "cuda:0", "cpu")] == [*["cuda:1"] * 4, "cpu"]
+    assert taken == ["cuda:1"] * 4
+    with pytest.raises(UserError, match="4 processes here and there are 2 CUDA devices; use --nproc_per_node=2"):
+        parallel.World(size=4, local_size=4).choose_device(None)
+    with pytest.raises(UserError, match="--device mps"):
+        world.choose_device("mps")
+
+
+def test_processes_on_one_machine_share_its_memory(monkeypatch):
+    gpt = train.GPT(train.GPTConfig(n_layer=1, n_head=1, n_embd=8, block_size=16))
+    config = train.TrainConfig(device="cpu", batch_size=16, gradient_accumulation_steps=1, block_size=16)
+    need = memory.step_bytes(gpt.config, 4) / memory.HEADROOM + 1
+    monkeypatch.setattr(memory, "available_memory_bytes", lambda: int(2 * need))
+    monkeypatch.setattr(parallel.World, "smallest", lambda world, number: number)
+    world = parallel.World(size=2, local_size=2)
+    assert memory.fit_batch_size(gpt, config, None, world) == (4, 4)
+
+
+def test_a_restart_takes_only_what_its_own_job_wrote(data, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "print_sample", lambda *arguments: None)
+    monkeypatch.setattr(run_module, "draw_curves", lambda *arguments: False)
+    options = {**ADAMW, "max_iters": 2}
+    first = parallel.World(job="a")
+    assert run(data, tmp_path, world=first, **options) == 0
+    given = {**options, "out_dir": str(tmp_path), "init_from": "gpt2"}
+    config = train.TrainConfig(**given)
+    for world in (first, parallel.World(job="b", restarts=1), parallel.World(restarts=1)):
+        assert run_module.after_restart(config, given, world) == (config, given)
+    config, given = run_module.after_restart(config, given, parallel.World(job="a", restarts=1))
+    assert config.resume == given["resume"] == str(tmp_path / "chat2.pt")
+    assert config.init_from is None and "init_from" not in given
+    further = train.TrainConfig(resume=str(tmp_path / "chat2.pt"), max_iters=4)
+    given = {"resume": further.resume, "max_iters": 4}
+    again = parallel.World(job="a", restarts=1)
+    assert run_module.after_restart(further, given, again)[0].resume == further.resume, "it has not been saved anew"
+    assert run(data, tmp_path, resume=tmp_path / "chat2.pt", max_iters=4, world=first) == 0
+    assert run_module.after_restart(further, given, again)[0].resume == str(tmp_path / "chat4.pt")
