@@ -157,8 +157,8 @@ class TrainConfig:
         return self.batch_size * self.gradient_accumulation_steps * self.block_size
 
 
-def resolve(config: TrainConfig, device: str, chat: bool) -> TrainConfig:
-    """`config` with a value for every option that was left to the program."""
+def resolve(config: TrainConfig, device: str, chat: bool, mixed: bool = False) -> TrainConfig:
+    """`config` with a value for every option that was left to the program; `mixed` says that there is text too."""
     on_cuda = device.startswith("cuda")
     preset = config.preset or ("gpt2" if on_cuda else "small")
     shape = PRESETS[preset]
@@ -172,7 +172,7 @@ def resolve(config: TrainConfig, device: str, chat: bool) -> TrainConfig:
         "batch_size": 16,
         "gradient_accumulation_steps": 8 if on_cuda else 1,
         "loss_on": "assistant" if chat else "all",
-        "document_mask": chat,
+        "document_mask": chat and not mixed,
         "learning_rate": 3e-3 if width <= 384 else 6e-4,
         "warmup_iters": max(1, config.max_iters // 20),
         "eval_interval": max(1, min(250, config.max_iters // 4)),
@@ -500,7 +500,7 @@ def train(config: TrainConfig, given: dict, world: World = ALONE) -> int:
     facts = mixture_facts({name: facts for name, (_, facts) in parts.items()}, shares)
     is_chat = facts["format"] == "chat"
     formats = dict.fromkeys(part["format"] for part in data_parts(facts))  # each once, in order
-    config = resolve(config, world.choose_device(config.device), is_chat)
+    config = resolve(config, world.choose_device(config.device), is_chat, mixed=len(formats) > 1)
     world.micro_batches(config)  # raises UserError where the processes cannot share the work
     for streams, _ in parts.values():
         require_length(streams, config.block_size)

@@ -285,8 +285,8 @@ def test_the_mask_belongs_to_the_run(data, tmp_path, monkeypatch, quiet):
         run(data, tmp_path / "a", resume=True, document_mask=True)
 
 
-@pytest.mark.parametrize(("dataset", "is_masked"), [("text", False), ("chat", True), ("text=1,chat=1", True)])
-def test_chat_is_masked_unless_told_otherwise(data, tmp_path, quiet, dataset, is_masked):
+@pytest.mark.parametrize(("dataset", "is_masked"), [("text", False), ("chat", True), ("text=1,chat=1", False)])
+def test_chat_by_itself_is_masked_unless_told_otherwise(data, tmp_path, quiet, dataset, is_masked):
     name = dataset.replace("=1,chat=1", "+chat")
     for folder, given, expected in (("a", {}, is_masked), ("b", {"document_mask": not is_masked}, not is_masked)):
         assert run(data, tmp_path / folder, dataset=dataset, max_iters=1, **given) == 0
