@@ -83,7 +83,9 @@ class TrainConfig:
     loss_on: str | None = option(
         None, "tokens that are targets (default: assistant for chat data, else all)", choices=("assistant", "all")
     )
-    document_mask: bool | None = option(None, "keep attention inside each document of a row (default: for chat data)")
+    document_mask: bool | None = option(
+        None, "keep attention inside each document of a row (default: for chat data, unless mixed with text)"
+    )
 
     optimizer: str = option("muon", "muon (hidden matrices; AdamW for the rest) or adamw", choices=("muon", "adamw"))
     learning_rate: float | None = option(None, "AdamW's peak learning rate (default: 3e-3 up to 384 wide, else 6e-4)")

@@ -166,7 +166,8 @@ def test_a_mixture_goes_on_from_any_position(data):
 def test_loss_on_is_about_the_conversations_alone(data, loss_on):
     parts = {name: open_dataset(data, name) for name in ("text", "chat")}
     config = train.TrainConfig(dataset=MIXED, block_size=16, loss_on=loss_on)
-    rows, val_batches = train.rows_and_batches(parts, parse_mixture(MIXED), train.resolve(config, "cpu", True, mixed=True))
+    config = train.resolve(config, "cpu", chat=True, mixed=True)
+    rows, val_batches = train.rows_and_batches(parts, parse_mixture(MIXED), config)
     assert list(val_batches) == ["text", "chat"]
     text, chat = (parts[name][0]["train"] for name in parts)
     expected = [TextRows(text, 16, config.seed), ChatRows(chat, 16, config.seed, loss_on or "assistant")]
