@@ -36,6 +36,7 @@ from tqdm import tqdm
 
 from checkpoint import load_model, read_info
 from files import atomic_write
+from generation.packed_linear import pack_linears
 from generation.stories import N_COPIED, STORY_SETTINGS, STORY_TOKENS, judge_stories, readable_stories, write_stories
 from model import GPT
 from runtime import (
@@ -72,6 +73,7 @@ class EvaluateOptions:
     dtype: str | None = option(
         None, "precision of the matrix work (default: the device's best)", choices=("float32", "bfloat16", "float16")
     )
+    quantize: str | None = option(None, "measure the models with 8-bit weights, as gen.py uses them", choices=("int8",))
     stride: int | None = option(None, "ids from one window to the next (default: half of the model's block size)")
     batch_size: int = option(16, "windows at a time")
     limit: int | None = option(None, "measure on about the first N ids only, of chat on whole conversations")
@@ -313,6 +315,8 @@ def measure(options: EvaluateOptions) -> dict:
     samples = []
     for path, dataset in zip(options.checkpoints, story_data, strict=True):
         model, _ = load_model(path, device)
+        if options.quantize:
+            pack_linears(model, options.quantize)
         stride = choose_stride(options.stride, model, path)
         for name in names:
             scored, result = measure_one(model, splits[name], stride, options.batch_size, device, dtype)
@@ -326,6 +330,7 @@ def measure(options: EvaluateOptions) -> dict:
     return {
         "device": device,
         "dtype": dtype,
+        "quantize": options.quantize,
         "limit": options.limit,
         "datasets": {name: {"results": results[name], "comparisons": compared[name]} for name in names},
         "samples": samples,
@@ -375,8 +380,9 @@ def compare(split: Split, checkpoints: Sequence[str], losses: Sequence[np.ndarra
 def print_report(report: dict) -> None:
     """Print a table for each data set and scope, the comparisons, and what is to be said of the stories."""
     limit = f", about the first {report['limit']:,} ids" if report["limit"] else ""
+    weights = ", 8-bit weights" if report["quantize"] else ""
     for name, measured in report["datasets"].items():
-        print(f"\n{name}: validation split{limit}; {report['dtype']} on {report['device']}")
+        print(f"\n{name}: validation split{limit}; {report['dtype']}{weights} on {report['device']}")
         for scope in [scope for scope in ("all", "assistant") if scope in measured["results"][0]]:
             print_table(scope, measured["results"])
             for comparison in measured["comparisons"]:

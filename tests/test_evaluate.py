@@ -15,6 +15,7 @@ from checkpoint import save_checkpoint
 from evaluate import EvaluateOptions, measure, paired_bootstrap, read_split, score, windows
 from files import sha256_file
 from generation import stories
+from generation.packed_linear import Int8Linear, is_exact
 from model import GPT, GPTConfig
 from runtime import UserError
 from setup_tokenizer import ENDOFTEXT_ID, encode_chat, encode_document, encode_text
@@ -229,6 +230,21 @@ def test_two_checkpoints_on_their_own_data_sets(tmp_path, capsys, monkeypatch):
         assert again["datasets"][name]["comparisons"] == report["datasets"][name]["comparisons"]
 
 
+@pytest.mark.skipif(not is_exact(Int8Linear, torch.float32, 0.02), reason="no 8-bit kernel here")
+def test_8_bit_weights_cost_a_little_and_not_nothing(tmp_path, monkeypatch, capsys):
+    write_dataset(tmp_path, "story", DOCUMENTS * 3)
+    checkpoint = write_checkpoint(tmp_path / "one.pt", tiny_model(), "story")
+    arguments = ["evaluate.py", checkpoint, "--data_dir", str(tmp_path), "--device", "cpu", "--dtype", "float32"]
+    losses = []
+    for more in ([], ["--quantize", "int8"]):
+        monkeypatch.setattr("sys.argv", [*arguments, *more, "--json", str(tmp_path / "report.json")])
+        evaluate.main()
+        report = json.loads((tmp_path / "report.json").read_text())
+        losses.append(report["datasets"]["story"]["results"][0]["all"]["loss"])
+        assert ("8-bit weights" in capsys.readouterr().out) == bool(more)
+    assert 0 < abs(losses[1] - losses[0]) < 0.005
+
+
 @pytest.mark.parametrize(
     ("model", "info", "settings", "words"),
     [
@@ -323,7 +339,7 @@ def test_samples_are_the_models_own_and_repeat_themselves(tmp_path, monkeypatch,
     first, second = measure(options)["samples"], measure(options)["samples"]
     assert first == second and len(first[0]["stories"]) == len(stories.STORY_PROMPTS)
     assert 0 < first[0]["tokens"] <= 12 * len(stories.STORY_PROMPTS)
-    evaluate.print_report({"datasets": {}, "samples": first, "limit": None})
+    evaluate.print_report({"datasets": {}, "samples": first, "limit": None, "quantize": None})
     printed = capsys.readouterr().out
     assert all(f"> {prompt}\n" in printed for prompt in stories.STORY_PROMPTS)
     assert "8-grams that stand in the training split of story" in printed

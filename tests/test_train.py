@@ -841,6 +841,15 @@ def test_the_schedule_warms_up_and_falls_to_the_lowest_rate():
     assert shares[55] == pytest.approx(0.1 + 0.9 / 2) and shares[100] == pytest.approx(0.1)
 
 
+def test_wsd_stays_at_the_peak_until_a_fifth_is_left():
+    settings = {"max_iters": 100, "warmup_iters": 10, "learning_rate": 1e-3, "min_lr": 1e-4, "schedule": "wsd"}
+    config = train.TrainConfig(**settings)
+    shares = [train.schedule(iter_num, config) for iter_num in range(101)]
+    assert shares[4] == pytest.approx(0.5) and set(shares[9:81]) == {1}
+    assert all(a > b for a, b in itertools.pairwise(shares[80:]))
+    assert shares[85] == pytest.approx(1 - 0.9 / 2) and shares[100] == pytest.approx(0.1)
+
+
 def test_the_sample_leaves_the_generators_alone(data, tmp_path, monkeypatch):
     gpt = model.GPT(model.GPTConfig(n_layer=1, n_head=1, n_embd=8, block_size=16)).train()
     config = train.resolve(train.TrainConfig(**OPTIONS), "cpu", chat=False)
