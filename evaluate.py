@@ -11,7 +11,8 @@ What is scored. Text: every id of the split exactly once, `<|endoftext|>` includ
 one before. The first window scores all its ids and each later one only those that no earlier window held, so these
 have at least block_size - stride ids of context ("Perplexity of fixed-length models", Hugging Face's documentation of
 transformers). Chat: each conversation by itself, in such windows where it is longer than block_size. Its first id,
-`<|im_start|>`, is given, as in gen.py's chat; all that follow are scored, to the final `<|endoftext|>`.
+`<|im_start|>`, is given, as in gen.py's chat; all that follow are scored, to the final `<|endoftext|>`. A model
+trained with --document_mask is scored in the same way: of a text it then also sees those before, as never in training.
 
 Bits per byte is the sum of nats / ln 2 / bytes of UTF-8 text, so that models with other tokenizers compare ("The
 Pile", Gao et al. 2020, section 3.1). The numerator holds every scored id, control tokens and ChatML's role lines too;

@@ -14,11 +14,17 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Callable, Collection, Iterator, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+
+if TYPE_CHECKING:  # a large import, needed for the mask on CUDA alone
+    from torch.nn.attention.flex_attention import BlockMask
+
+    Mask = Tensor | BlockMask
 
 IGNORED = -100  # a target that does not count, as in F.cross_entropy
 HEAD_CHUNK = 1024  # rows whose logits exist at the same time while the loss is computed
@@ -110,15 +116,24 @@ class Attention(nn.Module):
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
 
-    def forward(self, x: Tensor, cache: KVCache | None = None, mask: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, cache: KVCache | None = None, mask: Mask | None = None) -> Tensor:
         B, T, C = x.shape
         q, k, v = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)  # (B, H, T, D)
         if cache is not None:
             k, v = cache.write(self.layer, k, v)
-        dropout = self.dropout if self.training else 0.0
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=mask is None and T > 1)
+        y = self.attend(q, k, v, mask)  # (B, H, T, D)
         y = self.c_proj(y.transpose(1, 2).reshape(B, T, C))  # (B, T, C)
         return F.dropout(y, self.dropout, self.training)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask | None) -> Tensor:
+        """What each query takes from the values that it may look at: all up to its own place unless `mask` is given."""
+        if mask is not None and not isinstance(mask, Tensor):
+            from torch.nn.attention.flex_attention import flex_attention
+
+            return flex_attention(q, k, v, block_mask=mask)
+        dropout = self.dropout if self.training else 0.0
+        is_causal = mask is None and q.shape[2] > 1
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=is_causal)
 
 
 class MLP(nn.Module):
@@ -146,10 +161,10 @@ class Block(nn.Module):
         self.mlp = MLP(config)
         self.compiled: Callable | None = None  # see GPT.compile_training
 
-    def forward(self, x: Tensor, cache: KVCache | None = None, mask: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, cache: KVCache | None = None, mask: Mask | None = None) -> Tensor:
         return (self.compiled if self.compiled and self.training else self.residuals)(x, cache, mask)
 
-    def residuals(self, x: Tensor, cache: KVCache | None = None, mask: Tensor | None = None) -> Tensor:
+    def residuals(self, x: Tensor, cache: KVCache | None = None, mask: Mask | None = None) -> Tensor:
         """The input and what the layer adds to it."""
         x = x + self.attn(self.ln_1(x), cache, mask)
         return x + self.mlp(self.ln_2(x))
@@ -205,20 +220,20 @@ class GPT(nn.Module):
         config = self.config
         return 6 * (self.n_params() - self.wpe.weight.numel()) + 12 * config.n_layer * config.n_embd * config.block_size
 
-    def hidden(self, idx: Tensor, cache: KVCache | None = None, positions=None, mask: Tensor | None = None) -> Tensor:
+    def hidden(self, idx: Tensor, cache: KVCache | None = None, positions=None, mask: Mask | None = None) -> Tensor:
         """The last layer's output after the final LayerNorm, (B, T, C), for ids (B, T).
 
-        `positions` (T,) or (B, T) are 0..T-1 unless given; `mask` is True where a query may look at a key, causal
-        unless given.
+        `positions` (T,) or (B, T) are 0..T-1 unless given; `mask`, causal unless given, is True where a query may look
+        at a key, or what `document_mask` makes.
         """
         if positions is None:
             positions = torch.arange(idx.shape[1], device=idx.device)
         x = F.dropout(self.wte(idx) + self.wpe(positions), self.config.dropout, self.training)
         if cache is None and self.training and self.compiled_blocks:
-            return self.compiled_blocks(x)
+            return self.compiled_blocks(x, None, mask)
         return self.blocks(x, cache, mask)
 
-    def blocks(self, x: Tensor, cache: KVCache | None = None, mask: Tensor | None = None) -> Tensor:
+    def blocks(self, x: Tensor, cache: KVCache | None = None, mask: Mask | None = None) -> Tensor:
         """The embedded tokens (B, T, C) through all blocks and the final LayerNorm.
 
         With `activation_checkpointing` training keeps each block's input alone and runs the block again, with the same
@@ -233,24 +248,40 @@ class GPT(nn.Module):
         return self.ln_f(x)
 
     def forward(
-        self, idx: Tensor, targets: Tensor | None = None, n_targets: Tensor | None = None
+        self,
+        idx: Tensor,
+        targets: Tensor | None = None,
+        n_targets: Tensor | None = None,
+        documents: Tensor | None = None,
     ) -> tuple[Tensor | None, Tensor | None]:
         """Logits (B, T, V) of ids (B, T); or, with `targets` (B, T), the mean cross entropy in nats a token.
 
         Returns (logits, None) or (None, loss): with targets the logits never exist as a whole, which is most of a
         small model's memory and time. Targets equal to IGNORED do not count. The sum of losses is divided by
         `n_targets` where it is given (all that count in the iteration, so that micro-batches add up), else by the
-        number that counts here, or 1.
+        number that counts here, or 1. With `documents` (B, T) attention stays among the ids of the same number in the
+        row; positions stay those of the row.
         """
         if idx.shape[1] > self.config.block_size:
             raise ValueError(f"{idx.shape[1]} tokens exceed block_size ({self.config.block_size})")
+        hidden = self.hidden(idx, mask=None if documents is None else self.document_mask(documents))
         if targets is None:
-            return F.linear(self.hidden(idx), self.wte.weight), None
-        hidden = self.hidden(idx).flatten(0, 1)  # (N, C)
+            return F.linear(hidden, self.wte.weight), None
+        hidden = hidden.flatten(0, 1)  # (N, C)
         if n_targets is None:
             n_targets = (targets != IGNORED).sum().clamp(min=1)
         kernel = self.compiled_loss_and_gradient
         return None, linear_cross_entropy(hidden, self.wte.weight, targets.flatten(), n_targets, kernel)
+
+    def document_mask(self, documents: Tensor) -> Mask:
+        """The mask, shared by all layers, that keeps attention causal and inside each document of the rows (B, T).
+
+        In compiled training on CUDA a BlockMask: FlexAttention skips the blocks in which nothing counts. It has no
+        dropout, and on a CPU no backward pass; there and elsewhere the mask is a tensor.
+        """
+        if documents.is_cuda and self.training and self.compiled_blocks and not self.config.dropout:
+            return block_mask(documents)
+        return dense_mask(documents, compute_dtype(self.wte.weight))
 
     def compile_training(self, each_block: bool = False) -> None:
         """Let torch.compile speed up the loss of `forward`; the first call then takes seconds to a minute.
@@ -444,6 +475,38 @@ class CapturedDecode:
         return graph, logits
 
 
+def is_visible(documents: Tensor) -> Callable:
+    """Whether, in a row, the place `query` may look at the place `key`, in FlexAttention's form; documents (B, T)."""
+
+    def mask_mod(row, head, query, key):
+        return (key <= query) & (documents[row, query] == documents[row, key])
+
+    return mask_mod
+
+
+def dense_mask(documents: Tensor, dtype: torch.dtype) -> Tensor:
+    """What is added to attention's scores, (B, 1, T, T): 0 where a query may look at a key, else minus infinity."""
+    B, T = documents.shape
+    rows, places = torch.arange(B, device=documents.device), torch.arange(T, device=documents.device)
+    visible = is_visible(documents)(rows[:, None, None, None], None, places[:, None], places)  # (B, 1, T, T)
+    # Not left as bool: every layer would make its own copy of the numbers for its backward pass.
+    return torch.zeros(visible.shape, device=documents.device, dtype=dtype).masked_fill_(~visible, -math.inf)
+
+
+def block_mask(documents: Tensor):
+    """The same for FlexAttention ("Flex Attention", Dong et al. 2024): a BlockMask of documents (B, T)."""
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    B, T = documents.shape
+    return create_block_mask(is_visible(documents), B, None, T, T, device=documents.device)
+
+
+def compute_dtype(tensor: Tensor) -> torch.dtype:
+    """The precision in which matrices are multiplied with `tensor` now."""
+    device = tensor.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else tensor.dtype
+
+
 def check_prompts(prompts: Tensor | Sequence[Sequence[int]], config: GPTConfig) -> list[list[int]]:
     """Prompts as lists of ids. Raises ValueError for none, an empty one, or an id that the tokenizer has not."""
     prompts = prompts.tolist() if isinstance(prompts, Tensor) else [list(prompt) for prompt in prompts]
@@ -536,10 +599,8 @@ def linear_cross_entropy(
     at a time, in one buffer that their gradient then takes over; rows whose target is IGNORED are left out on a CPU.
     `loss_and_gradient_` is a compiled stand-in for the function of that name.
     """
-    device = hidden.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
     return _LinearCrossEntropy.apply(
-        hidden, weight, targets, n_targets, dtype, loss_and_gradient_ or _loss_and_gradient_
+        hidden, weight, targets, n_targets, compute_dtype(hidden), loss_and_gradient_ or _loss_and_gradient_
     )
 
 

@@ -34,7 +34,15 @@ from runtime import (
     run_script,
     seed_everything,
 )
-from training.batches import Batches, ChatRows, TextRows, fixed_batches, open_dataset, require_length
+from training.batches import (
+    Batches,
+    ChatRows,
+    TextRows,
+    document_numbers,
+    fixed_batches,
+    open_dataset,
+    require_length,
+)
 from training.memory import fit_batch_size, is_out_of_memory, move_model, out_of_memory_error
 from training.mixture import MixedRows, data_parts, mixture_facts, mixture_name, parse_mixture
 from training.parallel import ALONE, World, averaging, join_job, muon_for, shard_model, whole
@@ -74,6 +82,9 @@ class TrainConfig:
     gradient_accumulation_steps: int | None = option(None, "micro-batches an iteration (default: 8 on CUDA, else 1)")
     loss_on: str | None = option(
         None, "tokens that are targets (default: assistant for chat data, else all)", choices=("assistant", "all")
+    )
+    document_mask: bool | None = option(
+        None, "keep attention inside each document of a row (default: for chat data, unless mixed with text)"
     )
 
     optimizer: str = option("muon", "muon (hidden matrices; AdamW for the rest) or adamw", choices=("muon", "adamw"))
@@ -149,8 +160,8 @@ class TrainConfig:
         return self.batch_size * self.gradient_accumulation_steps * self.block_size
 
 
-def resolve(config: TrainConfig, device: str, chat: bool) -> TrainConfig:
-    """`config` with a value for every option that was left to the program."""
+def resolve(config: TrainConfig, device: str, chat: bool, mixed: bool = False) -> TrainConfig:
+    """`config` with a value for every option that was left to the program; `mixed` says that there is text too."""
     on_cuda = device.startswith("cuda")
     preset = config.preset or ("gpt2" if on_cuda else "small")
     shape = PRESETS[preset]
@@ -164,6 +175,7 @@ def resolve(config: TrainConfig, device: str, chat: bool) -> TrainConfig:
         "batch_size": 16,
         "gradient_accumulation_steps": 8 if on_cuda else 1,
         "loss_on": "assistant" if chat else "all",
+        "document_mask": chat and not mixed,
         "learning_rate": 3e-3 if width <= 384 else 6e-4,
         "warmup_iters": max(1, config.max_iters // 20),
         "eval_interval": max(1, min(250, config.max_iters // 4)),
@@ -238,7 +250,8 @@ def evaluate(model: GPT, batches: list, config: TrainConfig, world: World = ALON
         # A process that has none left makes a batch that does not count: one in pieces needs all to take part.
         count = int((targets != IGNORED).sum()) if number < len(batches) else 0
         with autocast(config.device, config.dtype):
-            _, loss = model(*to_device(config.device, ids, targets))
+            x, y, documents = inputs(config, ids, targets)
+            _, loss = model(x, y, documents=documents)
         loss_sum += loss.item() * count
         n_targets += count
     loss_sum, n_targets = world.sum(loss_sum, n_targets)
@@ -252,6 +265,13 @@ def to_device(device: str, *arrays) -> list[torch.Tensor]:
     if device.startswith("cuda"):
         return [tensor.pin_memory().to(device, non_blocking=True) for tensor in tensors]
     return [tensor.to(device) for tensor in tensors]
+
+
+def inputs(config: TrainConfig, ids, targets) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Rows on the device: ids, targets and, where attention is to stay inside them, the documents' numbers."""
+    if not config.document_mask:
+        return (*to_device(config.device, ids, targets), None)
+    return tuple(to_device(config.device, ids, targets, document_numbers(ids)))
 
 
 def sample_text(model: GPT, config: TrainConfig, chat: bool, iter_num: int) -> str | None:
@@ -284,7 +304,7 @@ def print_sample(model: GPT, config: TrainConfig, chat: bool, iter_num: int) -> 
 def make_rows(stream, config: TrainConfig, is_chat: bool) -> TextRows | ChatRows:
     """How a stream is cut into rows: chat by whole conversations, text by pieces of block_size."""
     if is_chat:
-        return ChatRows(stream, config.block_size, config.seed, config.loss_on)
+        return ChatRows(stream, config.block_size, config.seed, config.loss_on, end_pieces=config.document_mask)
     return TextRows(stream, config.block_size, config.seed)
 
 
@@ -433,10 +453,10 @@ def forward_backward(
     ids, targets = world.share(ids), world.share(targets)
     for first in range(0, len(ids), config.batch_size):
         rows = slice(first, first + config.batch_size)
-        x, y = to_device(config.device, ids[rows], targets[rows])
+        x, y, documents = inputs(config, ids[rows], targets[rows])
         with averaging(model, is_last=rows.stop >= len(ids)):
             with autocast(config.device, config.dtype):
-                _, loss = model(x, y, n_targets)
+                _, loss = model(x, y, n_targets, documents)
             (scaler.scale(loss) if scaler else loss).backward()
         total += loss.detach()
     for optimizer in optimizers:
@@ -490,7 +510,7 @@ def train(config: TrainConfig, given: dict, world: World = ALONE) -> int:
     facts = mixture_facts({name: facts for name, (_, facts) in parts.items()}, shares)
     is_chat = facts["format"] == "chat"
     formats = dict.fromkeys(part["format"] for part in data_parts(facts))  # each once, in order
-    config = resolve(config, world.choose_device(config.device), is_chat)
+    config = resolve(config, world.choose_device(config.device), is_chat, mixed=len(formats) > 1)
     world.micro_batches(config)  # raises UserError where the processes cannot share the work
     for streams, _ in parts.values():
         require_length(streams, config.block_size)

@@ -166,7 +166,8 @@ def test_a_mixture_goes_on_from_any_position(data):
 def test_loss_on_is_about_the_conversations_alone(data, loss_on):
     parts = {name: open_dataset(data, name) for name in ("text", "chat")}
     config = train.TrainConfig(dataset=MIXED, block_size=16, loss_on=loss_on)
-    rows, val_batches = train.rows_and_batches(parts, parse_mixture(MIXED), train.resolve(config, "cpu", True))
+    config = train.resolve(config, "cpu", chat=True, mixed=True)
+    rows, val_batches = train.rows_and_batches(parts, parse_mixture(MIXED), config)
     assert list(val_batches) == ["text", "chat"]
     text, chat = (parts[name][0]["train"] for name in parts)
     expected = [TextRows(text, 16, config.seed), ChatRows(chat, 16, config.seed, loss_on or "assistant")]
@@ -196,8 +197,8 @@ GOLDEN = {
 
 @pytest.mark.parametrize("name", ["text", "chat"])
 def test_one_data_set_trains_as_it_did_and_so_does_a_mixture_of_it_alone(data, tmp_path, name):
-    run(data, tmp_path / "a", dataset=name)
-    run(data, tmp_path / "b", dataset=f"{name}=1")
+    run(data, tmp_path / "a", dataset=name, document_mask=False)
+    run(data, tmp_path / "b", dataset=f"{name}=1", document_mask=False)
     records = losses(tmp_path / "a" / f"{name}10.jsonl")
     np.testing.assert_allclose([record[1] for record in records[1:]], GOLDEN[name], rtol=1e-3)
     saved = [load_checkpoint(tmp_path / folder / f"{name}10.pt") for folder in "ab"]
@@ -257,7 +258,7 @@ def test_a_part_that_changed_in_between_is_refused(data, half, tmp_path, changed
 
 def test_each_parts_validation_loss_is_reported_and_the_mean_counts(data, tmp_path, capsys):
     for folder, dataset in (("text", "text"), ("chat", "chat"), ("mixed", MIXED)):
-        assert run(data, tmp_path / folder, dataset=dataset) == 0
+        assert run(data, tmp_path / folder, dataset=dataset, document_mask=False) == 0
     output = capsys.readouterr().out
     alone = {name: losses(tmp_path / name / f"{name}10.jsonl")[0][2] for name in ("text", "chat")}
     records = read_metrics(tmp_path / "mixed" / "text+chat10.jsonl")

@@ -210,6 +210,20 @@ def assistant_targets(ids: np.ndarray) -> np.ndarray:
     return (message >= 0) & is_assistant[message] & is_open & (position > header) & (ids != ENDOFTEXT_ID)
 
 
+def document_numbers(ids: np.ndarray) -> np.ndarray:
+    """The number of the document that each id of the rows (B, T) belongs to, counted along its row.
+
+    A text begins with the `<|endoftext|>` that ends the one before, and a conversation with its `<|im_start|>`: so
+    both begin in gen.py and evaluate.py.
+
+    >>> document_numbers(np.array([[7, 8, 50256, 9]]))
+    array([[0, 0, 1, 1]])
+    """
+    begins = ids == ENDOFTEXT_ID
+    begins[:, 1:] |= begins[:, :-1] & (ids[:, 1:] == IM_START_ID)
+    return np.cumsum(begins, axis=1)
+
+
 class TextRows:
     """Rows of a plain stream: pieces of block_size tokens in a new order and from a new offset each epoch.
 
@@ -240,12 +254,16 @@ class TextRows:
 class ChatRows:
     """Rows of whole conversations, packed best fit; a conversation longer than a row is cut at a turn.
 
-    Targets are what the assistant says, or with `loss_on="all"` every id but the padding.
+    Targets are what the assistant says, or with `loss_on="all"` every id but the padding. With `end_pieces` an
+    `<|endoftext|>` that is no target stands behind each piece of a cut conversation, so that what follows it in the row
+    is another document to `document_numbers`.
     """
 
-    def __init__(self, stream: TokenStream, block_size: int, seed: int, loss_on: str = "assistant"):
+    def __init__(
+        self, stream: TokenStream, block_size: int, seed: int, loss_on: str = "assistant", end_pieces: bool = False
+    ):
         self.stream, self.block_size, self.seed, self.loss_on = stream, block_size, seed, loss_on
-        ends = stream.positions_of(ENDOFTEXT_ID) + 1
+        ends = complete_ends = stream.positions_of(ENDOFTEXT_ID) + 1
         if not len(ends) or ends[-1] < len(stream):
             ends = np.append(ends, len(stream))
         starts = np.concatenate([[0], ends[:-1]])
@@ -255,6 +273,9 @@ class ChatRows:
             pieces.append(np.array(self._cut_at_turns(start, end, block_size + 1), dtype=np.int64))
         self._pieces = np.concatenate(pieces)
         self._lengths = self._pieces[:, 2] - self._pieces[:, 1]
+        if end_pieces:
+            is_cut = ~np.isin(self._pieces[:, 2], complete_ends)
+            self._lengths = np.minimum(self._lengths + is_cut, block_size + 1)
 
     def _cut_at_turns(self, start: int, end: int, capacity: int) -> list[tuple[int, int, int]]:
         """The pieces of a long conversation, as few as turns allow; a turn too long itself is split.
@@ -296,7 +317,7 @@ class ChatRows:
             ids[span] = self.stream.read(begin, end)
             counts[span] = self._is_target(message, end)[begin - message :]
             counts[place] &= begin == message  # the middle of a message does not follow from the row before it
-            place += end - begin
+            place += int(self._lengths[piece])  # `ids` holds `<|endoftext|>` wherever nothing is written
         return ids[:-1], np.where(counts, ids, IGNORED)[1:]
 
     def _is_target(self, start: int, end: int) -> np.ndarray:

@@ -38,6 +38,7 @@ CHANGEABLE = {
     *("eval_interval", "eval_iters", "log_interval", "keep", "tensorboard", "device", "dtype", "compile"),
     *("deterministic", "activation_checkpointing", "parallel"),
 }
+BEFORE_ADDED = {"document_mask": False}  # what runs did before there was the option
 
 
 class StopSignal:
@@ -347,7 +348,7 @@ def resume_config(config, given: dict, path: Path, saved: dict):
     learning_rate where it was derived from it, and `--batch_size auto` is found later.
     """
     fields = {field.name for field in dataclasses.fields(config)}
-    before = {key: value for key, value in saved["config"].items() if key in fields}
+    before = {key: value for key, value in {**BEFORE_ADDED, **saved["config"]}.items() if key in fields}
     wanted = {key: value for key, value in given.items() if key != "resume" and (key, value) != ("batch_size", "auto")}
     if "dataset" in wanted and parse_mixture(wanted["dataset"]) == parse_mixture(before["dataset"]):
         del wanted["dataset"]  # 7 to 3 is 0.7 to 0.3
