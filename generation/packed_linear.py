@@ -12,77 +12,94 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model import GPT, MLP
+from model import GPT, Block, KVCache
 from runtime import UserError
 
-MANY_ROWS = 64  # from here on the arithmetic, not the memory, takes the time
+FEW_ROWS = 4  # up to here the 8-bit kernel, which is made for one row, is the faster way
 CHECK_SHAPE = (4, 64)  # rows and columns of the product that tells whether a kernel is there and right
 
 
 class PackedLinear(nn.Module):
     """A bfloat16 linear layer in oneDNN's blocked layout, in which one row's product reads memory in order."""
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, gelu: bool = False):
+    def __init__(self, weight: Tensor, bias: Tensor | None):
         super().__init__()
         self.bias = bias
         self.packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), 1)
-        self.then = ("gelu", [], "tanh") if gelu else ("none", [], "")  # done with each output while it is at hand
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, *self.then)
+        return torch.ops.mkldnn._linear_pointwise.default(x, self.packed, self.bias, "none", [], "")
 
+    def with_gelu(self, x: Tensor) -> Tensor:
+        """GELU (tanh) of the output, made while each number is at hand."""
+        return torch.ops.mkldnn._linear_pointwise.default(x, self.packed, self.bias, "gelu", [], "tanh")
 
-class PackedMLP(nn.Module):
-    """Two packed layers in place of the model's, the GELU between them being part of the first."""
-
-    def __init__(self, mlp: MLP):
-        super().__init__()
-        self.c_fc = PackedLinear(mlp.c_fc.weight, mlp.c_fc.bias, gelu=True)
-        self.c_proj = PackedLinear(mlp.c_proj.weight, mlp.c_proj.bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.c_proj(self.c_fc(x))
+    def added_to(self, residual: Tensor, x: Tensor) -> Tensor:
+        """The residual and the output, added before they are rounded."""
+        return torch.ops.mkldnn._linear_pointwise.binary(x, residual, self.packed, self.bias, "add")
 
 
 class Int8Linear(nn.Module):
     """A linear layer with 8-bit weights: weight[n] is about scale[n] * int8[n], one scale an output channel.
 
-    The input keeps 16 bits, so that the weights alone are rounded: it is written as 256 * high + low + 128 in units of
-    its row's largest value, and the exact integer products of the two bytes with the weights are added.
+    The input keeps its precision, so that the weights alone are rounded.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None):
         super().__init__()
         self.int8, self.scale = quantize_rows(weight.detach())
-        self.packed = torch.ops.onednn.qlinear_prepack(self.int8, None)
-        self.bias = torch.zeros(len(weight)) if bias is None else bias.float()
-        self.offset = 128 * self.scale * self.int8.sum(1)
-        self.zero_points = torch.zeros(len(weight), dtype=torch.int32)
+        self.bias = torch.zeros_like(self.scale) if bias is None else bias
 
     def forward(self, x: Tensor) -> Tensor:
-        rows = x.reshape(-1, x.shape[-1]).float()
-        if len(rows) > MANY_ROWS:  # 8-bit numbers are exact in any precision
-            products = F.linear(x, self.int8.to(x.dtype)).float()
-            return torch.addcmul(self.bias, products, self.scale).to(x.dtype)
-        unit = rows.abs().amax(1, keepdim=True).clamp_(min=1e-30).div_(127 * 256)
-        pairs = (rows / unit).to(torch.int16).bitwise_xor_(128).view(torch.int8)  # low - 128, high, low - 128, ...
-        low_and_high = pairs.view(*rows.shape, 2).permute(2, 0, 1).reshape(-1, rows.shape[1])
-        low, high = torch.ops.onednn.qlinear_pointwise(
-            *(low_and_high, 1.0, 0, self.packed, self.scale, self.zero_points, None),
-            *(1.0, 0, torch.float32, "none", [], ""),
-        ).chunk(2)
-        y = torch.addcmul(self.bias, low.add_(high, alpha=256).add_(self.offset), unit)
-        return y.to(x.dtype).view(*x.shape[:-1], -1)
+        rows = x.reshape(-1, x.shape[-1])
+        if len(rows) > FEW_ROWS:  # 8-bit numbers are exact in any precision
+            return torch.addcmul(self.bias, F.linear(x, self.int8.to(x.dtype)), self.scale).to(x.dtype)
+        return torch._weight_int8pack_mm(rows, self.int8, self.scale).add_(self.bias).view(*x.shape[:-1], -1)
+
+    def with_gelu(self, x: Tensor) -> Tensor:
+        """GELU (tanh) of the output."""
+        return F.gelu(self.forward(x), approximate="tanh")
+
+    def added_to(self, residual: Tensor, x: Tensor) -> Tensor:
+        """The residual and the output, added."""
+        return self.forward(x).add_(residual)
+
+
+class PackedBlock(nn.Module):
+    """A layer made of such products in as few calls as there are: for one token each call costs time of its own."""
+
+    def __init__(self, block: Block, layer: type[PackedLinear | Int8Linear]):
+        super().__init__()
+        self.layer, self.n_head = block.attn.layer, block.attn.n_head
+        self.ln_1, self.ln_2 = block.ln_1, block.ln_2
+        linears = (block.attn.c_attn, block.attn.c_proj, block.mlp.c_fc, block.mlp.c_proj)
+        self.c_attn, self.attn_proj, self.c_fc, self.mlp_proj = (layer(one.weight, one.bias) for one in linears)
+
+    def forward(self, x: Tensor, cache: KVCache | None = None, mask: Tensor | None = None) -> Tensor:
+        B, T, C = x.shape
+        qkv = self.c_attn.forward(normed(x, self.ln_1))
+        q, k, v = qkv.view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)  # (B, H, T, D)
+        if cache is not None:
+            k, v = cache.write(self.layer, k, v)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and T > 1)
+        x = self.attn_proj.added_to(x, y.transpose(1, 2).reshape(B, T, C))
+        return self.mlp_proj.added_to(x, self.c_fc.with_gelu(normed(x, self.ln_2)))
+
+
+def normed(x: Tensor, layer: nn.LayerNorm) -> Tensor:
+    """What the LayerNorm makes of x, without a module's way of calling it."""
+    return torch.layer_norm(x, layer.normalized_shape, layer.weight, layer.bias, layer.eps)
 
 
 def quantize_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """A weight (N, K) as int8 of -127..127 and its scale (N,) in float32, chosen by each row's largest value."""
-    scale = weight.abs().amax(1).float().clamp(min=1e-30) / 127
-    return (weight / scale[:, None]).round_().to(torch.int8), scale
+    """A weight (N, K) as int8 of -127..127 and its scale (N,) in the same precision, by each row's largest value."""
+    tiny = torch.finfo(weight.dtype).tiny
+    scale = (weight.abs().amax(1).float() / 127).to(weight.dtype).clamp(min=tiny)
+    return (weight.float() / scale.float()[:, None]).round_().to(torch.int8), scale
 
 
 def pack_linears(model: GPT, quantize: str | None = None) -> str:
-    """Replace `model`'s linear layers and head, in place, by what generates fastest; says in words what that is.
+    """Replace `model`'s blocks and head, in place, by what generates fastest; says in words what that is.
 
     Afterwards the model only generates. `quantize` is "int8" or None. Raises UserError where 8-bit weights
     have no kernel.
@@ -90,33 +107,30 @@ def pack_linears(model: GPT, quantize: str | None = None) -> str:
     weight = model.h[0].attn.c_attn.weight
     on_cpu, dtype = weight.device.type == "cpu", weight.dtype
     if quantize == "int8":
-        if not on_cpu or not is_exact(Int8Linear, torch.float32, tolerance=0.02):
+        if not on_cpu or not is_exact(Int8Linear, dtype, tolerance=0.02):
             raise UserError("--quantize int8 has no kernel for this processor; leave it out, or add --device cpu")
         layer, description = Int8Linear, "8-bit weights"
     elif on_cpu and dtype == torch.bfloat16 and is_exact(PackedLinear, dtype, tolerance=0.02):
         layer, description = PackedLinear, "weights packed for the processor"
     else:
         return "plain layers"
-    head = layer(model.wte.weight[: model.config.n_vocab], None)
-    if layer is PackedLinear:
-        for block in model.h:
-            block.mlp = PackedMLP(block.mlp)
-    for module in list(model.modules()):
-        for name, child in list(module.named_children()):
-            if isinstance(child, nn.Linear):
-                setattr(module, name, layer(child.weight, child.bias))
-    model.packed_head = head
+    model.packed_head = layer(model.wte.weight[: model.config.n_vocab], None)
+    model.h = nn.ModuleList(PackedBlock(block, layer) for block in model.h)
     return description
 
 
-def is_exact(layer: type, dtype: torch.dtype, tolerance: float) -> bool:
-    """Whether a layer's kernel is in this torch, runs on this processor and multiplies right."""
+def is_exact(layer: type[PackedLinear | Int8Linear], dtype: torch.dtype, tolerance: float) -> bool:
+    """Whether a layer's kernels are in this torch, run on this processor and multiply right."""
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(CHECK_SHAPE, generator=generator).to(dtype)
-    x = torch.randn(3, CHECK_SHAPE[1], generator=generator).to(dtype)
+    x = torch.randn(1, 3, CHECK_SHAPE[1], generator=generator).to(dtype)
+    residual = torch.ones(1, 3, CHECK_SHAPE[0], dtype=dtype)
     try:
-        y = layer(weight, None)(x)
+        one = layer(weight, None)
+        found = [one(x), one.with_gelu(x), one.added_to(residual, x)]
     except (RuntimeError, AttributeError, NotImplementedError):  # no such operator, or none for this processor
         return False
-    expected = F.linear(x.float(), weight.float())
-    return bool((y.float() - expected).abs().max() < tolerance * expected.abs().max())
+    plain = F.linear(x.float(), weight.float())
+    expected = [plain, F.gelu(plain, approximate="tanh"), plain + 1]
+    errors = [float((y.float() - z).abs().max()) for y, z in zip(found, expected, strict=True)]
+    return max(errors) < tolerance * float(plain.abs().max())
