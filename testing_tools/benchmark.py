@@ -166,14 +166,18 @@ class Side:
         return answer
 
 
-def alternate(sides: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
-    """What each side measures, in tokens a second, in rounds of A B A B."""
+def alternate(sides: Mapping[str, Callable[[], float]], rounds: int, warm_up: bool = False) -> dict[str, list[float]]:
+    """What each side measures, in tokens a second, in rounds of A B A B.
+
+    A round of warm-up before does not count: a side that has waited until the other was ready finds its memory cold.
+    """
     found = {name: [] for name in sides}
-    for number in range(1, rounds + 1):
-        for name, measure in sides.items():
-            found[name].append(measure())
-        speeds = ", ".join(f"{name} {_number(values[-1])}" for name, values in found.items())
-        print(f"round {number}/{rounds}: {speeds} tokens/s", flush=True)
+    for number in range(0 if warm_up else 1, rounds + 1):
+        speeds = {name: measure() for name, measure in sides.items()}
+        told = ", ".join(f"{name} {_number(speed)}" for name, speed in speeds.items())
+        print(f"round {number}/{rounds}: {told} tokens/s" if number else f"warm-up: {told} tokens/s", flush=True)
+        for name, speed in speeds.items() if number else ():
+            found[name].append(speed)
     return found
 
 
@@ -244,7 +248,7 @@ def measure_preparation(options: BenchmarkOptions) -> dict:
 def measure_sides(options: BenchmarkOptions, config) -> dict:
     """Start both sides, let them alternate, end them: speeds, start-up times and peaks of memory."""
     sides = {side: Side(side, options, config) for side in (("ours", "peer") if options.peer else ("ours",))}
-    speeds = alternate({side.name: side.measure for side in sides.values()}, options.rounds)
+    speeds = alternate({side.name: side.measure for side in sides.values()}, options.rounds, options.task != "prepare")
     found = figures(speeds["ours"], speeds.get(options.peer))
     for prefix, name in (("", "ours"), ("peer_", "peer")):
         side = sides.get(name)

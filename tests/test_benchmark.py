@@ -85,6 +85,9 @@ def test_rounds_alternate_and_the_ratio_is_that_of_the_medians():
 
     found = benchmark.alternate({"ours": side("ours", 10, 1000, 30), "peer": side("peer", 4, 1, 5)}, rounds=3)
     assert order == ["ours", "peer"] * 3
+    order.clear()
+    warmed = benchmark.alternate({"ours": side("ours", 1, 10, 20), "peer": side("peer", 2, 4, 5)}, 2, warm_up=True)
+    assert order == ["ours", "peer"] * 3 and warmed == {"ours": [10, 20], "peer": [4, 5]}
     figures = benchmark.figures(found["ours"], found["peer"])
     assert (figures["ours_tokens_per_s"], figures["peer_tokens_per_s"], figures["ratio"]) == (30, 4, 7.5)
 
