@@ -93,7 +93,7 @@ class BenchmarkOptions:
 
 
 def serve(side: str, options: BenchmarkOptions, config, pipe) -> None:
-    """Build one side's work, say how long that took, do a round whenever asked, and tell the peak of memory."""
+    """Build one side's work, say how long that took, do a round when asked, tell memory and latencies."""
     try:
         start = time.perf_counter()
         work = WORKS[options.task, side](options, config)
@@ -103,7 +103,7 @@ def serve(side: str, options: BenchmarkOptions, config, pipe) -> None:
         steps = max(1, round(options.round_s / timed(work, 1)[0])) if work.repeats else 1
         while pipe.recv() == "round":
             pipe.send(timed(work, steps))
-        pipe.send(work.peak_bytes())
+        pipe.send((work.peak_bytes(), work.latencies_s()))
     except UserError as error:
         pipe.send(error)
     except (EOFError, BrokenPipeError, KeyboardInterrupt):  # the parent, which has to say why, is gone or going
@@ -141,11 +141,11 @@ class Side:
         seconds, tokens = self._ask("round")
         return tokens / seconds
 
-    def finish(self) -> int | None:
-        """End the process; returns the peak of its memory in bytes."""
-        peak_bytes = self._ask("end")
+    def finish(self) -> tuple[int | None, dict[str, float]]:
+        """End the process; returns the peak of its memory in bytes, and what else it timed, in seconds."""
+        told = self._ask("end")
         self.process.join()
-        return peak_bytes
+        return told
 
     def _ask(self, what: str):
         with contextlib.suppress(BrokenPipeError):  # it has ended, which reading tells better
@@ -253,7 +253,8 @@ def measure_sides(options: BenchmarkOptions, config) -> dict:
     for prefix, name in (("", "ours"), ("peer_", "peer")):
         side = sides.get(name)
         found[f"{prefix}start_up_s"] = side and side.start_up_s
-        found[f"{prefix}peak_memory_bytes"] = side and side.finish()
+        found[f"{prefix}peak_memory_bytes"], latencies_s = side.finish() if side else (None, {})
+        found |= {"latencies_s": latencies_s} if latencies_s else {}
     setting = peer_setting(options.task, config.device if config else "cpu") if options.peer else None
     return {**found, "peer": options.peer, "peer_setting": setting, "rounds": options.rounds}
 
@@ -280,6 +281,7 @@ def table(found: dict) -> list[str]:
         peak = f"of {_number(found['peak_flops'] / 1e12)} ({found['peak_flops_source']})"
         lines.append(_row("TFLOP/s", _number(found["flops_per_s"] / 1e12), peak))
         lines.append(_row("MFU", f"{found['mfu']:.1%}", ""))
+    lines += [_row(f"{name}, ms", _number(1000 * s), "") for name, s in found.get("latencies_s", {}).items()]
     share = found["ours_tokens_per_s"] / found["floor_tokens_per_s"]
     lines.append(_row("floor, tokens/s", _number(found["floor_tokens_per_s"]), f"ours: {share:.0%}"))
     return lines

@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import json
 import random
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -22,6 +23,8 @@ from runtime import UserError, autocast, choose_device, keep_freed_memory, seed_
 
 ROOT = Path(__file__).resolve().parent.parent
 SAMPLE_S = 0.1  # between two looks at the memory of a process tree
+TURN_TOKENS = 20  # ids that a next turn adds to a prompt whose keys and values are kept
+LATENCY_ROUNDS = 5
 PEER_CHARACTERS = 100_000_000  # of the documents, what the one thread of tiktoken encodes
 
 
@@ -32,6 +35,7 @@ class Work:
     step: Callable[[], int]
     peak_bytes: Callable[[], int | None]
     synchronize: Callable[[], object] = lambda: None  # waits until the device has done what it was told
+    latencies_s: Callable[[], dict[str, float]] = dict  # what else can be timed in the state that the rounds leave
     repeats: bool = True  # whether a step is short, so that it is warmed up and a round is made of many
 
 
@@ -152,6 +156,8 @@ def transformers_config(config):
 def generate_ours(options, config) -> Work:
     """What gen.py does with a prompt, greedily and without a stop id, text included; a new prompt each time."""
     keep_freed_memory()
+    import torch
+
     from generation.engine import Settings, TextEngine
     from generation.packed_linear import pack_linears
     from model import GPT
@@ -167,7 +173,35 @@ def generate_ours(options, config) -> Work:
             pass
         return options.streams * options.max_tokens
 
-    return on_device(step, config.device)
+    def latencies_s() -> dict[str, float]:
+        if len(prompt := next(prompts)) + TURN_TOKENS >= model.config.block_size:
+            return {}
+        turn = [*prompt, *next(prompts)[:1] * TURN_TOKENS]
+        ids = torch.tensor([prompt], device=config.device)
+
+        def forward() -> None:
+            with torch.inference_mode():
+                model.next_logits(model.hidden(ids)[:, -1]).argmax(-1).tolist()
+
+        def next_token(ids: list[int]) -> None:
+            for _ in engine.stream(ids, 1):
+                pass
+
+        calls = {
+            "plain forward": forward,
+            "first token": lambda: next_token(prompt),
+            f"{TURN_TOKENS} ids more": lambda: next_token(turn),
+        }
+        found = {name: [] for name in calls}
+        for _ in range(LATENCY_ROUNDS):
+            for name, call in calls.items():
+                start = time.perf_counter()
+                call()
+                found[name].append(time.perf_counter() - start)
+            next_token(next(prompts))  # the cache then knows nothing of the prompt
+        return {name: statistics.median(values) for name, values in found.items()}
+
+    return dataclasses.replace(on_device(step, config.device), latencies_s=latencies_s)
 
 
 def generate_peer(options, config) -> Work:

@@ -187,6 +187,15 @@ def test_both_sides_generate_as_many_tokens_as_asked():
     assert [work.step() for work in works] == [14, 14]
 
 
+def test_a_prompt_is_timed_against_a_plain_forward_and_the_turn_after_it():
+    shape = {"n_layer": 1, "n_head": 1, "n_embd": 8, "block_size": 64, "device": "cpu", "dtype": "float32"}
+    for prompt_tokens, names in ((3, ["plain forward", "first token", "20 ids more"]), (44, [])):
+        chosen = options("generate", **shape, prompt_tokens=prompt_tokens, max_tokens=7)
+        work = benchmark_work.generate_ours(chosen, benchmark_work.training_config(chosen))
+        found = work.latencies_s()
+        assert list(found) == names and all(seconds > 0 for seconds in found.values())
+
+
 def test_no_prompt_begins_like_the_one_before():
     prompts = benchmark_work.random_prompts(options("generate", prompt_tokens=2), n_vocab=3)
     some = [next(prompts) for _ in range(7)]
@@ -234,8 +243,8 @@ class SideHere:
         seconds, tokens = benchmark.timed(self.work, 1)
         return tokens / seconds
 
-    def finish(self) -> int | None:
-        return self.work.peak_bytes()
+    def finish(self) -> tuple[int | None, dict[str, float]]:
+        return self.work.peak_bytes(), self.work.latencies_s()
 
 
 @pytest.mark.parametrize("task", ["train", "generate"])
