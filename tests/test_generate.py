@@ -95,7 +95,12 @@ def test_a_kept_cache_changes_no_id_and_computes_the_new_part_alone(monkeypatch)
     cache = model.new_cache()
     widths = []
     hidden = GPT.hidden
-    monkeypatch.setattr(GPT, "hidden", lambda self, idx, *rest: widths.append(idx.shape[1]) or hidden(self, idx, *rest))
+
+    def counted(self, idx, *rest, **more):
+        widths.append(idx.shape[1])
+        return hidden(self, idx, *rest, **more)
+
+    monkeypatch.setattr(GPT, "hidden", counted)
     prompt = random_prompt(4)
     for turn in range(3):  # 4, 7 and 10 ids, then 2 more each time
         widths.clear()

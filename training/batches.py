@@ -273,6 +273,7 @@ class ChatRows:
             pieces.append(np.array(self._cut_at_turns(start, end, block_size + 1), dtype=np.int64))
         self._pieces = np.concatenate(pieces)
         self._lengths = self._pieces[:, 2] - self._pieces[:, 1]
+        self._epoch: int | None = None  # whose rows are packed
         if end_pieces:
             is_cut = ~np.isin(self._pieces[:, 2], complete_ends)
             self._lengths = np.minimum(self._lengths + is_cut, block_size + 1)
@@ -295,11 +296,13 @@ class ChatRows:
 
     def start_epoch(self, epoch: int) -> int:
         """Pack the conversations into rows and order these; returns how many rows there are."""
+        if epoch == self._epoch:
+            return len(self._rows)
         rng = np.random.default_rng([self.seed, epoch])
         shuffled = rng.permutation(len(self._pieces))
         longest_first = shuffled[np.argsort(-self._lengths[shuffled], kind="stable")]
         rows = _pack_best_fit(longest_first.tolist(), self._lengths, self.block_size + 1)
-        self._rows = [rows[index] for index in rng.permutation(len(rows))]
+        self._rows, self._epoch = [rows[index] for index in rng.permutation(len(rows))], epoch
         return len(rows)
 
     def real_token_share(self) -> float:
