@@ -19,16 +19,25 @@ from pathlib import Path
 
 PHRASES_FILE = Path(__file__).with_name("chitchat-phrases.json")
 SOURCE_FILES = (PHRASES_FILE, Path(__file__))  # what the conversations depend on, with the seed
-MADE_UP_NAMES = 30_000
-MADE_UP_NAME_SHARE = 0.7  # of the names in conversations; the rest are real ones
+MADE_UP_NAMES = 60_000
+MADE_UP_NAME_SHARE = 0.75  # of the names in conversations; the rest are real ones
+PIECED_NAME_SHARE = 0.5  # of the made-up names; the rest are blends of two real ones
+
+# How often a made-up name has so many tokens, and how often its first and its other tokens have so many letters.
+PIECES_OF_A_NAME = {2: 45, 3: 36, 4: 15, 5: 4}
+LENGTHS_OF_FIRST_PIECES = {1: 12, 2: 16, 3: 32, 4: 26, 5: 11, 6: 3}
+LENGTHS_OF_OTHER_PIECES = {1: 8, 2: 22, 3: 38, 4: 26, 5: 6}
 
 # Kinds of conversation, in per cent. Remembering is the hardest lesson, so it is the most frequent one.
-KINDS = {"name": 42, "name_from_system": 2, "fact": 14, "names": 16, "unknown": 4, "chat": 22}
+KINDS = {"name": 36, "name_from_system": 2, "fact": 12, "names": 16, "unknown": 4, "chat": 30}
 LISTS = ("friends", "words")  # slots of several names: many tokens to copy, from which copying is learned soonest
 SYSTEM_SHARE = 0.15
 MAX_EXCHANGES = 7  # keeps a conversation under 250 tokens, so that it fits into a block of 256
 
-_UNWANTED_IN_NAMES = r"fu[ck]|shit|cunt|dick|cock|anal|anus|porn|slut|rape|nazi|hitl|nigg|fag|whor|tit|cum|sex"
+_UNWANTED_IN_NAMES = (
+    r"fu[ck]|shit|cunt|dick|cock|anal|anus|porn|slut|rape|rapi|nazi|hitl|nigg|negr|fag|whor|tit|cum|sex|bitch|penis|"
+    r"vagin|boob|piss|crap|kill|murder|terror|jihad|suicid|drug|jew|homo|gay|retard"
+)
 _SLOT = re.compile(r"\{(\w+)\}")
 
 
@@ -119,24 +128,62 @@ def real_names() -> tuple[str, ...]:
 
 
 @functools.cache
-def made_up_names() -> tuple[str, ...]:
-    """Pronounceable names that nobody has: so many that a model must copy a name and cannot know it by heart.
+def name_pieces() -> tuple[dict[int, list[str]], dict[int, list[str]]]:
+    """Every token of the vocabulary that can begin a name, and every one that can go on with it, by length.
 
-    Half are a beginning and an ending from long lists, so that nearly every piece that the tokenizer splits names
-    into is among them; the others are made of syllables, or of the beginning of one real name and the end of another.
-    The same for every seed, so that which names a model has never seen is known.
+    A model can only say a piece that it has met, so a name that it never saw must be made of pieces that it did. Those
+    whose letters follow each other as in real names stand four times in their list.
     """
-    rng = random.Random("made-up names")
-    syllables = {place: text.split() for place, text in load_phrases()["syllables"].items()}
+    from setup_tokenizer import get_extended_tokenizer  # not above: corpus.py makes the project's modules importable
+
+    enc = get_extended_tokenizer()
+    all_names = " " + " ".join(real_names()).lower()
+    begin: dict[int, list[str]] = {}
+    go_on: dict[int, list[str]] = {}
+    for token in range(enc.eot_token):
+        word = enc.decode_single_token_bytes(token).decode("latin-1")
+        if re.fullmatch(r" [A-Z][a-z]*|[a-z]+", word):
+            piece = word.lstrip()
+            looks_real = all(word.lower()[i : i + 3] in all_names for i in range(len(word) - 2))
+            places = go_on if piece == word else begin
+            places.setdefault(len(piece), []).extend([piece] * (4 if looks_real else 1))
+    return begin, go_on
+
+
+@functools.cache
+def made_up_names() -> tuple[str, ...]:
+    """Names that nobody has: so many that a model must copy a name and cannot know it by heart.
+
+    Most are put together from the pieces into which the tokenizer splits names, so that each piece is met often and
+    in any company; the others are the beginning of one real name and the end of another. The same for every seed, so
+    that which names a model has never seen is known.
+    """
+    rng = random.Random("made-up names, each its own")
     known, names = set(real_names()), {}
-    ways = [("beginning", "ending"), ("first", "last"), ("first", "middle", "last"), None]
-    unwanted = re.compile(r"[aeiouy]{3}|[^aeiouy]{4}|(.)\1\1|" + _UNWANTED_IN_NAMES)
+    unwanted = re.compile(r"[aeiouy]{4}|[^aeiouy]{4}|^[^aeiouy]{3}|^[^aeiouy]+$|(.)\1\1|" + _UNWANTED_IN_NAMES)
     while len(names) < MADE_UP_NAMES:
-        way = rng.choices(ways, [50, 10, 10, 30])[0]
-        name = "".join(rng.choice(syllables[place]) for place in way) if way else _blended_name(rng)
-        if 4 <= len(name) <= 9 and name not in known and not unwanted.search(name.lower()):
+        name = _name_of_pieces(rng) if rng.random() < PIECED_NAME_SHARE else _blended_name(rng)
+        if 3 <= len(name) <= 12 and name not in known and not unwanted.search(name.lower()):
             names[name] = None
     return tuple(names)
+
+
+def _name_of_pieces(rng: random.Random) -> str:
+    """Two to five pieces of names, of the lengths that pieces of real names have: Melunbra."""
+    from setup_tokenizer import encode_text
+
+    begin, go_on = name_pieces()
+    while True:
+        count = rng.choices(*_weighted(PIECES_OF_A_NAME))[0]
+        first = rng.choices(*_weighted(LENGTHS_OF_FIRST_PIECES))[0]
+        lengths = rng.choices(*_weighted(LENGTHS_OF_OTHER_PIECES), k=count - 1)
+        name = rng.choice(begin[first]) + "".join(rng.choice(go_on[length]) for length in lengths)
+        if len(encode_text(f" {name}")) == count:
+            return name
+
+
+def _weighted(weights: dict[int, int]) -> tuple[list[int], list[int]]:
+    return list(weights), list(weights.values())
 
 
 def _blended_name(rng: random.Random) -> str:
@@ -380,7 +427,7 @@ def _talk_without_fact(talk: Talk) -> None:
 
 def _small_talk(talk: Talk) -> None:
     rng = talk.rng
-    first = {**OPENINGS, "smalltalk": 4, "thanks": 2, "farewell": 2}
+    first = {**OPENINGS, "how_are_you": 3, "smalltalk": 5, "thanks": 4, "farewell": 6}
     topic = rng.choices(list(first), list(first.values()))[0]
     talk.play(topic)
     if topic != "farewell":

@@ -2,8 +2,8 @@
 
     python data/prepare-chitchat.py
 
-Writes data/chitchat-train.bin, chitchat-val.bin, their text as .jsonl and chitchat.json. Expect 30,000 conversations
-and about 2.4 million tokens in a few seconds. The conversations are put together from the templates in
+Writes data/chitchat-train.bin, chitchat-val.bin, their text as .jsonl and chitchat.json. Expect 60,000 conversations
+and about 4.7 million tokens in a few seconds. The conversations are put together from the templates in
 chitchat-phrases.json by chitchat.py; they teach a tiny model to greet, to thank, to take leave, and to remember a
 name or another fact that it was told. Licence: MIT, as the project.
 """
@@ -23,7 +23,7 @@ DATASET = Dataset("chitchat", "chat", "made by data/chitchat.py from data/chitch
 
 @dataclasses.dataclass(frozen=True)
 class ChitchatOptions(PrepareOptions):
-    conversations: int = option(30_000, "number of distinct conversations to make")
+    conversations: int = option(60_000, "number of distinct conversations to make")
 
     def __post_init__(self):
         super().__post_init__()

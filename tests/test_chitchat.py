@@ -137,6 +137,16 @@ def test_names_are_many_and_mostly_not_to_be_known_by_heart(conversations):
     assert not any(" " in name for name in (*chitchat.real_names(), *chitchat.made_up_names()))
 
 
+def test_names_hold_nearly_every_piece_that_a_name_can_have():
+    """A name that the model never saw is made of pieces; one that is missing here could not be said."""
+    met = set(itertools.chain.from_iterable(encode_text(f" {name}") for name in chitchat.made_up_names()))
+    for pieces, prefix in zip(chitchat.name_pieces(), (" ", ""), strict=True):
+        for length, share in {1: 1, 2: 0.95, 3: 0.9, 4: 0.8}.items():
+            ids = [encode_text(prefix + piece) for piece in set(pieces[length])]
+            assert len(ids) >= 26 and all(len(piece) == 1 for piece in ids)
+            assert sum(piece[0] in met for piece in ids) >= share * len(ids), (prefix, length)
+
+
 def test_every_template_expands_to_plain_text():
     for template in all_templates():
         for seed in range(5):
