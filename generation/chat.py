@@ -267,8 +267,11 @@ class ChatSession(PromptSession):
 
 
 def chat_ids(messages: list[dict]) -> list[int]:
-    """The ids after which the assistant speaks: the end of what came before, the messages, the assistant's header."""
-    return [ENDOFTEXT_ID, *encode_chat(messages, add_generation_prompt=True)]
+    """The ids after which the assistant speaks: the messages and the assistant's header.
+
+    No `<|endoftext|>` stands before them: in training the document mask hides it from every conversation.
+    """
+    return encode_chat(messages, add_generation_prompt=True)
 
 
 def read_chat(path: str) -> list[dict]:

@@ -140,7 +140,7 @@ def test_a_chat_keeps_what_was_said():
     system = [{"role": "system", "content": "Be kind."}]
     assert session.messages == [*system, *messages("Hi", "reply 1", "My name is Priya.", "reply 2")]
     seen = [*system, *messages("Hi", "reply 1", "My name is Priya.")]
-    assert engine.calls[1][0] == [ENDOFTEXT_ID, *encode_chat(seen, add_generation_prompt=True)]
+    assert engine.calls[1][0] == encode_chat(seen, add_generation_prompt=True)
     # The next prompt begins with all of this one: only the new turn is new to the cache.
     assert engine.calls[1][0][: len(engine.calls[0][0])] == engine.calls[0][0]
 
@@ -153,7 +153,7 @@ def test_the_window_drops_whole_exchanges_keeps_the_system_message_and_says_so_o
         ids, max_tokens = engine.calls[-1]
         assert len(ids) + max_tokens <= 96 and len(ids) <= 96 - session.room_for_reply
         text = ENC.decode(ids)
-        assert text.startswith(f"<|endoftext|>{IM_START}system\nBe kind.{IM_END}\n{IM_START}user\nThis is message")
+        assert text.startswith(f"{IM_START}system\nBe kind.{IM_END}\n{IM_START}user\nThis is message")
         assert text.endswith(f"number {number}.{IM_END}\n{IM_START}assistant\n")
     assert notices == ["the window is full: from now on the oldest exchanges are left out"]
     assert len(session.messages) == 25  # the whole chat can still be saved
@@ -296,7 +296,7 @@ def test_nothing_that_a_person_types_becomes_a_control_token():
         role = ("system", "user", "assistant")[number % 3]
         chat = [{"role": role, "content": text}, *messages("Hi", "Hello")]
         ids = chat_ids(chat)
-        assert (ids.count(IM_START_ID), ids.count(IM_END_ID), ids.count(ENDOFTEXT_ID)) == (4, 3, 1), text
+        assert (ids.count(IM_START_ID), ids.count(IM_END_ID), ids.count(ENDOFTEXT_ID)) == (4, 3, 0), text
         assert ENDOFTEXT_ID not in encode_text(text)
 
 
