@@ -635,7 +635,8 @@ def train(config: TrainConfig, given: dict, world: World = ALONE) -> int:
 def main() -> int:
     config, given = parse_options(TrainConfig, __doc__), given_options(TrainConfig)
     with join_job() as world:
-        return train(config, given, world)
+        status = train(config, given, world)
+    return world.leave(status)
 
 
 if __name__ == "__main__":

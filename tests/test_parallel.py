@@ -61,7 +61,7 @@ def main():
                 status = run(world=parallel.ALONE if alone else world, **options)
             print("status", status, flush=True)
             world.largest(0)  # wait for the files of a run of rank 0 alone
-    return status
+    return world.leave(status)
 
 run_script(main)
 """

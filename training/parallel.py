@@ -14,6 +14,7 @@ import contextlib
 import dataclasses
 import datetime
 import os
+import sys
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -174,6 +175,17 @@ class World:
         return nn.parallel.DistributedDataParallel(
             model, device_ids=[self.local_rank] if on_cuda else None, gradient_as_bucket_view=True
         )
+
+    def leave(self, status: int) -> int:
+        """Give `status` back; one of several processes ends with it at once, its work being done.
+
+        Threads of torch's that are still on their way into Python when it closes down would abort it now and then.
+        """
+        if self.size > 1:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(status)
+        return status
 
     def lost_process_error(self, error: BaseException, checkpoint) -> UserError | None:
         """The sentence for an error that says no more than that another process is gone; None for any other."""
