@@ -316,7 +316,7 @@ def rows_and_batches(parts: dict, shares: dict, config: TrainConfig) -> tuple[Te
         train_rows, val_rows = (make_rows(streams[split], config, is_chat) for split in streams)
         if is_chat:
             n_rows, share = train_rows.start_epoch(0), train_rows.real_token_share()
-            print(f"rows: {name}'s conversations make {n_rows:,}, {share:.1%} of which are no padding")
+            print(f"rows: {name}'s conversations make {n_rows:,}; {share:.1%} of their places are no padding")
         rows.append(train_rows)
         val_batches[name] = fixed_batches(val_rows, config.batch_size, config.val_rows)
     return (MixedRows(rows, list(shares.values()), config.seed) if len(rows) > 1 else rows[0]), val_batches

@@ -120,7 +120,7 @@ def test_a_run_stopped_after_every_iteration_equals_an_uninterrupted_one(data, t
     epoch = load_checkpoint(straight / f"{name}.pt")["training"]["position"]["epoch"]
     assert epoch >= (2 if options.get("block_size") == 45 else 0)
     assert output.count("sample:") == 3
-    assert ("% of which are no padding" in output) == (options["dataset"] == "chat")
+    assert ("% of their places are no padding" in output) == (options["dataset"] == "chat")
     assert [row[0] for row in losses(stopped / f"{name}.jsonl")] == list(range(11))
 
 
