@@ -27,7 +27,8 @@ if TYPE_CHECKING:  # a large import, needed for the mask on CUDA alone
     Mask = Tensor | BlockMask
 
 IGNORED = -100  # a target that does not count, as in F.cross_entropy
-HEAD_CHUNK = 1024  # rows whose logits exist at the same time while the loss is computed
+HEAD_CHUNK = 2048  # rows whose logits exist at the same time while the loss is computed
+KEY_BLOCK = 256  # keys whose weights exist at the same time in a backward pass on a CPU
 ENDED = -1  # what `generate` yields for a row that has drawn a stop id
 GRAPH_PLACES = 256  # context for which one CUDA graph of the decode step serves
 
@@ -132,8 +133,52 @@ class Attention(nn.Module):
 
             return flex_attention(q, k, v, block_mask=mask)
         dropout = self.dropout if self.training else 0.0
+        if self.training and torch.compiler.is_compiling() and q.device.type == "cpu" and not dropout:
+            return _Attention.apply(q, k, v, mask)
         is_causal = mask is None and q.shape[2] > 1
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=is_causal)
+
+
+class _Attention(torch.autograd.Function):
+    """Causal attention for compiled training on a CPU: torch's forward pass, and a backward pass of large products.
+
+    torch's own backward pass takes half as long again to three times as long, for its products are small. As in
+    "FlashAttention" (Dao et al. 2022, appendix B.4) the weights are made again from the scores and each query's
+    logarithm of the sum of their exponentials; here for KEY_BLOCK keys at a time, whose row is the key's so that but
+    one product needs a transposed matrix.
+    """
+
+    @staticmethod
+    def forward(ctx, q, k, v, mask):
+        q, k, v = q.contiguous(), k.contiguous(), v.contiguous()  # (B, H, T, D)
+        flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+        y, log_total = flash(q, k, v, 0.0, mask is None, attn_mask=mask)
+        ctx.save_for_backward(q, k, v, y, log_total, mask)
+        return y
+
+    @staticmethod
+    def backward(ctx, y_grad):
+        q, k, v, y, log_total, mask = ctx.saved_tensors
+        T, scale = q.shape[2], 1 / math.sqrt(q.shape[3])
+        y_grad = y_grad.contiguous()
+        mean = (y_grad.float() * y.float()).sum(3)  # (B, H, T), of the weights' gradients
+        q_grad, k_grads, v_grads = None, [], []
+        for start in range(0, T, KEY_BLOCK):  # queries before the block do not look at it
+            keys, values = k[:, :, start : start + KEY_BLOCK], v[:, :, start : start + KEY_BLOCK]
+            queries, wanted = q[:, :, start:], y_grad[:, :, start:]
+            scores = (keys @ queries.transpose(2, 3)).float() * scale - log_total[:, :, None, start:]
+            if mask is None:
+                visible = torch.arange(keys.shape[2])[:, None] <= torch.arange(T - start)
+                weights = torch.where(visible, scores.exp(), 0.0)
+            else:
+                weights = (scores + mask[:, :, start:, start : start + KEY_BLOCK].transpose(2, 3)).exp()
+            weights_grad = (values @ wanted.transpose(2, 3)).float() - mean[:, :, None, start:]
+            scores_grad = (weights * weights_grad * scale).to(q.dtype)
+            k_grads.append(scores_grad @ queries)
+            v_grads.append(weights.to(q.dtype) @ wanted)
+            part = scores_grad.transpose(2, 3) @ keys  # (B, H, T - start, D)
+            q_grad = part if start == 0 else torch.cat([q_grad[:, :, :start], q_grad[:, :, start:] + part], 2)
+        return q_grad, torch.cat(k_grads, 2), torch.cat(v_grads, 2), None
 
 
 class MLP(nn.Module):
@@ -146,8 +191,18 @@ class MLP(nn.Module):
         self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))
+        x = self.c_proj(gelu(self.c_fc(x)))
         return F.dropout(x, self.dropout, self.training)
+
+
+def gelu(x: Tensor) -> Tensor:
+    """GPT-2's approximation of GELU ("Gaussian Error Linear Units", Hendrycks and Gimpel 2016, section 2).
+
+    (1 + tanh(z)) / 2 is sigmoid(2 z), and compiled code makes the sigmoid's exponential in a third of tanh's time.
+    """
+    if torch.compiler.is_compiling():
+        return x * torch.sigmoid(math.sqrt(8 / math.pi) * x * (1 + 0.044715 * x * x))
+    return F.gelu(x, approximate="tanh")
 
 
 class Block(nn.Module):
@@ -184,7 +239,7 @@ class GPT(nn.Module):
         for name, parameter in self.named_parameters():
             if name.endswith("c_proj.weight"):  # scaled by depth: two residual additions a layer (GPT-2, section 2.3)
                 nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * config.n_layer))
-        self.compiled_blocks = self.compiled_loss_and_gradient = None  # see compile_training
+        self.compiled_blocks = self.compiled_transpose = None  # see compile_training
         self.activation_checkpointing = False  # see blocks
         self.packed_head: nn.Module | None = None  # see generation/packed_linear.py
 
@@ -220,15 +275,26 @@ class GPT(nn.Module):
         config = self.config
         return 6 * (self.n_params() - self.wpe.weight.numel()) + 12 * config.n_layer * config.n_embd * config.block_size
 
-    def hidden(self, idx: Tensor, cache: KVCache | None = None, positions=None, mask: Mask | None = None) -> Tensor:
+    def hidden(
+        self,
+        idx: Tensor,
+        cache: KVCache | None = None,
+        positions: Tensor | None = None,
+        mask: Mask | None = None,
+        weight_grads: list[Tensor] | None = None,
+    ) -> Tensor:
         """The last layer's output after the final LayerNorm, (B, T, C), for ids (B, T).
 
         `positions` (T,) or (B, T) are 0..T-1 unless given; `mask`, causal unless given, is True where a query may look
-        at a key, or what `document_mask` makes.
+        at a key, or what `document_mask` makes. `weight_grads` will hold the head's gradient of the tied embedding.
         """
         if positions is None:
             positions = torch.arange(idx.shape[1], device=idx.device)
-        x = F.dropout(self.wte(idx) + self.wpe(positions), self.config.dropout, self.training)
+        if weight_grads is None:
+            x = self.wte(idx)
+        else:
+            x = _TiedEmbedding.apply(self.wte.weight, idx, weight_grads)
+        x = F.dropout(x + self.wpe(positions), self.config.dropout, self.training)
         if cache is None and self.training and self.compiled_blocks:
             return self.compiled_blocks(x, None, mask)
         return self.blocks(x, cache, mask)
@@ -264,14 +330,16 @@ class GPT(nn.Module):
         """
         if idx.shape[1] > self.config.block_size:
             raise ValueError(f"{idx.shape[1]} tokens exceed block_size ({self.config.block_size})")
-        hidden = self.hidden(idx, mask=None if documents is None else self.document_mask(documents))
+        weight_grads = [] if targets is not None else None
+        mask = None if documents is None else self.document_mask(documents)
+        hidden = self.hidden(idx, mask=mask, weight_grads=weight_grads)
         if targets is None:
             return F.linear(hidden, self.wte.weight), None
-        hidden = hidden.flatten(0, 1)  # (N, C)
         if n_targets is None:
             n_targets = (targets != IGNORED).sum().clamp(min=1)
-        kernel = self.compiled_loss_and_gradient
-        return None, linear_cross_entropy(hidden, self.wte.weight, targets.flatten(), n_targets, kernel)
+        hidden, targets = hidden.flatten(0, 1), targets.flatten()  # (N, C), (N,)
+        loss = linear_cross_entropy(hidden, self.wte.weight, targets, n_targets, self.compiled_transpose, weight_grads)
+        return None, loss
 
     def document_mask(self, documents: Tensor) -> Mask:
         """The mask, shared by all layers, that keeps attention causal and inside each document of the rows (B, T).
@@ -295,11 +363,11 @@ class GPT(nn.Module):
                 block.compiled = torch.compile(block.residuals)
         else:
             self.compiled_blocks = torch.compile(self.blocks)
-        self.compiled_loss_and_gradient = torch.compile(_loss_and_gradient_, dynamic=True)
+        self.compiled_transpose = torch.compile(transposed, dynamic=False)
 
     def compile_nothing(self) -> None:
         """Undo `compile_training`."""
-        self.compiled_blocks = self.compiled_loss_and_gradient = None
+        self.compiled_blocks = self.compiled_transpose = None
         for block in self.h:
             block.compiled = None
 
@@ -591,63 +659,104 @@ def sinusoids(length: int, width: int) -> Tensor:
 
 
 def linear_cross_entropy(
-    hidden: Tensor, weight: Tensor, targets: Tensor, n_targets: Tensor, loss_and_gradient_: Callable | None = None
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    n_targets: Tensor,
+    transpose: Callable | None = None,
+    weight_grads: list[Tensor] | None = None,
 ) -> Tensor:
     """Sum over rows of cross_entropy(hidden @ weight.T, targets) / n_targets, without the whole logits.
 
     hidden (N, C), weight (V, C), targets (N,), n_targets a tensor of one number. The logits of HEAD_CHUNK rows exist
     at a time, in one buffer that their gradient then takes over; rows whose target is IGNORED are left out on a CPU.
-    `loss_and_gradient_` is a compiled stand-in for the function of that name.
+    `transpose` is a compiled stand-in for `transposed`. The weight's gradient is appended to `weight_grads`, where that
+    is given, for somebody who adds to it and passes it on.
     """
-    return _LinearCrossEntropy.apply(
-        hidden, weight, targets, n_targets, compute_dtype(hidden), loss_and_gradient_ or _loss_and_gradient_
-    )
+    dtype = compute_dtype(hidden)
+    return _LinearCrossEntropy.apply(hidden, weight, targets, n_targets, dtype, transpose or transposed, weight_grads)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     """The gradients are made in the forward pass, chunk by chunk, so that no chunk's logits need to be kept."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, targets, n_targets, dtype, loss_and_gradient_):
+    def forward(ctx, hidden, weight, targets, n_targets, dtype, transpose, weight_grads):
         wants_gradient = hidden.requires_grad or weight.requires_grad
         rows = torch.arange(len(hidden), device=hidden.device)
+        counts = targets != IGNORED
         if hidden.device.type == "cpu":  # elsewhere counting the rows would wait for the device
-            rows = rows[targets != IGNORED]
-        place = torch.arange(HEAD_CHUNK, device=hidden.device)
-        scale = (targets != IGNORED).float() / n_targets
+            rows = rows[counts]
         loss = torch.zeros((), device=hidden.device)
+        hidden_grad = torch.zeros_like(hidden) if wants_gradient else None
+        weight_grad = None
         with torch.autocast(hidden.device.type, enabled=False):
-            low_hidden, low_weight = hidden.to(dtype), weight.to(dtype)
-            hidden_grad = torch.zeros_like(hidden) if wants_gradient else None
-            weight_grad = torch.zeros_like(weight) if wants_gradient else None
+            low_hidden, low_weight = hidden.to(dtype), transpose(weight, dtype)  # (N, C), (C, V)
             buffer = torch.empty(min(HEAD_CHUNK, len(rows)), len(weight), device=hidden.device, dtype=dtype)
             for chunk in rows.split(HEAD_CHUNK):
-                logits = torch.mm(low_hidden[chunk], low_weight.T, out=buffer[: len(chunk)])
-                hit = targets[chunk].clamp(min=0)
-                chunk_loss, at_target = loss_and_gradient_(logits, hit, scale[chunk])
-                loss += chunk_loss
+                chunk_hidden = low_hidden[chunk] * counts[chunk, None]
+                logits = torch.mm(chunk_hidden, low_weight, out=buffer[: len(chunk)])
+                losses = losses_and_gradient_(logits, targets[chunk].clamp(min=0))
+                loss += (losses * counts[chunk]).sum()
                 if wants_gradient:
-                    logits[place[: len(chunk)], hit] = at_target
-                    hidden_grad[chunk] = (logits @ low_weight).to(hidden.dtype)
-                    weight_grad += logits.T @ low_hidden[chunk]
-        ctx.save_for_backward(hidden_grad, weight_grad)
-        return loss
+                    hidden_grad[chunk] = (logits @ low_weight.T * counts[chunk, None]).to(hidden.dtype)
+                    product = chunk_hidden.T.contiguous() @ logits  # (C, V)
+                    weight_grad = product.to(weight.dtype) if weight_grad is None else weight_grad.add_(product)
+        if wants_gradient and weight_grad is None:
+            weight_grad = torch.zeros_like(weight.T)
+        ctx.transpose, ctx.weight_grads = transpose, weight_grads
+        ctx.save_for_backward(hidden_grad, weight_grad, n_targets)
+        return loss / n_targets
 
     @staticmethod
     def backward(ctx, loss_grad):
-        hidden_grad, weight_grad = ctx.saved_tensors
-        return hidden_grad.mul_(loss_grad), weight_grad.mul_(loss_grad), None, None, None, None
+        hidden_grad, weight_grad, n_targets = ctx.saved_tensors
+        scale = loss_grad / n_targets
+        hidden_grad.mul_(scale)
+        weight_grad = ctx.transpose(weight_grad, weight_grad.dtype).mul_(scale)
+        if ctx.weight_grads is not None:
+            ctx.weight_grads.append(weight_grad)
+            weight_grad = None
+        return hidden_grad, weight_grad, None, None, None, None, None
 
 
-def _loss_and_gradient_(logits: Tensor, targets: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-    """Sum over rows of scale * cross_entropy(logits, targets); `logits` (N, V) become their gradient in place.
+def losses_and_gradient_(logits: Tensor, targets: Tensor) -> Tensor:
+    """Each row's cross entropy (N,) in float32; `logits` (N, V) become the gradient of their sum in place.
 
-    But for the target's place in each row: what belongs there is returned (N,), because compiled code would copy all
-    logits to write it.
+    As exact as the logits' precision allows, also for a probability near 0 or 1. A probability too small for that
+    precision counts as the smallest that is not: a loss of 17 in float16, of 90 and more elsewhere.
     """
-    picked = logits.gather(1, targets[:, None])[:, 0].float()
-    scores = logits.float()
-    log_total = scores.logsumexp(1)
-    logits.copy_((scores - log_total[:, None]).exp() * scale[:, None])
-    at_target = ((picked - log_total).exp() - 1) * scale
-    return ((log_total - picked) * scale).sum(), at_target.to(logits.dtype)
+    rows = torch.arange(len(logits), device=logits.device)
+    torch.softmax(logits, 1, out=logits)
+    hit = logits[rows, targets].float()
+    logits[rows, targets] = 0
+    missed = logits.sum(1)  # the probability of all other tokens; 1 - hit would have lost it where it is small
+    logits[rows, targets] = -missed
+    missed = missed.float()
+    limits = torch.finfo(logits.dtype)
+    return -torch.where(missed < 0.5, torch.log1p(-missed), hit.clamp(min=limits.tiny * limits.eps).log())
+
+
+def transposed(matrix: Tensor, dtype: torch.dtype) -> Tensor:
+    """A matrix (M, N) as (N, M) in another precision; on a CPU in memory too, for there products are faster then."""
+    matrix = matrix.to(dtype).T
+    return matrix.contiguous() if matrix.device.type == "cpu" else matrix
+
+
+class _TiedEmbedding(torch.autograd.Function):
+    """Rows of a weight that the head shares: their gradient is added to the head's, which is made before.
+
+    Two gradients of the size of the weight, most of one of them zeros, would have to be added otherwise.
+    """
+
+    @staticmethod
+    def forward(ctx, weight, idx, weight_grads):
+        ctx.weight_grads = weight_grads
+        ctx.save_for_backward(idx)
+        return F.embedding(idx, weight)
+
+    @staticmethod
+    def backward(ctx, grad):
+        (idx,) = ctx.saved_tensors
+        weight_grad = ctx.weight_grads.pop()
+        return weight_grad.index_add_(0, idx.flatten(), grad.flatten(0, -2)), None, None

@@ -141,11 +141,54 @@ def test_the_loss_in_low_precision_is_near():
         torch.testing.assert_close(gradient, expected, atol=0.02, rtol=0.05)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_losses_and_gradients_of_a_chunk_keep_the_small_numbers(dtype):
+    """A token that is all but certain, one that is all but impossible, one between."""
+    logits = torch.tensor([[9.0, 0, 0], [9.0, 0, 0], [0.5, 0, -0.5]]).to(dtype)
+    targets = torch.tensor([0, 1, 0])
+    exact = logits.double().requires_grad_()
+    expected = F.cross_entropy(exact, targets, reduction="none")
+    expected.sum().backward()
+    found = model.losses_and_gradient_(logits, targets)
+    tolerance = 1e-5 if dtype == torch.float32 else 0.01
+    torch.testing.assert_close(found.double(), expected.detach(), rtol=tolerance, atol=0)
+    torch.testing.assert_close(logits.double(), exact.grad, rtol=tolerance, atol=0)
+
+
 def test_huge_logits_give_a_finite_loss():
     hidden, weight = torch.full((2, 4), 1e4, requires_grad=True), torch.randn(10, 4, requires_grad=True)
-    loss = linear_cross_entropy(hidden, weight, torch.tensor([0, 9]), torch.tensor(2.0))
-    torch.testing.assert_close(loss, F.cross_entropy(hidden @ weight.T, torch.tensor([0, 9])))
-    assert all(gradient.isfinite().all() for gradient in torch.autograd.grad(loss, (hidden, weight)))
+    targets = torch.tensor([0, 9])
+    loss = linear_cross_entropy(hidden, weight, targets, torch.tensor(2.0))
+    exact = F.cross_entropy(hidden @ weight.T, targets)
+    assert 40 < loss.item() < min(110, exact.item())  # see losses_and_gradient_
+    ours, theirs = torch.autograd.grad(loss, (hidden, weight)), torch.autograd.grad(exact, (hidden, weight))
+    for gradient, expected in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(gradient, expected)
+
+
+@pytest.mark.parametrize("length", [1, 5, 16, 19])
+@pytest.mark.parametrize("masked", [False, True])
+def test_attention_for_compiled_training_has_torchs_output_and_gradients(monkeypatch, length, masked):
+    monkeypatch.setattr(model, "KEY_BLOCK", 8)
+    torch.manual_seed(0)
+    qkv = torch.randn(2, length, 3, 3, 4, requires_grad=True)
+    documents = torch.arange(length).expand(2, -1) // torch.tensor([[4], [7]])
+    mask = model.dense_mask(documents, torch.float32) if masked else None
+    outputs = [
+        model._Attention.apply(*qkv.permute(2, 0, 3, 1, 4), mask),
+        F.scaled_dot_product_attention(*qkv.permute(2, 0, 3, 1, 4), attn_mask=mask, is_causal=not masked),
+    ]
+    torch.testing.assert_close(*outputs)
+    wanted = torch.randn_like(outputs[0])
+    torch.testing.assert_close(*(torch.autograd.grad(y, qkv, wanted)[0] for y in outputs))
+
+
+def test_gelu_in_compiled_code_is_the_same_function(monkeypatch):
+    x = torch.linspace(-30, 30, 6001, requires_grad=True)
+    plain = model.gelu(x)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    torch.testing.assert_close(model.gelu(x), plain)
+    torch.testing.assert_close(*(torch.autograd.grad(y.sum(), x)[0] for y in (model.gelu(x), plain)))
 
 
 def test_the_start_is_gpt2s():
@@ -243,7 +286,7 @@ def test_the_compiled_part_holds_no_embedding(monkeypatch):
     model.compile_training()
     assert torch.equal(model(idx, idx)[1], plain)
     assert seen[0] == ("blocks", torch.float32)
-    assert len(seen) == 2  # the blocks and the loss, both really used
+    assert [name for name, _ in seen] == ["blocks", "transposed"]  # both really used
 
 
 def test_blocks_are_compiled_one_by_one_where_asked(monkeypatch):
@@ -253,7 +296,7 @@ def test_blocks_are_compiled_one_by_one_where_asked(monkeypatch):
     plain = gpt(idx, idx)[1]
     gpt.compile_training(each_block=True)
     assert torch.equal(gpt(idx, idx)[1], plain)
-    assert [name for name, _ in seen] == ["residuals"] * 3 + ["_loss_and_gradient_"]
+    assert [name for name, _ in seen] == ["residuals"] * 3 + ["transposed"]
     with torch.no_grad():
         gpt.eval()(idx)
     gpt.compile_nothing()

@@ -116,13 +116,14 @@ def step_bytes(config: GPTConfig, batch_size: int, recomputes: bool = False) -> 
     """About what a training step on a CPU takes beside the weights, in bytes.
 
     Per layer and token 18 widths are kept for the backward pass in float32 (the inputs of each LayerNorm, Linear and
-    GELU), with activation checkpointing 1 and the 18 of one layer at a time; the logits' chunk exists three times at
-    its peak; gradients and two optimizer states are the weights' size; 128 MiB are the libraries' own.
+    GELU), with activation checkpointing 1 and the 18 of one layer at a time; the logits exist a chunk at a time, beside
+    the head's weight and the last part of its gradient; gradients and two optimizer states are the weights' size;
+    128 MiB are the libraries' own.
     """
     tokens = batch_size * config.block_size
     kept = config.n_layer + 18 if recomputes else 18 * config.n_layer
     activations = tokens * config.n_embd * (kept + 16)
-    logits = 3 * min(HEAD_CHUNK, tokens) * config.vocab_size
+    logits = (min(HEAD_CHUNK, tokens) + 2 * config.n_embd) * config.vocab_size
     weights = config.vocab_size * config.n_embd + 12 * config.n_layer * config.n_embd**2
     return 4 * (activations + logits + 4 * weights) + (128 << 20)
 
