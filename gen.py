@@ -156,7 +156,7 @@ def load_engine(options: GenOptions) -> TextEngine:
         )
     if options.chat and model.config.n_vocab < N_VOCAB:
         raise UserError(f"{path} has no ChatML tokens, so it cannot chat; leave --chat out or use another checkpoint")
-    kernels = pack_linears(model, options.quantize)
+    kernels = pack_linears(model, options.quantize, options.num_samples)
     if options.chat and info.get("format") != "chat":
         print(
             f"note: {path} was trained on {info.get('dataset', 'text')}, not on chat data; its replies will not be "

@@ -70,19 +70,16 @@ PRESETS = {
 
 
 class KVCache:
-    """Keys and values of the tokens seen so far, in tensors allocated once, with room for block_size tokens a row.
+    """Keys and values of the tokens seen so far, in one tensor allocated once, with room for block_size tokens a row.
 
-    `tokens` are each row's ids; those of the nth stand at place n of the layers' (B, H, block_size, D) tensors, so
-    rows of different lengths lie side by side without padding on the left.
+    `tokens` are each row's ids; the keys and values of the nth stand at its place n, so rows of different lengths lie
+    side by side without padding on the left.
     """
 
     def __init__(self, config: GPTConfig, batch_size: int, device: torch.device, dtype: torch.dtype):
-        shape = (batch_size, config.n_head, config.block_size, config.n_embd // config.n_head)
+        shape = (config.n_layer, 2, batch_size, config.n_head, config.block_size, config.n_embd // config.n_head)
         # Zeros, not what the memory held: a place that is masked out still takes part, with weight 0.
-        self.layers = [
-            (torch.zeros(shape, device=device, dtype=dtype), torch.zeros(shape, device=device, dtype=dtype))
-            for _ in range(config.n_layer)
-        ]
+        self.keys_values = torch.zeros(shape, device=device, dtype=dtype)
         self.tokens: list[list[int]] = [[] for _ in range(batch_size)]
         self.captured: CapturedDecode | None = None
         self.aim(slice(None), slice(0), 0)
@@ -93,17 +90,21 @@ class KVCache:
         `places` is the same slice for all `rows`, or a tensor (B,) with one place for each row of the batch.
         """
         self.rows, self.places, self.end = rows, places, end
+        if isinstance(rows, slice):  # the places are views, made once for all layers
+            self.targets = self.keys_values[:, :, rows, :, places].unbind()
+            self.visible = self.keys_values[:, :, rows, :, :end].unbind()
 
-    def write(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Store a layer's (B, H, T, D) keys and values where `aim` said; returns those that attention looks at."""
-        all_keys, all_values = self.layers[layer]
+    def write(self, layer: int, keys_values: Tensor) -> Sequence[Tensor]:
+        """Store a layer's keys and values (2, B, H, T, D) where `aim` said; returns those that attention looks at."""
+        if isinstance(self.rows, slice):
+            self.targets[layer].copy_(keys_values)
+            return self.visible[layer].unbind()
+        held = self.keys_values[layer]
         if isinstance(self.places, Tensor):
-            all_keys[self.rows, :, self.places] = keys[:, :, 0]
-            all_values[self.rows, :, self.places] = values[:, :, 0]
-            return all_keys[:, :, : self.end], all_values[:, :, : self.end]
-        all_keys[self.rows, :, self.places] = keys
-        all_values[self.rows, :, self.places] = values
-        return all_keys[self.rows, :, : self.end], all_values[self.rows, :, : self.end]
+            held[:, self.rows, :, self.places] = keys_values[:, :, :, 0].transpose(0, 1)  # (B, 2, H, D)
+            return held[:, :, :, : self.end].unbind()
+        held[:, self.rows, :, self.places] = keys_values
+        return held[:, self.rows, :, : self.end].unbind()
 
 
 class Attention(nn.Module):
@@ -119,9 +120,8 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, cache: KVCache | None = None, mask: Mask | None = None) -> Tensor:
         B, T, C = x.shape
-        q, k, v = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)  # (B, H, T, D)
-        if cache is not None:
-            k, v = cache.write(self.layer, k, v)
+        qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)  # (3, B, H, T, D)
+        q, k, v = qkv if cache is None else (qkv[0], *cache.write(self.layer, qkv[1:]))
         y = self.attend(q, k, v, mask)  # (B, H, T, D)
         y = self.c_proj(y.transpose(1, 2).reshape(B, T, C))  # (B, T, C)
         return F.dropout(y, self.dropout, self.training)

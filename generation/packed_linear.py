@@ -1,4 +1,4 @@
-"""Linear layers that generate faster on a CPU: weights laid out for the processor, or quantised to 8 bits.
+"""Linear layers that generate faster on a CPU: read in the memory's order, or quantised to 8 bits.
 
 Generation reads every weight for every token, so its speed is the memory's: half the bytes, twice the tokens.
 
@@ -12,15 +12,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from generation.row_product import MOST_ROWS, RowProduct, build
 from model import GPT, Block, KVCache
 from runtime import UserError
 
-FEW_ROWS = 4  # up to here the 8-bit kernel, which is made for one row, is the faster way
 CHECK_SHAPE = (4, 64)  # rows and columns of the product that tells whether a kernel is there and right
 
 
 class PackedLinear(nn.Module):
-    """A bfloat16 linear layer in oneDNN's blocked layout, in which one row's product reads memory in order."""
+    """A bfloat16 linear layer of (N, K) inputs in oneDNN's blocked layout, the fastest for a batch of rows."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None):
         super().__init__()
@@ -39,22 +39,22 @@ class PackedLinear(nn.Module):
         return torch.ops.mkldnn._linear_pointwise.binary(x, residual, self.packed, self.bias, "add")
 
 
-class Int8Linear(nn.Module):
-    """A linear layer with 8-bit weights: weight[n] is about scale[n] * int8[n], one scale an output channel.
+class RowLinear(nn.Module):
+    """A bfloat16 linear layer of (N, K) inputs, the fastest for one row; its weights are used as they lie.
 
-    The input keeps its precision, so that the weights alone are rounded.
+    Raises NotImplementedError where the kernel cannot be built.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None):
         super().__init__()
-        self.int8, self.scale = quantize_rows(weight.detach())
-        self.bias = torch.zeros_like(self.scale) if bias is None else bias
+        self.weight, self.bias = weight.detach(), bias
+        self.few_rows = RowProduct(self.weight, None, bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        rows = x.reshape(-1, x.shape[-1])
-        if len(rows) > FEW_ROWS:  # 8-bit numbers are exact in any precision
-            return torch.addcmul(self.bias, F.linear(x, self.int8.to(x.dtype)), self.scale).to(x.dtype)
-        return torch._weight_int8pack_mm(rows, self.int8, self.scale).add_(self.bias).view(*x.shape[:-1], -1)
+        return self.few_rows(x) if len(x) <= MOST_ROWS else self.many_rows(x)
+
+    def many_rows(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight, self.bias)
 
     def with_gelu(self, x: Tensor) -> Tensor:
         """GELU (tanh) of the output."""
@@ -62,13 +62,37 @@ class Int8Linear(nn.Module):
 
     def added_to(self, residual: Tensor, x: Tensor) -> Tensor:
         """The residual and the output, added."""
-        return self.forward(x).add_(residual)
+        return self.few_rows(x, residual) if len(x) <= MOST_ROWS else self.many_rows(x).add_(residual)
+
+
+class Int8Linear(RowLinear):
+    """The same with 8-bit weights: weight[n] is about scale[n] * int8[n], one scale an output channel.
+
+    The input keeps its precision, so that the weights alone are rounded.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None):
+        nn.Module.__init__(self)
+        self.weight, self.scale = quantize_rows(weight.detach())
+        self.bias = bias
+        self.few_rows = RowProduct(self.weight, self.scale, bias) if build() else self.torchs_few_rows
+
+    def many_rows(self, x: Tensor) -> Tensor:
+        y = F.linear(x, self.weight.to(x.dtype))  # 8-bit numbers are exact in any precision
+        return (y * self.scale if self.bias is None else torch.addcmul(self.bias, y, self.scale)).to(x.dtype)
+
+    def torchs_few_rows(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """The same by torch's kernel, which needs twice the time."""
+        y = torch._weight_int8pack_mm(x, self.weight, self.scale)
+        for summand in (self.bias, residual):
+            y = y if summand is None else y.add_(summand)
+        return y
 
 
 class PackedBlock(nn.Module):
     """A layer made of such products in as few calls as there are: for one token each call costs time of its own."""
 
-    def __init__(self, block: Block, layer: type[PackedLinear | Int8Linear]):
+    def __init__(self, block: Block, layer: type[PackedLinear | RowLinear]):
         super().__init__()
         self.layer, self.n_head = block.attn.layer, block.attn.n_head
         self.ln_1, self.ln_2 = block.ln_1, block.ln_2
@@ -77,13 +101,13 @@ class PackedBlock(nn.Module):
 
     def forward(self, x: Tensor, cache: KVCache | None = None, mask: Tensor | None = None) -> Tensor:
         B, T, C = x.shape
+        x = x.reshape(B * T, C)  # the shape that the products work on: others they change and change back
         qkv = self.c_attn.forward(normed(x, self.ln_1))
-        q, k, v = qkv.view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)  # (B, H, T, D)
-        if cache is not None:
-            k, v = cache.write(self.layer, k, v)
+        qkv = qkv.view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)  # (3, B, H, T, D)
+        q, k, v = qkv if cache is None else (qkv[0], *cache.write(self.layer, qkv[1:]))
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and T > 1)
-        x = self.attn_proj.added_to(x, y.transpose(1, 2).reshape(B, T, C))
-        return self.mlp_proj.added_to(x, self.c_fc.with_gelu(normed(x, self.ln_2)))
+        x = self.attn_proj.added_to(x, y.transpose(1, 2).reshape(B * T, C))
+        return self.mlp_proj.added_to(x, self.c_fc.with_gelu(normed(x, self.ln_2))).view(B, T, C)
 
 
 def normed(x: Tensor, layer: nn.LayerNorm) -> Tensor:
@@ -98,11 +122,11 @@ def quantize_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
     return (weight.float() / scale.float()[:, None]).round_().to(torch.int8), scale
 
 
-def pack_linears(model: GPT, quantize: str | None = None) -> str:
+def pack_linears(model: GPT, quantize: str | None = None, streams: int = 1) -> str:
     """Replace `model`'s blocks and head, in place, by what generates fastest; says in words what that is.
 
-    Afterwards the model only generates. `quantize` is "int8" or None. Raises UserError where 8-bit weights
-    have no kernel.
+    Afterwards the model only generates. `quantize` is "int8" or None, `streams` the number of texts made at a time.
+    Raises UserError where 8-bit weights have no kernel.
     """
     weight = model.h[0].attn.c_attn.weight
     on_cpu, dtype = weight.device.type == "cpu", weight.dtype
@@ -110,7 +134,11 @@ def pack_linears(model: GPT, quantize: str | None = None) -> str:
         if not on_cpu or not is_exact(Int8Linear, dtype, tolerance=0.02):
             raise UserError("--quantize int8 has no kernel for this processor; leave it out, or add --device cpu")
         layer, description = Int8Linear, "8-bit weights"
-    elif on_cpu and dtype == torch.bfloat16 and is_exact(PackedLinear, dtype, tolerance=0.02):
+    elif not on_cpu or dtype != torch.bfloat16:
+        return "plain layers"
+    elif streams <= MOST_ROWS and is_exact(RowLinear, dtype, tolerance=0.02):
+        layer, description = RowLinear, "a kernel for single rows"
+    elif is_exact(PackedLinear, dtype, tolerance=0.02):
         layer, description = PackedLinear, "weights packed for the processor"
     else:
         return "plain layers"
@@ -119,12 +147,12 @@ def pack_linears(model: GPT, quantize: str | None = None) -> str:
     return description
 
 
-def is_exact(layer: type[PackedLinear | Int8Linear], dtype: torch.dtype, tolerance: float) -> bool:
+def is_exact(layer: type[PackedLinear | RowLinear], dtype: torch.dtype, tolerance: float) -> bool:
     """Whether a layer's kernels are in this torch, run on this processor and multiply right."""
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(CHECK_SHAPE, generator=generator).to(dtype)
-    x = torch.randn(1, 3, CHECK_SHAPE[1], generator=generator).to(dtype)
-    residual = torch.ones(1, 3, CHECK_SHAPE[0], dtype=dtype)
+    x = torch.randn(3, CHECK_SHAPE[1], generator=generator).to(dtype)
+    residual = torch.ones(3, CHECK_SHAPE[0], dtype=dtype)
     try:
         one = layer(weight, None)
         found = [one(x), one.with_gelu(x), one.added_to(residual, x)]

@@ -164,7 +164,7 @@ def generate_ours(options, config) -> Work:
 
     seed_everything(config.seed)
     model = in_precision(lambda: GPT(model_config(config)), config)
-    print(f"ours: {pack_linears(model, options.quantize)}")
+    print(f"ours: {pack_linears(model, options.quantize, options.streams)}")
     engine = TextEngine(model, Settings(temperature=0, seed=0, stop_ids=()))
     prompts = random_prompts(options, model.config.n_vocab)
 

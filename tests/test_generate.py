@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 
 import pytest
 import torch
@@ -10,8 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import model as model_module
-from generation import packed_linear
-from generation.packed_linear import Int8Linear, PackedLinear, is_exact, pack_linears, quantize_rows
+from generation import packed_linear, row_product
+from generation.packed_linear import Int8Linear, PackedLinear, RowLinear, is_exact, pack_linears, quantize_rows
+from generation.row_product import MOST_ROWS, RowProduct
 from model import (
     ENDED,
     GPT,
@@ -129,10 +131,10 @@ def test_an_interrupted_step_leaves_a_cache_that_is_right(monkeypatch):
 def test_the_cache_is_allocated_once_in_the_precision_of_the_weights():
     model = tiny_model(dtype=torch.bfloat16)
     cache = model.new_cache(2)
-    places = [tensor.data_ptr() for layer in cache.layers for tensor in layer]
+    place = cache.keys_values.data_ptr()
     generated(model, [random_prompt(3), random_prompt(5)], 20, cache=cache)
-    assert places == [tensor.data_ptr() for layer in cache.layers for tensor in layer]
-    assert {tensor.dtype for layer in cache.layers for tensor in layer} == {torch.bfloat16}
+    assert cache.keys_values.data_ptr() == place
+    assert cache.keys_values.dtype == torch.bfloat16
 
 
 def test_the_step_that_cuda_captures_equals_the_others():
@@ -312,6 +314,7 @@ def test_a_strong_repetition_penalty_repeats_nothing():
 
 needs_int8 = pytest.mark.skipif(not is_exact(Int8Linear, torch.float32, 0.02), reason="no 8-bit kernel here")
 needs_packed = pytest.mark.skipif(not is_exact(PackedLinear, torch.bfloat16, 0.02), reason="no packed kernel here")
+needs_rows = pytest.mark.skipif(row_product.build() is None, reason="no C compiler, or a processor without AVX2")
 
 
 def test_quantised_rows_are_within_half_a_step():
@@ -322,29 +325,92 @@ def test_quantised_rows_are_within_half_a_step():
     assert ((int8 * scale[:, None] - weight).abs() <= 0.5001 * scale[:, None]).all()
 
 
+@needs_rows
+@pytest.mark.parametrize("processor", ["native", "haswell"])  # AVX-512 where there is one, and AVX2
+@pytest.mark.parametrize("shape", [(3, 64), (50, 70), (130, 1), (7, 200)])
+@pytest.mark.parametrize("rows", range(1, MOST_ROWS + 1))
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_row_product_is_the_product_summed_in_float32(processor, shape, rows, dtype):
+    generator = seeded()
+    x, residual = torch.randn(rows, shape[1], generator=generator), torch.randn(rows, shape[0], generator=generator)
+    scale, bias = torch.rand(shape[0], generator=generator), torch.randn(shape[0], generator=generator)
+    x, residual, scale, bias = (one.to(dtype) for one in (x, residual, scale, bias))
+    int8 = torch.randint(-127, 128, shape, dtype=torch.int8, generator=generator)
+    tolerance = {"rtol": 1e-5, "atol": 1e-4} if dtype == torch.float32 else {"rtol": 2**-8, "atol": 1e-4}
+    expected = (x.double() @ int8.double().T) * scale.double() + bias.double()
+    before = x.clone()
+    torch.testing.assert_close(RowProduct(int8, scale, bias, processor)(x).double(), expected, **tolerance)
+    found = RowProduct(int8, scale, bias, processor)(x, residual)
+    torch.testing.assert_close(found.double(), expected + residual.double(), **tolerance)
+    assert found.dtype == dtype and x.equal(before)
+    if dtype == torch.bfloat16:
+        weight = torch.randn(shape, generator=generator).to(dtype)
+        expected = x.double() @ weight.double().T
+        torch.testing.assert_close(RowProduct(weight, processor=processor)(x).double(), expected, **tolerance)
+
+
+@needs_rows
+def test_a_row_product_rounds_to_even_and_keeps_what_is_no_number():
+    weight = torch.tensor([[1.0], [1 + 2**-7], [math.nan], [math.inf], [3e38]]).bfloat16()
+    values = torch.tensor([1 + 2**-8, 1 + 2**-7 + 2**-8, math.nan, math.inf, 3e38])
+    bias = (values - weight.float()[:, 0]).bfloat16()  # half a step: to the even neighbour
+    found = RowProduct(weight, None, bias)(torch.ones(1, 1).bfloat16())[0]
+    assert found[:2].equal((weight.float()[:2, 0] + bias.float()[:2]).bfloat16())
+    assert found[2:4].isnan().all() and found[4] == weight[4, 0]
+    assert RowProduct(-weight)(torch.ones(1, 1).bfloat16())[0, 3] == -math.inf
+    assert RowProduct(weight)(torch.full((1, 1), 2.0).bfloat16())[0, 4] == math.inf
+
+
+def test_without_a_compiler_the_kernels_are_torchs(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.setattr(row_product, "build", row_product.build.__wrapped__)
+    monkeypatch.setattr(packed_linear, "build", row_product.build)
+    assert row_product.build() is None
+    with pytest.raises(NotImplementedError, match="no C compiler"):
+        RowLinear(torch.ones(2, 2).bfloat16(), None)
+    if is_exact(PackedLinear, torch.bfloat16, 0.02):
+        assert pack_linears(tiny_model(dtype=torch.bfloat16)) == "weights packed for the processor"
+    if is_exact(Int8Linear, torch.float32, 0.02):
+        check_8_bit_layer(rows=1)
+
+
 @needs_int8
-@pytest.mark.parametrize("rows", [1, 2, packed_linear.FEW_ROWS])
+@pytest.mark.parametrize("rows", [1, 2, MOST_ROWS, MOST_ROWS + 1, 40])
 def test_8_bit_weights_are_the_only_thing_rounded(rows):
+    check_8_bit_layer(rows)
+
+
+def check_8_bit_layer(rows):
     layer = torch.nn.Linear(70, 50).requires_grad_(False)
     int8, scale = quantize_rows(layer.weight)
-    x = torch.randn(2, rows, 70, generator=seeded())
-    x[-1, -1] = 0
-    before = x.clone()
-    y = Int8Linear(layer.weight, layer.bias)(x)
+    x, residual = torch.randn(rows, 70, generator=seeded()), torch.randn(rows, 50, generator=seeded())
+    x[-1] = 0
+    before = x.clone(), residual.clone()
+    ours = Int8Linear(layer.weight, layer.bias)
     expected = torch.nn.functional.linear(x.double(), int8.double() * scale.double()[:, None], layer.bias.double())
-    torch.testing.assert_close(y.double(), expected, atol=1e-5, rtol=1e-5)
-    assert x.equal(before)
+    torch.testing.assert_close(ours(x).double(), expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(ours.added_to(residual, x).double(), expected + residual, atol=1e-5, rtol=1e-5)
+    assert x.equal(before[0]) and residual.equal(before[1])
 
 
-@needs_packed
-def test_packed_bfloat16_generates_what_the_plain_layers_would():
+@pytest.mark.parametrize(
+    "streams, description",
+    [
+        pytest.param(1, "a kernel for single rows", marks=needs_rows),
+        pytest.param(MOST_ROWS + 1, "weights packed for the processor", marks=needs_packed),
+    ],
+)
+def test_packed_bfloat16_generates_what_the_plain_layers_would(streams, description):
     prompts = [random_prompt(3), random_prompt(9)]
     model = tiny_model(dtype=torch.bfloat16)
     with torch.inference_mode():
-        plain = model.prefill(prompts, model.new_cache(2))
-        assert pack_linears(model) == "weights packed for the processor"
-        packed = model.prefill(prompts, model.new_cache(2))
-    torch.testing.assert_close(packed, plain, atol=0.05 * float(plain.std()), rtol=0.05)
+        plain = model.prefill(prompts, cache := model.new_cache(2))
+        plain_next = model.decode_one(torch.tensor([1, 2]), cache)
+        assert pack_linears(model, streams=streams) == description
+        packed = model.prefill(prompts, cache := model.new_cache(2))
+        packed_next = model.decode_one(torch.tensor([1, 2]), cache)
+    for found, expected in ((packed, plain), (packed_next, plain_next)):
+        torch.testing.assert_close(found, expected, atol=0.05 * float(expected.std()), rtol=0.05)
     assert [len(row) for row in generated(model, prompts, 30)] == [30, 30]
 
 
