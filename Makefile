@@ -15,7 +15,7 @@ $(VENV)/.installed-dev: requirements-dev.txt $(VENV)/.installed
 	$(BIN)/python -m pip install --disable-pip-version-check -r requirements-dev.txt
 	touch $@
 
-# 1,300 iterations take under seven minutes on two CPU cores. At a higher rate the embeddings of rare tokens drift, and
+# 1,300 iterations take about five minutes on two CPU cores. At a higher rate the embeddings of rare tokens drift, and
 # names made of them are copied wrongly. Without a terminal to ask on, train.py takes the best device.
 demo: $(VENV)/.installed
 	$(BIN)/python data/prepare-chitchat.py
