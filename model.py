@@ -17,6 +17,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import torch
+import torch._functorch.config
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -28,6 +29,7 @@ if TYPE_CHECKING:  # a large import, needed for the mask on CUDA alone
 
 IGNORED = -100  # a target that does not count, as in F.cross_entropy
 HEAD_CHUNK = 2048  # rows whose logits exist at the same time while the loss is computed
+ACTIVATION_BUDGET = 0.9  # below 1 torch.compile keeps no activation that one pass over memory makes
 KEY_BLOCK = 256  # keys whose weights exist at the same time in a backward pass on a CPU
 ENDED = -1  # what `generate` yields for a row that has drawn a stop id
 GRAPH_PLACES = 256  # context for which one CUDA graph of the decode step serves
@@ -357,6 +359,8 @@ class GPT(nn.Module):
         The weights keep their names, and logits and generation stay as they are. `each_block` compiles the blocks one
         by one, where something is done between them: weights are gathered, or gradients sent off.
         """
+        if self.wte.weight.device.type == "cpu":  # what is cheap is made again in the backward pass instead of kept
+            torch._functorch.config.activation_memory_budget = ACTIVATION_BUDGET
         # Without the embeddings: on a CPU their compiled gradient adds in varying order, so runs would not repeat.
         if each_block:
             for block in self.h:

@@ -284,19 +284,19 @@ def keep_freed_memory() -> None:
         return
     import ctypes
 
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch asks for huge pages for its own tensors
     try:
         libc = ctypes.CDLL("libc.so.6")
     except OSError:  # another C library, which has other means
         return
     m_trim_threshold, m_top_pad, m_mmap_max = -1, -2, -4  # <malloc.h>
     libc.mallopt(m_mmap_max, 0)
-    libc.mallopt(m_trim_threshold, 2**31 - 1)
+    libc.mallopt(m_trim_threshold, -1)  # never give back
     libc.mallopt(m_top_pad, 1 << 26)
-    # Addresses without memory behind them, in which oneDNN's buffers come to lie as well.
+    # Addresses without memory behind them, for all that is to come. torch's own huge pages (THP_MEM_ALLOC_ENABLE) begin
+    # each tensor at a new one, which takes 7 % more.
     libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
     libc.madvise.argtypes, libc.free.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int], [ctypes.c_void_p]
-    size, page, madv_hugepage = 2**31 - 2**27, 2**21, 14  # below the trim threshold, so that freeing keeps it
+    size, page, madv_hugepage = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2, 2**21, 14
     if start := libc.malloc(size):
         first = -(-start // page) * page
         libc.madvise(first, (start + size - first) // page * page, madv_hugepage)

@@ -19,14 +19,14 @@ from pathlib import Path
 
 PHRASES_FILE = Path(__file__).with_name("chitchat-phrases.json")
 SOURCE_FILES = (PHRASES_FILE, Path(__file__))  # what the conversations depend on, with the seed
-MADE_UP_NAMES = 60_000
+MADE_UP_NAMES = 200_000
 MADE_UP_NAME_SHARE = 0.75  # of the names in conversations; the rest are real ones
-PIECED_NAME_SHARE = 0.5  # of the made-up names; the rest are blends of two real ones
+PIECED_NAME_SHARE = 0.6  # of the made-up names; the rest are blends of two real ones
 
 # How often a made-up name has so many tokens, and how often its first and its other tokens have so many letters.
 PIECES_OF_A_NAME = {2: 45, 3: 36, 4: 15, 5: 4}
-LENGTHS_OF_FIRST_PIECES = {1: 12, 2: 16, 3: 32, 4: 26, 5: 11, 6: 3}
-LENGTHS_OF_OTHER_PIECES = {1: 8, 2: 22, 3: 38, 4: 26, 5: 6}
+LENGTHS_OF_FIRST_PIECES = {1: 10, 2: 14, 3: 28, 4: 28, 5: 14, 6: 6}
+LENGTHS_OF_OTHER_PIECES = {1: 8, 2: 18, 3: 30, 4: 28, 5: 12, 6: 4}
 
 # Kinds of conversation, in per cent. Remembering is the hardest lesson, so it is the most frequent one.
 KINDS = {"name": 36, "name_from_system": 2, "fact": 12, "names": 16, "unknown": 4, "chat": 30}
@@ -132,7 +132,7 @@ def name_pieces() -> tuple[dict[int, list[str]], dict[int, list[str]]]:
     """Every token of the vocabulary that can begin a name, and every one that can go on with it, by length.
 
     A model can only say a piece that it has met, so a name that it never saw must be made of pieces that it did. Those
-    whose letters follow each other as in real names stand four times in their list.
+    whose letters follow each other as in real names stand eight times in their list.
     """
     from setup_tokenizer import get_extended_tokenizer  # not above: corpus.py makes the project's modules importable
 
@@ -146,7 +146,7 @@ def name_pieces() -> tuple[dict[int, list[str]], dict[int, list[str]]]:
             piece = word.lstrip()
             looks_real = all(word.lower()[i : i + 3] in all_names for i in range(len(word) - 2))
             places = go_on if piece == word else begin
-            places.setdefault(len(piece), []).extend([piece] * (4 if looks_real else 1))
+            places.setdefault(len(piece), []).extend([piece] * (8 if looks_real else 1))
     return begin, go_on
 
 

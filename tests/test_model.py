@@ -309,22 +309,49 @@ def loss_and_gradients(gpt: GPT, ids: torch.Tensor) -> tuple[torch.Tensor, list[
     return loss.detach(), torch.autograd.grad(loss, list(gpt.parameters()))
 
 
-def test_activation_checkpointing_changes_the_memory_and_not_the_gradients(gpt):
+@pytest.fixture
+def kept_bytes():
+    """A list to which the bytes of each activation that a backward pass keeps are added while the test runs."""
+    sizes: list[int] = []
+
+    def keep(tensor):
+        sizes.append(tensor.numel() * tensor.element_size())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        yield sizes
+
+
+def test_a_compiled_step_keeps_no_cheap_activation(monkeypatch, kept_bytes):
+    compile_ = torch.compile
+    partition = "aot_eager_decomp_partition"  # what is kept is chosen as for compiled code
+    monkeypatch.setattr(torch, "compile", lambda function, **settings: compile_(function, backend=partition))
+    gpt = GPT(dataclasses.replace(TINY, n_layer=4))
+    ids = random_ids(8, 17)
+    totals, gradients = [], []
+    for budget in (1.0, model.ACTIVATION_BUDGET):
+        monkeypatch.setattr(model, "ACTIVATION_BUDGET", budget)
+        torch._dynamo.reset()
+        gpt.compile_training()
+        kept_bytes.clear()
+        gradients.append(loss_and_gradients(gpt, ids)[1])
+        totals.append(sum(kept_bytes))
+    assert totals[1] < 0.8 * totals[0], totals
+    assert all(map(torch.allclose, *gradients))
+
+
+def test_activation_checkpointing_changes_the_memory_and_not_the_gradients(kept_bytes):
     deep = GPT(dataclasses.replace(TINY, n_layer=8, dropout=0.3))
     ids = random_ids(2, 17)
-    kept_bytes, found = [0, 0], []
-    for number in range(2):
-        deep.activation_checkpointing = number == 1
-
-        def keep(tensor, number=number):
-            kept_bytes[number] += tensor.numel() * tensor.element_size()
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            found.append(loss_and_gradients(deep, ids))
+    totals, found = [], []
+    for checkpointing in (False, True):
+        deep.activation_checkpointing = checkpointing
+        kept_bytes.clear()
+        found.append(loss_and_gradients(deep, ids))
+        totals.append(sum(kept_bytes))
     (loss, gradients), (loss_again, gradients_again) = found
     assert torch.equal(loss, loss_again) and all(map(torch.equal, gradients, gradients_again))
-    assert kept_bytes[1] < kept_bytes[0] / 3
+    assert totals[1] < totals[0] / 3
     with torch.no_grad():
         assert torch.equal(deep.eval()(ids[:, :-1])[0], deep(ids[:, :-1])[0])
 
