@@ -193,14 +193,19 @@ def _from_nanogpt(path: Path, content: dict) -> dict:
 def load_weights(model: GPT, weights: Mapping, path: str | os.PathLike) -> None:
     """Copy a loaded checkpoint's weights into `model`; ids that they lack keep the model's new embeddings.
 
-    Raises UserError where the shapes differ otherwise, or the vocabulary is not GPT-2's.
+    A model with a shorter block takes the first positions. Raises UserError where the shapes differ otherwise, or the
+    vocabulary is not GPT-2's.
     """
-    known = weights.get("wte.weight", model.wte.weight)
-    if len(known) < GPT2_VOCAB:
-        raise UserError(f"{path} has a vocabulary of {len(known)} ids, not GPT-2's; use another checkpoint")
-    wte = torch.cat([known.to(model.wte.weight), model.wte.weight[len(known) :].detach()])
+    fitted = dict(weights)
+    if "wte.weight" in weights:
+        known = weights["wte.weight"]
+        if len(known) < GPT2_VOCAB:
+            raise UserError(f"{path} has a vocabulary of {len(known)} ids, not GPT-2's; use another checkpoint")
+        fitted["wte.weight"] = torch.cat([known.to(model.wte.weight), model.wte.weight[len(known) :].detach()])
+    if "wpe.weight" in weights:
+        fitted["wpe.weight"] = weights["wpe.weight"][: model.config.block_size]
     try:
-        model.load_state_dict({**weights, "wte.weight": wte})
+        model.load_state_dict(fitted)
     except RuntimeError as error:
         raise UserError(f"{path} does not fit the model ({_one_line(error)}); use another checkpoint") from error
 

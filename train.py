@@ -406,9 +406,14 @@ def make_model(config: TrainConfig, saved: dict | None) -> GPT:
 
 
 def shape_of_checkpoint(config: TrainConfig, given: dict) -> TrainConfig:
-    """`config` with the shape of the model that --init_from names; refuses options that contradict it."""
+    """`config` with the shape of the model that --init_from names; refuses options that contradict it.
+
+    A shorter block_size is none: the positions beyond it are left out.
+    """
     saved = load_checkpoint(config.init_from, ("info",))["info"]["model"]
     shape = {name: saved[name] for name in ("n_layer", "n_head", "n_embd", "block_size")}
+    if "block_size" in given:
+        shape["block_size"] = min(given["block_size"], shape["block_size"])
     preset = PRESETS[given["preset"]] if "preset" in given else None
     for name, value in shape.items():
         wanted = given.get(name, getattr(preset, name) if preset and name != "block_size" else value)

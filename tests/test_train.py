@@ -326,11 +326,23 @@ def test_init_from_takes_the_weights_and_the_shape_and_nothing_else(data, half, 
     assert all(torch.equal(weight, theirs["model"][name]) for name, weight in ours["model"].items())
     assert ours["info"]["iter_num"] == ours["info"]["tokens_seen"] == 0
     assert not ours["training"]["optimizers"][0]["state"]
-    for name, value in (("n_embd", 16), ("preset", "gpt2")):
+    for name, value in (("n_embd", 16), ("preset", "gpt2"), ("block_size", 2 * OPTIONS["block_size"])):
         with pytest.raises(UserError, match=f"--{name} {value} contradicts .*text10.pt"):
             train.train(train.TrainConfig(**given, **{name: value}), {**given, name: value})
     with pytest.raises(ValueError, match="exclude each other"):
         train.TrainConfig(resume="", init_from=source)
+
+
+def test_init_from_with_a_shorter_block_takes_the_first_positions(data, half, tmp_path, monkeypatch):
+    stop_after(monkeypatch, 0)
+    half_block = OPTIONS["block_size"] // 2
+    given = {**OPTIONS, "data_dir": str(data), "out_dir": str(tmp_path), "init_from": str(half / "text10.pt")}
+    given["block_size"] = half_block
+    assert train.train(train.TrainConfig(**given), given) == 130
+    ours, theirs = load_checkpoint(tmp_path / "text10.pt"), load_checkpoint(half / "text10.pt")
+    assert ours["info"]["model"]["block_size"] == half_block
+    assert torch.equal(ours["model"]["wpe.weight"], theirs["model"]["wpe.weight"][:half_block])
+    assert torch.equal(ours["model"]["wte.weight"], theirs["model"]["wte.weight"])
 
 
 def test_a_checkpoint_that_another_run_went_on_with_meanwhile_is_refused(data, half, monkeypatch):
