@@ -48,6 +48,8 @@ from training.mixture import MixedRows, data_parts, mixture_facts, mixture_name,
 from training.parallel import ALONE, World, averaging, join_job, muon_for, shard_model, whole
 from training.run import Run, StopSignal, after_restart, check_same_data, is_complete, load_resumable, resume_config
 
+EMBEDDING_EPS = 1e-6 * 4096  # Adam's for the embeddings, divided by the tokens of an iteration; see make_optimizers
+
 
 def number_or_auto(word: str) -> int | str:
     """A number on the command line, or the word "auto"."""
@@ -217,16 +219,22 @@ def make_optimizers(model: GPT, config: TrainConfig) -> list[torch.optim.Optimiz
 
     "Decoupled Weight Decay Regularization" (Loshchilov and Hutter 2019); Muon as in torch.optim.Muon (Jordan et al.
     2024). Biases, LayerNorms and, beside Muon, embeddings are not decayed.
+
+    A token that hardly occurs has tiny gradients, all of one direction, which Adam would blow up to full steps: rare
+    tokens drift together until nothing tells them apart ("Better Embeddings with Coupled Adam", Stollenwerk and
+    Stollenwerk 2025). Gradients much smaller than one occurrence gives, 1 / tokens_per_iter, therefore stay small.
     """
-    matrices = [weight for name, weight in model.named_parameters() if weight.dim() == 2]
+    blocks = [weight for name, weight in model.named_parameters() if weight.dim() == 2 and name.startswith("h.")]
     vectors = [weight for name, weight in model.named_parameters() if weight.dim() < 2]
-    optimizers = []
+    embeddings = [model.wte.weight, model.wpe.weight]
+    decay = 0.0 if config.optimizer == "muon" else config.weight_decay
+    eps = EMBEDDING_EPS / config.tokens_per_iter
+    optimizers, groups = [], [{"params": embeddings, "weight_decay": decay, "eps": eps}]
     if config.optimizer == "muon":
-        hidden = [weight for name, weight in model.named_parameters() if weight.dim() == 2 and name.startswith("h.")]
-        optimizers.append(muon_for(hidden)(hidden, lr=config.muon_learning_rate, weight_decay=0.01))
-        groups = [{"params": [model.wte.weight, model.wpe.weight, *vectors], "weight_decay": 0.0}]
+        optimizers.append(muon_for(blocks)(blocks, lr=config.muon_learning_rate, weight_decay=0.01))
     else:
-        groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+        groups.append({"params": blocks, "weight_decay": decay})
+    groups.append({"params": vectors, "weight_decay": 0.0})
     fused = config.device.startswith(("cuda", "cpu"))
     optimizers.append(torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, 0.95), fused=fused))
     return optimizers

@@ -155,15 +155,16 @@ def made_up_names() -> tuple[str, ...]:
     """Names that nobody has: so many that a model must copy a name and cannot know it by heart.
 
     Most are put together from the pieces into which the tokenizer splits names, so that each piece is met often and
-    in any company; the others are the beginning of one real name and the end of another. The same for every seed, so
-    that which names a model has never seen is known.
+    in any company; the others are the beginning of one real name and the end of another. The same for every seed, and
+    none that chat_eval.py asks for, so that which names a model has never seen is known.
     """
     rng = random.Random("made-up names, each its own")
-    known, names = set(real_names()), {}
+    kept_out = {name.lower() for name in (*real_names(), *load_phrases()["never_made_up"].split())}
+    names: dict[str, None] = {}
     unwanted = re.compile(r"[aeiouy]{4}|[^aeiouy]{4}|^[^aeiouy]{3}|^[^aeiouy]+$|(.)\1\1|" + _UNWANTED_IN_NAMES)
     while len(names) < MADE_UP_NAMES:
         name = _name_of_pieces(rng) if rng.random() < PIECED_NAME_SHARE else _blended_name(rng)
-        if 3 <= len(name) <= 12 and name not in known and not unwanted.search(name.lower()):
+        if 3 <= len(name) <= 12 and name.lower() not in kept_out and not unwanted.search(name.lower()):
             names[name] = None
     return tuple(names)
 

@@ -229,6 +229,25 @@ def test_what_may_change_is_taken_and_said(data, half, capsys):
     assert [row[0] for row in losses(half / "text10.jsonl") if row[2] is not None] == [0, 4, 6, 9, 10]
 
 
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_rare_tokens_do_not_drift(optimizer):
+    """A gradient far below that of one occurrence must not move an embedding as far as a real one does."""
+    gpt = model.GPT(model.GPTConfig(block_size=8, n_layer=1, n_head=1, n_embd=8))
+    config = train.resolve(train.TrainConfig(optimizer=optimizer, device="cpu", weight_decay=0.0), "cpu", False)
+    one_occurrence = 1 / config.tokens_per_iter
+    optimizers = train.make_optimizers(gpt, config)
+    names = {id(weight) for each in optimizers for group in each.param_groups for weight in group["params"]}
+    assert names == {id(weight) for weight in gpt.parameters()}
+    before = gpt.wte.weight.detach().clone()
+    gradient = torch.zeros_like(before)
+    gradient[7], gradient[8] = one_occurrence, 1e-5 * one_occurrence  # the second only becomes less likely
+    for _ in range(20):
+        gpt.wte.weight.grad = gradient.clone()
+        optimizers[-1].step()
+    moved = (gpt.wte.weight.detach() - before).abs().mean(1)
+    assert moved[8] < moved[7] / 100 and moved[9] == 0
+
+
 def test_the_optimizer_takes_the_new_weight_decay(data, tmp_path, monkeypatch, quiet):
     stop_after(monkeypatch, 5)
     run(data, tmp_path, optimizer="adamw")
@@ -236,7 +255,7 @@ def test_the_optimizer_takes_the_new_weight_decay(data, tmp_path, monkeypatch, q
     monkeypatch.setattr(train, "set_peak_rates", lambda optimizers, config: seen.extend(optimizers))
     with pytest.raises(KeyError, match="peak_lr"):  # what the patched function would have noted
         run(data, tmp_path, resume=True, weight_decay=0.3)
-    assert [group["weight_decay"] for optimizer in seen for group in optimizer.param_groups] == [0.3, 0.0]
+    assert [group["weight_decay"] for optimizer in seen for group in optimizer.param_groups] == [0.3, 0.3, 0.0]
     assert all(state["exp_avg"].any() for state in seen[0].state.values())
 
 
