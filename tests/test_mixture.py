@@ -15,7 +15,7 @@ import torch
 
 import train
 from runtime import UserError
-from tests.tiny import StopAfter, differences, load_checkpoint, losses, prepare, run
+from tests.tiny import OPTIONS, StopAfter, differences, load_checkpoint, losses, prepare, run
 from training import run as run_module
 from training.batches import Batches, ChatRows, TextRows, open_dataset
 from training.metrics import draw_curves, read_metrics
@@ -196,7 +196,8 @@ GOLDEN = {
 
 
 @pytest.mark.parametrize("name", ["text", "chat"])
-def test_one_data_set_trains_as_it_did_and_so_does_a_mixture_of_it_alone(data, tmp_path, name):
+def test_one_data_set_trains_as_it_did_and_so_does_a_mixture_of_it_alone(data, tmp_path, monkeypatch, name):
+    monkeypatch.setattr(train, "EMBEDDING_EPS", 1e-8 * train.TrainConfig(**OPTIONS).tokens_per_iter)  # as it was then
     run(data, tmp_path / "a", dataset=name, document_mask=False)
     run(data, tmp_path / "b", dataset=f"{name}=1", document_mask=False)
     records = losses(tmp_path / "a" / f"{name}10.jsonl")
