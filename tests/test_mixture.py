@@ -197,7 +197,8 @@ GOLDEN = {
 
 @pytest.mark.parametrize("name", ["text", "chat"])
 def test_one_data_set_trains_as_it_did_and_so_does_a_mixture_of_it_alone(data, tmp_path, monkeypatch, name):
-    monkeypatch.setattr(train, "EMBEDDING_EPS", 1e-8 * train.TrainConfig(**OPTIONS).tokens_per_iter)  # as it was then
+    tokens_per_iter = train.resolve(train.TrainConfig(**OPTIONS), "cpu", chat=False).tokens_per_iter
+    monkeypatch.setattr(train, "EMBEDDING_EPS", 1e-8 * tokens_per_iter)  # as it was then
     run(data, tmp_path / "a", dataset=name, document_mask=False)
     run(data, tmp_path / "b", dataset=f"{name}=1", document_mask=False)
     records = losses(tmp_path / "a" / f"{name}10.jsonl")
