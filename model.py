@@ -332,16 +332,15 @@ class GPT(nn.Module):
         """
         if idx.shape[1] > self.config.block_size:
             raise ValueError(f"{idx.shape[1]} tokens exceed block_size ({self.config.block_size})")
-        weight_grads = [] if targets is not None else None
         mask = None if documents is None else self.document_mask(documents)
-        hidden = self.hidden(idx, mask=mask, weight_grads=weight_grads)
         if targets is None:
-            return F.linear(hidden, self.wte.weight), None
+            return F.linear(self.hidden(idx, mask=mask), self.wte.weight), None
+        weight, weight_grads = self.wte.weight, []
+        memory = HeadMemory(weight, targets, compute_dtype(weight), self.compiled_transpose)
+        hidden = self.hidden(idx, mask=mask, weight_grads=weight_grads).flatten(0, 1)  # (N, C)
         if n_targets is None:
             n_targets = (targets != IGNORED).sum().clamp(min=1)
-        hidden, targets = hidden.flatten(0, 1), targets.flatten()  # (N, C), (N,)
-        loss = linear_cross_entropy(hidden, self.wte.weight, targets, n_targets, self.compiled_transpose, weight_grads)
-        return None, loss
+        return None, linear_cross_entropy(hidden, weight, targets.flatten(), n_targets, memory, weight_grads)
 
     def document_mask(self, documents: Tensor) -> Mask:
         """The mask, shared by all layers, that keeps attention causal and inside each document of the rows (B, T).
@@ -662,53 +661,66 @@ def sinusoids(length: int, width: int) -> Tensor:
     return torch.stack([angles.sin(), angles.cos()], dim=2).flatten(1)[:, :width]
 
 
+class HeadMemory:
+    """What the head takes in large pieces: a copy of its weight, and room for the logits of one chunk of rows.
+
+    It is made before the blocks run. Between the activations there is no place so large, and the process would grow.
+    """
+
+    def __init__(self, weight: Tensor, targets: Tensor, dtype: torch.dtype, transpose: Callable | None = None):
+        counts = targets.flatten() != IGNORED
+        self.rows = torch.arange(len(counts), device=weight.device)
+        if weight.device.type == "cpu":  # elsewhere counting the rows would wait for the device
+            self.rows = self.rows[counts]
+        self.transpose = transpose or transposed
+        self.weight = self.transpose(weight.detach(), dtype)  # (C, V)
+        self.is_copy = self.weight.is_contiguous() and self.weight.data_ptr() != weight.data_ptr()
+        self.logits = torch.empty(min(HEAD_CHUNK, len(self.rows)), len(weight), device=weight.device, dtype=dtype)
+
+
 def linear_cross_entropy(
     hidden: Tensor,
     weight: Tensor,
     targets: Tensor,
     n_targets: Tensor,
-    transpose: Callable | None = None,
+    memory: HeadMemory | None = None,
     weight_grads: list[Tensor] | None = None,
 ) -> Tensor:
     """Sum over rows of cross_entropy(hidden @ weight.T, targets) / n_targets, without the whole logits.
 
     hidden (N, C), weight (V, C), targets (N,), n_targets a tensor of one number. The logits of HEAD_CHUNK rows exist
-    at a time, in one buffer that their gradient then takes over; rows whose target is IGNORED are left out on a CPU.
-    `transpose` is a compiled stand-in for `transposed`. The weight's gradient is appended to `weight_grads`, where that
-    is given, for somebody who adds to it and passes it on.
+    at a time, in `memory`, where their gradient then takes their place; rows whose target is IGNORED are left out on a
+    CPU. The weight's gradient is appended to `weight_grads`, where that is given, for somebody who adds to it and
+    passes it on.
     """
-    dtype = compute_dtype(hidden)
-    return _LinearCrossEntropy.apply(hidden, weight, targets, n_targets, dtype, transpose or transposed, weight_grads)
+    memory = memory or HeadMemory(weight, targets, compute_dtype(hidden))
+    wants_gradient = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
+    return _LinearCrossEntropy.apply(hidden, weight, targets, n_targets, memory, wants_gradient, weight_grads)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     """The gradients are made in the forward pass, chunk by chunk, so that no chunk's logits need to be kept."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, targets, n_targets, dtype, transpose, weight_grads):
-        wants_gradient = hidden.requires_grad or weight.requires_grad
-        rows = torch.arange(len(hidden), device=hidden.device)
+    def forward(ctx, hidden, weight, targets, n_targets, memory, wants_gradient, weight_grads):
         counts = targets != IGNORED
-        if hidden.device.type == "cpu":  # elsewhere counting the rows would wait for the device
-            rows = rows[counts]
         loss = torch.zeros((), device=hidden.device)
-        hidden_grad = torch.zeros_like(hidden) if wants_gradient else None
-        weight_grad = None
+        hidden_grad, weight_grad = torch.zeros_like(hidden) if wants_gradient else None, None
         with torch.autocast(hidden.device.type, enabled=False):
-            low_hidden, low_weight = hidden.to(dtype), transpose(weight, dtype)  # (N, C), (C, V)
-            buffer = torch.empty(min(HEAD_CHUNK, len(rows)), len(weight), device=hidden.device, dtype=dtype)
-            for chunk in rows.split(HEAD_CHUNK):
-                chunk_hidden = low_hidden[chunk] * counts[chunk, None]
-                logits = torch.mm(chunk_hidden, low_weight, out=buffer[: len(chunk)])
+            low_hidden = hidden.to(memory.logits.dtype)
+            chunks = memory.rows.split(HEAD_CHUNK)
+            for number, chunk in enumerate(chunks, 1):
+                chunk_hidden = low_hidden[chunk] * counts[chunk, None]  # (N, C)
+                logits = torch.mm(chunk_hidden, memory.weight, out=memory.logits[: len(chunk)])
                 losses = losses_and_gradient_(logits, targets[chunk].clamp(min=0))
                 loss += (losses * counts[chunk]).sum()
                 if wants_gradient:
-                    hidden_grad[chunk] = (logits @ low_weight.T * counts[chunk, None]).to(hidden.dtype)
-                    product = chunk_hidden.T.contiguous() @ logits  # (C, V)
-                    weight_grad = product.to(weight.dtype) if weight_grad is None else weight_grad.add_(product)
-        if wants_gradient and weight_grad is None:
-            weight_grad = torch.zeros_like(weight.T)
-        ctx.transpose, ctx.weight_grads = transpose, weight_grads
+                    hidden_grad[chunk] = (logits @ memory.weight.T * counts[chunk, None]).to(hidden.dtype)
+                    # The last product takes the place of the weight's copy, which has served.
+                    place = memory.weight if memory.is_copy and number == len(chunks) else None
+                    product = torch.mm(chunk_hidden.T.contiguous(), logits, out=place)  # (C, V)
+                    weight_grad = product if weight_grad is None else weight_grad.to(weight.dtype).add_(product)
+        ctx.transpose, ctx.weight_grads, ctx.dtype = memory.transpose, weight_grads, weight.dtype
         ctx.save_for_backward(hidden_grad, weight_grad, n_targets)
         return loss / n_targets
 
@@ -717,7 +729,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         hidden_grad, weight_grad, n_targets = ctx.saved_tensors
         scale = loss_grad / n_targets
         hidden_grad.mul_(scale)
-        weight_grad = ctx.transpose(weight_grad, weight_grad.dtype).mul_(scale)
+        weight_grad = ctx.transpose(weight_grad, ctx.dtype).mul_(scale)
         if ctx.weight_grads is not None:
             ctx.weight_grads.append(weight_grad)
             weight_grad = None

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import gc
 import math
 import os
 import time
@@ -25,6 +26,7 @@ from runtime import (
     UserError,
     autocast,
     choose_dtype,
+    give_back_freed_memory,
     given_options,
     has_cpp_compiler,
     keep_freed_memory,
@@ -238,6 +240,22 @@ def make_optimizers(model: GPT, config: TrainConfig) -> list[torch.optim.Optimiz
     fused = config.device.startswith(("cuda", "cpu"))
     optimizers.append(torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, 0.95), fused=fused))
     return optimizers
+
+
+def make_room_for_states(optimizers: list[torch.optim.Optimizer]) -> None:
+    """Give each weight the state that torch's optimizers would give it in the first step, at once.
+
+    Made in the first step, the states would lie between its gradients and leave gaps that nothing large fits into.
+    """
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            for weight in group["params"]:
+                if isinstance(optimizer, torch.optim.Muon):
+                    optimizer.state[weight] = {"momentum_buffer": torch.zeros_like(weight)}
+                else:
+                    step = torch.zeros((), device=weight.device if group["fused"] else "cpu")
+                    moments = {name: torch.zeros_like(weight) for name in ("exp_avg", "exp_avg_sq")}
+                    optimizer.state[weight] = {"step": step, **moments}
 
 
 def set_peak_rates(optimizers: list[torch.optim.Optimizer], config: TrainConfig) -> None:
@@ -455,6 +473,8 @@ def compile_or_eager(model: GPT, config: TrainConfig, ids, targets, module=None,
         model.compile_nothing()
     model.zero_grad(set_to_none=True)
     set_random_states(states, config.device)
+    gc.collect()  # the compiler leaves hundreds of thousands of objects, here and there in what the step has freed
+    give_back_freed_memory()
 
 
 def forward_backward(
@@ -556,7 +576,11 @@ def train(config: TrainConfig, given: dict, world: World = ALONE) -> int:
     scaler = torch.amp.GradScaler(config.device.partition(":")[0], enabled=config.dtype == "float16")
     world.seed_dropout(config.seed)
     run = Run(config, model, optimizers, scaler, facts, world)
-    position = run.restore(saved) if saved else {"epoch": 0, "row": 0}
+    if saved:
+        position = run.restore(saved)
+    else:
+        make_room_for_states(optimizers)
+        position = {"epoch": 0, "row": 0}
     set_peak_rates(optimizers, config)
     train_rows, val_batches = rows_and_batches(parts, shares, config)
     batches = Batches(train_rows, config.batch_size * config.gradient_accumulation_steps, position)

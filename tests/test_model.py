@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import json
 import math
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import model
 from model import GPT, IGNORED, PRESETS, GPTConfig, linear_cross_entropy
@@ -155,6 +159,47 @@ def test_losses_and_gradients_of_a_chunk_keep_the_small_numbers(dtype):
     torch.testing.assert_close(logits.double(), exact.grad, rtol=tolerance, atol=0)
 
 
+def test_the_loss_alone_makes_no_gradient():
+    hidden, weight = torch.randn(20, 8), torch.randn(30, 8, requires_grad=True)
+    targets = torch.randint(0, 30, (20,))
+    with torch.no_grad(), count_products() as products:
+        linear_cross_entropy(hidden, weight, targets, torch.tensor(20.0))
+    assert products == ["aten.mm.out"]
+
+
+@contextlib.contextmanager
+def count_products():
+    """The names of the matrix products that run in the block."""
+    names = []
+
+    class Mode(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, arguments=(), settings=None):
+            if ".mm" in str(function):
+                names.append(str(function))
+            return function(*arguments, **(settings or {}))
+
+    with Mode():
+        yield names
+
+
+def test_the_head_takes_little_more_than_logits_in_low_precision_and_a_copy_of_its_weight(tmp_path):
+    """With its gradients, 8 + 8 MiB; the logits, or the weight's gradient, in float32 would be 16 each."""
+    hidden, weight = torch.randn(256, 256, requires_grad=True), torch.randn(16384, 256, requires_grad=True)
+    targets = torch.randint(0, 16384, (256,))
+    recording = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
+    with recording as profiler, torch.autocast("cpu", torch.bfloat16):
+        loss = linear_cross_entropy(hidden, weight, targets, torch.tensor(256.0))
+    profiler.export_chrome_trace(str(tmp_path / "trace.json"))
+    events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+    events = sorted((event for event in events if event["name"] == "[memory]"), key=lambda event: event["ts"])
+    now, most = 0, 0
+    for event in events:
+        now += event["args"]["Bytes"]
+        most = max(most, now)
+    assert 16 < most / 2**20 < 18
+    assert loss.requires_grad
+
+
 def test_huge_logits_give_a_finite_loss():
     hidden, weight = torch.full((2, 4), 1e4, requires_grad=True), torch.randn(10, 4, requires_grad=True)
     targets = torch.tensor([0, 9])
@@ -285,8 +330,8 @@ def test_the_compiled_part_holds_no_embedding(monkeypatch):
     plain = model(idx, idx)[1]
     model.compile_training()
     assert torch.equal(model(idx, idx)[1], plain)
-    assert seen[0] == ("blocks", torch.float32)
-    assert [name for name, _ in seen] == ["blocks", "transposed"]  # both really used
+    assert dict(seen)["blocks"] == torch.float32
+    assert [name for name, _ in seen] == ["transposed", "blocks"]  # both really used
 
 
 def test_blocks_are_compiled_one_by_one_where_asked(monkeypatch):
@@ -296,7 +341,7 @@ def test_blocks_are_compiled_one_by_one_where_asked(monkeypatch):
     plain = gpt(idx, idx)[1]
     gpt.compile_training(each_block=True)
     assert torch.equal(gpt(idx, idx)[1], plain)
-    assert [name for name, _ in seen] == ["residuals"] * 3 + ["transposed"]
+    assert [name for name, _ in seen] == ["transposed"] + ["residuals"] * 3
     with torch.no_grad():
         gpt.eval()(idx)
     gpt.compile_nothing()

@@ -248,6 +248,26 @@ def test_rare_tokens_do_not_drift(optimizer):
     assert moved[8] < moved[7] / 100 and moved[9] == 0
 
 
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_states_made_before_the_first_step_are_those_of_torch(optimizer):
+    config = train.resolve(train.TrainConfig(optimizer=optimizer, device="cpu"), "cpu", False)
+    found = []
+    for is_early in (False, True):
+        torch.manual_seed(0)
+        gpt = model.GPT(model.GPTConfig(block_size=8, n_layer=1, n_head=1, n_embd=8))
+        optimizers = train.make_optimizers(gpt, config)
+        if is_early:
+            train.make_room_for_states(optimizers)
+            made = [state for each in optimizers for state in each.state_dict()["state"].values()]
+            assert not any(value.any() for state in made for value in state.values())
+        for weight in gpt.parameters():
+            weight.grad = torch.randn_like(weight)
+        for each in optimizers:
+            each.step()
+        found.append((gpt.state_dict(), [each.state_dict()["state"] for each in optimizers]))
+    torch.testing.assert_close(found[1], found[0], rtol=0, atol=0)  # the same weights and states after a step
+
+
 def test_the_optimizer_takes_the_new_weight_decay(data, tmp_path, monkeypatch, quiet):
     stop_after(monkeypatch, 5)
     run(data, tmp_path, optimizer="adamw")
@@ -344,7 +364,8 @@ def test_init_from_takes_the_weights_and_the_shape_and_nothing_else(data, half, 
     ours, theirs = load_checkpoint(tmp_path / "chat10.pt"), load_checkpoint(half / "text10.pt")
     assert all(torch.equal(weight, theirs["model"][name]) for name, weight in ours["model"].items())
     assert ours["info"]["iter_num"] == ours["info"]["tokens_seen"] == 0
-    assert not ours["training"]["optimizers"][0]["state"]
+    states = [state for each in ours["training"]["optimizers"] for state in each["state"].values()]
+    assert states and not any(value.any() for state in states for value in state.values())  # all as at the start
     for name, value in (("n_embd", 16), ("preset", "gpt2"), ("block_size", 2 * OPTIONS["block_size"])):
         with pytest.raises(UserError, match=f"--{name} {value} contradicts .*text10.pt"):
             train.train(train.TrainConfig(**given, **{name: value}), {**given, name: value})
