@@ -12,11 +12,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from generation.row_product import MOST_ROWS, RowProduct, build
+from generation.row_kernels import RowProduct, attend, build
 from model import GPT, Block, KVCache
 from runtime import UserError
 
-CHECK_SHAPE = (4, 64)  # rows and columns of the product that tells whether a kernel is there and right
+CHECK_SHAPE = (20, 64)  # rows and columns of the product that tells whether a kernel is there and right
+TORCHS_MOST_ROWS = 4  # that torch's kernel for 8-bit weights takes faster than a product with widened ones
 
 
 class PackedLinear(nn.Module):
@@ -49,20 +50,23 @@ class RowLinear(nn.Module):
         super().__init__()
         self.weight, self.bias = weight.detach(), bias
         self.few_rows = RowProduct(self.weight, None, bias)
+        self.most_rows = self.few_rows.most_rows
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.few_rows(x) if len(x) <= MOST_ROWS else self.many_rows(x)
+        return self.few_rows(x) if len(x) <= self.most_rows else self.many_rows(x)
 
     def many_rows(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight, self.bias)
 
     def with_gelu(self, x: Tensor) -> Tensor:
         """GELU (tanh) of the output."""
-        return F.gelu(self.forward(x), approximate="tanh")
+        return (
+            self.few_rows(x, gelu=True) if len(x) <= self.most_rows else F.gelu(self.many_rows(x), approximate="tanh")
+        )
 
     def added_to(self, residual: Tensor, x: Tensor) -> Tensor:
         """The residual and the output, added."""
-        return self.few_rows(x, residual) if len(x) <= MOST_ROWS else self.many_rows(x).add_(residual)
+        return self.few_rows(x, residual) if len(x) <= self.most_rows else self.many_rows(x).add_(residual)
 
 
 class Int8Linear(RowLinear):
@@ -76,17 +80,18 @@ class Int8Linear(RowLinear):
         self.weight, self.scale = quantize_rows(weight.detach())
         self.bias = bias
         self.few_rows = RowProduct(self.weight, self.scale, bias) if build() else self.torchs_few_rows
+        self.most_rows = self.few_rows.most_rows if build() else TORCHS_MOST_ROWS
 
     def many_rows(self, x: Tensor) -> Tensor:
         y = F.linear(x, self.weight.to(x.dtype))  # 8-bit numbers are exact in any precision
         return (y * self.scale if self.bias is None else torch.addcmul(self.bias, y, self.scale)).to(x.dtype)
 
-    def torchs_few_rows(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+    def torchs_few_rows(self, x: Tensor, residual: Tensor | None = None, gelu: bool = False) -> Tensor:
         """The same by torch's kernel, which needs twice the time."""
         y = torch._weight_int8pack_mm(x, self.weight, self.scale)
-        for summand in (self.bias, residual):
-            y = y if summand is None else y.add_(summand)
-        return y
+        y = y if self.bias is None else y.add_(self.bias)
+        y = F.gelu(y, approximate="tanh") if gelu else y
+        return y if residual is None else y.add_(residual)
 
 
 class PackedBlock(nn.Module):
@@ -98,15 +103,21 @@ class PackedBlock(nn.Module):
         self.ln_1, self.ln_2 = block.ln_1, block.ln_2
         linears = (block.attn.c_attn, block.attn.c_proj, block.mlp.c_fc, block.mlp.c_proj)
         self.c_attn, self.attn_proj, self.c_fc, self.mlp_proj = (layer(one.weight, one.bias) for one in linears)
+        dtype, size = block.ln_1.weight.dtype, block.attn.c_proj.in_features // self.n_head
+        self.has_kernel = dtype == torch.bfloat16 and build() is not None and build().serves_heads(size)
 
     def forward(self, x: Tensor, cache: KVCache | None = None, mask: Tensor | None = None) -> Tensor:
         B, T, C = x.shape
         x = x.reshape(B * T, C)  # the shape that the products work on: others they change and change back
         qkv = self.c_attn.forward(normed(x, self.ln_1))
-        qkv = qkv.view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)  # (3, B, H, T, D)
-        q, k, v = qkv if cache is None else (qkv[0], *cache.write(self.layer, qkv[1:]))
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and T > 1)
-        x = self.attn_proj.added_to(x, y.transpose(1, 2).reshape(B * T, C))
+        if self.has_kernel and T == 1 and mask is None and cache is not None and isinstance(cache.rows, slice):
+            y = attend(qkv, cache.keys_values[self.layer], cache.places.start)
+        else:
+            qkv = qkv.view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)  # (3, B, H, T, D)
+            q, k, v = qkv if cache is None else (qkv[0], *cache.write(self.layer, qkv[1:]))
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and T > 1)
+            y = y.transpose(1, 2).reshape(B * T, C)
+        x = self.attn_proj.added_to(x, y)
         return self.mlp_proj.added_to(x, self.c_fc.with_gelu(normed(x, self.ln_2))).view(B, T, C)
 
 
@@ -136,8 +147,8 @@ def pack_linears(model: GPT, quantize: str | None = None, streams: int = 1) -> s
         layer, description = Int8Linear, "8-bit weights"
     elif not on_cpu or dtype != torch.bfloat16:
         return "plain layers"
-    elif streams <= MOST_ROWS and is_exact(RowLinear, dtype, tolerance=0.02):
-        layer, description = RowLinear, "a kernel for single rows"
+    elif is_exact(RowLinear, dtype, tolerance=0.02) and streams <= RowLinear(weight, None).most_rows:
+        layer, description = RowLinear, "a kernel for few rows"
     elif is_exact(PackedLinear, dtype, tolerance=0.02):
         layer, description = PackedLinear, "weights packed for the processor"
     else:

@@ -1,60 +1,13 @@
-/* y = x weight' * scale + bias + residual for a few rows x: what generation does for each token.
+/* y = gelu(x weight' * scale + bias) + residual for a few rows x: what generation does for each token.
  *
  * Every weight is read once, in the order in which it lies in memory, and ahead of its use: the time is the memory's.
+ * Up to 4 rows are multiplied by vector instructions, up to 16 by AMX's matrix instructions where the processor has them.
  * The compiler leaves parallel regions to the OpenMP library that torch has loaded, so both share its threads.
  */
-#include <immintrin.h>
-#include <stdint.h>
+#include "lanes.h"
 
-#define AHEAD 8192 /* bytes between what is used and what is fetched, into the second cache */
-
-#if defined(__AVX512F__) && defined(__AVX512BW__)
-#define LANES 16
-typedef __m512 lanes;
-#define ZERO _mm512_setzero_ps()
-#define LOAD(p) _mm512_loadu_ps(p)
-#define ADD_PRODUCT(a, b, sum) _mm512_fmadd_ps(a, b, sum)
-#define ADD(a, b) _mm512_add_ps(a, b)
-#define SUM(a) _mm512_reduce_add_ps(a)
-#define FROM_INT8(p) _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)(p))))
-#define FROM_BFLOAT16(p) \
-    _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)(p))), 16))
-#elif defined(__AVX2__) && defined(__FMA__)
-#define LANES 8
-typedef __m256 lanes;
-#define ZERO _mm256_setzero_ps()
-#define LOAD(p) _mm256_loadu_ps(p)
-#define ADD_PRODUCT(a, b, sum) _mm256_fmadd_ps(a, b, sum)
-#define ADD(a, b) _mm256_add_ps(a, b)
-#define SUM(a) sum_of_8(a)
-#define FROM_INT8(p) _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)(p))))
-#define FROM_BFLOAT16(p) \
-    _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)(p))), 16))
-static inline float sum_of_8(__m256 numbers) {
-    __m128 four = _mm_add_ps(_mm256_castps256_ps128(numbers), _mm256_extractf128_ps(numbers, 1));
-    __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
-    return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
-}
-#else
-#error "no vector instructions that this was written for"
-#endif
-
+#define AHEAD 8192       /* bytes between what is used and what is fetched, into the second cache */
 #define STEP (4 * LANES) /* weights of a turn: four sums hide how long each addition takes */
-
-static float float_of(uint16_t bfloat16) {
-    union { uint32_t bits; float number; } value = {(uint32_t)bfloat16 << 16};
-    return value.number;
-}
-
-static uint16_t bfloat16_of(float number) { /* rounds to the nearest, to even between two */
-    union { float number; uint32_t bits; } value = {number};
-    if (number != number) return 0x7fc0;
-    return (uint16_t)((value.bits + 0x7fff + ((value.bits >> 16) & 1)) >> 16);
-}
-
-static float element(const void *numbers, long place, int is_bfloat16) {
-    return is_bfloat16 ? float_of(((const uint16_t *)numbers)[place]) : ((const float *)numbers)[place];
-}
 
 /* The products of one output's weights with each of `rows` inputs, which are float32 with `inputs` in a row. */
 static inline __attribute__((always_inline)) void products(
@@ -94,10 +47,120 @@ struct layer {
     int is_int8, is_bfloat16;
 };
 
-/* x (rows, inputs), rows 1 to 4; y and residual, which may be NULL, (rows, outputs). */
-void row_product(const struct layer *layer, const void *x, const void *residual, void *y, long rows) {
+#if defined(__AMX_TILE__) && defined(__AMX_BF16__) && defined(__AVX512BF16__) && defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#define SIDE 16        /* outputs, and rows of x, in a tile */
+#define DEPTH 32       /* inputs in a tile */
+#define ADD_TILE(sums, weights, x) { _tile_loadd(4, weights, 64); _tile_loadd(5, x, 64); _tile_dpbf16ps(sums, 4, 5); }
+
+/* Whether the system lets this process use the tiles, as which Linux has to be asked. */
+static int has_tiles(void) {
+    const long arch_req_xcomp_perm = 0x1023, xfeature_xtiledata = 18;
+    return syscall(SYS_arch_prctl, arch_req_xcomp_perm, xfeature_xtiledata) == 0;
+}
+
+/* Sums (16 outputs, 16 rows) of the outputs' weights with x, which lies as AMX wants it (inputs / 2, 16 rows, 2).
+ *
+ * The weights are copied into tiles first, a row's next 128 at a time, so that memory is read along its rows; int8 as
+ * bfloat16, which holds it exactly. Four tiles take turns in adding up, for each addition takes its time. */
+static inline __attribute__((always_inline)) void tile_products(
+    const char *weight, const int is_int8, const uint32_t *x, long inputs, float sums[4][SIDE][SIDE]
+) {
+    const long bytes = is_int8 ? 1 : 2, row_bytes = bytes * inputs;
+    uint16_t tiles[4][SIDE][DEPTH] __attribute__((aligned(64)));
+    const char *next = weight + SIDE * row_bytes; /* the weights of the next 16 outputs */
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+    for (long place = 0; place < inputs; place += 4 * DEPTH) {
+        const int n_tiles = inputs - place < 4 * DEPTH ? (inputs - place) / DEPTH : 4;
+        for (int row = 0; row < SIDE; row++) {
+            const char *here = weight + row * row_bytes + bytes * place;
+            for (int line = 0; line < bytes * n_tiles * DEPTH; line += 64, next += 64) __builtin_prefetch(next, 0, 2);
+            for (int tile = 0; tile < n_tiles; tile++, here += bytes * DEPTH)
+                _mm512_store_si512(tiles[tile][row], is_int8
+                    ? (__m512i)_mm512_cvtne2ps_pbh(FROM_INT8(here + 16), FROM_INT8(here)) : _mm512_loadu_si512(here));
+        }
+        const uint32_t *part = x + place / 2 * SIDE;
+        ADD_TILE(0, tiles[0], part)
+        if (n_tiles > 1) ADD_TILE(1, tiles[1], part + DEPTH / 2 * SIDE)
+        if (n_tiles > 2) ADD_TILE(2, tiles[2], part + DEPTH * SIDE)
+        if (n_tiles > 3) ADD_TILE(3, tiles[3], part + 3 * DEPTH / 2 * SIDE)
+    }
+    _tile_stored(0, sums[0], 64);
+    _tile_stored(1, sums[1], 64);
+    _tile_stored(2, sums[2], 64);
+    _tile_stored(3, sums[3], 64);
+}
+
+/* row_product for up to 16 rows; all but int8 weights is bfloat16. */
+static void tile_product(
+    const struct layer *layer, const uint16_t *x, const uint16_t *residual, uint16_t *y, long rows, int has_gelu
+) {
+    const long outputs = layer->outputs, inputs = layer->inputs, pairs = inputs / 2;
+    const uint16_t *scale = layer->scale, *bias = layer->bias;
+    const struct { uint8_t palette, start_row, reserved[14]; uint16_t row_bytes[16]; uint8_t rows[16]; } shape = {
+        .palette = 1, .row_bytes = {64, 64, 64, 64, 64, 64}, .rows = {SIDE, SIDE, SIDE, SIDE, SIDE, SIDE}};
+    const __m512i column = _mm512_mullo_epi32(
+        _mm512_set1_epi32(SIDE), _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0));
+    uint32_t tiles[pairs * SIDE] __attribute__((aligned(64)));
+#pragma omp parallel
+    {
+#pragma omp for schedule(static)
+        for (long pair = 0; pair < pairs; pair++)
+            for (long row = 0; row < SIDE; row++)
+                tiles[pair * SIDE + row] = row < rows ? ((const uint32_t *)x)[row * pairs + pair] : 0;
+        float sums[4][SIDE][SIDE] __attribute__((aligned(64)));
+        _tile_loadconfig(&shape);
+#pragma omp for schedule(static)
+        for (long group = 0; group < (outputs + SIDE - 1) / SIDE; group++) {
+            /* The last group begins where it still is whole; what two make of an output is the same. */
+            const long first = (group + 1) * SIDE <= outputs ? group * SIDE : outputs - SIDE;
+            if (layer->is_int8) tile_products(layer->weight + first * inputs, 1, tiles, inputs, sums);
+            else tile_products(layer->weight + 2 * first * inputs, 0, tiles, inputs, sums);
+            for (int output = 0; output < SIDE; output++)
+                _mm512_store_ps(sums[0][output], ADD(
+                    ADD(LOAD(sums[0][output]), LOAD(sums[1][output])), ADD(LOAD(sums[2][output]), LOAD(sums[3][output]))));
+            for (long row = 0; row < rows; row++) {
+                lanes values = _mm512_i32gather_ps(column, &sums[0][0][row], 4);
+                if (scale) values = _mm512_mul_ps(values, FROM_BFLOAT16(scale + first));
+                if (bias) values = ADD(values, FROM_BFLOAT16(bias + first));
+                if (has_gelu) {
+                    float numbers[SIDE];
+                    _mm512_storeu_ps(numbers, values);
+                    for (int place = 0; place < SIDE; place++) numbers[place] = gelu(numbers[place]);
+                    values = LOAD(numbers);
+                }
+                if (residual) values = ADD(values, FROM_BFLOAT16(residual + row * outputs + first));
+                _mm256_storeu_si256((__m256i *)(y + row * outputs + first), (__m256i)_mm512_cvtneps_pbh(values));
+            }
+        }
+        _tile_release();
+    }
+}
+#else
+#define SIDE 16
+#define DEPTH 32
+#define has_tiles() 0
+#define tile_product(layer, x, residual, y, rows, has_gelu) (void)0
+#endif
+
+/* The rows that `row_product` takes of a layer; the time of more is no longer the memory's. */
+long most_rows(const struct layer *layer) {
+    int is_tiled = layer->is_bfloat16 && layer->outputs >= SIDE && layer->inputs % DEPTH == 0 && has_tiles();
+    return is_tiled ? 16 : 4;
+}
+
+/* x (rows, inputs), rows 1 to most_rows; y and residual, which may be NULL, (rows, outputs). */
+void row_product(const struct layer *layer, const void *x, const void *residual, void *y, long rows, int has_gelu) {
     const long outputs = layer->outputs, inputs = layer->inputs;
     const int is_int8 = layer->is_int8, is_bfloat16 = layer->is_bfloat16;
+    if (rows > 4) {
+        tile_product(layer, x, residual, y, rows, has_gelu);
+        return;
+    }
     float numbers[rows * inputs];
     for (long place = 0; place < rows * inputs; place++) numbers[place] = element(x, place, is_bfloat16);
 #pragma omp parallel for schedule(static)
@@ -119,6 +182,7 @@ void row_product(const struct layer *layer, const void *x, const void *residual,
             float value = found[row];
             if (layer->scale) value *= element(layer->scale, output, is_bfloat16);
             if (layer->bias) value += element(layer->bias, output, is_bfloat16);
+            if (has_gelu) value = gelu(value);
             if (residual) value += element(residual, place, is_bfloat16);
             if (is_bfloat16) ((uint16_t *)y)[place] = bfloat16_of(value);
             else ((float *)y)[place] = value;

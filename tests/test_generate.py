@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import model as model_module
-from generation import packed_linear, row_product
+from generation import packed_linear, row_kernels
 from generation.packed_linear import Int8Linear, PackedLinear, RowLinear, is_exact, pack_linears, quantize_rows
-from generation.row_product import MOST_ROWS, RowProduct
+from generation.row_kernels import RowProduct, attend
 from model import (
     ENDED,
     GPT,
@@ -314,7 +314,7 @@ def test_a_strong_repetition_penalty_repeats_nothing():
 
 needs_int8 = pytest.mark.skipif(not is_exact(Int8Linear, torch.float32, 0.02), reason="no 8-bit kernel here")
 needs_packed = pytest.mark.skipif(not is_exact(PackedLinear, torch.bfloat16, 0.02), reason="no packed kernel here")
-needs_rows = pytest.mark.skipif(row_product.build() is None, reason="no C compiler, or a processor without AVX2")
+needs_rows = pytest.mark.skipif(row_kernels.build() is None, reason="no C compiler, or a processor without AVX2")
 
 
 def test_quantised_rows_are_within_half_a_step():
@@ -327,8 +327,8 @@ def test_quantised_rows_are_within_half_a_step():
 
 @needs_rows
 @pytest.mark.parametrize("processor", ["native", "haswell"])  # AVX-512 where there is one, and AVX2
-@pytest.mark.parametrize("shape", [(3, 64), (50, 70), (130, 1), (7, 200)])
-@pytest.mark.parametrize("rows", range(1, MOST_ROWS + 1))
+@pytest.mark.parametrize("shape", [(3, 64), (50, 70), (130, 1), (7, 200), (16, 32), (37, 160), (64, 256)])
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 5, 11, 16])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_a_row_product_is_the_product_summed_in_float32(processor, shape, rows, dtype):
     generator = seeded()
@@ -336,17 +336,42 @@ def test_a_row_product_is_the_product_summed_in_float32(processor, shape, rows, 
     scale, bias = torch.rand(shape[0], generator=generator), torch.randn(shape[0], generator=generator)
     x, residual, scale, bias = (one.to(dtype) for one in (x, residual, scale, bias))
     int8 = torch.randint(-127, 128, shape, dtype=torch.int8, generator=generator)
+    product = RowProduct(int8, scale, bias, processor)
+    if rows > product.most_rows:
+        assert product.most_rows == 4  # and never less
+        pytest.skip("no AMX, or not for this shape")
     tolerance = {"rtol": 1e-5, "atol": 1e-4} if dtype == torch.float32 else {"rtol": 2**-8, "atol": 1e-4}
     expected = (x.double() @ int8.double().T) * scale.double() + bias.double()
     before = x.clone()
-    torch.testing.assert_close(RowProduct(int8, scale, bias, processor)(x).double(), expected, **tolerance)
-    found = RowProduct(int8, scale, bias, processor)(x, residual)
+    torch.testing.assert_close(product(x).double(), expected, **tolerance)
+    found = product(x, residual)
     torch.testing.assert_close(found.double(), expected + residual.double(), **tolerance)
+    curved = torch.nn.functional.gelu(expected, approximate="tanh")
+    torch.testing.assert_close(product(x, residual, gelu=True).double(), curved + residual.double(), **tolerance)
     assert found.dtype == dtype and x.equal(before)
     if dtype == torch.bfloat16:
         weight = torch.randn(shape, generator=generator).to(dtype)
         expected = x.double() @ weight.double().T
         torch.testing.assert_close(RowProduct(weight, processor=processor)(x).double(), expected, **tolerance)
+
+
+@needs_rows
+@pytest.mark.parametrize("processor", ["native", "haswell"])
+@pytest.mark.parametrize(("heads", "size"), [(2, 16), (3, 32), (2, 48), (2, 64)])
+@pytest.mark.parametrize(("rows", "place"), [(1, 0), (1, 39), (3, 18)])
+def test_attention_of_a_new_token_is_that_of_float64(processor, heads, size, rows, place):
+    generator = seeded()
+    qkv = (2 * torch.randn(rows, 3 * heads * size, generator=generator)).bfloat16()
+    keys_values = torch.randn(2, rows, heads, 40, size, generator=generator).bfloat16()
+    expected_cache = keys_values.clone()
+    keys_values[..., place:, :] = math.nan  # what stands there before has no part
+    query, *new = qkv.view(rows, 3, heads, size).unbind(1)
+    expected_cache[:, :, :, place] = torch.stack(new)
+    found = attend(qkv, keys_values, place, processor)
+    assert keys_values[..., : place + 1, :].equal(expected_cache[..., : place + 1, :])
+    keys, values = expected_cache[..., : place + 1, :].double()
+    expected = torch.nn.functional.scaled_dot_product_attention(query[:, :, None].double(), keys, values)
+    torch.testing.assert_close(found.double(), expected.flatten(1), rtol=2**-8, atol=1e-5)
 
 
 @needs_rows
@@ -363,9 +388,9 @@ def test_a_row_product_rounds_to_even_and_keeps_what_is_no_number():
 
 def test_without_a_compiler_the_kernels_are_torchs(monkeypatch):
     monkeypatch.setenv("PATH", "")
-    monkeypatch.setattr(row_product, "build", row_product.build.__wrapped__)
-    monkeypatch.setattr(packed_linear, "build", row_product.build)
-    assert row_product.build() is None
+    monkeypatch.setattr(row_kernels, "build", row_kernels.build.__wrapped__)
+    monkeypatch.setattr(packed_linear, "build", row_kernels.build)
+    assert row_kernels.build() is None
     with pytest.raises(NotImplementedError, match="no C compiler"):
         RowLinear(torch.ones(2, 2).bfloat16(), None)
     if is_exact(PackedLinear, torch.bfloat16, 0.02):
@@ -375,7 +400,7 @@ def test_without_a_compiler_the_kernels_are_torchs(monkeypatch):
 
 
 @needs_int8
-@pytest.mark.parametrize("rows", [1, 2, MOST_ROWS, MOST_ROWS + 1, 40])
+@pytest.mark.parametrize("rows", [1, 2, 4, 5, 40])
 def test_8_bit_weights_are_the_only_thing_rounded(rows):
     check_8_bit_layer(rows)
 
@@ -396,8 +421,8 @@ def check_8_bit_layer(rows):
 @pytest.mark.parametrize(
     "streams, description",
     [
-        pytest.param(1, "a kernel for single rows", marks=needs_rows),
-        pytest.param(MOST_ROWS + 1, "weights packed for the processor", marks=needs_packed),
+        pytest.param(1, "a kernel for few rows", marks=needs_rows),
+        pytest.param(17, "weights packed for the processor", marks=needs_packed),
     ],
 )
 def test_packed_bfloat16_generates_what_the_plain_layers_would(streams, description):

@@ -1,0 +1,105 @@
+"""What generation does for each token, in C: builds row_product.c and row_attention.c for this processor, calls them.
+
+if build():
+    y = RowProduct(weight, None, bias)(x)    # x @ weight.T + bias
+    y = attend(qkv, keys_values, place)
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+SOURCES = [Path(__file__).with_name(name) for name in ("row_product.c", "row_attention.c")]
+BUILD_S = 60
+
+
+class Layer(ctypes.Structure):
+    """`struct layer` of row_product.c."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("weight", "scale", "bias")),
+        *((name, ctypes.c_long) for name in ("outputs", "inputs")),
+        *((name, ctypes.c_int) for name in ("is_int8", "is_bfloat16")),
+    )
+
+
+@functools.cache
+def build(processor: str = "native") -> ctypes.CDLL | None:
+    """The compiled SOURCES; None without a C compiler or on a processor without AVX2.
+
+    Building takes a fraction of a second, so that nothing is left behind on the disk.
+    """
+    compiler = next(filter(None, map(shutil.which, (os.environ.get("CC") or "gcc", "clang", "cc"))), None)
+    if compiler is None:
+        return None
+    with tempfile.TemporaryDirectory() as folder:
+        compiling = [compiler, "-O3", f"-march={processor}", "-fopenmp", "-fPIC", "-c", *map(str, SOURCES)]
+        # Linked without OpenMP's library: torch has loaded one, and a second would bring its own threads.
+        linking = [compiler, "-shared", *(f"{source.stem}.o" for source in SOURCES), "-o", "kernels.so"]
+        try:
+            for command in (compiling, linking):
+                subprocess.run(command, check=True, capture_output=True, timeout=BUILD_S, cwd=folder)
+            library = ctypes.CDLL(str(Path(folder, "kernels.so")), mode=os.RTLD_NOW)
+        except (OSError, subprocess.SubprocessError):  # another processor, or a compiler that knows no OpenMP
+            return None
+    library.row_product.argtypes = [ctypes.POINTER(Layer), *[ctypes.c_void_p] * 3, ctypes.c_long, ctypes.c_int]
+    library.row_product.restype = None
+    library.most_rows.argtypes = [ctypes.POINTER(Layer)]
+    library.most_rows.restype = ctypes.c_long
+    library.row_attention.argtypes = [*[ctypes.c_void_p] * 3, *[ctypes.c_long] * 5]
+    library.row_attention.restype = None
+    library.serves_heads.argtypes = [ctypes.c_long]
+    return library
+
+
+class RowProduct:
+    """x @ weight.T * scale + bias, (N, M), summed in float32, for x (N, K) of up to `most_rows` rows.
+
+    Where asked, GELU (tanh) of it, and a residual (N, M) added, before the result is rounded.
+
+    weight (M, K) in bfloat16 or int8, scale and bias (M,) or None; all on the CPU, all but the weight bfloat16 or all
+    float32. Raises NotImplementedError where the kernel cannot be built.
+    """
+
+    def __init__(self, weight: Tensor, scale: Tensor | None = None, bias: Tensor | None = None, processor="native"):
+        library = build(processor)
+        if library is None:
+            raise NotImplementedError("no C compiler, or a processor without AVX2")
+        self.tensors = [None if one is None else one.contiguous() for one in (weight, scale, bias)]  # kept alive
+        pointers = (None if one is None else one.data_ptr() for one in self.tensors)
+        others_dtype = next((one.dtype for one in (scale, bias) if one is not None), torch.bfloat16)
+        self.dtype, self.outputs = others_dtype, weight.shape[0]
+        is_int8, is_bfloat16 = weight.dtype == torch.int8, others_dtype == torch.bfloat16
+        self.layer = ctypes.byref(Layer(*pointers, *weight.shape, is_int8, is_bfloat16))
+        self.function, self.most_rows = library.row_product, library.most_rows(self.layer)
+
+    def __call__(self, x: Tensor, residual: Tensor | None = None, gelu: bool = False) -> Tensor:
+        x = x.contiguous()
+        y = torch.empty(len(x), self.outputs, dtype=self.dtype)
+        added = None
+        if residual is not None:
+            residual = residual.contiguous()
+            added = residual.data_ptr()
+        self.function(self.layer, x.data_ptr(), added, y.data_ptr(), len(x), gelu)
+        return y
+
+
+def attend(qkv: Tensor, keys_values: Tensor, place: int, processor="native") -> Tensor:
+    """Attention of one new token a row: qkv (B, 3 C) is stored at `place` and looks at what stands up to there; (B, C).
+
+    keys_values (2, B, H, room, D) is a layer's part of a KVCache. All are bfloat16, contiguous and on the CPU.
+    """
+    _, rows, heads, room, size = keys_values.shape
+    y = torch.empty(rows, heads * size, dtype=torch.bfloat16)
+    pointers = qkv.data_ptr(), keys_values.data_ptr(), y.data_ptr()
+    build(processor).row_attention(*pointers, rows, heads, size, room, place)
+    return y
