@@ -95,7 +95,7 @@ class TrainConfig:
     learning_rate: float | None = option(None, "AdamW's peak learning rate (default: 3e-3 up to 384 wide, else 6e-4)")
     muon_learning_rate: float = option(0.02, "Muon's peak learning rate")
     min_lr: float | None = option(None, "learning rate at the end (default: learning_rate / 10)")
-    schedule: str = option("cosine", "how the learning rates fall after the warm-up", choices=("cosine", "wsd"))
+    schedule: str = option("wsd", "how the learning rates fall after the warm-up", choices=("wsd", "cosine"))
     warmup_iters: int | None = option(None, "iterations of linear warm-up (default: max_iters / 20)")
     weight_decay: float = option(0.1, "decay of the weight matrices under AdamW")
     grad_clip: float = option(1.0, "largest gradient norm; 0 turns clipping off")
@@ -200,9 +200,9 @@ def resolve(config: TrainConfig, device: str, chat: bool, mixed: bool = False) -
 def schedule(iter_num: int, config: TrainConfig) -> float:
     """The learning rate of an iteration as a share of its peak: linear warm-up, then down to min_lr.
 
-    "cosine": half a wave of it ("SGDR", Loshchilov and Hutter 2017, section 3, without restarts). "wsd", warm-up,
-    stable, decay: the peak until a fifth of the iterations is left, then down by the square root of the part of these
-    that is done ("MiniCPM", Hu et al. 2024, section 4; the root: Haegele et al. 2024, section 3).
+    "wsd", warm-up, stable, decay: the peak until a fifth of the iterations is left, then down by the square root of the
+    part of these that is done ("MiniCPM", Hu et al. 2024, section 4; the root: Haegele et al. 2024, section 3).
+    "cosine": half a wave of it ("SGDR", Loshchilov and Hutter 2017, section 3, without restarts).
     """
     if iter_num < config.warmup_iters:
         return (iter_num + 1) / config.warmup_iters
