@@ -7,7 +7,6 @@ need torch import it when they are called.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
 import os
 import re
@@ -266,6 +265,8 @@ def choose_dtype(requested: str | None, device: str) -> str:
 
 def autocast(device: str, dtype: str):
     """The context in which matrix work on `device` runs in `dtype`; for float32 it changes nothing."""
+    import contextlib
+
     import torch
 
     if dtype == "float32":
@@ -279,10 +280,13 @@ def keep_freed_memory() -> None:
     A training step on a CPU otherwise spends a third of its time on page faults in fresh memory, and generation a
     tenth on looking up where pages lie. Call it before the first large tensor.
     """
+    if sys.platform != "linux":
+        return
     import ctypes
 
-    libc = _glibc()
-    if libc is None:
+    try:
+        libc = ctypes.CDLL("libc.so.6")
+    except OSError:  # another C library, which has other means
         return
     m_trim_threshold, m_top_pad, m_mmap_max = -1, -2, -4  # <malloc.h>
     libc.mallopt(m_mmap_max, 0)
@@ -297,22 +301,6 @@ def keep_freed_memory() -> None:
         first = -(-start // page) * page
         libc.madvise(first, (start + size - first) // page * page, madv_hugepage)
         libc.free(start)
-
-
-def give_back_freed_memory() -> None:
-    """Let the system have what is free now (Linux, glibc). Small gaps between what stays are not used again."""
-    if libc := _glibc():
-        libc.malloc_trim(0)
-
-
-def _glibc():
-    """GNU's C library; None where another one, which has other means, serves this process."""
-    import ctypes
-
-    try:
-        return ctypes.CDLL("libc.so.6") if sys.platform == "linux" else None
-    except OSError:
-        return None
 
 
 def has_cpp_compiler() -> bool:

@@ -26,7 +26,6 @@ from runtime import (
     UserError,
     autocast,
     choose_dtype,
-    give_back_freed_memory,
     given_options,
     has_cpp_compiler,
     keep_freed_memory,
@@ -474,7 +473,6 @@ def compile_or_eager(model: GPT, config: TrainConfig, ids, targets, module=None,
     model.zero_grad(set_to_none=True)
     set_random_states(states, config.device)
     gc.collect()  # the compiler leaves hundreds of thousands of objects, here and there in what the step has freed
-    give_back_freed_memory()
 
 
 def forward_backward(
@@ -576,11 +574,7 @@ def train(config: TrainConfig, given: dict, world: World = ALONE) -> int:
     scaler = torch.amp.GradScaler(config.device.partition(":")[0], enabled=config.dtype == "float16")
     world.seed_dropout(config.seed)
     run = Run(config, model, optimizers, scaler, facts, world)
-    if saved:
-        position = run.restore(saved)
-    else:
-        make_room_for_states(optimizers)
-        position = {"epoch": 0, "row": 0}
+    position = run.restore(saved) if saved else {"epoch": 0, "row": 0}
     set_peak_rates(optimizers, config)
     train_rows, val_batches = rows_and_batches(parts, shares, config)
     batches = Batches(train_rows, config.batch_size * config.gradient_accumulation_steps, position)
@@ -595,6 +589,8 @@ def train(config: TrainConfig, given: dict, world: World = ALONE) -> int:
         try:
             if config.compile:
                 compile_or_eager(model, config, *next(iter(val_batches.values()))[0], module, world)
+            if not config.resume:
+                make_room_for_states(optimizers)
             clock.restart(run.iter_num)
             while True:
                 share = schedule(run.iter_num, config)

@@ -77,13 +77,13 @@ def train_ours(options, config) -> Work:
     seed_everything(config.seed)
     model = train.move_model(train.make_model(config, None), config.device).train()
     optimizers = train.make_optimizers(model, config)
-    train.make_room_for_states(optimizers)
     scaler = torch.amp.GradScaler(config.device.partition(":")[0], enabled=config.dtype == "float16")
     n_rows = config.batch_size * config.gradient_accumulation_steps
     rows = np.random.default_rng(0).integers(model.config.n_vocab, size=(n_rows, config.block_size + 1))
     ids, targets = rows[:, :-1].copy(), rows[:, 1:].copy()
     if config.compile:
         train.compile_or_eager(model, config, ids[: config.batch_size], targets[: config.batch_size])
+    train.make_room_for_states(optimizers)
 
     def step() -> int:
         train.forward_backward(model, config, ids, targets, optimizers, scaler)
