@@ -94,7 +94,11 @@ class TrainConfig:
     learning_rate: float | None = option(None, "AdamW's peak learning rate (default: 3e-3 up to 384 wide, else 6e-4)")
     muon_learning_rate: float = option(0.02, "Muon's peak learning rate")
     min_lr: float | None = option(None, "learning rate at the end (default: learning_rate / 10)")
-    schedule: str = option("wsd", "how the learning rates fall after the warm-up", choices=("wsd", "cosine"))
+    schedule: str | None = option(
+        None,
+        "how the learning rates fall after the warm-up (default: cosine for chat data, else wsd)",
+        choices=("wsd", "cosine"),
+    )
     warmup_iters: int | None = option(None, "iterations of linear warm-up (default: max_iters / 20)")
     weight_decay: float = option(0.1, "decay of the weight matrices under AdamW")
     grad_clip: float = option(1.0, "largest gradient norm; 0 turns clipping off")
@@ -180,6 +184,7 @@ def resolve(config: TrainConfig, device: str, chat: bool, mixed: bool = False) -
         "loss_on": "assistant" if chat else "all",
         "document_mask": chat and not mixed,
         "learning_rate": 3e-3 if width <= 384 else 6e-4,
+        "schedule": "cosine" if chat else "wsd",
         "warmup_iters": max(1, config.max_iters // 20),
         "eval_interval": max(1, min(250, config.max_iters // 4)),
         "dtype": choose_dtype(config.dtype, device),

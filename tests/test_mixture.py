@@ -199,8 +199,8 @@ GOLDEN = {
 def test_one_data_set_trains_as_it_did_and_so_does_a_mixture_of_it_alone(data, tmp_path, monkeypatch, name):
     tokens_per_iter = train.resolve(train.TrainConfig(**OPTIONS), "cpu", chat=False).tokens_per_iter
     monkeypatch.setattr(train, "EMBEDDING_EPS", 1e-8 * tokens_per_iter)  # as it was then
-    run(data, tmp_path / "a", dataset=name, document_mask=False)
-    run(data, tmp_path / "b", dataset=f"{name}=1", document_mask=False)
+    run(data, tmp_path / "a", dataset=name, document_mask=False, schedule="cosine")  # and this, then too
+    run(data, tmp_path / "b", dataset=f"{name}=1", document_mask=False, schedule="cosine")
     records = losses(tmp_path / "a" / f"{name}10.jsonl")
     np.testing.assert_allclose([record[1] for record in records[1:]], GOLDEN[name], rtol=1e-3)
     saved = [load_checkpoint(tmp_path / folder / f"{name}10.pt") for folder in "ab"]

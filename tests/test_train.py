@@ -895,8 +895,15 @@ def test_the_schedule_warms_up_and_falls_to_the_lowest_rate():
     assert shares[55] == pytest.approx(0.1 + 0.9 / 2) and shares[100] == pytest.approx(0.1)
 
 
+@pytest.mark.parametrize(
+    ("chat", "given", "schedule"), [(False, {}, "wsd"), (True, {}, "cosine"), (True, {"schedule": "wsd"}, "wsd")]
+)
+def test_text_and_chat_have_schedules_of_their_own(chat, given, schedule):
+    assert train.resolve(train.TrainConfig(**given), "cpu", chat).schedule == schedule
+
+
 def test_wsd_stays_at_the_peak_until_a_fifth_is_left():
-    settings = {"max_iters": 100, "warmup_iters": 10, "learning_rate": 1e-3, "min_lr": 1e-4}  # the default
+    settings = {"max_iters": 100, "warmup_iters": 10, "learning_rate": 1e-3, "min_lr": 1e-4, "schedule": "wsd"}
     config = train.TrainConfig(**settings)
     shares = [train.schedule(iter_num, config) for iter_num in range(101)]
     assert shares[4] == pytest.approx(0.5) and set(shares[9:81]) == {1}
