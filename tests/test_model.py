@@ -182,7 +182,16 @@ def count_products():
         yield names
 
 
-def test_the_head_takes_little_more_than_logits_in_low_precision_and_a_copy_of_its_weight(tmp_path):
+@pytest.fixture
+def one_thread():
+    """Each thread of torch's kernels takes some memory of its own."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_the_head_takes_little_more_than_logits_in_low_precision_and_a_copy_of_its_weight(tmp_path, one_thread):
     """With its gradients, 8 + 8 MiB; the logits, or the weight's gradient, in float32 would be 16 each."""
     hidden, weight = torch.randn(256, 256, requires_grad=True), torch.randn(16384, 256, requires_grad=True)
     targets = torch.randint(0, 16384, (256,))
