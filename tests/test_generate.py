@@ -404,10 +404,14 @@ def test_a_row_product_rounds_to_even_and_keeps_what_is_no_number():
     assert RowProduct(weight)(torch.full((1, 1), 2.0).bfloat16())[0, 4] == math.inf
 
 
+@needs_rows
+def test_the_kernels_are_built_once():
+    assert row_kernels.build() is row_kernels.build("native") is row_kernels.build(processor="native")
+
+
 def test_without_a_compiler_the_kernels_are_torchs(monkeypatch):
     monkeypatch.setenv("PATH", "")
-    monkeypatch.setattr(row_kernels, "build", row_kernels.build.__wrapped__)
-    monkeypatch.setattr(packed_linear, "build", row_kernels.build)
+    monkeypatch.setattr(row_kernels, "_build", row_kernels._build.__wrapped__)
     assert row_kernels.build() is None
     with pytest.raises(NotImplementedError, match="no C compiler"):
         RowLinear(torch.ones(2, 2).bfloat16(), None)
