@@ -21,7 +21,16 @@ from exchange.tokenizer_files import merges, vocabulary
 from export import ExportOptions, export
 from model import GPT, GPTConfig
 from runtime import UserError
-from setup_tokenizer import ENDOFTEXT_ID, IM_END_ID, IM_START_ID, N_VOCAB, encode_chat, encode_text
+from setup_tokenizer import (
+    ENDOFTEXT_ID,
+    IM_END_ID,
+    IM_START_ID,
+    N_VOCAB,
+    SPECIAL_TOKENS,
+    encode_chat,
+    encode_text,
+    encode_with_extended_tokenizer,
+)
 
 CONFIG = GPTConfig(block_size=64, n_layer=2, n_head=2, n_embd=32)
 DATA = {
@@ -130,9 +139,10 @@ def test_text_has_the_same_ids(tokenizer, text):
 
 
 @settings(deadline=None, max_examples=150)
-@given(text=st.text(st.characters(codec="utf-8")))
-def test_any_text_has_the_same_ids(tokenizer, text):
-    assert tokenizer(text)["input_ids"] == encode_text(text)
+@given(pieces=st.lists(st.text(st.characters(codec="utf-8")) | st.sampled_from(sorted(SPECIAL_TOKENS)), max_size=4))
+def test_any_text_has_the_same_ids_and_spelled_control_tokens_are_control_tokens(tokenizer, pieces):
+    text = "".join(pieces)
+    assert tokenizer(text)["input_ids"] == encode_with_extended_tokenizer(text)
 
 
 @pytest.mark.parametrize("add_generation_prompt", [False, True])

@@ -13,6 +13,7 @@ from setup_tokenizer import (
     IM_END_ID,
     IM_START_ID,
     ROLES,
+    SPECIAL_TOKENS,
     encode_chat,
     encode_document,
     encode_documents,
@@ -39,9 +40,8 @@ FRAGMENTS = [
     "'s",
     "don't",
 ]
-CONTROL_FREE = [fragment for fragment in FRAGMENTS if not fragment.startswith("<|") or len(fragment) < 6]
 TEXTS = st.lists(st.one_of(st.sampled_from(FRAGMENTS), st.text(max_size=20)), max_size=6).map("".join)
-PLAIN_TEXTS = st.one_of(st.text(max_size=40), st.sampled_from(CONTROL_FREE))
+PLAIN_TEXTS = TEXTS.filter(lambda text: not any(control_token in text for control_token in SPECIAL_TOKENS))
 
 
 def conversations(texts) -> st.SearchStrategy:
