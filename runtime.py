@@ -280,13 +280,10 @@ def keep_freed_memory() -> None:
     A training step on a CPU otherwise spends a third of its time on page faults in fresh memory, and generation a
     tenth on looking up where pages lie. Call it before the first large tensor.
     """
-    if sys.platform != "linux":
-        return
     import ctypes
 
-    try:
-        libc = ctypes.CDLL("libc.so.6")
-    except OSError:  # another C library, which has other means
+    libc = _glibc()
+    if libc is None:
         return
     m_trim_threshold, m_top_pad, m_mmap_max = -1, -2, -4  # <malloc.h>
     libc.mallopt(m_mmap_max, 0)
@@ -301,6 +298,23 @@ def keep_freed_memory() -> None:
         first = -(-start // page) * page
         libc.madvise(first, (start + size - first) // page * page, madv_hugepage)
         libc.free(start)
+
+
+def give_back_freed_memory() -> None:
+    """Let the system have what is free now (Linux, glibc), and keep from here on what will be freed."""
+    if libc := _glibc():
+        libc.malloc_trim(0)
+        keep_freed_memory()  # the addresses at the heap's end are gone too
+
+
+def _glibc():
+    """GNU's C library; None where another one, which has other means, serves this process."""
+    import ctypes
+
+    try:
+        return ctypes.CDLL("libc.so.6") if sys.platform == "linux" else None
+    except OSError:
+        return None
 
 
 def has_cpp_compiler() -> bool:

@@ -26,6 +26,7 @@ from runtime import (
     UserError,
     autocast,
     choose_dtype,
+    give_back_freed_memory,
     given_options,
     has_cpp_compiler,
     keep_freed_memory,
@@ -247,19 +248,23 @@ def make_optimizers(model: GPT, config: TrainConfig) -> list[torch.optim.Optimiz
 
 
 def make_room_for_states(optimizers: list[torch.optim.Optimizer]) -> None:
-    """Give each weight the state that torch's optimizers would give it in the first step, at once.
+    """Let the optimizers make their states, all zeros, in a step that changes no weight.
 
-    Made in the first step, the states would lie between its gradients and leave gaps that nothing large fits into.
+    Made in the first real step, the states would lie between its gradients and leave gaps that nothing large fits into.
     """
     for optimizer in optimizers:
+        rates = [group["lr"] for group in optimizer.param_groups]
         for group in optimizer.param_groups:
+            group["lr"] = 0.0
             for weight in group["params"]:
-                if isinstance(optimizer, torch.optim.Muon):
-                    optimizer.state[weight] = {"momentum_buffer": torch.zeros_like(weight)}
-                else:
-                    step = torch.zeros((), device=weight.device if group["fused"] else "cpu")
-                    moments = {name: torch.zeros_like(weight) for name in ("exp_avg", "exp_avg_sq")}
-                    optimizer.state[weight] = {"step": step, **moments}
+                weight.grad = torch.zeros_like(weight)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        for state in optimizer.state.values():
+            for value in state.values():
+                value.zero_()
+        for group, rate in zip(optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
 
 
 def set_peak_rates(optimizers: list[torch.optim.Optimizer], config: TrainConfig) -> None:
@@ -465,7 +470,7 @@ def compile_or_eager(model: GPT, config: TrainConfig, ids, targets, module=None,
     ids, targets = (np.resize(rows, (n_rows, rows.shape[1])) for rows in (ids, targets))
     states = random_states(config.device)
     start = time.perf_counter()
-    model.compile_training(each_block=world.size > 1)
+    model.compile_training()
     try:
         forward_backward(module or model, config, ids, targets, world=world)
         print(f"torch.compile: ready after {time.perf_counter() - start:.1f} s")
@@ -478,6 +483,7 @@ def compile_or_eager(model: GPT, config: TrainConfig, ids, targets, module=None,
     model.zero_grad(set_to_none=True)
     set_random_states(states, config.device)
     gc.collect()  # the compiler leaves hundreds of thousands of objects, here and there in what the step has freed
+    give_back_freed_memory()
 
 
 def forward_backward(

@@ -129,17 +129,18 @@ def test_flex_attention_under_the_block_mask_equals_the_mask_by_hand():
 
 @pytest.mark.skipif(not has_cpp_compiler(), reason="torch.compile needs a C++ compiler")
 @torch.no_grad()
-def test_the_compiled_blocks_take_a_block_mask_and_are_compiled_once(gpt):
+def test_the_compiled_blocks_take_a_block_mask_and_share_code_that_is_made_once(gpt):
     torch._dynamo.reset()
     counter = torch._dynamo.testing.CompileCounterWithBackend("inductor")
-    compiled = torch.compile(gpt.blocks, backend=counter)
+    for block in gpt.h:
+        block.compiled = torch.compile(block.residuals, backend=counter)
     for seed in range(3):
         generator = torch.Generator().manual_seed(seed)
         numbers = torch.randint(0, 2, (2, 24), generator=generator).cumsum(1) // 4
         x = torch.randn(2, 24, SHAPE.n_embd, generator=generator)
-        expected = gpt.blocks(x, None, dense_mask(numbers, x.dtype))
-        torch.testing.assert_close(compiled(x, None, block_mask(numbers)), expected, atol=1e-4, rtol=1e-4)
-    assert counter.frame_count == 1
+        expected = gpt.eval().blocks(x, None, dense_mask(numbers, x.dtype))
+        torch.testing.assert_close(gpt.train().blocks(x, None, block_mask(numbers)), expected, atol=1e-4, rtol=1e-4)
+    assert counter.frame_count == 1 and len(gpt.h) > 1
 
 
 def test_flex_attention_serves_only_what_it_can_do(gpt, monkeypatch):
@@ -150,13 +151,13 @@ def test_flex_attention_serves_only_what_it_can_do(gpt, monkeypatch):
 
     monkeypatch.setattr(model, "block_mask", lambda numbers: "blocks")
     on_cuda = documents().as_subclass(OnCuda)
-    gpt.compiled_blocks = gpt.blocks
+    gpt.h[0].compiled = gpt.h[0].residuals
     assert gpt.document_mask(on_cuda) == "blocks"
     assert isinstance(gpt.document_mask(documents()), torch.Tensor)
     assert isinstance(gpt.eval().document_mask(on_cuda), torch.Tensor)
     gpt.train().config = dataclasses.replace(SHAPE, dropout=0.1)
     assert isinstance(gpt.document_mask(on_cuda), torch.Tensor)
-    gpt.config, gpt.compiled_blocks = SHAPE, None
+    gpt.config, gpt.h[0].compiled = SHAPE, None
     assert isinstance(gpt.document_mask(on_cuda), torch.Tensor)
 
 

@@ -331,26 +331,16 @@ def note_compiled_calls(monkeypatch) -> list[tuple[str, torch.dtype]]:
     return seen
 
 
-def test_the_compiled_part_holds_no_embedding(monkeypatch):
+def test_the_compiled_parts_are_the_blocks_one_by_one_without_the_embedding(monkeypatch):
     """On a CPU the compiled gradient of an embedding adds in varying order: compiled runs would not repeat."""
-    seen = note_compiled_calls(monkeypatch)
-    model = GPT(GPTConfig(block_size=8, vocab_size=64, n_vocab=60, n_layer=1, n_head=1, n_embd=8))
-    idx = torch.zeros(1, 8, dtype=torch.long)
-    plain = model(idx, idx)[1]
-    model.compile_training()
-    assert torch.equal(model(idx, idx)[1], plain)
-    assert dict(seen)["blocks"] == torch.float32
-    assert [name for name, _ in seen] == ["transposed", "blocks"]  # both really used
-
-
-def test_blocks_are_compiled_one_by_one_where_asked(monkeypatch):
     seen = note_compiled_calls(monkeypatch)
     gpt = GPT(GPTConfig(block_size=8, vocab_size=64, n_vocab=60, n_layer=3, n_head=1, n_embd=8))
     idx = torch.zeros(1, 8, dtype=torch.long)
     plain = gpt(idx, idx)[1]
-    gpt.compile_training(each_block=True)
+    gpt.compile_training()
     assert torch.equal(gpt(idx, idx)[1], plain)
     assert [name for name, _ in seen] == ["transposed"] + ["residuals"] * 3
+    assert {dtype for _, dtype in seen} == {torch.float32}
     with torch.no_grad():
         gpt.eval()(idx)
     gpt.compile_nothing()

@@ -301,15 +301,19 @@ def test_the_peak_belongs_to_the_very_device(name, teraflops):
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library has other means")
-def test_freed_memory_is_kept():
+def test_freed_memory_is_kept_until_its_gaps_are_given_back_but_not_the_addresses():
     body = """import torch
-    def held_mib():
-        return int(next(line for line in open("/proc/self/status") if line.startswith("VmRSS")).split()[1]) // 1024
+    def held_mib(what):
+        return int(next(line for line in open("/proc/self/status") if line.startswith(what)).split()[1]) // 1024
     keep_freed_memory()
-    before = held_mib()
-    torch.ones(256, 2**18)
-    print(held_mib() - before)"""
-    assert int(run_program(body).stdout) > 250
+    before, addresses = held_mib("VmRSS"), held_mib("VmData")
+    tensor, behind = torch.ones(256, 2**18), torch.ones(2**10)  # 256 MiB, and what makes them a gap when they are freed
+    del tensor
+    print(held_mib("VmRSS") - before > 250)
+    give_back_freed_memory()
+    print(held_mib("VmRSS") - before < 20)
+    print(held_mib("VmData") - addresses > -20)  # half the machine's memory, if the end were cut off"""
+    assert run_program(body).stdout.split() == ["True", "True", "True"]
 
 
 def test_a_seed_fixes_every_generator():

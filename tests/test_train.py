@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import errno
 import inspect
@@ -257,7 +258,12 @@ def test_states_made_before_the_first_step_are_those_of_torch(optimizer):
         gpt = model.GPT(model.GPTConfig(block_size=8, n_layer=1, n_head=1, n_embd=8))
         optimizers = train.make_optimizers(gpt, config)
         if is_early:
+            groups = [group for each in optimizers for group in each.param_groups]
+            weights, rates = copy.deepcopy(gpt.state_dict()), [group["lr"] for group in groups]
             train.make_room_for_states(optimizers)
+            torch.testing.assert_close(gpt.state_dict(), weights, rtol=0, atol=0)
+            assert [group["lr"] for group in groups] == rates and all(rates)
+            assert all(weight.grad is None for weight in gpt.parameters())
             made = [state for each in optimizers for state in each.state_dict()["state"].values()]
             assert not any(value.any() for state in made for value in state.values())
         for weight in gpt.parameters():
