@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import importlib.util
+import itertools
 import json
 import multiprocessing
 import statistics
@@ -26,13 +27,13 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.extend(str(ROOT / folder) for folder in (".", "data"))
 
-from benchmark_work import WORKS, model_config, peer_setting, timed, training_config  # noqa: E402
+from benchmark_work import PEERS, WORKS, model_config, peer_setting, timed, training_config  # noqa: E402
 from device_limits import cpu_name, generation_floor, measure_machine, n_cores, training_floor  # noqa: E402
 
 from files import atomic_write  # noqa: E402
 from runtime import UserError, option, parse_options, run_script  # noqa: E402
 
-PEERS = {"train": "transformers", "generate": "transformers", "prepare": "tiktoken"}
+PACKAGES = ("transformers", "tiktoken")  # peers that have to be installed
 SHOWN_SETTINGS = (
     *("preset", "n_layer", "n_head", "n_embd", "block_size", "device", "dtype", "batch_size"),
     *("gradient_accumulation_steps", "optimizer", "compile", "quantize", "streams", "prompt_tokens", "max_tokens"),
@@ -46,7 +47,10 @@ class BenchmarkOptions:
 
     task: str = option(None, "what to measure", positional=True, nargs=None, choices=tuple(PEERS))
     peer: str | None = option(
-        None, "what to compare with: transformers, for prepare tiktoken", choices=("transformers", "tiktoken")
+        None,
+        "what to compare with: transformers; train: also a loop as nanoGPT's, plain (its defaults on a CPU) or "
+        "compiled (its best flags); prepare: tiktoken",
+        choices=tuple(dict.fromkeys(itertools.chain(*PEERS.values()))),
     )
     rounds: int = option(5, "rounds that count")
     round_s: float = option(3.0, "seconds for which a round repeats a step of training or a generation", metavar="S")
@@ -81,8 +85,8 @@ class BenchmarkOptions:
                 raise ValueError(f"{field.name} must be at least 1, not {value}")
         if not self.round_s > 0:
             raise ValueError(f"round_s must be above 0, not {self.round_s}")
-        if self.peer not in (None, PEERS[self.task]):
-            raise ValueError(f"the peer of {self.task} is {PEERS[self.task]}, not {self.peer}")
+        if self.peer not in (None, *PEERS[self.task]):
+            raise ValueError(f"{self.task} can be compared with {' or '.join(PEERS[self.task])}, not {self.peer}")
         if (self.input is None) == (self.task == "prepare"):
             raise ValueError("prepare needs input, and nothing else takes it")
         if self.quantize and self.task != "generate":
@@ -96,7 +100,7 @@ def serve(side: str, options: BenchmarkOptions, config, pipe) -> None:
     """Build one side's work, say how long that took, do a round when asked, tell memory and latencies."""
     try:
         start = time.perf_counter()
-        work = WORKS[options.task, side](options, config)
+        work = WORKS[options.task][side](options, config)
         if work.repeats:
             timed(work, 1)  # compiles, captures, takes memory
         pipe.send(time.perf_counter() - start)
@@ -128,7 +132,7 @@ class Side:
 
     def __init__(self, side: str, options: BenchmarkOptions, config):
         context = multiprocessing.get_context("spawn")  # a fresh process: its memory is its own
-        self.name = "ours" if side == "ours" else PEERS[options.task]
+        self.name = side
         self.pipe, theirs = context.Pipe()
         self.process = context.Process(target=serve, args=(side, options, config, theirs), daemon=True)
         self.process.start()
@@ -238,7 +242,7 @@ def measure_preparation(options: BenchmarkOptions) -> dict:
     found = measure_sides(options, None)
     one_thread = found["peer_tokens_per_s"]
     if one_thread is None:
-        side = Side("peer", options, None)
+        side = Side("tiktoken", options, None)
         one_thread = side.measure()
         side.finish()
     facts = {"task": "prepare", "preset": None, "device": "cpu", "device_name": cpu_name(), "dtype": None}
@@ -247,15 +251,16 @@ def measure_preparation(options: BenchmarkOptions) -> dict:
 
 def measure_sides(options: BenchmarkOptions, config) -> dict:
     """Start both sides, let them alternate, end them: speeds, start-up times and peaks of memory."""
-    sides = {side: Side(side, options, config) for side in (("ours", "peer") if options.peer else ("ours",))}
-    speeds = alternate({side.name: side.measure for side in sides.values()}, options.rounds, options.task != "prepare")
+    names = ("ours", options.peer) if options.peer else ("ours",)
+    sides = {name: Side(name, options, config) for name in names}
+    speeds = alternate({name: side.measure for name, side in sides.items()}, options.rounds, options.task != "prepare")
     found = figures(speeds["ours"], speeds.get(options.peer))
-    for prefix, name in (("", "ours"), ("peer_", "peer")):
+    for prefix, name in (("", "ours"), ("peer_", options.peer)):
         side = sides.get(name)
         found[f"{prefix}start_up_s"] = side and side.start_up_s
         found[f"{prefix}peak_memory_bytes"], latencies_s = side.finish() if side else (None, {})
         found |= {"latencies_s": latencies_s} if latencies_s else {}
-    setting = peer_setting(options.task, config.device if config else "cpu") if options.peer else None
+    setting = peer_setting(options.task, options.peer, config.device if config else "cpu") if options.peer else None
     return {**found, "peer": options.peer, "peer_setting": setting, "rounds": options.rounds}
 
 
@@ -302,7 +307,7 @@ def _number(value: float) -> str:
 
 def main() -> None:
     options = parse_options(BenchmarkOptions, __doc__)
-    if options.peer and importlib.util.find_spec(options.peer) is None:
+    if options.peer in PACKAGES and importlib.util.find_spec(options.peer) is None:
         raise UserError(f"--peer {options.peer} is not installed; run: pip install -r requirements-dev.txt")
     if options.json and not Path(options.json).parent.is_dir():
         raise UserError(f"--json {options.json}: there is no folder {Path(options.json).parent}; make it with mkdir -p")

@@ -1,6 +1,6 @@
 """What each side of benchmark.py does, step by step, and what time and memory that takes.
 
-work = WORKS["train", "ours"](options, training_config(options))
+work = WORKS["train"]["ours"](options, training_config(options))
 seconds, tokens = timed(work, steps=10)
 """
 
@@ -96,28 +96,66 @@ def train_ours(options, config) -> Work:
     return on_device(step, config.device)
 
 
-def train_peer(options, config) -> Work:
-    """The loop that a user of transformers writes: AdamW, clipping; plain float32 unless the device is CUDA's."""
-    import torch
+def train_transformers(options, config) -> Work:
+    """The loop that a user of transformers writes: plain float32, on CUDA with all that makes it fast there."""
     from transformers import GPT2LMHeadModel
 
-    on_cuda = config.device.startswith("cuda")
-    torch.manual_seed(config.seed)
+    seed_everything(config.seed)
     model = GPT2LMHeadModel(transformers_config(config)).to(config.device).train()
     model.loss_type = "ForCausalLM"  # else it says that it has to guess
+
+    def logits_and_loss(ids):
+        return None, model(input_ids=ids, labels=ids, use_cache=False).loss
+
+    return simple_loop(model, logits_and_loss, config, tuned=config.device.startswith("cuda"))
+
+
+def train_plain(options, config) -> Work:
+    """A loop as nanoGPT's with its defaults on a CPU: float32, eager."""
+    return nanogpt_like(config, tuned=False)
+
+
+def train_compiled(options, config) -> Work:
+    """A loop as nanoGPT's with its best flags, which are its defaults on CUDA."""
+    return nanogpt_like(config, tuned=True)
+
+
+def nanogpt_like(config, tuned: bool) -> Work:
+    """Our network in a loop of nanoGPT's kind: cross entropy of whole logits, which `logits, loss = ...` keeps."""
+    from torch.nn.functional import cross_entropy
+
+    from model import GPT
+
+    seed_everything(config.seed)
+    model = GPT(model_config(config)).to(config.device).train()
+
+    def logits_and_loss(ids):
+        logits, _ = model(ids)
+        return logits, cross_entropy(logits.flatten(0, 1), ids.flatten())
+
+    return simple_loop(model, logits_and_loss, config, tuned)
+
+
+def simple_loop(model, logits_and_loss: Callable, config, tuned: bool) -> Work:
+    """AdamW and clipping around a model; `tuned` adds bfloat16 autocast, torch.compile and the fused optimizer.
+
+    `logits_and_loss` takes ids (B, T). The logits that it returns live until the next micro-batch has made its own.
+    """
+    import torch
+
     rates = {"lr": config.learning_rate, "betas": (0.9, 0.95), "weight_decay": config.weight_decay}
-    optimizer = torch.optim.AdamW(model.parameters(), **rates, fused=True if on_cuda else None)
-    forward = torch.compile(model) if on_cuda else model
+    optimizer = torch.optim.AdamW(model.parameters(), **rates, fused=True if tuned else None)
+    forward = torch.compile(logits_and_loss) if tuned else logits_and_loss
+    shape = (config.batch_size, config.block_size)
     n_vocab = model_config(config).n_vocab
-    batches = [
-        torch.randint(n_vocab, (config.batch_size, config.block_size), device=config.device)
-        for _ in range(config.gradient_accumulation_steps)
-    ]
+    batches = [torch.randint(n_vocab, shape, device=config.device) for _ in range(config.gradient_accumulation_steps)]
+    logits = None
 
     def step() -> int:
+        nonlocal logits
         for ids in batches:
-            with autocast(config.device, "bfloat16" if on_cuda else "float32"):
-                loss = forward(input_ids=ids, labels=ids, use_cache=False).loss
+            with autocast(config.device, "bfloat16" if tuned else "float32"):
+                logits, loss = forward(ids)
             (loss / len(batches)).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
         optimizer.step()
@@ -127,14 +165,15 @@ def train_peer(options, config) -> Work:
     return on_device(step, config.device)
 
 
-def peer_setting(task: str, device: str) -> str:
-    """How the peer of a task works, in words."""
+def peer_setting(task: str, peer: str, device: str) -> str:
+    """How a peer works, in words."""
     if task == "prepare":
         return "one thread of encode_ordinary"
     if task == "generate":
         return "its generate with a cache, greedy, in our precision"
-    on_cuda = device.startswith("cuda")
-    return "bfloat16 autocast, torch.compile, fused AdamW" if on_cuda else "float32, eager, AdamW"
+    if peer == "compiled" or (peer == "transformers" and device.startswith("cuda")):
+        return "bfloat16 autocast, torch.compile, fused AdamW, whole logits"
+    return "float32, eager, AdamW, whole logits"
 
 
 def transformers_config(config):
@@ -205,7 +244,7 @@ def generate_ours(options, config) -> Work:
     return dataclasses.replace(on_device(step, config.device), latencies_s=latencies_s)
 
 
-def generate_peer(options, config) -> Work:
+def generate_transformers(options, config) -> Work:
     """transformers' `generate` with its cache, greedily, the same number of new tokens in the same precision."""
     import torch
     from transformers import GPT2LMHeadModel
@@ -270,7 +309,7 @@ def prepare_ours(options, config) -> Work:
     return Work(step, lambda: peak.bytes, repeats=False)
 
 
-def prepare_peer(options, config) -> Work:
+def prepare_tiktoken(options, config) -> Work:
     """One thread of tiktoken over the same documents, or over the first of many; reading them is not counted."""
     from sources import read_text_documents
 
@@ -359,10 +398,13 @@ def timed(work: Work, steps: int, clock: Callable[[], float] = time.perf_counter
 
 
 WORKS = {
-    ("train", "ours"): train_ours,
-    ("train", "peer"): train_peer,
-    ("generate", "ours"): generate_ours,
-    ("generate", "peer"): generate_peer,
-    ("prepare", "ours"): prepare_ours,
-    ("prepare", "peer"): prepare_peer,
+    "train": {
+        "ours": train_ours,
+        "transformers": train_transformers,
+        "plain": train_plain,
+        "compiled": train_compiled,
+    },
+    "generate": {"ours": generate_ours, "transformers": generate_transformers},
+    "prepare": {"ours": prepare_ours, "tiktoken": prepare_tiktoken},
 }
+PEERS = {task: tuple(sides)[1:] for task, sides in WORKS.items()}

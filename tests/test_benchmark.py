@@ -10,9 +10,12 @@ import random
 import subprocess
 import sys
 import time
+import weakref
 from pathlib import Path
 
 import pytest
+import torch
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 ROOT = Path(__file__).resolve().parent.parent
 TOOLS = ROOT / "testing_tools"
@@ -169,7 +172,7 @@ def test_our_training_step_trains_and_the_peer_has_the_same_shape():
     pytest.importorskip("transformers")
     chosen = options("train", n_layer=1, n_head=2, n_embd=16, block_size=8, batch_size=2, compile=False)
     config = benchmark_work.training_config(chosen)
-    works = [benchmark_work.WORKS["train", side](chosen, config) for side in ("ours", "peer")]
+    works = [benchmark_work.WORKS["train"][side](chosen, config) for side in ("ours", "transformers")]
     assert [work.step() for work in works] == [16, 16]
     from transformers import GPT2LMHeadModel
 
@@ -178,12 +181,44 @@ def test_our_training_step_trains_and_the_peer_has_the_same_shape():
     assert sum(weight.numel() for weight in peer.parameters()) == ours.n_params()
 
 
+def test_the_loops_as_nanogpts_differ_in_precision_and_compilation(monkeypatch):
+    shape = {"n_layer": 1, "n_head": 2, "n_embd": 16, "block_size": 8, "batch_size": 2}
+    config = benchmark_work.training_config(options("train", **shape, gradient_accumulation_steps=2))
+    compiled, dtypes = [], []
+    real = torch.nn.functional.cross_entropy
+    monkeypatch.setattr(torch, "compile", lambda function: compiled.append(function) or function)
+    monkeypatch.setattr(torch.nn.functional, "cross_entropy", lambda *a: dtypes.append(a[0].dtype) or real(*a))
+    assert [benchmark_work.WORKS["train"][peer](None, config).step() for peer in ("plain", "compiled")] == [32, 32]
+    assert len(compiled) == 1 and dtypes == [torch.float32] * 2 + [torch.bfloat16] * 2
+
+
+def test_a_simple_loop_clips_the_gradient_steps_and_keeps_the_last_logits():
+    config = benchmark_work.training_config(options("train", preset="tiny", gradient_accumulation_steps=1))
+    weights = torch.nn.ParameterList([torch.zeros(4)])
+    made, norms = [], []
+
+    def logits_and_loss(ids):
+        logits = weights[0] * len(ids)
+        made.append(weakref.ref(logits))
+        return logits, logits.sum()
+
+    work = benchmark_work.simple_loop(weights, logits_and_loss, config, tuned=False)
+    note_norm = register_optimizer_step_pre_hook(lambda *_: norms.append(weights[0].grad.norm().item()))
+    work.step()
+    assert weights[0].tolist() == pytest.approx([-config.learning_rate] * 4)  # as Adam's first step, with no decay of 0
+    assert weights[0].grad is None
+    work.step()
+    note_norm.remove()
+    assert norms == pytest.approx([config.grad_clip] * 2)
+    assert [logits() is not None for logits in made] == [False, True]
+
+
 def test_both_sides_generate_as_many_tokens_as_asked():
     pytest.importorskip("transformers")
     shape = {"n_layer": 1, "n_head": 2, "n_embd": 16, "block_size": 32}
     chosen = options("generate", **shape, streams=2, prompt_tokens=3, max_tokens=7)
     config = benchmark_work.training_config(chosen)
-    works = [benchmark_work.WORKS["generate", side](chosen, config) for side in ("ours", "peer")]
+    works = [benchmark_work.WORKS["generate"][side](chosen, config) for side in ("ours", "transformers")]
     assert [work.step() for work in works] == [14, 14]
 
 
@@ -236,8 +271,7 @@ class SideHere:
     start_up_s = 0.0
 
     def __init__(self, side, chosen, config):
-        self.name = benchmark.PEERS[chosen.task] if side == "peer" else side
-        self.work = benchmark.WORKS[chosen.task, side](chosen, config)
+        self.work = benchmark.WORKS[chosen.task][side](chosen, config)
 
     def measure(self) -> float:
         seconds, tokens = benchmark.timed(self.work, 1)
@@ -282,7 +316,11 @@ def test_prepare_beside_one_thread_of_tiktoken(tmp_path):
         (("train", "--rounds", "0"), 2, "rounds must be at least 1, not 0"),
         (("train", "--round_s", "0"), 2, "round_s must be above 0, not 0.0"),
         (("prepare",), 2, "prepare needs input"),
-        (("train", "--peer", "tiktoken"), 2, "the peer of train is transformers, not tiktoken"),
+        (
+            ("train", "--peer", "tiktoken"),
+            2,
+            "compared with transformers or plain or compiled, not tiktoken",
+        ),
         (("train", "--quantize", "int8"), 2, "quantize goes with generate"),
         (("train", "--json", "nowhere/x.json"), 1, "there is no folder nowhere; make it with mkdir -p"),
         (("prepare", "--input", "nowhere.txt"), 1, "nowhere.txt not found; check the path given to --input"),
@@ -325,7 +363,7 @@ def test_memory_that_runs_out_is_told_as_a_sentence(monkeypatch):
     def build(options, config):
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 99 bytes")
 
-    monkeypatch.setitem(benchmark.WORKS, ("train", "ours"), build)
+    monkeypatch.setitem(benchmark.WORKS["train"], "ours", build)
     pipe = Pipe()
     benchmark.serve("ours", options("train"), None, pipe)
     assert "out of memory; use a smaller --batch_size" in str(pipe.sent[0])
@@ -335,7 +373,7 @@ def test_another_fault_of_a_side_stays_visible(monkeypatch):
     def build(options, config):
         raise RuntimeError("a bug")
 
-    monkeypatch.setitem(benchmark.WORKS, ("train", "ours"), build)
+    monkeypatch.setitem(benchmark.WORKS["train"], "ours", build)
     with pytest.raises(RuntimeError, match="a bug"):
         benchmark.serve("ours", options("train"), None, Pipe())
 
