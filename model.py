@@ -11,6 +11,7 @@ with it. Legend of shapes: B batch, T time, C n_embd, H n_head, D head size (C /
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import itertools
 import math
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -109,6 +110,49 @@ class KVCache:
         return held[:, self.rows, :, : self.end].unbind()
 
 
+class Linear(nn.Linear):
+    """A linear layer, which in compiled low-precision training on a CPU makes its weight's gradient otherwise."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        is_cpu_training = self.training and x.device.type == "cpu" and torch.compiler.is_compiling()
+        if is_cpu_training and compute_dtype(self.weight).itemsize == 2:
+            return _Linear.apply(x, self.weight, self.bias)
+        return super().forward(x)
+
+
+class _Linear(torch.autograd.Function):
+    """F.linear; the gradient of its weight is a product whose first matrix, the smaller of the two, is copied before.
+
+    torch's own product takes that matrix transposed as it lies, and twice as long.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, bias):
+        ctx.save_for_backward(x, weight)
+        ctx.has_bias = bias is not None
+        return F.linear(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx, y_grad):
+        x, weight = ctx.saved_tensors
+        n_out, n_in = weight.shape
+        rows, row_grads = x.to(y_grad.dtype).flatten(0, -2), y_grad.flatten(0, -2)  # (N, n_in), (N, n_out)
+        if n_in < n_out:
+            weight_grad = (row_by_row(rows.T) @ row_grads).T
+        elif n_in > n_out:
+            weight_grad = row_by_row(row_grads.T) @ rows
+        else:  # too small to gain
+            weight_grad = row_grads.T @ rows
+        x_grad = (row_grads @ weight.to(y_grad.dtype)).view_as(x).to(x.dtype)
+        bias_grad = row_grads.sum(0, dtype=weight.dtype) if ctx.has_bias else None
+        return x_grad, weight_grad.to(weight.dtype).contiguous(), bias_grad
+
+
+def row_by_row(matrix: Tensor) -> Tensor:
+    """A copy of a matrix that lies row by row; unlike `contiguous`, the compiler does not take it for a view."""
+    return torch.ops.prims.inductor_force_stride_order(matrix, (matrix.shape[1], 1))
+
+
 class Attention(nn.Module):
     """Causal multi-head self-attention ("Attention Is All You Need", Vaswani et al. 2017, section 3.2)."""
 
@@ -117,8 +161,8 @@ class Attention(nn.Module):
         self.layer = layer
         self.n_head = config.n_head
         self.dropout = config.dropout
-        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
-        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+        self.c_attn = Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
+        self.c_proj = Linear(config.n_embd, config.n_embd, bias=config.bias)
 
     def forward(self, x: Tensor, cache: KVCache | None = None, mask: Mask | None = None) -> Tensor:
         B, T, C = x.shape
@@ -189,8 +233,8 @@ class MLP(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.dropout = config.dropout
-        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
-        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
+        self.c_fc = Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
+        self.c_proj = Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.c_proj(gelu(self.c_fc(x)))
@@ -360,6 +404,7 @@ class GPT(nn.Module):
         """
         if self.wte.weight.device.type == "cpu":  # what is cheap is made again in the backward pass instead of kept
             torch._functorch.config.activation_memory_budget = ACTIVATION_BUDGET
+            importlib.import_module("torch._inductor.inductor_prims")  # registers what row_by_row uses
         # Without the embeddings: on a CPU their compiled gradient adds in varying order, so runs would not repeat.
         for block in self.h:
             block.compiled = torch.compile(block.residuals)
@@ -726,7 +771,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
         hidden_grad, weight_grad, n_targets = ctx.saved_tensors
         scale = loss_grad / n_targets
         hidden_grad.mul_(scale)
-        weight_grad = ctx.transpose(weight_grad, ctx.dtype).mul_(scale)
+        if weight_grad.dtype == ctx.dtype:
+            weight_grad = ctx.transpose(weight_grad, ctx.dtype).mul_(scale)
+        else:  # compiled code takes up to four times as long for this
+            out = torch.empty(weight_grad.T.shape, device=weight_grad.device, dtype=ctx.dtype)
+            weight_grad = out.copy_(weight_grad.T).mul_(scale)
         if ctx.weight_grads is not None:
             ctx.weight_grads.append(weight_grad)
             weight_grad = None

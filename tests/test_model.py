@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import importlib
 import json
 import math
 
@@ -159,14 +160,6 @@ def test_losses_and_gradients_of_a_chunk_keep_the_small_numbers(dtype):
     torch.testing.assert_close(logits.double(), exact.grad, rtol=tolerance, atol=0)
 
 
-def test_the_loss_alone_makes_no_gradient():
-    hidden, weight = torch.randn(20, 8), torch.randn(30, 8, requires_grad=True)
-    targets = torch.randint(0, 30, (20,))
-    with torch.no_grad(), count_products() as products:
-        linear_cross_entropy(hidden, weight, targets, torch.tensor(20.0))
-    assert products == ["aten.mm.out"]
-
-
 @contextlib.contextmanager
 def count_products():
     """The names of the matrix products that run in the block."""
@@ -180,6 +173,14 @@ def count_products():
 
     with Mode():
         yield names
+
+
+def test_the_loss_alone_makes_no_gradient():
+    hidden, weight = torch.randn(20, 8), torch.randn(30, 8, requires_grad=True)
+    targets = torch.randint(0, 30, (20,))
+    with torch.no_grad(), count_products() as products:
+        linear_cross_entropy(hidden, weight, targets, torch.tensor(20.0))
+    assert products == ["aten.mm.out"]
 
 
 @pytest.fixture
@@ -235,6 +236,37 @@ def test_attention_for_compiled_training_has_torchs_output_and_gradients(monkeyp
     torch.testing.assert_close(*outputs)
     wanted = torch.randn_like(outputs[0])
     torch.testing.assert_close(*(torch.autograd.grad(y, qkv, wanted)[0] for y in outputs))
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize(("n_in", "n_out"), [(3, 5), (5, 3), (4, 4)])
+def test_a_linear_layer_for_compiled_training_has_torchs_gradients(n_in, n_out, bias):
+    importlib.import_module("torch._inductor.inductor_prims")
+    torch.manual_seed(0)
+    layer, x = model.Linear(n_in, n_out, bias=bias), torch.randn(2, 7, n_in, requires_grad=True)
+    outputs = [model._Linear.apply(x, layer.weight, layer.bias), F.linear(x, layer.weight, layer.bias)]
+    assert torch.equal(*outputs)
+    wanted, inputs = torch.randn_like(outputs[0]), (x, *layer.parameters())
+    ours, theirs = (torch.autograd.grad(y, inputs, wanted) for y in outputs)
+    for gradient, expected in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(gradient, expected)
+        assert gradient.is_contiguous()
+
+
+def test_a_linear_layer_is_plain_but_in_compiled_low_precision_training(monkeypatch):
+    layer, x = model.Linear(3, 5), torch.randn(2, 3)
+
+    def is_ours() -> bool:
+        return type(layer(x).grad_fn).__name__ == "_LinearBackward"
+
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not is_ours()
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    assert not is_ours()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert is_ours()
+        layer.eval()
+        assert not is_ours()
 
 
 def test_gelu_in_compiled_code_is_the_same_function(monkeypatch):
