@@ -163,12 +163,19 @@ def shows_colour() -> bool:
     return bool(os.environ.get("FORCE_COLOR")) or (sys.stdout.isatty() and os.environ.get("TERM") != "dumb")
 
 
+def n_cuda_devices() -> int:
+    """How many CUDA devices there are; unlike `cuda_devices` it takes no memory on any of them."""
+    import torch
+
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0
+
+
 def cuda_devices() -> list[dict]:
     """Every CUDA device: {"index", "name", "free_gib", "total_gib"}."""
     import torch
 
     devices = []
-    for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
+    for index in range(n_cuda_devices()):
         free_bytes, total_bytes = torch.cuda.mem_get_info(index)
         name = torch.cuda.get_device_name(index)
         devices.append({"index": index, "name": name, "free_gib": free_bytes / 2**30, "total_gib": total_bytes / 2**30})
@@ -180,13 +187,23 @@ def choose_device(requested: str | None = None, devices: list[dict] | None = Non
 
     `requested` None or "auto": with CUDA devices and a terminal, list them and ask; otherwise the CUDA device with
     most free memory, else MPS, else the CPU. Raises UserError for a device that this machine lacks.
+    A CUDA device becomes torch's current one, on which streams, graphs and pinned memory are made.
     `devices` and `ask` stand in for the machine and the person in tests.
     """
     import torch
 
-    devices = cuda_devices() if devices is None else devices
-    if requested not in (None, "auto"):
-        return _check_device(requested, devices)
+    if requested in (None, "auto"):
+        device = _best_device(cuda_devices() if devices is None else devices, ask)
+    else:
+        device = _check_device(requested, n_cuda_devices() if devices is None else len(devices))
+    if device.startswith("cuda"):
+        torch.cuda.set_device(device)
+    return device
+
+
+def _best_device(devices: list[dict], ask) -> str:
+    import torch
+
     if devices:
         roomiest = max(devices, key=lambda device: device["free_gib"])["index"]
         if ask is None and not is_terminal():
@@ -198,16 +215,16 @@ def choose_device(requested: str | None = None, devices: list[dict] | None = Non
     return device
 
 
-def _check_device(requested: str, devices: list[dict]) -> str:
+def _check_device(requested: str, n_devices: int) -> str:
     import torch
 
     kind, _, index = requested.partition(":")
     if kind == "cuda" and (not index or index.isdecimal()):
-        if not devices:
+        if not n_devices:
             raise UserError(f"--device {requested}: this machine has no usable CUDA device; use --device cpu")
-        if int(index or 0) >= len(devices):
+        if int(index or 0) >= n_devices:
             raise UserError(
-                f"--device {requested}: there are {len(devices)} CUDA devices; use cuda:0 to cuda:{len(devices) - 1}"
+                f"--device {requested}: there are {n_devices} CUDA devices; use cuda:0 to cuda:{n_devices - 1}"
             )
         return f"cuda:{int(index or 0)}"
     if requested == "mps":

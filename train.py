@@ -279,7 +279,7 @@ def set_peak_rates(optimizers: list[torch.optim.Optimizer], config: TrainConfig)
 def evaluate(model: GPT, batches: list, config: TrainConfig, world: World = ALONE) -> float:
     """Mean validation loss in nats a target token over fixed batches of (ids, targets), shared by the processes."""
     model.eval()
-    loss_sum, n_targets = 0.0, 0
+    losses, counts = [], []
     for number in range(world.rank, math.ceil(len(batches) / world.size) * world.size, world.size):
         ids, targets = batches[number % len(batches)]
         # A process that has none left makes a batch that does not count: one in pieces needs all to take part.
@@ -287,9 +287,10 @@ def evaluate(model: GPT, batches: list, config: TrainConfig, world: World = ALON
         with autocast(config.device, config.dtype):
             x, y, documents = inputs(config, ids, targets)
             _, loss = model(x, y, documents=documents)
-        loss_sum += loss.item() * count
-        n_targets += count
-    loss_sum, n_targets = world.sum(loss_sum, n_targets)
+        losses.append(loss)
+        counts.append(count)
+    loss_sum = sum(loss * count for loss, count in zip(torch.stack(losses).tolist(), counts, strict=True))
+    loss_sum, n_targets = world.sum(loss_sum, sum(counts))
     model.train()
     return loss_sum / max(1, n_targets)
 
@@ -472,7 +473,7 @@ def compile_or_eager(model: GPT, config: TrainConfig, ids, targets, module=None,
     start = time.perf_counter()
     model.compile_training()
     try:
-        forward_backward(module or model, config, ids, targets, world=world)
+        forward_backward(module or model, config, ids, targets, world=world).tolist()  # waits for it
         print(f"torch.compile: ready after {time.perf_counter() - start:.1f} s")
     except Exception as error:  # compilers fail in many ways; without one the same work runs, only slower
         if is_out_of_memory(error):
@@ -488,13 +489,15 @@ def compile_or_eager(model: GPT, config: TrainConfig, ids, targets, module=None,
 
 def forward_backward(
     model: torch.nn.Module, config: TrainConfig, ids, targets, optimizers=(), scaler=None, world: World = ALONE
-) -> tuple[float, float]:
-    """Gradients of one iteration's rows, in micro-batches, clipped; returns the mean loss a target and their norm.
+) -> torch.Tensor:
+    """Gradients of one iteration's rows, in micro-batches, clipped; the mean loss a target and their norm, (2,).
 
-    Of several processes each takes its share of the rows, and the gradients and losses are averaged.
+    Of several processes each takes its share of the rows, and the gradients and losses are averaged. Nothing here waits
+    for the device.
     """
     # That the average is the mean over all targets, each process divides by an equal part of them, whatever it has.
-    n_targets = torch.tensor(float(max(1, (targets != IGNORED).sum())) / world.size, device=config.device)
+    n_targets = max(1, int((targets != IGNORED).sum())) / world.size
+    n_targets = torch.full((), n_targets, device=config.device)  # torch.tensor would wait for the device
     total = torch.zeros((), device=config.device)
     ids, targets = world.share(ids), world.share(targets)
     for first in range(0, len(ids), config.batch_size):
@@ -508,10 +511,35 @@ def forward_backward(
     for optimizer in optimizers:
         scaler.unscale_(optimizer)
     grad_norm = whole(torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf))
-    return tuple(torch.stack([world.mean(total), grad_norm]).tolist())  # the iteration's one wait for the device
+    return torch.stack([world.mean(total), grad_norm])
 
 
-def not_finite_error(run: Run, what: str, value: float, share: float) -> UserError:
+def reads_every_step(config: TrainConfig) -> bool:
+    """Whether each step's loss and gradient norm are looked at before the weights change.
+
+    On a CPU that costs nothing, and float16 must know whether it overflowed. Elsewhere it would let the device wait for
+    the program at each step: there they are looked at where a line, an evaluation or a save needs them.
+    """
+    return config.device == "cpu" or config.dtype == "float16"
+
+
+def read_measured(run: Run, measured: list[tuple[int, torch.Tensor]], scaler) -> tuple[float, float]:
+    """Wait for the device and empty `measured`, the steps not read yet; returns the last one's loss and gradient norm.
+
+    Raises UserError at the first that is not finite; float16 may overflow while its scaler can scale less.
+    """
+    values = torch.stack([numbers for _, numbers in measured]).tolist()
+    for (iter_num, _), (loss, grad_norm) in zip(measured, values, strict=True):
+        if not math.isfinite(loss):
+            raise not_finite_error(run, "loss", loss, iter_num)
+        if not (math.isfinite(grad_norm) or (scaler.is_enabled() and scaler.get_scale() >= 1)):
+            raise not_finite_error(run, "gradient norm", grad_norm, iter_num)
+        run.train_loss = loss
+    measured.clear()
+    return loss, grad_norm
+
+
+def not_finite_error(run: Run, what: str, value: float, iter_num: int) -> UserError:
     """The sentence for a loss or gradient that is no number. The same batch would fail again, so an earlier state
     is the good one: the last one saved."""
     config = run.config
@@ -523,9 +551,9 @@ def not_finite_error(run: Run, what: str, value: float, share: float) -> UserErr
     if run.saved_path:
         command = f"python train.py --resume {run.saved_path} {rates}"
         remedy = f"go on from the last good state, iteration {run.saved_iter}, with: {command}"
+    rate = schedule(iter_num - (what != "validation loss"), config) * config.learning_rate
     return UserError(
-        f"the {what} is {value} in iteration {run.iter_num + (what != 'validation loss')} at learning rate "
-        f"{share * config.learning_rate:.2e} (last finite loss {last}); {remedy}"
+        f"the {what} is {value} in iteration {iter_num} at learning rate {rate:.2e} (last finite loss {last}); {remedy}"
     )
 
 
@@ -597,6 +625,7 @@ def train(config: TrainConfig, given: dict, world: World = ALONE) -> int:
         run.mark(batches.position)
         clock = Clock(model, config, run.iter_num, world.size)
         module = world.wrap(model, config.parallel)
+        measured: list[tuple[int, torch.Tensor]] = []  # steps, their losses and gradient norms: see read_measured
         try:
             if config.compile:
                 compile_or_eager(model, config, *next(iter(val_batches.values()))[0], module, world)
@@ -615,7 +644,7 @@ def train(config: TrainConfig, given: dict, world: World = ALONE) -> int:
                     val_losses = {name: evaluate(model, own, config, world) for name, own in val_batches.items()}
                     val_loss = sum(float(shares[name]) * loss for name, loss in val_losses.items())
                     if not math.isfinite(val_loss):
-                        raise not_finite_error(run, "validation loss", val_loss, share)
+                        raise not_finite_error(run, "validation loss", val_loss, run.iter_num)
                     best = " (best)" if run.iter_num and run.is_best(val_loss) else ""
                     print(f"iter {run.iter_num}: validation loss {val_loss:.4f}{best}{describe_parts(val_losses)}")
                     if run.iter_num and world.is_main and not is_sharded:
@@ -630,12 +659,13 @@ def train(config: TrainConfig, given: dict, world: World = ALONE) -> int:
                     break
 
                 ids, targets = batches.next()
-                loss, grad_norm = forward_backward(module, config, ids, targets, optimizers, scaler, world)
-                if not math.isfinite(loss):
-                    raise not_finite_error(run, "loss", loss, share)
-                is_sound = math.isfinite(grad_norm)
-                if not (is_sound or (scaler.is_enabled() and scaler.get_scale() >= 1)):
-                    raise not_finite_error(run, "gradient norm", grad_norm, share)
+                step = run.iter_num + 1
+                measured.append((step, forward_backward(module, config, ids, targets, optimizers, scaler, world)))
+                is_logged = step % config.log_interval == 0 or step in (1, config.max_iters)
+                is_sound = True
+                if is_logged or step % config.eval_interval == 0 or reads_every_step(config):
+                    loss, grad_norm = read_measured(run, measured, scaler)
+                    is_sound = math.isfinite(grad_norm)
 
                 run.is_updating = True
                 if is_sound:  # else float16 overflowed: no optimizer steps, and the scaler scales less
@@ -643,13 +673,11 @@ def train(config: TrainConfig, given: dict, world: World = ALONE) -> int:
                         scaler.step(optimizer)
                 scaler.update()
                 model.zero_grad(set_to_none=True)
-                run.iter_num += 1
+                run.iter_num = step
                 run.tokens_seen += ids.size
                 run.skipped_steps += not is_sound
-                run.train_loss = loss
                 run.mark(batches.position)
                 run.record = {"iter_num": run.iter_num}
-                is_logged = run.iter_num % config.log_interval == 0 or run.iter_num in (1, config.max_iters)
                 learning_rate = share * config.learning_rate
                 if is_logged:
                     run.record |= {"loss": loss, "learning_rate": learning_rate, "grad_norm": grad_norm}
@@ -662,11 +690,15 @@ def train(config: TrainConfig, given: dict, world: World = ALONE) -> int:
         except BaseException as error:
             if lost := world.lost_process_error(error, run.saved_path):
                 raise lost from error
+            if measured and world.size == 1:
+                read_measured(run, measured, scaler)  # only a sound state is worth saving
             run.rescue(log)
             if is_out_of_memory(error):
                 tried = world.micro_batches(config)
                 raise out_of_memory_error(tried, f"--resume {run.saved_path} " if run.saved_path else "") from error
             raise
+        if measured:
+            read_measured(run, measured, scaler)
         run.save_at_end(log)
         if stopped_by:
             print(f"stopped at iteration {run.iter_num}; go on with: python train.py --resume {run.path}")

@@ -131,7 +131,9 @@ def test_flex_attention_under_the_block_mask_equals_the_mask_by_hand():
 @torch.no_grad()
 def test_the_compiled_blocks_take_a_block_mask_and_share_code_that_is_made_once(gpt):
     torch._dynamo.reset()
-    counter = torch._dynamo.testing.CompileCounterWithBackend("inductor")
+    # Older torches' code for a CPU refuses queries, keys and values in one piece of memory; that for CUDA does not.
+    is_recent = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 13)
+    counter = torch._dynamo.testing.CompileCounterWithBackend("inductor" if is_recent else "aot_eager")
     for block in gpt.h:
         block.compiled = torch.compile(block.residuals, backend=counter)
     for seed in range(3):

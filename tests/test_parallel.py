@@ -273,7 +273,7 @@ def test_each_process_takes_its_own_device(monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
     monkeypatch.setattr("torch.cuda.set_device", taken.append)
-    monkeypatch.setattr("runtime.cuda_devices", lambda: [{"index": 0}, {"index": 1}])
+    monkeypatch.setattr("torch.cuda.mem_get_info", None)  # which would take memory on every device
     world = parallel.World(rank=3, size=4, local_rank=1, local_size=2)
     assert [world.choose_device(word) for word in (None, "auto", "cuda", "cuda:0", "cpu")] == [*["cuda:1"] * 4, "cpu"]
     assert taken == ["cuda:1"] * 4

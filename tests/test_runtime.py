@@ -167,6 +167,16 @@ def answers(*lines: str):
     return ask
 
 
+@pytest.fixture(autouse=True)
+def current(monkeypatch) -> list[str]:
+    """The CUDA devices that were made torch's current one."""
+    import torch
+
+    devices = []
+    monkeypatch.setattr(torch.cuda, "set_device", devices.append)
+    return devices
+
+
 def refuse(question: str) -> str:
     raise AssertionError(f"asked {question!r} without a terminal")
 
@@ -182,7 +192,7 @@ def refuse(question: str) -> str:
         ([], "cuda:1"),
     ],
 )
-def test_the_person_chooses_among_cuda_devices(lines, device, capsys):
+def test_the_person_chooses_among_cuda_devices(lines, device, capsys, current):
     assert choose_device(None, DEVICES, answers(*lines)) == device
     output = capsys.readouterr().out
     for listed in DEVICES:
@@ -190,6 +200,7 @@ def test_the_person_chooses_among_cuda_devices(lines, device, capsys):
             f"{listed['index']}: {listed['name']}, {listed['free_gib']:.1f} of {listed['total_gib']:.1f} GiB" in output
         )
     assert output.count("is not one of 0 to 2") == max(0, len(lines) - 1)
+    assert current == [device]
 
 
 def test_without_a_terminal_nobody_is_asked(monkeypatch, capsys):
@@ -215,10 +226,22 @@ def test_without_cuda_it_says_what_it_took(monkeypatch, capsys):
         assert f"device: {device}" in capsys.readouterr().out
 
 
-def test_a_requested_device_is_taken_without_a_question():
+def test_a_requested_device_is_taken_without_a_question(current):
     assert choose_device("cpu", DEVICES, refuse) == "cpu"
     assert choose_device("cuda", DEVICES, refuse) == "cuda:0"
     assert choose_device("cuda:2", DEVICES, refuse) == "cuda:2"
+    assert current == ["cuda:0", "cuda:2"]
+
+
+def test_a_requested_device_takes_no_memory_on_the_others(monkeypatch, current):
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", None)
+    assert choose_device("cuda:1") == "cuda:1" and current == ["cuda:1"]
+    with pytest.raises(UserError, match="there are 2 CUDA devices; use cuda:0 to cuda:1"):
+        choose_device("cuda:2")
 
 
 @pytest.mark.parametrize(

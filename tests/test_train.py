@@ -688,20 +688,43 @@ def test_bad_data_is_one_sentence_before_the_folder_is_made(data, tmp_path, quie
 # 8. Faults in training
 
 
-@pytest.mark.parametrize("result", [(float("nan"), 1.0), (2.0, float("inf"))], ids=["loss", "gradient"])
-def test_a_number_that_is_none_stops_before_the_step(data, tmp_path, monkeypatch, quiet, result):
+def measure_at(monkeypatch, step: int, *numbers: float) -> None:
+    """Let the given step, counted from here, find this loss and gradient norm."""
     real, calls = train.forward_backward, [0]
 
     def broken(*arguments):
         calls[0] += 1
         found = real(*arguments)
-        return result if calls[0] == 7 else found
+        return torch.tensor(numbers) if calls[0] == step else found
 
     monkeypatch.setattr(train, "forward_backward", broken)
+
+
+def read_where_needed(monkeypatch) -> list[int]:
+    """Read what the steps measured no more often than on CUDA; returns the steps at which that happened, to come."""
+    real, read = train.read_measured, []
+
+    def read_measured(run, measured, scaler):
+        read.append(measured[-1][0])
+        return real(run, measured, scaler)
+
+    monkeypatch.setattr(train, "reads_every_step", lambda config: False)
+    monkeypatch.setattr(train, "read_measured", read_measured)
+    return read
+
+
+@pytest.mark.parametrize("every_step", [True, False], ids=["each-step", "where-needed"])
+@pytest.mark.parametrize("result", [(float("nan"), 1.0), (2.0, float("inf"))], ids=["loss", "gradient"])
+def test_a_number_that_is_none_stops_and_leaves_the_last_checkpoint(
+    data, tmp_path, monkeypatch, quiet, result, every_step
+):
+    measure_at(monkeypatch, 7, *result)
+    if not every_step:
+        read_where_needed(monkeypatch)
     with pytest.raises(UserError) as stop:
-        run(data, tmp_path)
+        run(data, tmp_path, log_interval=1 if every_step else 3)
     sentence = str(stop.value)
-    last = losses(tmp_path / "text10.jsonl")[6]
+    last = losses(tmp_path / "text10.jsonl")[-1]
     assert last[0] == 6 and f"last finite loss {last[1]:.4f}" in sentence
     assert ("the loss is nan" if result[0] != 2.0 else "the gradient norm is inf") in sentence
     assert re.search(r"in iteration 7 at learning rate \d\.\d\de-0\d", sentence)
@@ -710,6 +733,60 @@ def test_a_number_that_is_none_stops_before_the_step(data, tmp_path, monkeypatch
     saved = load_checkpoint(tmp_path / "text10.pt")
     assert saved["info"]["iter_num"] == 4
     assert all(weight.isfinite().all() for weight in saved["model"].values())
+
+
+def test_the_device_is_waited_for_where_a_line_an_evaluation_or_a_save_needs_it(
+    data, tmp_path, monkeypatch, quiet, straight
+):
+    read = read_where_needed(monkeypatch)
+    folder = tmp_path / "text10"
+    stop_after(monkeypatch, 7)
+    assert run(data, folder, log_interval=5) == 130
+    monkeypatch.setattr(train, "StopSignal", lambda: StopAfter(99))
+    assert run(data, folder, resume=True, log_interval=1) == 0
+    assert read == [1, 4, 5, 7, 8, 9, 10]
+    assert same_as(folder, straight) == ["text10.jsonl"], "which has fewer lines"
+
+
+def test_a_step_does_not_wait_for_the_device():
+    """Nothing of a tensor is looked at between a step's beginning and its end."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    looks = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if function.overloadpacket is torch.ops.aten._local_scalar_dense:
+                looks.append(function)
+            return function(*args, **(kwargs or {}))
+
+    shape = {"n_layer": 1, "n_head": 2, "n_embd": 8, "block_size": 16, "dropout": 0.1}
+    config = train.TrainConfig(**shape, batch_size=1, gradient_accumulation_steps=2, dtype="float32")
+    config = train.resolve(config, "cpu", False)
+    gpt = train.make_model(config, None).train()
+    optimizers = train.make_optimizers(gpt, config)
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    rows = np.arange(2 * 16).reshape(2, 16)
+    with Watch():
+        numbers = train.forward_backward(gpt, config, rows, rows, optimizers, scaler)
+        for optimizer in optimizers:
+            scaler.step(optimizer)
+        assert looks == [] and numbers.shape == (2,)
+        assert numbers[0] > 1
+    assert looks, "what the test would see"
+
+
+@pytest.mark.parametrize("ends", ["stopped", "interrupted"])
+def test_what_a_run_that_ends_has_not_looked_at_is_not_saved_unseen(data, tmp_path, monkeypatch, quiet, ends):
+    read_where_needed(monkeypatch)
+    measure_at(monkeypatch, 6, float("nan"), 1.0)
+    if ends == "stopped":
+        stop_after(monkeypatch, 7)
+    else:
+        fail_at(monkeypatch, 8, KeyboardInterrupt())
+    with pytest.raises(UserError, match="the loss is nan in iteration 6"):
+        run(data, tmp_path, log_interval=20, eval_interval=5)
+    assert load_checkpoint(tmp_path / "text10.pt")["info"]["iter_num"] == 5
 
 
 def test_a_rate_that_destroys_the_model_leaves_the_last_good_checkpoint(data, tmp_path, monkeypatch, quiet):

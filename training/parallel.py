@@ -25,7 +25,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from model import GPT
-from runtime import UserError, choose_device
+from runtime import UserError, choose_device, n_cuda_devices
 
 # Longer than anything that one process does alone while the others wait: above all, rank 0's writing of a checkpoint.
 PATIENCE = datetime.timedelta(minutes=30)
@@ -61,20 +61,18 @@ class World:
         """
         if self.size == 1:
             return choose_device(requested)
+        count = n_cuda_devices()
         if requested in (None, "auto"):
-            requested = "cuda" if torch.cuda.is_available() else "cpu"
+            requested = "cuda" if count else "cpu"
         kind = requested.partition(":")[0]
         if kind == "mps":
             raise UserError("--device mps: there is one such device for all processes; use --device cpu")
-        device = choose_device(kind)
-        if kind == "cuda":
-            if self.local_size > (count := torch.cuda.device_count()):
-                raise UserError(
-                    f"torchrun runs {self.local_size} processes here and there are {count} CUDA devices; use "
-                    f"--nproc_per_node={count} or --device cpu"
-                )
-            device = f"cuda:{self.local_rank}"
-            torch.cuda.set_device(device)
+        if kind == "cuda" and 0 < count < self.local_size:
+            raise UserError(
+                f"torchrun runs {self.local_size} processes here and there are {count} CUDA devices; use "
+                f"--nproc_per_node={count} or --device cpu"
+            )
+        device = choose_device(f"cuda:{self.local_rank}" if kind == "cuda" else kind)
         print(f"processes: {self.size}, this one on {device}")
         return device
 
