@@ -331,8 +331,11 @@ def sample_text(model: GPT, config: TrainConfig, chat: bool, iter_num: int) -> s
 
 
 def print_sample(model: GPT, config: TrainConfig, chat: bool, iter_num: int) -> None:
-    """Show at an evaluation what the model says by now."""
+    """Show at an evaluation what the model says by now. On CUDA the running sums of sampling have no exact repetition,
+    and torch would refuse them."""
+    torch.use_deterministic_algorithms(False)
     text = sample_text(model, config, chat, iter_num)
+    torch.use_deterministic_algorithms(config.deterministic)
     if text is not None:
         print(f"  sample: {text.strip()!r}")
 

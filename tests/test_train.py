@@ -1001,3 +1001,18 @@ def test_the_sample_leaves_the_generators_alone(data, tmp_path, monkeypatch):
     texts = [train.sample_text(gpt, config, chat, 5) for chat in (False, True) for _ in range(2)]
     assert texts[0] == texts[1] and texts[2] == texts[3] and gpt.training
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_sample_is_drawn_where_nothing_has_to_repeat_itself(data, tmp_path, monkeypatch):
+    """torch refuses a running sum on CUDA under --deterministic."""
+    modes = []
+    monkeypatch.setattr(run_module, "draw_curves", lambda *arguments: False)
+    monkeypatch.setattr(
+        train, "sample_text", lambda *arguments: modes.append(torch.are_deterministic_algorithms_enabled())
+    )
+    try:
+        assert run(data, tmp_path, deterministic=True) == 0
+        assert torch.are_deterministic_algorithms_enabled()
+    finally:
+        train.set_determinism(False)
+    assert modes == [False] * 3
