@@ -405,6 +405,7 @@ class GPT(nn.Module):
         if self.wte.weight.device.type == "cpu":  # what is cheap is made again in the backward pass instead of kept
             torch._functorch.config.activation_memory_budget = ACTIVATION_BUDGET
             importlib.import_module("torch._inductor.inductor_prims")  # registers what row_by_row uses
+        torch._dynamo.config.optimize_ddp = False  # which would cut the blocks, each a piece already, into more
         # Without the embeddings: on a CPU their compiled gradient adds in varying order, so runs would not repeat.
         for block in self.h:
             block.compiled = torch.compile(block.residuals)
@@ -576,15 +577,16 @@ class CapturedDecode:
         return logits
 
     def _capture(self, end: int) -> tuple[torch.cuda.CUDAGraph, Tensor]:
-        side_stream = torch.cuda.Stream()
-        side_stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side_stream):  # libraries make their workspaces at the first calls, outside the graph
-            for _ in range(2):
-                self.model.decode_at(self.ids, self.positions, end, self.cache)
-        torch.cuda.current_stream().wait_stream(side_stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            logits = self.model.decode_at(self.ids, self.positions, end, self.cache)
+        with torch.cuda.device(self.ids.device):  # whose streams are meant
+            side_stream = torch.cuda.Stream()
+            side_stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side_stream):  # libraries make their workspaces at the first calls, not in the graph
+                for _ in range(2):
+                    self.model.decode_at(self.ids, self.positions, end, self.cache)
+            torch.cuda.current_stream().wait_stream(side_stream)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                logits = self.model.decode_at(self.ids, self.positions, end, self.cache)
         return graph, logits
 
 
@@ -791,7 +793,7 @@ def losses_and_gradient_(logits: Tensor, targets: Tensor) -> Tensor:
     rows = torch.arange(len(logits), device=logits.device)
     torch.softmax(logits, 1, out=logits)
     hit = logits[rows, targets].float()
-    logits[rows, targets] = 0
+    logits[rows, targets] = logits.new_zeros(())  # a mere 0 would be sent to the device, which waits for it
     missed = logits.sum(1)  # the probability of all other tokens; 1 - hit would have lost it where it is small
     logits[rows, targets] = -missed
     missed = missed.float()

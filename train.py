@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import gc
 import math
 import os
@@ -47,7 +48,8 @@ from training.batches import (
 )
 from training.memory import fit_batch_size, is_out_of_memory, move_model, out_of_memory_error
 from training.mixture import MixedRows, data_parts, mixture_facts, mixture_name, parse_mixture
-from training.parallel import ALONE, World, averaging, join_job, muon_for, shard_model, whole
+from training.muon import Muon
+from training.parallel import ALONE, World, averaging, join_job, shard_model, whole
 from training.run import Run, StopSignal, after_restart, check_same_data, is_complete, load_resumable, resume_config
 
 EMBEDDING_EPS = 1e-6 * 4096  # Adam's for the embeddings, divided by the tokens of an iteration; see make_optimizers
@@ -238,7 +240,7 @@ def make_optimizers(model: GPT, config: TrainConfig) -> list[torch.optim.Optimiz
     eps = EMBEDDING_EPS / config.tokens_per_iter
     optimizers, groups = [], [{"params": embeddings, "weight_decay": decay, "eps": eps}]
     if config.optimizer == "muon":
-        optimizers.append(muon_for(blocks)(blocks, lr=config.muon_learning_rate, weight_decay=0.01))
+        optimizers.append(Muon(blocks, lr=config.muon_learning_rate, weight_decay=0.01))
     else:
         groups.append({"params": blocks, "weight_decay": decay})
     groups.append({"params": vectors, "weight_decay": 0.0})
@@ -310,13 +312,23 @@ def inputs(config: TrainConfig, ids, targets) -> tuple[torch.Tensor, torch.Tenso
     return tuple(to_device(config.device, ids, targets, document_numbers(ids)))
 
 
+@functools.cache
+def tokenizer_if_there():
+    """The tokenizer; None where it cannot be loaded, which is tried once and not at each evaluation."""
+    import setup_tokenizer
+
+    try:
+        return setup_tokenizer.get_extended_tokenizer()
+    except UserError:
+        return None
+
+
 def sample_text(model: GPT, config: TrainConfig, chat: bool, iter_num: int) -> str | None:
     """A short text from the model as it stands, None where the tokenizer is missing; leaves the global seeds alone."""
     import setup_tokenizer
 
-    try:
-        enc = setup_tokenizer.get_extended_tokenizer()
-    except UserError:
+    enc = tokenizer_if_there()
+    if enc is None:
         return None
     if chat:
         prompt = setup_tokenizer.encode_chat([{"role": "user", "content": "Hello! How are you?"}], True)
@@ -465,25 +477,28 @@ def shape_of_checkpoint(config: TrainConfig, given: dict) -> TrainConfig:
     return dataclasses.replace(config, **shape)
 
 
-def compile_or_eager(model: GPT, config: TrainConfig, ids, targets, module=None, world: World = ALONE) -> None:
+def compile_or_eager(model: GPT, config: TrainConfig, ids, targets, world: World = ALONE) -> None:
     """Compile the model by running it once; where that fails, say so and go on without. Changes no state.
 
-    `module` is what a step calls where that is not the model itself.
+    Each process compiles for its micro-batch, before DistributedDataParallel is around the model: that could not go on
+    after a backward pass that failed.
     """
-    n_rows = world.micro_batches(config).batch_size * world.size  # each process compiles for its micro-batch
-    ids, targets = (np.resize(rows, (n_rows, rows.shape[1])) for rows in (ids, targets))
+    config = world.micro_batches(config)
+    ids, targets = (np.resize(rows, (config.batch_size, rows.shape[1])) for rows in (ids, targets))
     states = random_states(config.device)
-    start = time.perf_counter()
+    start, failure = time.perf_counter(), None
     model.compile_training()
     try:
-        forward_backward(module or model, config, ids, targets, world=world).tolist()  # waits for it
-        print(f"torch.compile: ready after {time.perf_counter() - start:.1f} s")
+        forward_backward(model, config, ids, targets).tolist()  # waits for it
     except Exception as error:  # compilers fail in many ways; without one the same work runs, only slower
         if is_out_of_memory(error):
             raise
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        print(f"warning: torch.compile failed ({reason[:200]}); going on without it")
+        failure = next(iter(str(error).strip().splitlines()), type(error).__name__)[:200]
+    if world.largest(failure is not None):
+        print(f"warning: torch.compile failed ({failure or 'in another process'}); going on without it")
         model.compile_nothing()
+    else:
+        print(f"torch.compile: ready after {time.perf_counter() - start:.1f} s")
     model.zero_grad(set_to_none=True)
     set_random_states(states, config.device)
     gc.collect()  # the compiler leaves hundreds of thousands of objects, here and there in what the step has freed
@@ -627,11 +642,11 @@ def train(config: TrainConfig, given: dict, world: World = ALONE) -> int:
             print(f"resume: {config.resume}, iteration {run.iter_num} of {config.max_iters}, goes on as {run.path}")
         run.mark(batches.position)
         clock = Clock(model, config, run.iter_num, world.size)
-        module = world.wrap(model, config.parallel)
         measured: list[tuple[int, torch.Tensor]] = []  # steps, their losses and gradient norms: see read_measured
         try:
             if config.compile:
-                compile_or_eager(model, config, *next(iter(val_batches.values()))[0], module, world)
+                compile_or_eager(model, config, *next(iter(val_batches.values()))[0], world)
+            module = world.wrap(model, config.parallel)
             if not config.resume:
                 make_room_for_states(optimizers)
             clock.restart(run.iter_num)
@@ -691,12 +706,13 @@ def train(config: TrainConfig, given: dict, world: World = ALONE) -> int:
         except UserError:  # no number any more: the last checkpoint is better than what the weights are now
             raise
         except BaseException as error:
-            if lost := world.lost_process_error(error, run.saved_path):
+            is_full = is_out_of_memory(error)
+            if not is_full and (lost := world.lost_process_error(error, run.saved_path)):
                 raise lost from error
             if measured and world.size == 1:
                 read_measured(run, measured, scaler)  # only a sound state is worth saving
             run.rescue(log)
-            if is_out_of_memory(error):
+            if is_full:
                 tried = world.micro_batches(config)
                 raise out_of_memory_error(tried, f"--resume {run.saved_path} " if run.saved_path else "") from error
             raise

@@ -15,7 +15,7 @@ import tiktoken
 import torch
 from torch import Tensor
 
-from model import GPT
+from model import GPT, KVCache
 from runtime import UserError
 from setup_tokenizer import ENDOFTEXT_ID, get_extended_tokenizer
 
@@ -96,7 +96,7 @@ class TextEngine:
         self.generator = torch.Generator(device)
         self.seed = self.generator.seed() if settings.seed is None else settings.seed
         self.generator.manual_seed(self.seed)
-        self.cache = model.new_cache()
+        self.caches: dict[int, KVCache] = {}  # by the number of rows
         self.logprobs: list[dict] = []
         self._logits: Tensor | None = None
         self.tokens, self.first_token_s, self.rest_s = 0, 0.0, 0.0
@@ -134,7 +134,7 @@ class TextEngine:
             temperature=self.temperature,
             generator=self.generator,
             stop_ids=self.settings.stop_ids,
-            cache=self.cache if len(prompts) == 1 else None,
+            cache=self._cache(len(prompts)),
             observe=self._keep_logits if self.settings.logprobs else None,
             cuda_graph=True,
             top_k=self.settings.top_k,
@@ -157,6 +157,12 @@ class TextEngine:
                 started = time.perf_counter()
         except FloatingPointError as error:
             raise UserError(f"{error}; try --dtype float32, or another checkpoint if training diverged") from error
+
+    def _cache(self, n_rows: int) -> KVCache:
+        """The cache for so many rows, made once: zeroing it, and capturing CUDA graphs around it, takes time."""
+        if n_rows not in self.caches:
+            self.caches[n_rows] = self.model.new_cache(n_rows)
+        return self.caches[n_rows]
 
     def _keep_logits(self, logits: Tensor) -> None:
         self._logits = logits.clone()

@@ -31,7 +31,7 @@ from benchmark_work import PEERS, WORKS, model_config, peer_setting, timed, trai
 from device_limits import cpu_name, generation_floor, measure_machine, n_cores, training_floor  # noqa: E402
 
 from files import atomic_write  # noqa: E402
-from runtime import UserError, option, parse_options, run_script  # noqa: E402
+from runtime import UserError, choose_device, option, parse_options, run_script  # noqa: E402
 
 PACKAGES = ("transformers", "tiktoken")  # peers that have to be installed
 SHOWN_SETTINGS = (
@@ -100,6 +100,8 @@ def serve(side: str, options: BenchmarkOptions, config, pipe) -> None:
     """Build one side's work, say how long that took, do a round when asked, tell memory and latencies."""
     try:
         start = time.perf_counter()
+        if config is not None:
+            choose_device(config.device)  # makes it this process's current one, as the scripts do
         work = WORKS[options.task][side](options, config)
         if work.repeats:
             timed(work, 1)  # compiles, captures, takes memory

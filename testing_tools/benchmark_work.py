@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from runtime import UserError, autocast, choose_device, keep_freed_memory, seed_everything
+from runtime import UserError, autocast, choose_device, choose_dtype, keep_freed_memory, seed_everything
 
 ROOT = Path(__file__).resolve().parent.parent
 SAMPLE_S = 0.1  # between two looks at the memory of a process tree
@@ -137,7 +137,7 @@ def nanogpt_like(config, tuned: bool) -> Work:
 
 
 def simple_loop(model, logits_and_loss: Callable, config, tuned: bool) -> Work:
-    """AdamW and clipping around a model; `tuned` adds bfloat16 autocast, torch.compile and the fused optimizer.
+    """AdamW and clipping around a model; `tuned` adds autocast, torch.compile and the fused optimizer.
 
     `logits_and_loss` takes ids (B, T). The logits that it returns live until the next micro-batch has made its own.
     """
@@ -146,6 +146,8 @@ def simple_loop(model, logits_and_loss: Callable, config, tuned: bool) -> Work:
     rates = {"lr": config.learning_rate, "betas": (0.9, 0.95), "weight_decay": config.weight_decay}
     optimizer = torch.optim.AdamW(model.parameters(), **rates, fused=True if tuned else None)
     forward = torch.compile(logits_and_loss) if tuned else logits_and_loss
+    dtype = choose_dtype(None, config.device) if tuned else "float32"
+    scaler = torch.amp.GradScaler(config.device.partition(":")[0], enabled=dtype == "float16")
     shape = (config.batch_size, config.block_size)
     n_vocab = model_config(config).n_vocab
     batches = [torch.randint(n_vocab, shape, device=config.device) for _ in range(config.gradient_accumulation_steps)]
@@ -154,11 +156,13 @@ def simple_loop(model, logits_and_loss: Callable, config, tuned: bool) -> Work:
     def step() -> int:
         nonlocal logits
         for ids in batches:
-            with autocast(config.device, "bfloat16" if tuned else "float32"):
+            with autocast(config.device, dtype):
                 logits, loss = forward(ids)
-            (loss / len(batches)).backward()
+            scaler.scale(loss / len(batches)).backward()
+        scaler.unscale_(optimizer)
         torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
-        optimizer.step()
+        scaler.step(optimizer)
+        scaler.update()
         optimizer.zero_grad(set_to_none=True)
         return config.tokens_per_iter
 
@@ -172,7 +176,7 @@ def peer_setting(task: str, peer: str, device: str) -> str:
     if task == "generate":
         return "its generate with a cache, greedy, in our precision"
     if peer == "compiled" or (peer == "transformers" and device.startswith("cuda")):
-        return "bfloat16 autocast, torch.compile, fused AdamW, whole logits"
+        return f"{choose_dtype(None, device)} autocast, torch.compile, fused AdamW, whole logits"
     return "float32, eager, AdamW, whole logits"
 
 

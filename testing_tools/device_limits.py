@@ -35,6 +35,7 @@ def measure_machine(device: str, dtype: str) -> Machine:
 
     on_cuda = device.startswith("cuda")
     name = torch.cuda.get_device_name(device) if on_cuda else cpu_name()
+    torch.backends.cuda.matmul.allow_tf32 = True  # as train.py has it
     known = peak_flops(name) if on_cuda and dtype != "float32" else None
     size = 8192 if on_cuda else 4096
     peak = known or matmul_flops(device, dtype, size)

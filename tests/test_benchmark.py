@@ -10,6 +10,7 @@ import random
 import subprocess
 import sys
 import time
+import types
 import weakref
 from pathlib import Path
 
@@ -367,6 +368,17 @@ def test_memory_that_runs_out_is_told_as_a_sentence(monkeypatch):
     pipe = Pipe()
     benchmark.serve("ours", options("train"), None, pipe)
     assert "out of memory; use a smaller --batch_size" in str(pipe.sent[0])
+
+
+def test_each_side_takes_its_device(monkeypatch):
+    def build(options, config):
+        raise MemoryError
+
+    taken = []
+    monkeypatch.setitem(benchmark.WORKS["train"], "ours", build)
+    monkeypatch.setattr(benchmark, "choose_device", taken.append)
+    benchmark.serve("ours", options("train"), types.SimpleNamespace(device="cuda:1"), Pipe())
+    assert taken == ["cuda:1"]
 
 
 def test_another_fault_of_a_side_stays_visible(monkeypatch):

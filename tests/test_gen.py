@@ -338,6 +338,20 @@ def test_the_cache_is_kept_between_turns(monkeypatch):
     assert widths[0] <= whole - first - 4 and set(widths[1:]) == {1}
 
 
+def test_several_samples_have_one_cache_that_is_made_once():
+    engine = TextEngine(tiny_gpt(), Settings(temperature=1.0, seed=1, stop_ids=()))
+    prompt = [ENDOFTEXT_ID, *encode_text("Once upon")]
+
+    def texts() -> list[list[str]]:
+        engine.generator.manual_seed(1)
+        pieces = list(engine.stream_samples(prompt, 8, 3))
+        return [[piece for row, piece in pieces if row == number] for number in range(3)]
+
+    first, cache = texts(), engine.caches[3]
+    said(engine.stream(prompt, 4))
+    assert texts() == first and engine.caches[3] is cache and set(engine.caches) == {1, 3}
+
+
 def test_logprobs_are_those_of_the_plain_model():
     model = tiny_gpt()
     engine = TextEngine(model, Settings(temperature=1.5, top_k=3, seed=1, logprobs=True))

@@ -87,19 +87,23 @@ def fit_batch_size(model: GPT, config, step: Callable, world: World = ALONE) -> 
         recomputes = model.activation_checkpointing
         fits = (size for size in sizes if step_bytes(model.config, size, recomputes) <= room)
     else:
-        fits = (size for size in sizes if _step_fits(model, config, step, size))
+        fits = (size for size in sizes if _step_fits(model, config, step, size, world))
     size = world.smallest(next(fits, 1))
     return size, sequences // size
 
 
-def _step_fits(model: GPT, config, step: Callable, batch_size: int) -> bool:
-    """Whether a step with this micro-batch runs through on the device beside the optimizers' state."""
+def _step_fits(model: GPT, config, step: Callable, batch_size: int, world: World = ALONE) -> bool:
+    """Whether a step with this micro-batch runs through on the device beside what training holds besides."""
     tried = dataclasses.replace(config, batch_size=batch_size, gradient_accumulation_steps=1)
     ids = np.zeros((batch_size, config.block_size), dtype=np.int64)
     try:
-        optimizer_state = [torch.empty_like(weight) for weight in model.parameters() for _ in range(2)]
+        free = torch.cuda.mem_get_info(config.device)[0] if config.device.startswith("cuda") else 0
+        unused = torch.empty(int((1 - HEADROOM) * free), device=config.device, dtype=torch.uint8)
+        # Two states of the optimizers, and of several processes the buckets in which gradients are averaged.
+        n_copies = 2 + (world.size > 1)
+        taken = [torch.empty_like(weight) for weight in model.parameters() for _ in range(n_copies)]
         step(model, tried, ids, ids)
-        del optimizer_state
+        del unused, taken
         return True
     except Exception as error:
         if not is_out_of_memory(error):

@@ -327,43 +327,16 @@ def pieces_of(state: dict, optimizer: torch.optim.Optimizer) -> dict:
     """An optimizer's saved state, {number of the weight: {name: tensor}}, cut like its weights where these are."""
     weights = [weight for group in optimizer.param_groups for weight in group["params"]]
     return {
-        number: {name: _piece_of(value, weights[number]) for name, value in values.items()}
+        number: {name: piece_of(value, weights[number]) for name, value in values.items()}
         for number, values in state.items()
     }
 
 
-def _piece_of(value, weight: Tensor):
+def piece_of(value, weight: Tensor):
+    """This process's piece of a tensor that every process has as a whole, cut like `weight`, which may be whole too."""
     if not is_in_pieces(weight) or not isinstance(value, Tensor) or value.shape != weight.shape:
         return value
     from torch.distributed.tensor import distribute_tensor
 
     # Each process cuts its piece out of the whole, which it has read itself.
     return distribute_tensor(value.to(weight.device), weight.device_mesh, weight.placements, src_data_rank=None)
-
-
-class MuonInPieces(torch.optim.Muon):
-    """Muon for weights in pieces: a matrix is whole only while its update is made, in every process alike.
-
-    Momentum is kept in pieces, number by number. State and arithmetic are torch.optim.Muon's, bit by bit.
-    """
-
-    @torch.no_grad()
-    def step(self, closure=None) -> None:
-        names = ("lr", "weight_decay", "ns_coefficients", "eps", "ns_steps", "adjust_lr_fn")
-        for group in self.param_groups:
-            settings = {name: group[name] for name in names}
-            for weight in group["params"]:
-                state = self.state[weight]
-                if not state:
-                    state["momentum_buffer"] = torch.zeros_like(weight.grad)
-                momentum = state["momentum_buffer"].lerp_(weight.grad, 1 - group["momentum"])
-                update = weight.grad.lerp(momentum, group["momentum"]) if group["nesterov"] else momentum
-                matrix = nn.Parameter(weight.full_tensor())
-                matrix.grad = update.full_tensor()
-                torch.optim.Muon([matrix], momentum=0, nesterov=False, **settings).step()
-                weight.copy_(_piece_of(matrix.detach(), weight))
-
-
-def muon_for(weights: list[Tensor]) -> type[torch.optim.Muon]:
-    """The Muon that can handle these weights."""
-    return MuonInPieces if any(map(is_in_pieces, weights)) else torch.optim.Muon

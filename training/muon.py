@@ -1,0 +1,72 @@
+"""torch's Muon, for many matrices at a time and for matrices in pieces.
+
+Muon moves a matrix by its momentum with all singular values made nearly one ("Muon: An optimizer for hidden layers in
+neural networks", Jordan et al. 2024). torch.optim.Muon takes one matrix after another, in products too small for two
+CPU cores, let alone a GPU; here those of one shape are multiplied together. State, settings and arithmetic are torch's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from training.parallel import piece_of, whole
+
+TOGETHER = 4  # matrices of a shape that are multiplied at a time; more would take memory and gain nothing
+
+
+class Muon(torch.optim.Muon):
+    """torch.optim.Muon whose step multiplies weights of the same shape together.
+
+    Of weights in pieces the momentum stays in pieces, and each process makes the whole update and takes its piece.
+    """
+
+    @torch.no_grad()
+    def step(self, closure=None) -> None:
+        for group in self.param_groups:
+            for weights in same_shapes([weight for weight in group["params"] if weight.grad is not None]):
+                rows, columns = weights[0].shape
+                updates = torch.empty(len(weights), rows, columns, device=weights[0].device, dtype=torch.bfloat16)
+                for update, weight in zip(updates, weights, strict=True):
+                    update.copy_(self._direction(weight, group))
+                updates = orthogonalised_(updates, group["ns_coefficients"], group["ns_steps"], group["eps"])
+                rate = group["lr"] * max(1, rows / columns) ** 0.5
+                for weight, update in zip(weights, updates, strict=True):
+                    weight.mul_(1 - group["lr"] * group["weight_decay"])
+                    weight.add_(piece_of(update, weight), alpha=-rate)
+
+    def _direction(self, weight: Tensor, group: dict) -> Tensor:
+        """Where the momentum points, with the gradient just seen in it once more (Nesterov), whole and in bfloat16."""
+        state = self.state[weight]
+        if "momentum_buffer" not in state:
+            state["momentum_buffer"] = torch.zeros_like(weight.grad)
+        momentum = state["momentum_buffer"].lerp_(weight.grad, 1 - group["momentum"])
+        direction = weight.grad.lerp(momentum, group["momentum"]) if group["nesterov"] else momentum
+        return whole(direction.bfloat16())
+
+
+def same_shapes(weights: list[Tensor]) -> Iterator[list[Tensor]]:
+    """The weights by their shape, at most TOGETHER at a time."""
+    by_shape: dict[torch.Size, list[Tensor]] = {}
+    for weight in weights:
+        by_shape.setdefault(weight.shape, []).append(weight)
+    for alike in by_shape.values():
+        for first in range(0, len(alike), TOGETHER):
+            yield alike[first : first + TOGETHER]
+
+
+def orthogonalised_(matrices: Tensor, coefficients: tuple[float, float, float], steps: int, eps: float) -> Tensor:
+    """Matrices (n, rows, columns) with all singular values made nearly one, by Newton and Schulz's iteration.
+
+    What is in `matrices` is lost.
+    """
+    a, b, c = coefficients
+    is_tall = matrices.shape[1] > matrices.shape[2]
+    x = matrices.mT.contiguous() if is_tall else matrices
+    x /= torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True).clamp(min=eps)
+    for _ in range(steps):
+        square = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(square, square, square, beta=b, alpha=c), x, beta=a)
+    return x.mT.contiguous() if is_tall else x  # laid out as the weights, which then add it four times as fast
