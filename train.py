@@ -514,8 +514,8 @@ def forward_backward(
     for the device.
     """
     # That the average is the mean over all targets, each process divides by an equal part of them, whatever it has.
-    n_targets = max(1, int((targets != IGNORED).sum())) / world.size
-    n_targets = torch.full((), n_targets, device=config.device)  # torch.tensor would wait for the device
+    part = max(1, int((targets != IGNORED).sum())) / world.size
+    n_targets = torch.full((), part, device=config.device)  # torch.tensor would wait for the device
     total = torch.zeros((), device=config.device)
     ids, targets = world.share(ids), world.share(targets)
     for first in range(0, len(ids), config.batch_size):

@@ -16,6 +16,7 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -883,9 +884,7 @@ def test_a_compiler_that_fails_is_a_warning(data, tmp_path, monkeypatch, quiet, 
     assert losses(folder / "text10.jsonl") == losses(straight / "text10.jsonl")
 
 
-def test_a_compiler_that_fails_in_another_process_is_given_up_in_this_one_too(
-    data, tmp_path, monkeypatch, quiet, capsys
-):
+def test_a_compiler_that_fails_in_another_process_is_given_up_in_this_one_too(monkeypatch, capsys):
     gpt = model.GPT(model.GPTConfig(n_layer=1, n_head=1, n_embd=8, block_size=16))
     config = train.resolve(train.TrainConfig(**OPTIONS, gradient_accumulation_steps=2), "cpu", False)
     monkeypatch.setattr(torch, "compile", lambda function, **settings: function)
@@ -956,6 +955,25 @@ def test_the_largest_micro_batch_that_fits_is_found_by_trying(data, monkeypatch)
     config = train.TrainConfig(device="meta", batch_size=16, gradient_accumulation_steps=3, block_size=16)
     assert memory.fit_batch_size(gpt, config, step) == (4, 12)
     assert tried == [48, 24, 16, 12, 8, 6, 4]
+
+
+def test_a_try_that_fails_has_let_go_of_its_memory_before_the_devices_cache_is_emptied(monkeypatch):
+    kept, left = [], []
+    real = torch.empty_like
+
+    def take(weight):
+        kept.append(weakref.ref(tensor := real(weight)))
+        return tensor
+
+    def step(*arguments):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(torch, "empty_like", take)
+    monkeypatch.setattr(memory.gc, "collect", lambda: left.append(sum(reference() is not None for reference in kept)))
+    gpt = model.GPT(model.GPTConfig(n_layer=1, n_head=1, n_embd=8, block_size=16))
+    config = train.TrainConfig(device="meta", batch_size=1, gradient_accumulation_steps=1, block_size=16)
+    memory.fit_batch_size(gpt, config, step)
+    assert kept and left == [0]
 
 
 def test_on_a_cpu_the_micro_batch_follows_from_the_memory_available(data, tmp_path, monkeypatch, quiet, capsys):

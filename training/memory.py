@@ -96,20 +96,21 @@ def _step_fits(model: GPT, config, step: Callable, batch_size: int, world: World
     """Whether a step with this micro-batch runs through on the device beside what training holds besides."""
     tried = dataclasses.replace(config, batch_size=batch_size, gradient_accumulation_steps=1)
     ids = np.zeros((batch_size, config.block_size), dtype=np.int64)
+    held = []
     try:
         free = torch.cuda.mem_get_info(config.device)[0] if config.device.startswith("cuda") else 0
-        unused = torch.empty(int((1 - HEADROOM) * free), device=config.device, dtype=torch.uint8)
+        held.append(torch.empty(int((1 - HEADROOM) * free), device=config.device, dtype=torch.uint8))
         # Two states of the optimizers, and of several processes the buckets in which gradients are averaged.
         n_copies = 2 + (world.size > 1)
-        taken = [torch.empty_like(weight) for weight in model.parameters() for _ in range(n_copies)]
+        held += [torch.empty_like(weight) for weight in model.parameters() for _ in range(n_copies)]
         step(model, tried, ids, ids)
-        del unused, taken
         return True
     except Exception as error:
         if not is_out_of_memory(error):
             raise
         return False
     finally:
+        held.clear()  # else the next try would find less free
         model.zero_grad(set_to_none=True)
         gc.collect()  # the exception's traceback held the step's tensors
         if config.device.startswith("cuda"):

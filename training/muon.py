@@ -2,7 +2,8 @@
 
 Muon moves a matrix by its momentum with all singular values made nearly one ("Muon: An optimizer for hidden layers in
 neural networks", Jordan et al. 2024). torch.optim.Muon takes one matrix after another, in products too small for two
-CPU cores, let alone a GPU; here those of one shape are multiplied together. State, settings and arithmetic are torch's.
+CPU cores, let alone a GPU; here those of one shape are multiplied together. State and arithmetic are torch's, the rate
+follows a matrix's shape as by torch's default.
 """
 
 from __future__ import annotations
