@@ -23,17 +23,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from generation.cuda_decode import CapturedDecode
+from training import cpu_backward
+from training.tied_head import IGNORED, TiedHead, transposed
+
 if TYPE_CHECKING:  # a large import, needed for the mask on CUDA alone
     from torch.nn.attention.flex_attention import BlockMask
 
-    Mask = Tensor | BlockMask
+    Mask = Tensor | BlockMask  # bool (True: may look), numbers added to the scores, or FlexAttention's
 
-IGNORED = -100  # a target that does not count, as in F.cross_entropy
-HEAD_CHUNK = 2048  # rows whose logits exist at the same time while the loss is computed
-ACTIVATION_BUDGET = 0.9  # below 1 torch.compile keeps no activation that one pass over memory makes
-KEY_BLOCK = 256  # keys whose weights exist at the same time in a backward pass on a CPU
+ACTIVATION_BUDGET = 0.9  # below 1, torch.compile computes cheap activations again in the backward pass
 ENDED = -1  # what `generate` yields for a row that has drawn a stop id
-GRAPH_PLACES = 256  # context for which one CUDA graph of the decode step serves
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,82 +75,53 @@ PRESETS = {
 class KVCache:
     """Keys and values of the tokens seen so far, in one tensor allocated once, with room for block_size tokens a row.
 
-    `tokens` are each row's ids; the keys and values of the nth stand at its place n, so rows of different lengths lie
-    side by side without padding on the left.
+    `tokens` are each row's ids; the keys and values of the nth are stored at position n, so rows of different lengths
+    need no padding on the left.
     """
 
     def __init__(self, config: GPTConfig, batch_size: int, device: torch.device, dtype: torch.dtype):
         shape = (config.n_layer, 2, batch_size, config.n_head, config.block_size, config.n_embd // config.n_head)
-        # Zeros, not what the memory held: a place that is masked out still takes part, with weight 0.
+        # Zeros, not what the memory held: a position that is masked out still takes part, with weight 0.
         self.keys_values = torch.zeros(shape, device=device, dtype=dtype)
         self.tokens: list[list[int]] = [[] for _ in range(batch_size)]
         self.captured: CapturedDecode | None = None
-        self.aim(slice(None), slice(0), 0)
+        self.select(slice(None), slice(0), 0)
 
-    def aim(self, rows: slice | list[int] | Tensor, places: slice | Tensor, end: int) -> None:
-        """Say where the next keys and values go, and that attention looks at the first `end` places.
+    def select(self, rows: slice | list[int] | Tensor, positions: slice | Tensor, end: int) -> None:
+        """Say where the next keys and values go, and that attention looks at the first `end` positions.
 
-        `places` is the same slice for all `rows`, or a tensor (B,) with one place for each row of the batch.
+        `positions` is the same slice for all `rows`, or a tensor (B,) with one position for each row of the batch.
         """
-        self.rows, self.places, self.end = rows, places, end
-        if isinstance(rows, slice):  # the places are views, made once for all layers
-            self.targets = self.keys_values[:, :, rows, :, places].unbind()
+        self.rows, self.positions, self.end = rows, positions, end
+        if isinstance(rows, slice):  # views, made once for all layers
+            self.targets = self.keys_values[:, :, rows, :, positions].unbind()
             self.visible = self.keys_values[:, :, rows, :, :end].unbind()
 
     def write(self, layer: int, keys_values: Tensor) -> Sequence[Tensor]:
-        """Store a layer's keys and values (2, B, H, T, D) where `aim` said; returns those that attention looks at."""
+        """Store a layer's keys and values (2, B, H, T, D) where `select` said; returns those that attention sees."""
         if isinstance(self.rows, slice):
             self.targets[layer].copy_(keys_values)
             return self.visible[layer].unbind()
         held = self.keys_values[layer]
-        if isinstance(self.places, Tensor):
-            held[:, self.rows, :, self.places] = keys_values[:, :, :, 0].transpose(0, 1)  # (B, 2, H, D)
+        if isinstance(self.positions, Tensor):
+            held[:, self.rows, :, self.positions] = keys_values[:, :, :, 0].transpose(0, 1)  # (B, 2, H, D)
             return held[:, :, :, : self.end].unbind()
-        held[:, self.rows, :, self.places] = keys_values
+        held[:, self.rows, :, self.positions] = keys_values
         return held[:, self.rows, :, : self.end].unbind()
 
 
 class Linear(nn.Linear):
-    """A linear layer, which in compiled low-precision training on a CPU makes its weight's gradient otherwise."""
+    """A linear layer with a faster backward pass for compiled low-precision training on a CPU."""
 
     def forward(self, x: Tensor) -> Tensor:
-        is_cpu_training = self.training and x.device.type == "cpu" and torch.compiler.is_compiling()
-        if is_cpu_training and compute_dtype(self.weight).itemsize == 2:
-            return _Linear.apply(x, self.weight, self.bias)
+        if is_compiled_cpu_training(self, x) and compute_dtype(self.weight).itemsize == 2:
+            return cpu_backward.linear(x, self.weight, self.bias)
         return super().forward(x)
 
 
-class _Linear(torch.autograd.Function):
-    """F.linear; the gradient of its weight is a product whose first matrix, the smaller of the two, is copied before.
-
-    torch's own product takes that matrix transposed as it lies, and twice as long.
-    """
-
-    @staticmethod
-    def forward(ctx, x, weight, bias):
-        ctx.save_for_backward(x, weight)
-        ctx.has_bias = bias is not None
-        return F.linear(x, weight, bias)
-
-    @staticmethod
-    def backward(ctx, y_grad):
-        x, weight = ctx.saved_tensors
-        n_out, n_in = weight.shape
-        rows, row_grads = x.to(y_grad.dtype).flatten(0, -2), y_grad.flatten(0, -2)  # (N, n_in), (N, n_out)
-        if n_in < n_out:
-            weight_grad = (row_by_row(rows.T) @ row_grads).T
-        elif n_in > n_out:
-            weight_grad = row_by_row(row_grads.T) @ rows
-        else:  # too small to gain
-            weight_grad = row_grads.T @ rows
-        x_grad = (row_grads @ weight.to(y_grad.dtype)).view_as(x).to(x.dtype)
-        bias_grad = row_grads.sum(0, dtype=weight.dtype) if ctx.has_bias else None
-        return x_grad, weight_grad.to(weight.dtype).contiguous(), bias_grad
-
-
-def row_by_row(matrix: Tensor) -> Tensor:
-    """A copy of a matrix that lies row by row; unlike `contiguous`, the compiler does not take it for a view."""
-    return torch.ops.prims.inductor_force_stride_order(matrix, (matrix.shape[1], 1))
+def is_compiled_cpu_training(module: nn.Module, x: Tensor) -> bool:
+    """Whether the backward passes of training/cpu_backward.py serve."""
+    return module.training and x.device.type == "cpu" and torch.compiler.is_compiling()
 
 
 class Attention(nn.Module):
@@ -179,52 +150,10 @@ class Attention(nn.Module):
 
             return flex_attention(q, k, v, block_mask=mask)
         dropout = self.dropout if self.training else 0.0
-        if self.training and torch.compiler.is_compiling() and q.device.type == "cpu" and not dropout:
-            return _Attention.apply(q, k, v, mask)
+        if is_compiled_cpu_training(self, q) and not dropout:
+            return cpu_backward.attention(q, k, v, mask)
         is_causal = mask is None and q.shape[2] > 1
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=is_causal)
-
-
-class _Attention(torch.autograd.Function):
-    """Causal attention for compiled training on a CPU: torch's forward pass, and a backward pass of large products.
-
-    torch's own backward pass takes half as long again to three times as long, for its products are small. As in
-    "FlashAttention" (Dao et al. 2022, appendix B.4) the weights are made again from the scores and each query's
-    logarithm of the sum of their exponentials; here for KEY_BLOCK keys at a time, whose row is the key's so that but
-    one product needs a transposed matrix.
-    """
-
-    @staticmethod
-    def forward(ctx, q, k, v, mask):
-        q, k, v = q.contiguous(), k.contiguous(), v.contiguous()  # (B, H, T, D)
-        flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-        y, log_total = flash(q, k, v, 0.0, mask is None, attn_mask=mask)
-        ctx.save_for_backward(q, k, v, y, log_total, mask)
-        return y
-
-    @staticmethod
-    def backward(ctx, y_grad):
-        q, k, v, y, log_total, mask = ctx.saved_tensors
-        T, scale = q.shape[2], 1 / math.sqrt(q.shape[3])
-        y_grad = y_grad.contiguous()
-        mean = (y_grad.float() * y.float()).sum(3)  # (B, H, T), of the weights' gradients
-        q_grad, k_grads, v_grads = None, [], []
-        for start in range(0, T, KEY_BLOCK):  # queries before the block do not look at it
-            keys, values = k[:, :, start : start + KEY_BLOCK], v[:, :, start : start + KEY_BLOCK]
-            queries, wanted = q[:, :, start:], y_grad[:, :, start:]
-            scores = (keys @ queries.transpose(2, 3)).float() * scale - log_total[:, :, None, start:]
-            if mask is None:
-                visible = torch.arange(keys.shape[2])[:, None] <= torch.arange(T - start)
-                weights = torch.where(visible, scores.exp(), 0.0)
-            else:
-                weights = (scores + mask[:, :, start:, start : start + KEY_BLOCK].transpose(2, 3)).exp()
-            weights_grad = (values @ wanted.transpose(2, 3)).float() - mean[:, :, None, start:]
-            scores_grad = (weights * weights_grad * scale).to(q.dtype)
-            k_grads.append(scores_grad @ queries)
-            v_grads.append(weights.to(q.dtype) @ wanted)
-            part = scores_grad.transpose(2, 3) @ keys  # (B, H, T - start, D)
-            q_grad = part if start == 0 else torch.cat([q_grad[:, :, :start], q_grad[:, :, start:] + part], 2)
-        return q_grad, torch.cat(k_grads, 2), torch.cat(v_grads, 2), None
 
 
 class MLP(nn.Module):
@@ -297,7 +226,7 @@ class GPT(nn.Module):
             nn.init.zeros_(module.bias)
 
     @torch.no_grad()
-    def start_to_copy(self) -> None:
+    def init_for_copying(self) -> None:
         """Give a new model embeddings from which it learns in a fraction of the steps to repeat what it has read.
 
         Copying wants a head that looks one token back ("In-context Learning and Induction Heads", Olsson et al. 2022):
@@ -327,21 +256,18 @@ class GPT(nn.Module):
         cache: KVCache | None = None,
         positions: Tensor | None = None,
         mask: Mask | None = None,
-        weight_grads: list[Tensor] | None = None,
     ) -> Tensor:
         """The last layer's output after the final LayerNorm, (B, T, C), for ids (B, T).
 
-        `positions` (T,) or (B, T) are 0..T-1 unless given; `mask`, causal unless given, is True where a query may look
-        at a key, or what `document_mask` makes. `weight_grads` will hold the head's gradient of the tied embedding.
+        `positions` (T,) or (B, T) are 0..T-1 unless given; attention is causal unless there is a `mask`.
         """
         if positions is None:
             positions = torch.arange(idx.shape[1], device=idx.device)
-        if weight_grads is None:
-            x = self.wte(idx)
-        else:
-            x = _TiedEmbedding.apply(self.wte.weight, idx, weight_grads)
-        x = F.dropout(x + self.wpe(positions), self.config.dropout, self.training)
-        return self.blocks(x, cache, mask)
+        return self.blocks(self.positioned(self.wte(idx), positions), cache, mask)
+
+    def positioned(self, x: Tensor, positions: Tensor) -> Tensor:
+        """The tokens' embeddings (B, T, C) with those of their positions, after dropout."""
+        return F.dropout(x + self.wpe(positions), self.config.dropout, self.training)
 
     def blocks(self, x: Tensor, cache: KVCache | None = None, mask: Mask | None = None) -> Tensor:
         """The embedded tokens (B, T, C) through all blocks and the final LayerNorm.
@@ -377,12 +303,11 @@ class GPT(nn.Module):
         mask = None if documents is None else self.document_mask(documents)
         if targets is None:
             return F.linear(self.hidden(idx, mask=mask), self.wte.weight), None
-        weight, weight_grads = self.wte.weight, []
-        memory = HeadMemory(weight, targets, compute_dtype(weight), self.compiled_transpose)
-        hidden = self.hidden(idx, mask=mask, weight_grads=weight_grads).flatten(0, 1)  # (N, C)
         if n_targets is None:
             n_targets = (targets != IGNORED).sum().clamp(min=1)
-        return None, linear_cross_entropy(hidden, weight, targets.flatten(), n_targets, memory, weight_grads)
+        head = TiedHead(self.wte.weight, targets, compute_dtype(self.wte.weight), self.compiled_transpose)
+        x = self.positioned(head.embed(idx), torch.arange(idx.shape[1], device=idx.device))
+        return None, head.loss(self.blocks(x, mask=mask), n_targets)
 
     def document_mask(self, documents: Tensor) -> Mask:
         """The mask, shared by all layers, that keeps attention causal and inside each document of the rows (B, T).
@@ -390,8 +315,11 @@ class GPT(nn.Module):
         In compiled training on CUDA a BlockMask: FlexAttention skips the blocks in which nothing counts. It has no
         dropout, and on a CPU no backward pass; there and elsewhere the mask is a tensor.
         """
-        if documents.is_cuda and self.training and self.h[0].compiled and not self.config.dropout:
-            return block_mask(documents)
+        if documents.is_cuda:
+            if self.training and self.h[0].compiled and not self.config.dropout:
+                return block_mask(documents)
+            # Under a mask cuDNN's backward pass gives NaN for some lengths (PyTorch issue 196678).
+            torch.backends.cuda.enable_cudnn_sdp(False)
         return dense_mask(documents, compute_dtype(self.wte.weight))
 
     def compile_training(self) -> None:
@@ -411,8 +339,8 @@ class GPT(nn.Module):
             block.compiled = torch.compile(block.residuals)
         self.compiled_transpose = torch.compile(transposed, dynamic=False)
 
-    def compile_nothing(self) -> None:
-        """Undo `compile_training`."""
+    def uncompile(self) -> None:
+        """Let the blocks run eagerly again."""
         self.compiled_transpose = None
         for block in self.h:
             block.compiled = None
@@ -510,7 +438,7 @@ class GPT(nn.Module):
         longest = max(map(len, contexts))
         idx = torch.tensor([context[start:] + [0] * (longest - len(context)) for context in contexts], device=device)
         positions = torch.arange(start, longest, device=device)
-        cache.aim(slice(None) if len(rows) == len(cache.tokens) else rows, slice(start, longest), longest)
+        cache.select(slice(None) if len(rows) == len(cache.tokens) else rows, slice(start, longest), longest)
         mask = torch.arange(longest, device=device) <= positions[:, None] if start else None
         hidden = self.hidden(idx, cache, positions, mask)
         for row, context in zip(rows, contexts, strict=True):
@@ -529,7 +457,7 @@ class GPT(nn.Module):
         elif start < longest:
             logits = self.decode_at(ids, torch.tensor(lengths, device=ids.device), longest + 1, cache)
         else:
-            cache.aim(slice(None), slice(start, start + 1), start + 1)
+            cache.select(slice(None), slice(start, start + 1), start + 1)
             positions = torch.full((1,), start, device=ids.device)
             logits = self.next_logits(self.hidden(ids[:, None], cache, positions)[:, 0])
         for tokens, token in zip(cache.tokens, ids.tolist(), strict=True):
@@ -537,8 +465,8 @@ class GPT(nn.Module):
         return logits
 
     def decode_at(self, ids: Tensor, positions: Tensor, end: int, cache: KVCache) -> Tensor:
-        """As `decode_one` for rows of different lengths: the places (B,) are a tensor, the shapes depend on `end`."""
-        cache.aim(torch.arange(len(ids), device=ids.device), positions, end)
+        """As `decode_one` for rows of different lengths: positions (B,) are a tensor, and shapes depend on `end`."""
+        cache.select(torch.arange(len(ids), device=ids.device), positions, end)
         mask = torch.arange(end, device=ids.device) <= positions[:, None, None, None]  # (B, 1, 1, end)
         return self.next_logits(self.hidden(ids[:, None], cache, positions[:, None], mask)[:, 0])
 
@@ -552,46 +480,8 @@ class GPT(nn.Module):
             cache.tokens = [[] for _ in cache.tokens]
 
 
-class CapturedDecode:
-    """The decode step of one model and cache as CUDA graphs: one launch instead of a few hundred kernels'.
-
-    There is a graph for each GRAPH_PLACES places of context, so that a short context does not pay for a long one.
-    """
-
-    def __init__(self, model: GPT, cache: KVCache):
-        self.model, self.cache = model, cache
-        device = model.wte.weight.device
-        self.ids = torch.zeros(len(cache.tokens), device=device, dtype=torch.long)
-        self.positions = torch.zeros_like(self.ids)
-        self.graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
-
-    def __call__(self, ids: Tensor, lengths: list[int]) -> Tensor:
-        """Logits (B, n_vocab) after ids (B,) at places `lengths`; the next call overwrites them."""
-        end = min(-(-(max(lengths) + 1) // GRAPH_PLACES) * GRAPH_PLACES, self.model.config.block_size)
-        self.ids.copy_(ids)
-        self.positions.copy_(torch.tensor(lengths))
-        if end not in self.graphs:
-            self.graphs[end] = self._capture(end)
-        graph, logits = self.graphs[end]
-        graph.replay()
-        return logits
-
-    def _capture(self, end: int) -> tuple[torch.cuda.CUDAGraph, Tensor]:
-        with torch.cuda.device(self.ids.device):  # whose streams are meant
-            side_stream = torch.cuda.Stream()
-            side_stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(side_stream):  # libraries make their workspaces at the first calls, not in the graph
-                for _ in range(2):
-                    self.model.decode_at(self.ids, self.positions, end, self.cache)
-            torch.cuda.current_stream().wait_stream(side_stream)
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                logits = self.model.decode_at(self.ids, self.positions, end, self.cache)
-        return graph, logits
-
-
-def is_visible(documents: Tensor) -> Callable:
-    """Whether, in a row, the place `query` may look at the place `key`, in FlexAttention's form; documents (B, T)."""
+def document_mask_mod(documents: Tensor) -> Callable:
+    """FlexAttention's mask_mod of documents (B, T): whether a row's position `query` may look at its position `key`."""
 
     def mask_mod(row, head, query, key):
         return (key <= query) & (documents[row, query] == documents[row, key])
@@ -602,9 +492,9 @@ def is_visible(documents: Tensor) -> Callable:
 def dense_mask(documents: Tensor, dtype: torch.dtype) -> Tensor:
     """What is added to attention's scores, (B, 1, T, T): 0 where a query may look at a key, else minus infinity."""
     B, T = documents.shape
-    rows, places = torch.arange(B, device=documents.device), torch.arange(T, device=documents.device)
-    visible = is_visible(documents)(rows[:, None, None, None], None, places[:, None], places)  # (B, 1, T, T)
-    # Not left as bool: every layer would make its own copy of the numbers for its backward pass.
+    rows, positions = torch.arange(B, device=documents.device), torch.arange(T, device=documents.device)
+    visible = document_mask_mod(documents)(rows[:, None, None, None], None, positions[:, None], positions)
+    # Not left as bool, (B, 1, T, T): every layer would make its own copy of the numbers for its backward pass.
     return torch.zeros(visible.shape, device=documents.device, dtype=dtype).masked_fill_(~visible, -math.inf)
 
 
@@ -613,7 +503,7 @@ def block_mask(documents: Tensor):
     from torch.nn.attention.flex_attention import create_block_mask
 
     B, T = documents.shape
-    return create_block_mask(is_visible(documents), B, None, T, T, device=documents.device)
+    return create_block_mask(document_mask_mod(documents), B, None, T, T, device=documents.device)
 
 
 def compute_dtype(tensor: Tensor) -> torch.dtype:
@@ -703,124 +593,3 @@ def sinusoids(length: int, width: int) -> Tensor:
     wavelengths = 10000 ** (torch.arange(0, width, 2) / width)
     angles = torch.arange(length)[:, None] / wavelengths  # (length, width / 2)
     return torch.stack([angles.sin(), angles.cos()], dim=2).flatten(1)[:, :width]
-
-
-class HeadMemory:
-    """What the head takes in large pieces: a copy of its weight, and room for the logits of one chunk of rows.
-
-    It is made before the blocks run. Between the activations there is no place so large, and the process would grow.
-    """
-
-    def __init__(self, weight: Tensor, targets: Tensor, dtype: torch.dtype, transpose: Callable | None = None):
-        counts = targets.flatten() != IGNORED
-        self.rows = torch.arange(len(counts), device=weight.device)
-        if weight.device.type == "cpu":  # elsewhere counting the rows would wait for the device
-            self.rows = self.rows[counts]
-        self.transpose = transpose or transposed
-        self.weight = self.transpose(weight.detach(), dtype)  # (C, V)
-        self.is_copy = self.weight.is_contiguous() and self.weight.data_ptr() != weight.data_ptr()
-        self.logits = torch.empty(min(HEAD_CHUNK, len(self.rows)), len(weight), device=weight.device, dtype=dtype)
-
-
-def linear_cross_entropy(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    n_targets: Tensor,
-    memory: HeadMemory | None = None,
-    weight_grads: list[Tensor] | None = None,
-) -> Tensor:
-    """Sum over rows of cross_entropy(hidden @ weight.T, targets) / n_targets, without the whole logits.
-
-    hidden (N, C), weight (V, C), targets (N,), n_targets a tensor of one number. The logits of HEAD_CHUNK rows exist
-    at a time, in `memory`, where their gradient then takes their place; rows whose target is IGNORED are left out on a
-    CPU. The weight's gradient is appended to `weight_grads`, where that is given, for somebody who adds to it and
-    passes it on.
-    """
-    memory = memory or HeadMemory(weight, targets, compute_dtype(hidden))
-    wants_gradient = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
-    return _LinearCrossEntropy.apply(hidden, weight, targets, n_targets, memory, wants_gradient, weight_grads)
-
-
-class _LinearCrossEntropy(torch.autograd.Function):
-    """The gradients are made in the forward pass, chunk by chunk, so that no chunk's logits need to be kept."""
-
-    @staticmethod
-    def forward(ctx, hidden, weight, targets, n_targets, memory, wants_gradient, weight_grads):
-        counts = targets != IGNORED
-        loss = torch.zeros((), device=hidden.device)
-        hidden_grad, weight_grad = torch.zeros_like(hidden) if wants_gradient else None, None
-        with torch.autocast(hidden.device.type, enabled=False):
-            low_hidden = hidden.to(memory.logits.dtype)
-            chunks = memory.rows.split(HEAD_CHUNK)
-            for number, chunk in enumerate(chunks, 1):
-                chunk_hidden = low_hidden[chunk] * counts[chunk, None]  # (N, C)
-                logits = torch.mm(chunk_hidden, memory.weight, out=memory.logits[: len(chunk)])
-                losses = losses_and_gradient_(logits, targets[chunk].clamp(min=0))
-                loss += (losses * counts[chunk]).sum()
-                if wants_gradient:
-                    hidden_grad[chunk] = (logits @ memory.weight.T * counts[chunk, None]).to(hidden.dtype)
-                    # The last product takes the place of the weight's copy, which has served.
-                    place = memory.weight if memory.is_copy and number == len(chunks) else None
-                    product = torch.mm(chunk_hidden.T.contiguous(), logits, out=place)  # (C, V)
-                    weight_grad = product if weight_grad is None else weight_grad.to(weight.dtype).add_(product)
-        ctx.transpose, ctx.weight_grads, ctx.dtype = memory.transpose, weight_grads, weight.dtype
-        ctx.save_for_backward(hidden_grad, weight_grad, n_targets)
-        return loss / n_targets
-
-    @staticmethod
-    def backward(ctx, loss_grad):
-        hidden_grad, weight_grad, n_targets = ctx.saved_tensors
-        scale = loss_grad / n_targets
-        hidden_grad.mul_(scale)
-        if weight_grad.dtype == ctx.dtype:
-            weight_grad = ctx.transpose(weight_grad, ctx.dtype).mul_(scale)
-        else:  # compiled code takes up to four times as long for this
-            out = torch.empty(weight_grad.T.shape, device=weight_grad.device, dtype=ctx.dtype)
-            weight_grad = out.copy_(weight_grad.T).mul_(scale)
-        if ctx.weight_grads is not None:
-            ctx.weight_grads.append(weight_grad)
-            weight_grad = None
-        return hidden_grad, weight_grad, None, None, None, None, None
-
-
-def losses_and_gradient_(logits: Tensor, targets: Tensor) -> Tensor:
-    """Each row's cross entropy (N,) in float32; `logits` (N, V) become the gradient of their sum in place.
-
-    As exact as the logits' precision allows, also for a probability near 0 or 1. A probability too small for that
-    precision counts as the smallest that is not: a loss of 17 in float16, of 90 and more elsewhere.
-    """
-    rows = torch.arange(len(logits), device=logits.device)
-    torch.softmax(logits, 1, out=logits)
-    hit = logits[rows, targets].float()
-    logits[rows, targets] = logits.new_zeros(())  # a mere 0 would be sent to the device, which waits for it
-    missed = logits.sum(1)  # the probability of all other tokens; 1 - hit would have lost it where it is small
-    logits[rows, targets] = -missed
-    missed = missed.float()
-    limits = torch.finfo(logits.dtype)
-    return -torch.where(missed < 0.5, torch.log1p(-missed), hit.clamp(min=limits.tiny * limits.eps).log())
-
-
-def transposed(matrix: Tensor, dtype: torch.dtype) -> Tensor:
-    """A matrix (M, N) as (N, M) in another precision; on a CPU in memory too, for there products are faster then."""
-    matrix = matrix.to(dtype).T
-    return matrix.contiguous() if matrix.device.type == "cpu" else matrix
-
-
-class _TiedEmbedding(torch.autograd.Function):
-    """Rows of a weight that the head shares: their gradient is added to the head's, which is made before.
-
-    Two gradients of the size of the weight, most of one of them zeros, would have to be added otherwise.
-    """
-
-    @staticmethod
-    def forward(ctx, weight, idx, weight_grads):
-        ctx.weight_grads = weight_grads
-        ctx.save_for_backward(idx)
-        return F.embedding(idx, weight)
-
-    @staticmethod
-    def backward(ctx, grad):
-        (idx,) = ctx.saved_tensors
-        weight_grad = ctx.weight_grads.pop()
-        return weight_grad.index_add_(0, idx.flatten(), grad.flatten(0, -2)), None, None

@@ -452,7 +452,7 @@ def make_model(config: TrainConfig, saved: dict | None) -> GPT:
     if saved:
         load_weights(model, saved["model"], source)
     else:
-        model.start_to_copy()
+        model.init_for_copying()
     return model
 
 
@@ -496,7 +496,7 @@ def compile_or_eager(model: GPT, config: TrainConfig, ids, targets, world: World
         failure = next(iter(str(error).strip().splitlines()), type(error).__name__)[:200]
     if world.largest(failure is not None):
         print(f"warning: torch.compile failed ({failure or 'in another process'}); going on without it")
-        model.compile_nothing()
+        model.uncompile()
     else:
         print(f"torch.compile: ready after {time.perf_counter() - start:.1f} s")
     model.zero_grad(set_to_none=True)

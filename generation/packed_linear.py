@@ -111,7 +111,7 @@ class PackedBlock(nn.Module):
         x = x.reshape(B * T, C)  # the shape that the products work on: others they change and change back
         qkv = self.c_attn.forward(normed(x, self.ln_1))
         if self.has_kernel and T == 1 and mask is None and cache is not None and isinstance(cache.rows, slice):
-            y = attend(qkv, cache.keys_values[self.layer], cache.places.start)
+            y = attend(qkv, cache.keys_values[self.layer], cache.positions.start)
         else:
             qkv = qkv.view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)  # (3, B, H, T, D)
             q, k, v = qkv if cache is None else (qkv[0], *cache.write(self.layer, qkv[1:]))

@@ -145,12 +145,12 @@ def test_the_compiled_blocks_take_a_block_mask_and_share_code_that_is_made_once(
     assert counter.frame_count == 1 and len(gpt.h) > 1
 
 
+class OnCuda(torch.Tensor):
+    is_cuda = True
+
+
 def test_flex_attention_serves_only_what_it_can_do(gpt, monkeypatch):
     """Compiled training on CUDA without dropout; all else has the dense mask."""
-
-    class OnCuda(torch.Tensor):
-        is_cuda = True
-
     monkeypatch.setattr(model, "block_mask", lambda numbers: "blocks")
     on_cuda = documents().as_subclass(OnCuda)
     gpt.h[0].compiled = gpt.h[0].residuals
@@ -161,6 +161,15 @@ def test_flex_attention_serves_only_what_it_can_do(gpt, monkeypatch):
     assert isinstance(gpt.document_mask(on_cuda), torch.Tensor)
     gpt.config, gpt.h[0].compiled = SHAPE, None
     assert isinstance(gpt.document_mask(on_cuda), torch.Tensor)
+
+
+def test_cudnn_whose_backward_pass_gives_nan_does_not_serve_a_dense_mask(gpt, monkeypatch):
+    allowed = []
+    monkeypatch.setattr(torch.backends.cuda, "enable_cudnn_sdp", allowed.append)
+    gpt.document_mask(documents())
+    assert allowed == []
+    gpt.document_mask(documents().as_subclass(OnCuda))
+    assert allowed == [False]
 
 
 def test_the_mask_has_the_precision_of_the_attention(gpt):

@@ -10,14 +10,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import model as model_module
-from generation import packed_linear, row_kernels
+from generation import cuda_decode, packed_linear, row_kernels
+from generation.cuda_decode import CapturedDecode
 from generation.packed_linear import Int8Linear, PackedLinear, RowLinear, is_exact, pack_linears, quantize_rows
 from generation.row_kernels import RowProduct, attend
 from model import (
     ENDED,
     GPT,
-    CapturedDecode,
     GPTConfig,
     candidates,
     penalise_repetition,
@@ -154,7 +153,7 @@ def test_the_step_that_cuda_captures_equals_the_others():
 
 
 def test_captured_steps_are_reused_for_a_stretch_of_context(monkeypatch):
-    monkeypatch.setattr(model_module, "GRAPH_PLACES", 6)
+    monkeypatch.setattr(cuda_decode, "GRAPH_CONTEXT", 6)
     model = tiny_model()
     cache = model.new_cache(1)
     captures = []

@@ -23,7 +23,10 @@ TABLE = {
     "runtime": (set(), {"torch", "numpy"}),
     "files": ({"runtime"}, set()),
     "setup_tokenizer": ({"tiktoken", "runtime"}, {"numpy"}),
-    "model": ({"torch"}, set()),
+    "tied_head": ({"torch"}, set()),
+    "cpu_backward": ({"torch"}, set()),
+    "cuda_decode": ({"torch"}, set()),
+    "model": ({"torch", "tied_head", "cpu_backward", "cuda_decode"}, set()),
     "tokenizer_files": ({"tiktoken", "setup_tokenizer"}, set()),
     "hugging_face": (
         {"torch", "model", "setup_tokenizer", "tokenizer_files", *EVERYWHERE},
@@ -40,7 +43,7 @@ TABLE = {
     "metrics": (EVERYWHERE, {"matplotlib", "torch"}),
     "parallel": ({"torch", "numpy", "model", "runtime"}, set()),
     "muon": ({"torch", "parallel"}, set()),
-    "memory": ({"torch", "numpy", "model", "parallel", "runtime"}, set()),
+    "memory": ({"torch", "numpy", "model", "parallel", "tied_head", "runtime"}, set()),
     "mixture": ({"numpy"}, set()),
     "run": ({"torch", "model", "checkpoint", "batches", "metrics", "mixture", "parallel", *EVERYWHERE}, {"numpy"}),
     "train": (

@@ -15,7 +15,9 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import model
-from model import GPT, IGNORED, PRESETS, GPTConfig, linear_cross_entropy
+from model import GPT, IGNORED, PRESETS, GPTConfig
+from training import batches, cpu_backward, tied_head
+from training.tied_head import TiedHead
 
 TINY = GPTConfig(block_size=16, vocab_size=96, n_vocab=90, n_layer=3, n_head=4, n_embd=32)
 PUBLISHED = {
@@ -99,7 +101,7 @@ def gradients(gpt, loss) -> dict:
 @pytest.mark.parametrize("chunk", [4, 1024])
 @pytest.mark.parametrize("ignored", [0.0, 0.6])
 def test_loss_and_gradients_equal_cross_entropy(gpt, monkeypatch, chunk, ignored):
-    monkeypatch.setattr(model, "HEAD_CHUNK", chunk)
+    monkeypatch.setattr(tied_head, "HEAD_CHUNK", chunk)
     ids, targets = random_ids(4, 16), random_ids(4, 16).flip(0)
     targets[torch.rand(4, 16, generator=torch.Generator().manual_seed(3)) < ignored] = IGNORED
     gpt.train()
@@ -133,12 +135,49 @@ def test_micro_batches_add_up(gpt):
         torch.testing.assert_close(summed[name], whole[name], atol=1e-6, rtol=1e-4)
 
 
+def head_loss(hidden, weight, targets, n_targets, dtype=torch.float32):
+    return TiedHead(weight, targets, dtype).loss(hidden, torch.tensor(float(n_targets)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("chunk", [3, 16, 64])
+def test_the_head_takes_slices_where_counting_rows_would_wait(monkeypatch, chunk, dtype):
+    """As on CUDA: rows without a target take part with weight 0, and the gradient lies as the weight does."""
+
+    class NotOnCpu(TiedHead):
+        def __init__(self, weight, targets, dtype):
+            super().__init__(weight.to("meta"), targets.to("meta"), dtype)
+            self.weight, self.targets = weight, targets.flatten()
+            self.counts = self.targets != IGNORED
+            self.low_weight, self.logits = weight.detach().to(dtype).T, torch.empty(self.logits.shape, dtype=dtype)
+
+    monkeypatch.setattr(tied_head, "HEAD_CHUNK", chunk)
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(4, 5, 8, requires_grad=True), torch.randn(30, 8, requires_grad=True)
+    idx, targets = torch.randint(30, (4, 5)), torch.randint(30, (4, 5))
+    targets[1:3] = targets[0, 2] = IGNORED
+    found = []
+    for kind in (TiedHead, NotOnCpu):
+        head = kind(weight, targets, dtype)
+        assert head.on_cpu == (kind is TiedHead)
+        loss = head.loss(hidden + head.embed(idx), torch.tensor(9.0))
+        found.append((loss.detach(), *torch.autograd.grad(loss, (hidden, weight))))
+        assert found[-1][2].is_contiguous()
+    tolerance = {"atol": 1e-6, "rtol": 1e-5} if dtype == torch.float32 else {"atol": 2e-3, "rtol": 0.03}
+    for ours, expected in zip(found[1], found[0], strict=True):
+        torch.testing.assert_close(ours, expected, **tolerance)
+    assert not found[1][1][1:3].any()
+
+
+def test_a_target_that_does_not_count_has_one_number():
+    assert IGNORED == batches.IGNORED == torch.nn.CrossEntropyLoss().ignore_index
+
+
 def test_the_loss_in_low_precision_is_near():
     hidden, weight = torch.randn(20, 8, requires_grad=True), torch.randn(30, 8, requires_grad=True)
     targets = torch.randint(0, 30, (20,))
     exact = F.cross_entropy(hidden @ weight.T, targets)
-    with torch.autocast("cpu", torch.bfloat16):
-        loss = linear_cross_entropy(hidden, weight, targets, torch.tensor(20.0))
+    loss = head_loss(hidden, weight, targets, 20, torch.bfloat16)
     assert loss.dtype == torch.float32
     torch.testing.assert_close(loss, exact, atol=0.05, rtol=0)
     ours, theirs = torch.autograd.grad(loss, (hidden, weight)), torch.autograd.grad(exact, (hidden, weight))
@@ -154,7 +193,7 @@ def test_losses_and_gradients_of_a_chunk_keep_the_small_numbers(dtype):
     exact = logits.double().requires_grad_()
     expected = F.cross_entropy(exact, targets, reduction="none")
     expected.sum().backward()
-    found = model.losses_and_gradient_(logits, targets)
+    found = tied_head.losses_and_gradient_(logits, targets)
     tolerance = 1e-5 if dtype == torch.float32 else 0.01
     torch.testing.assert_close(found.double(), expected.detach(), rtol=tolerance, atol=0)
     torch.testing.assert_close(logits.double(), exact.grad, rtol=tolerance, atol=0)
@@ -179,7 +218,7 @@ def test_the_loss_alone_makes_no_gradient():
     hidden, weight = torch.randn(20, 8), torch.randn(30, 8, requires_grad=True)
     targets = torch.randint(0, 30, (20,))
     with torch.no_grad(), count_products() as products:
-        linear_cross_entropy(hidden, weight, targets, torch.tensor(20.0))
+        head_loss(hidden, weight, targets, 20)
     assert products == ["aten.mm.out"]
 
 
@@ -197,8 +236,8 @@ def test_the_head_takes_little_more_than_logits_in_low_precision_and_a_copy_of_i
     hidden, weight = torch.randn(256, 256, requires_grad=True), torch.randn(16384, 256, requires_grad=True)
     targets = torch.randint(0, 16384, (256,))
     recording = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
-    with recording as profiler, torch.autocast("cpu", torch.bfloat16):
-        loss = linear_cross_entropy(hidden, weight, targets, torch.tensor(256.0))
+    with recording as profiler:
+        loss = head_loss(hidden, weight, targets, 256, torch.bfloat16)
     profiler.export_chrome_trace(str(tmp_path / "trace.json"))
     events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
     events = sorted((event for event in events if event["name"] == "[memory]"), key=lambda event: event["ts"])
@@ -213,7 +252,7 @@ def test_the_head_takes_little_more_than_logits_in_low_precision_and_a_copy_of_i
 def test_huge_logits_give_a_finite_loss():
     hidden, weight = torch.full((2, 4), 1e4, requires_grad=True), torch.randn(10, 4, requires_grad=True)
     targets = torch.tensor([0, 9])
-    loss = linear_cross_entropy(hidden, weight, targets, torch.tensor(2.0))
+    loss = head_loss(hidden, weight, targets, 2)
     exact = F.cross_entropy(hidden @ weight.T, targets)
     assert 40 < loss.item() < min(110, exact.item())  # see losses_and_gradient_
     ours, theirs = torch.autograd.grad(loss, (hidden, weight)), torch.autograd.grad(exact, (hidden, weight))
@@ -224,13 +263,13 @@ def test_huge_logits_give_a_finite_loss():
 @pytest.mark.parametrize("length", [1, 5, 16, 19])
 @pytest.mark.parametrize("masked", [False, True])
 def test_attention_for_compiled_training_has_torchs_output_and_gradients(monkeypatch, length, masked):
-    monkeypatch.setattr(model, "KEY_BLOCK", 8)
+    monkeypatch.setattr(cpu_backward, "KEY_BLOCK", 8)
     torch.manual_seed(0)
     qkv = torch.randn(2, length, 3, 3, 4, requires_grad=True)
     documents = torch.arange(length).expand(2, -1) // torch.tensor([[4], [7]])
     mask = model.dense_mask(documents, torch.float32) if masked else None
     outputs = [
-        model._Attention.apply(*qkv.permute(2, 0, 3, 1, 4), mask),
+        cpu_backward.attention(*qkv.permute(2, 0, 3, 1, 4), mask),
         F.scaled_dot_product_attention(*qkv.permute(2, 0, 3, 1, 4), attn_mask=mask, is_causal=not masked),
     ]
     torch.testing.assert_close(*outputs)
@@ -244,7 +283,7 @@ def test_a_linear_layer_for_compiled_training_has_torchs_gradients(n_in, n_out, 
     importlib.import_module("torch._inductor.inductor_prims")
     torch.manual_seed(0)
     layer, x = model.Linear(n_in, n_out, bias=bias), torch.randn(2, 7, n_in, requires_grad=True)
-    outputs = [model._Linear.apply(x, layer.weight, layer.bias), F.linear(x, layer.weight, layer.bias)]
+    outputs = [cpu_backward.linear(x, layer.weight, layer.bias), F.linear(x, layer.weight, layer.bias)]
     assert torch.equal(*outputs)
     wanted, inputs = torch.randn_like(outputs[0]), (x, *layer.parameters())
     ours, theirs = (torch.autograd.grad(y, inputs, wanted) for y in outputs)
@@ -375,7 +414,7 @@ def test_the_compiled_parts_are_the_blocks_one_by_one_without_the_embedding(monk
     assert {dtype for _, dtype in seen} == {torch.float32}
     with torch.no_grad():
         gpt.eval()(idx)
-    gpt.compile_nothing()
+    gpt.uncompile()
     assert torch.equal(gpt.train()(idx, idx)[1], plain) and len(seen) == 4
 
 

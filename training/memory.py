@@ -10,9 +10,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from model import GPT, HEAD_CHUNK, GPTConfig
+from model import GPT, GPTConfig
 from runtime import UserError
 from training.parallel import ALONE, World
+from training.tied_head import HEAD_CHUNK
 
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "ALLOC_FAILED")  # CUDA and MPS, the CPU, CUDA's libraries
 HEADROOM = 0.9  # share of the free memory that a step may fill
