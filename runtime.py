@@ -1,4 +1,4 @@
-"""What every script needs to run: user errors, options from a dataclass, device, precision, seeds, peak FLOP/s.
+"""What every script needs to run: user errors, options from a dataclass, device, precision, memory, seeds, peak FLOP/s.
 
 Importing this module imports no torch, so that `--help` and data preparation start at once; the functions that
 need torch import it when they are called.
@@ -351,6 +351,22 @@ def seed_everything(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
+
+
+def set_determinism(deterministic: bool) -> None:
+    """Make CUDA's kernels repeat themselves exactly, where asked; before the first use of CUDA."""
+    import torch
+
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(deterministic)
+
+
+def allow_tf32() -> None:
+    """Let float32 products on CUDA run on tensor cores, which read 10 of the 23 bits of each mantissa."""
+    import torch
+
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
 
 
 def peak_flops(device_name: str) -> float | None:

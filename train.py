@@ -11,20 +11,19 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import gc
 import math
-import os
 import time
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from checkpoint import checkpoint_bytes, load_checkpoint, load_weights, random_states, set_random_states
-from model import GPT, IGNORED, PRESETS, GPTConfig
+from checkpoint import checkpoint_bytes, random_states, set_random_states
+from model import GPT, IGNORED, PRESETS
 from runtime import (
     UserError,
+    allow_tf32,
     autocast,
     choose_dtype,
     give_back_freed_memory,
@@ -33,9 +32,9 @@ from runtime import (
     keep_freed_memory,
     option,
     parse_options,
-    peak_flops,
     run_script,
     seed_everything,
+    set_determinism,
 )
 from training.batches import (
     Batches,
@@ -46,13 +45,22 @@ from training.batches import (
     open_dataset,
     require_length,
 )
+from training.measurements import Measurements, needed_at_once, not_finite_error
 from training.memory import fit_batch_size, is_out_of_memory, move_model, out_of_memory_error
 from training.mixture import MixedRows, data_parts, mixture_facts, mixture_name, parse_mixture
-from training.muon import Muon
-from training.parallel import ALONE, World, averaging, join_job, shard_model, whole
-from training.run import Run, StopSignal, after_restart, check_same_data, is_complete, load_resumable, resume_config
-
-EMBEDDING_EPS = 1e-6 * 4096  # Adam's for the embeddings, divided by the tokens of an iteration; see make_optimizers
+from training.optimizers import init_optimizer_states, make_optimizers, set_rates
+from training.parallel import ALONE, World, averaging, full_tensor, join_job, shard_model
+from training.progress import Clock, describe_data, describe_parts, print_sample
+from training.run import Run, StopSignal
+from training.start import (
+    after_restart,
+    check_same_data,
+    is_complete,
+    load_resumable,
+    make_model,
+    resume_config,
+    shape_of_checkpoint,
+)
 
 
 def number_or_auto(word: str) -> int | str:
@@ -81,7 +89,8 @@ class TrainConfig:
 
     batch_size: int | str | None = option(
         None,
-        "sequences in a micro-batch, or auto: the most that fit, of as many an iteration (default: 16)",
+        "sequences in a micro-batch, or auto: the most that fit, of as many an iteration (default: 16, on CUDA fewer "
+        "where 16 do not fit)",
         type=number_or_auto,
         metavar="N",
     )
@@ -96,14 +105,17 @@ class TrainConfig:
     optimizer: str = option("muon", "muon (hidden matrices; AdamW for the rest) or adamw", choices=("muon", "adamw"))
     learning_rate: float | None = option(None, "AdamW's peak learning rate (default: 3e-3 up to 384 wide, else 6e-4)")
     muon_learning_rate: float = option(0.02, "Muon's peak learning rate")
-    min_lr: float | None = option(None, "learning rate at the end (default: learning_rate / 10)")
+    min_lr: float | None = option(
+        None, "learning rate at the end (default: learning_rate / 10); Muon's falls by the same ratio"
+    )
     schedule: str | None = option(
         None,
         "how the learning rates fall after the warm-up (default: cosine for chat data, else wsd)",
         choices=("wsd", "cosine"),
     )
     warmup_iters: int | None = option(None, "iterations of linear warm-up (default: max_iters / 20)")
-    weight_decay: float = option(0.1, "decay of the weight matrices under AdamW")
+    weight_decay: float = option(0.1, "decay of the weight matrices under adamw; muon's AdamW part has none")
+    muon_weight_decay: float = option(0.01, "decay of the weight matrices under muon")
     grad_clip: float = option(1.0, "largest gradient norm; 0 turns clipping off")
 
     eval_interval: int | None = option(None, "iterations between evaluations (default: max_iters / 4, at most 250)")
@@ -114,7 +126,9 @@ class TrainConfig:
 
     device: str | None = option(None, "cpu, mps, cuda, cuda:N (default: asks, or takes the best one)")
     dtype: str | None = option(
-        None, "precision of the matrix work (default: the device's best)", choices=("float32", "bfloat16", "float16")
+        None,
+        "precision of the matrix work; float32 is TF32 on CUDA (default: the device's best)",
+        choices=("float32", "bfloat16", "float16"),
     )
     compile: bool | None = option(
         None, "use torch.compile (default: on CUDA, and from 200 iterations on a CPU with g++)"
@@ -151,8 +165,8 @@ class TrainConfig:
         for name in (*at_least_one, "gradient_accumulation_steps", "n_layer", "n_head", "n_embd"):
             if getattr(self, name) not in (None, "auto") and getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
-        at_least_zero = ("learning_rate", "muon_learning_rate", "min_lr", "warmup_iters", "weight_decay", "grad_clip")
-        for name in (*at_least_zero, "keep", "seed"):
+        at_least_zero = ("learning_rate", "muon_learning_rate", "min_lr", "warmup_iters", "weight_decay")
+        for name in (*at_least_zero, "muon_weight_decay", "grad_clip", "keep", "seed"):
             if getattr(self, name) is not None and not 0 <= getattr(self, name) < float("inf"):
                 raise ValueError(f"{name} must be at least 0, not {getattr(self, name)}")
         if not 0 <= self.dropout < 1:
@@ -223,60 +237,6 @@ def schedule(iter_num: int, config: TrainConfig) -> float:
     return 1 - (1 - lowest) * fall
 
 
-def make_optimizers(model: GPT, config: TrainConfig) -> list[torch.optim.Optimizer]:
-    """AdamW for all weights, or Muon for the blocks' matrices and AdamW for the rest.
-
-    "Decoupled Weight Decay Regularization" (Loshchilov and Hutter 2019); Muon as in torch.optim.Muon (Jordan et al.
-    2024). Biases, LayerNorms and, beside Muon, embeddings are not decayed.
-
-    A token that hardly occurs has tiny gradients, all of one direction, which Adam would blow up to full steps: rare
-    tokens drift together until nothing tells them apart ("Better Embeddings with Coupled Adam", Stollenwerk and
-    Stollenwerk 2025). Gradients much smaller than one occurrence gives, 1 / tokens_per_iter, therefore stay small.
-    """
-    blocks = [weight for name, weight in model.named_parameters() if weight.dim() == 2 and name.startswith("h.")]
-    vectors = [weight for name, weight in model.named_parameters() if weight.dim() < 2]
-    embeddings = [model.wte.weight, model.wpe.weight]
-    decay = 0.0 if config.optimizer == "muon" else config.weight_decay
-    eps = EMBEDDING_EPS / config.tokens_per_iter
-    optimizers, groups = [], [{"params": embeddings, "weight_decay": decay, "eps": eps}]
-    if config.optimizer == "muon":
-        optimizers.append(Muon(blocks, lr=config.muon_learning_rate, weight_decay=0.01))
-    else:
-        groups.append({"params": blocks, "weight_decay": decay})
-    groups.append({"params": vectors, "weight_decay": 0.0})
-    fused = config.device.startswith(("cuda", "cpu"))
-    optimizers.append(torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, 0.95), fused=fused))
-    return optimizers
-
-
-def make_room_for_states(optimizers: list[torch.optim.Optimizer]) -> None:
-    """Let the optimizers make their states, all zeros, in a step that changes no weight.
-
-    Made in the first real step, the states would lie between its gradients and leave gaps that nothing large fits into.
-    """
-    for optimizer in optimizers:
-        rates = [group["lr"] for group in optimizer.param_groups]
-        for group in optimizer.param_groups:
-            group["lr"] = 0.0
-            for weight in group["params"]:
-                weight.grad = torch.zeros_like(weight)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        for state in optimizer.state.values():
-            for value in state.values():
-                value.zero_()
-        for group, rate in zip(optimizer.param_groups, rates, strict=True):
-            group["lr"] = rate
-
-
-def set_peak_rates(optimizers: list[torch.optim.Optimizer], config: TrainConfig) -> None:
-    """Note in each parameter group the rate that the schedule scales, also after older ones were loaded."""
-    for optimizer in optimizers:
-        is_muon = isinstance(optimizer, torch.optim.Muon)
-        for group in optimizer.param_groups:
-            group["peak_lr"] = config.muon_learning_rate if is_muon else config.learning_rate
-
-
 @torch.no_grad()
 def evaluate(model: GPT, batches: list, config: TrainConfig, world: World = ALONE) -> float:
     """Mean validation loss in nats a target token over fixed batches of (ids, targets), shared by the processes."""
@@ -312,46 +272,6 @@ def inputs(config: TrainConfig, ids, targets) -> tuple[torch.Tensor, torch.Tenso
     return tuple(to_device(config.device, ids, targets, document_numbers(ids)))
 
 
-@functools.cache
-def tokenizer_if_there():
-    """The tokenizer; None where it cannot be loaded, which is tried once and not at each evaluation."""
-    import setup_tokenizer
-
-    try:
-        return setup_tokenizer.get_extended_tokenizer()
-    except UserError:
-        return None
-
-
-def sample_text(model: GPT, config: TrainConfig, chat: bool, iter_num: int) -> str | None:
-    """A short text from the model as it stands, None where the tokenizer is missing; leaves the global seeds alone."""
-    import setup_tokenizer
-
-    enc = tokenizer_if_there()
-    if enc is None:
-        return None
-    if chat:
-        prompt = setup_tokenizer.encode_chat([{"role": "user", "content": "Hello! How are you?"}], True)
-    else:
-        prompt = [setup_tokenizer.ENDOFTEXT_ID]
-    generator = torch.Generator(config.device).manual_seed(config.seed + iter_num)
-    stop_ids = (setup_tokenizer.ENDOFTEXT_ID, setup_tokenizer.IM_END_ID)
-    max_tokens = min(60, config.block_size - len(prompt))
-    steps = model.generate([prompt], max_tokens, temperature=0.8, top_k=50, generator=generator, stop_ids=stop_ids)
-    ids = [int(step[0]) for step in steps]
-    return enc.decode([token_id for token_id in ids if token_id not in stop_ids])
-
-
-def print_sample(model: GPT, config: TrainConfig, chat: bool, iter_num: int) -> None:
-    """Show at an evaluation what the model says by now. On CUDA the running sums of sampling have no exact repetition,
-    and torch would refuse them."""
-    torch.use_deterministic_algorithms(False)
-    text = sample_text(model, config, chat, iter_num)
-    torch.use_deterministic_algorithms(config.deterministic)
-    if text is not None:
-        print(f"  sample: {text.strip()!r}")
-
-
 def make_rows(stream, config: TrainConfig, is_chat: bool) -> TextRows | ChatRows:
     """How a stream is cut into rows: chat by whole conversations, text by pieces of block_size."""
     if is_chat:
@@ -371,110 +291,6 @@ def rows_and_batches(parts: dict, shares: dict, config: TrainConfig) -> tuple[Te
         rows.append(train_rows)
         val_batches[name] = fixed_batches(val_rows, config.batch_size, config.val_rows)
     return (MixedRows(rows, list(shares.values()), config.seed) if len(rows) > 1 else rows[0]), val_batches
-
-
-def describe_data(facts: dict) -> list[str]:
-    """What is trained on, in lines: of each part the counts, source and licence."""
-    lines = []
-    for part in data_parts(facts):
-        counts = ", ".join(f"{split} {part['splits'][split]['tokens']:,} tokens" for split in ("train", "val"))
-        share = f", {100 * part['weight']:.4g} % of the rows" if "weight" in part else ""
-        lines.append(f"data: {part['name']} ({part['format']}){share}, {counts}")
-        if part.get("source"):
-            lines.append(f"source: {part['source']}")
-        if part.get("licence"):
-            lines.append(f"licence: {part['licence']}" + (" (non-commercial)" if part.get("non_commercial") else ""))
-    return lines
-
-
-def describe_parts(val_losses: dict[str, float]) -> str:
-    """Of what a mixture's validation loss is the mean; nothing for one data set."""
-    if len(val_losses) == 1:
-        return ""
-    return "; weighted mean of " + ", ".join(f"{name} {loss:.4f}" for name, loss in val_losses.items())
-
-
-def set_determinism(deterministic: bool) -> None:
-    """Make CUDA's kernels repeat themselves exactly, where asked."""
-    if deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(deterministic)
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = not deterministic
-
-
-class Clock:
-    """Speed, time left, and the line that shows them."""
-
-    def __init__(self, model: GPT, config: TrainConfig, iter_num: int, n_devices: int = 1):
-        self.config = config
-        self.flops_per_iter = model.flops_per_token() * config.tokens_per_iter
-        on_cuda = config.device.startswith("cuda")
-        peak = peak_flops(torch.cuda.get_device_name(config.device)) if on_cuda else None
-        self.peak_flops = peak and peak * n_devices
-        self.restart(iter_num)
-
-    def restart(self, iter_num: int) -> None:
-        """Measure from here: what came before (an evaluation, a save) is not training speed."""
-        self.start, self.start_iter = time.perf_counter(), iter_num
-
-    def log(self, iter_num: int, loss: float, learning_rate: float, grad_norm: float, skipped: int) -> float:
-        """Print a line on the iteration just done; returns tokens a second."""
-        s_per_iter = (time.perf_counter() - self.start) / max(1, iter_num - self.start_iter)
-        self.restart(iter_num)
-        max_iters = self.config.max_iters
-        tokens_per_s = self.config.tokens_per_iter / s_per_iter
-        mfu = f"{self.flops_per_iter / s_per_iter / self.peak_flops:.1%}" if self.peak_flops else "n/a"
-        filled = 20 * iter_num // max_iters
-        left = int(s_per_iter * (max_iters - iter_num))
-        print(
-            f"iter {iter_num:>{len(str(max_iters))}}/{max_iters} [{'#' * filled}{'.' * (20 - filled)}] "
-            f"loss {loss:.4f}, lr {learning_rate:.2e}, norm {grad_norm:.2f}, {tokens_per_s:,.0f} tokens/s, mfu {mfu}, "
-            f"{left // 60}:{left % 60:02d} left" + (f", {skipped} skipped" if skipped else ""),
-            flush=True,
-        )
-        return tokens_per_s
-
-
-def make_model(config: TrainConfig, saved: dict | None) -> GPT:
-    """A model on the CPU: with the weights of `saved`, of the checkpoint that --init_from names, or new ones."""
-    source = config.resume or config.init_from
-    if source:
-        saved = saved or load_checkpoint(source, ("info", "model"))
-    shape = {name: getattr(config, name) for name in ("block_size", "n_layer", "n_head", "n_embd", "dropout")}
-    try:
-        vocab = GPTConfig()
-        if saved:
-            shape["bias"] = saved["info"]["model"]["bias"]
-            shape["vocab_size"] = max(vocab.vocab_size, saved["info"]["model"]["vocab_size"])
-        model = GPT(dataclasses.replace(vocab, **shape))
-    except ValueError as error:
-        raise UserError(f"{error}; change --n_embd or --n_head") from error
-    if saved:
-        load_weights(model, saved["model"], source)
-    else:
-        model.init_for_copying()
-    return model
-
-
-def shape_of_checkpoint(config: TrainConfig, given: dict) -> TrainConfig:
-    """`config` with the shape of the model that --init_from names; refuses options that contradict it.
-
-    A shorter block_size is none: the positions beyond it are left out.
-    """
-    saved = load_checkpoint(config.init_from, ("info",))["info"]["model"]
-    shape = {name: saved[name] for name in ("n_layer", "n_head", "n_embd", "block_size")}
-    if "block_size" in given:
-        shape["block_size"] = min(given["block_size"], shape["block_size"])
-    preset = PRESETS[given["preset"]] if "preset" in given else None
-    for name, value in shape.items():
-        wanted = given.get(name, getattr(preset, name) if preset and name != "block_size" else value)
-        if wanted != value:
-            option_name = name if name in given else "preset"
-            raise UserError(
-                f"--{option_name} {given[option_name]} contradicts {config.init_from}, whose {name} is {value}; leave "
-                "it out"
-            )
-    return dataclasses.replace(config, **shape)
 
 
 def compile_or_eager(model: GPT, config: TrainConfig, ids, targets, world: World = ALONE) -> None:
@@ -528,51 +344,29 @@ def forward_backward(
         total += loss.detach()
     for optimizer in optimizers:
         scaler.unscale_(optimizer)
-    grad_norm = whole(torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf))
+    grad_norm = full_tensor(torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf))
     return torch.stack([world.mean(total), grad_norm])
 
 
-def reads_every_step(config: TrainConfig) -> bool:
-    """Whether each step's loss and gradient norm are looked at before the weights change.
+def fit_micro_batch(model: GPT, config: TrainConfig, given: dict, world: World) -> TrainConfig:
+    """`config` with the micro-batch that fits: the largest with --batch_size auto, by default on CUDA at most 16.
 
-    On a CPU that costs nothing, and float16 must know whether it overflowed. Elsewhere it would let the device wait for
-    the program at each step: there they are looked at where a line, an evaluation or a save needs them.
+    A number that the command line gives stays, and so does the one of a run that is resumed.
     """
-    return config.device == "cpu" or config.dtype == "float16"
-
-
-def read_measured(run: Run, measured: list[tuple[int, torch.Tensor]], scaler) -> tuple[float, float]:
-    """Wait for the device and empty `measured`, the steps not read yet; returns the last one's loss and gradient norm.
-
-    Raises UserError at the first that is not finite; float16 may overflow while its scaler can scale less.
-    """
-    values = torch.stack([numbers for _, numbers in measured]).tolist()
-    for (iter_num, _), (loss, grad_norm) in zip(measured, values, strict=True):
-        if not math.isfinite(loss):
-            raise not_finite_error(run, "loss", loss, iter_num)
-        if not (math.isfinite(grad_norm) or (scaler.is_enabled() and scaler.get_scale() >= 1)):
-            raise not_finite_error(run, "gradient norm", grad_norm, iter_num)
-        run.train_loss = loss
-    measured.clear()
-    return loss, grad_norm
-
-
-def not_finite_error(run: Run, what: str, value: float, iter_num: int) -> UserError:
-    """The sentence for a loss or gradient that is no number. The same batch would fail again, so an earlier state
-    is the good one: the last one saved."""
-    config = run.config
-    last = "none" if run.train_loss is None else f"{run.train_loss:.4f}"
-    rates = f"--learning_rate {config.learning_rate / 2:g}"
-    if config.optimizer == "muon":
-        rates += f" --muon_learning_rate {config.muon_learning_rate / 2:g}"
-    remedy = f"start again with {rates}"
-    if run.saved_path:
-        command = f"python train.py --resume {run.saved_path} {rates}"
-        remedy = f"go on from the last good state, iteration {run.saved_iter}, with: {command}"
-    rate = schedule(iter_num - (what != "validation loss"), config) * config.learning_rate
-    return UserError(
-        f"the {what} is {value} in iteration {iter_num} at learning rate {rate:.2e} (last finite loss {last}); {remedy}"
-    )
+    is_auto = given.get("batch_size") == "auto"
+    if not is_auto and ("batch_size" in given or config.resume is not None or not config.device.startswith("cuda")):
+        return config
+    if world.size > 1 and config.parallel == "fsdp":
+        if is_auto:
+            raise UserError("--batch_size auto cannot try sizes with --parallel fsdp; give a number")
+        return config
+    states = random_states(config.device)
+    batch_size, steps = fit_batch_size(model, config, forward_backward, world, None if is_auto else config.batch_size)
+    set_random_states(states, config.device)
+    if is_auto or batch_size != config.batch_size:
+        kind = "auto" if is_auto else "the default of 16 does not fit"
+        print(f"batch size ({kind}): {batch_size} x {steps} sequences, {config.tokens_per_iter:,} tokens an iteration")
+    return dataclasses.replace(config, batch_size=batch_size, gradient_accumulation_steps=steps)
 
 
 def train(config: TrainConfig, given: dict, world: World = ALONE) -> int:
@@ -583,7 +377,7 @@ def train(config: TrainConfig, given: dict, world: World = ALONE) -> int:
     """
     keep_freed_memory()
     config, given = after_restart(config, given, world)
-    # What: a new model, another run's weights, or a run that goes on. All that can fail, fails before the first step.
+    # What to train: a new model, another run's weights, or a run that goes on. All that can fail, fails before a step.
     saved = None
     if config.resume is not None:
         source = Path(config.resume or f"{config.out_dir}/{config.name}.pt")
@@ -597,6 +391,8 @@ def train(config: TrainConfig, given: dict, world: World = ALONE) -> int:
             return 0
     elif config.init_from:
         config = shape_of_checkpoint(config, given)
+    if config.optimizer == "muon" and "weight_decay" in given:
+        raise UserError("--weight_decay is for --optimizer adamw; with muon use --muon_weight_decay")
     shares = parse_mixture(config.dataset)
     parts = {name: open_dataset(Path(config.data_dir), name) for name in shares}
     facts = mixture_facts({name: facts for name, (_, facts) in parts.items()}, shares)
@@ -613,6 +409,7 @@ def train(config: TrainConfig, given: dict, world: World = ALONE) -> int:
 
     # The model, its optimizers and its data, each from the seed or from the checkpoint.
     set_determinism(config.deterministic)
+    allow_tf32()
     seed_everything(config.seed)
     model = make_model(config, saved)
     shape = f"{config.n_layer} layers, {config.n_head} heads, {config.n_embd} wide"
@@ -621,18 +418,12 @@ def train(config: TrainConfig, given: dict, world: World = ALONE) -> int:
     is_sharded = world.size > 1 and config.parallel == "fsdp"
     model = shard_model(model, config.device) if is_sharded else move_model(model, config.device)
     model.train()
-    if given.get("batch_size") == "auto":
-        if is_sharded:
-            raise UserError("--batch_size auto cannot try sizes with --parallel fsdp; give a number")
-        batch_size, steps = fit_batch_size(model, config, forward_backward, world)
-        config = dataclasses.replace(config, batch_size=batch_size, gradient_accumulation_steps=steps)
-        print(f"batch size (auto): {batch_size} x {steps} sequences, {config.tokens_per_iter:,} tokens an iteration")
+    config = fit_micro_batch(model, config, given, world)
     optimizers = make_optimizers(model, config)
     scaler = torch.amp.GradScaler(config.device.partition(":")[0], enabled=config.dtype == "float16")
     world.seed_dropout(config.seed)
     run = Run(config, model, optimizers, scaler, facts, world)
     position = run.restore(saved) if saved else {"epoch": 0, "row": 0}
-    set_peak_rates(optimizers, config)
     train_rows, val_batches = rows_and_batches(parts, shares, config)
     batches = Batches(train_rows, config.batch_size * config.gradient_accumulation_steps, position)
     del saved
@@ -642,19 +433,18 @@ def train(config: TrainConfig, given: dict, world: World = ALONE) -> int:
             print(f"resume: {config.resume}, iteration {run.iter_num} of {config.max_iters}, goes on as {run.path}")
         run.mark(batches.position)
         clock = Clock(model, config, run.iter_num, world.size)
-        measured: list[tuple[int, torch.Tensor]] = []  # steps, their losses and gradient norms: see read_measured
+        measurements = Measurements(run, scaler)
         try:
             if config.compile:
                 compile_or_eager(model, config, *next(iter(val_batches.values()))[0], world)
             module = world.wrap(model, config.parallel)
             if not config.resume:
-                make_room_for_states(optimizers)
+                init_optimizer_states(optimizers)
             clock.restart(run.iter_num)
             while True:
-                share = schedule(run.iter_num, config)
-                for optimizer in optimizers:
-                    for group in optimizer.param_groups:
-                        group["lr"] = group["peak_lr"] * share
+                scale = schedule(run.iter_num, config)
+                learning_rate = scale * config.learning_rate
+                set_rates(optimizers, config, scale)
 
                 # Evaluate, log and save what the last step made, once: also where a run failed in between.
                 is_last = run.iter_num >= config.max_iters
@@ -662,7 +452,7 @@ def train(config: TrainConfig, given: dict, world: World = ALONE) -> int:
                     val_losses = {name: evaluate(model, own, config, world) for name, own in val_batches.items()}
                     val_loss = sum(float(shares[name]) * loss for name, loss in val_losses.items())
                     if not math.isfinite(val_loss):
-                        raise not_finite_error(run, "validation loss", val_loss, run.iter_num)
+                        raise not_finite_error(run, "validation loss", val_loss, run.iter_num, learning_rate)
                     best = " (best)" if run.iter_num and run.is_best(val_loss) else ""
                     print(f"iter {run.iter_num}: validation loss {val_loss:.4f}{best}{describe_parts(val_losses)}")
                     if run.iter_num and world.is_main and not is_sharded:
@@ -678,46 +468,40 @@ def train(config: TrainConfig, given: dict, world: World = ALONE) -> int:
 
                 ids, targets = batches.next()
                 step = run.iter_num + 1
-                measured.append((step, forward_backward(module, config, ids, targets, optimizers, scaler, world)))
+                numbers = forward_backward(module, config, ids, targets, optimizers, scaler, world)
+                measurements.add(step, learning_rate, numbers)
                 is_logged = step % config.log_interval == 0 or step in (1, config.max_iters)
                 is_sound = True
-                if is_logged or step % config.eval_interval == 0 or reads_every_step(config):
-                    loss, grad_norm = read_measured(run, measured, scaler)
+                if is_logged or step % config.eval_interval == 0 or needed_at_once(config):
+                    loss, grad_norm = measurements.read()
                     is_sound = math.isfinite(grad_norm)
 
-                run.is_updating = True
-                if is_sound:  # else float16 overflowed: no optimizer steps, and the scaler scales less
-                    for optimizer in optimizers:
-                        scaler.step(optimizer)
-                scaler.update()
-                model.zero_grad(set_to_none=True)
-                run.iter_num = step
-                run.tokens_seen += ids.size
-                run.skipped_steps += not is_sound
-                run.mark(batches.position)
-                run.record = {"iter_num": run.iter_num}
-                learning_rate = share * config.learning_rate
-                if is_logged:
-                    run.record |= {"loss": loss, "learning_rate": learning_rate, "grad_norm": grad_norm}
-                run.is_updating = False
+                with run.updating():
+                    if is_sound:  # else float16 overflowed: no optimizer steps, and the scaler scales less
+                        for optimizer in optimizers:
+                            scaler.step(optimizer)
+                    scaler.update()
+                    model.zero_grad(set_to_none=True)
+                    run.complete_step(ids.size, batches.position, is_skipped=not is_sound)
+                    if is_logged:
+                        run.record |= {"loss": loss, "learning_rate": learning_rate, "grad_norm": grad_norm}
                 if is_logged:
                     tokens_per_s = clock.log(run.iter_num, loss, learning_rate, grad_norm, run.skipped_steps)
                     run.record["tokens_per_s"] = tokens_per_s
-        except UserError:  # no number any more: the last checkpoint is better than what the weights are now
+        except UserError:  # such as a loss that is not finite: the last checkpoint is better than what the weights are
             raise
         except BaseException as error:
             is_full = is_out_of_memory(error)
             if not is_full and (lost := world.lost_process_error(error, run.saved_path)):
                 raise lost from error
-            if measured and world.size == 1:
-                read_measured(run, measured, scaler)  # only a sound state is worth saving
+            if world.size == 1:
+                measurements.read_pending()
             run.rescue(log)
             if is_full:
                 tried = world.micro_batches(config)
                 raise out_of_memory_error(tried, f"--resume {run.saved_path} " if run.saved_path else "") from error
             raise
-        if measured:
-            read_measured(run, measured, scaler)
+        measurements.read_pending()
         run.save_at_end(log)
         if stopped_by:
             print(f"stopped at iteration {run.iter_num}; go on with: python train.py --resume {run.path}")

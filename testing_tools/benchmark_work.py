@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from runtime import UserError, autocast, choose_device, choose_dtype, keep_freed_memory, seed_everything
+from runtime import UserError, allow_tf32, autocast, choose_device, choose_dtype, keep_freed_memory, seed_everything
 
 ROOT = Path(__file__).resolve().parent.parent
 SAMPLE_S = 0.1  # between two looks at the memory of a process tree
@@ -72,18 +72,21 @@ def train_ours(options, config) -> Work:
     import torch
 
     import train
+    from training.memory import move_model
+    from training.optimizers import init_optimizer_states, make_optimizers
+    from training.start import make_model
 
-    train.set_determinism(config.deterministic)
+    allow_tf32()
     seed_everything(config.seed)
-    model = train.move_model(train.make_model(config, None), config.device).train()
-    optimizers = train.make_optimizers(model, config)
+    model = move_model(make_model(config, None), config.device).train()
+    optimizers = make_optimizers(model, config)
     scaler = torch.amp.GradScaler(config.device.partition(":")[0], enabled=config.dtype == "float16")
     n_rows = config.batch_size * config.gradient_accumulation_steps
     rows = np.random.default_rng(0).integers(model.config.n_vocab, size=(n_rows, config.block_size + 1))
     ids, targets = rows[:, :-1].copy(), rows[:, 1:].copy()
     if config.compile:
         train.compile_or_eager(model, config, ids[: config.batch_size], targets[: config.batch_size])
-    train.make_room_for_states(optimizers)
+    init_optimizer_states(optimizers)
 
     def step() -> int:
         train.forward_backward(model, config, ids, targets, optimizers, scaler)

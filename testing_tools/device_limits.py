@@ -14,7 +14,7 @@ from pathlib import Path
 
 from benchmark_work import model_config, on_device, timed
 
-from runtime import peak_flops
+from runtime import allow_tf32, peak_flops
 
 OPTIMIZER_BYTES = {"adamw": 28, "muon": 20}  # a weight: it, its gradient, 2 or 1 moments read; all but that written
 
@@ -35,7 +35,7 @@ def measure_machine(device: str, dtype: str) -> Machine:
 
     on_cuda = device.startswith("cuda")
     name = torch.cuda.get_device_name(device) if on_cuda else cpu_name()
-    torch.backends.cuda.matmul.allow_tf32 = True  # as train.py has it
+    allow_tf32()  # as train.py does
     known = peak_flops(name) if on_cuda and dtype != "float32" else None
     size = 8192 if on_cuda else 4096
     peak = known or matmul_flops(device, dtype, size)

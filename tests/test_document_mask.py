@@ -19,6 +19,7 @@ from tests.test_batches import conversations, joined, stream_of
 from tests.tiny import StopAfter, differences, load_checkpoint, losses, prepare, run
 from training import run as run_module
 from training.batches import ChatRows, TextRows, document_numbers
+from training.start import DEFAULTS_OF_OLDER_RUNS
 
 SHAPE = GPTConfig(block_size=24, vocab_size=96, n_vocab=90, n_layer=2, n_head=2, n_embd=32)
 LENGTHS = [(5, 1, 9, 1, 1, 7), (24,), (1, 22, 1)]  # of each row's documents
@@ -307,24 +308,33 @@ def test_chat_by_itself_is_masked_unless_told_otherwise(data, tmp_path, quiet, d
     assert given_options(train.TrainConfig, ["--no-document_mask"]) == {"document_mask": False}
 
 
-def test_a_run_from_before_there_was_a_mask_goes_on_without_one(data, tmp_path, monkeypatch, quiet):
+@pytest.mark.parametrize(
+    ("dataset", "name", "other"),
+    [("chat", "document_mask", True), ("text", "schedule", "wsd"), ("text", "muon_weight_decay", None)],
+)
+def test_a_run_from_before_there_was_an_option_goes_on_as_it_began(
+    data, tmp_path, monkeypatch, quiet, dataset, name, other
+):
     straight, older = tmp_path / "a", tmp_path / "b"
-    assert run(data, straight, dataset="chat", document_mask=False) == 0
+    options = {"dataset": dataset, name: DEFAULTS_OF_OLDER_RUNS[name]}
+    assert run(data, straight, **options) == 0
     with monkeypatch.context() as patch:
         patch.setattr(train, "StopSignal", lambda: StopAfter(5))
-        assert run(data, older, dataset="chat", document_mask=False) == 130
+        assert run(data, older, **options) == 130
     real = train.load_resumable
 
     def load_older(path):
         saved = real(path)
-        del saved["info"]["config"]["document_mask"]
+        del saved["info"]["config"][name]
         return saved
 
     monkeypatch.setattr(train, "load_resumable", load_older)
-    with pytest.raises(UserError, match=r"--document_mask True contradicts .*chat10.pt, which was made with False"):
-        run(data, older, resume=True, dataset="chat", document_mask=True)
-    assert run(data, older, resume=True, dataset="chat") == 0
-    assert losses(older / "chat10.jsonl") == losses(straight / "chat10.jsonl")
+    if other is not None:
+        refusal = f"--{name} {other} contradicts .*10.pt, which was made with {options[name]}"
+        with pytest.raises(UserError, match=refusal):
+            run(data, older, resume=True, dataset=dataset, **{name: other})
+    assert run(data, older, resume=True, dataset=dataset) == 0
+    assert losses(older / f"{dataset}10.jsonl") == losses(straight / f"{dataset}10.jsonl")
 
 
 def test_micro_batches_add_up_under_the_mask(data, tmp_path, quiet):

@@ -198,7 +198,7 @@ GOLDEN = {
 @pytest.mark.parametrize("name", ["text", "chat"])
 def test_one_data_set_trains_as_it_did_and_so_does_a_mixture_of_it_alone(data, tmp_path, monkeypatch, name):
     tokens_per_iter = train.resolve(train.TrainConfig(**OPTIONS), "cpu", chat=False).tokens_per_iter
-    monkeypatch.setattr(train, "EMBEDDING_EPS", 1e-8 * tokens_per_iter)  # as it was then
+    monkeypatch.setattr("training.optimizers.EMBEDDING_EPS", 1e-8 * tokens_per_iter)  # as it was then
     run(data, tmp_path / "a", dataset=name, document_mask=False, schedule="cosine")  # and this, then too
     run(data, tmp_path / "b", dataset=f"{name}=1", document_mask=False, schedule="cosine")
     records = losses(tmp_path / "a" / f"{name}10.jsonl")

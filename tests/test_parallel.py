@@ -15,10 +15,12 @@ import pytest
 import torch
 
 import train
+from model import GPT, GPTConfig
 from runtime import UserError
 from tests.tiny import differences, load_checkpoint, losses, prepare, run
 from training import memory, parallel
 from training import run as run_module
+from training.start import after_restart
 
 ROOT = Path(train.__file__).parent
 PROCESSES = 2
@@ -284,7 +286,7 @@ def test_each_process_takes_its_own_device(monkeypatch):
 
 
 def test_processes_on_one_machine_share_its_memory(monkeypatch):
-    gpt = train.GPT(train.GPTConfig(n_layer=1, n_head=1, n_embd=8, block_size=16))
+    gpt = GPT(GPTConfig(n_layer=1, n_head=1, n_embd=8, block_size=16))
     config = train.TrainConfig(device="cpu", batch_size=16, gradient_accumulation_steps=1, block_size=16)
     need = memory.step_bytes(gpt.config, 4) / memory.HEADROOM + 1
     monkeypatch.setattr(memory, "available_memory_bytes", lambda: int(2 * need))
@@ -302,13 +304,13 @@ def test_a_restart_takes_only_what_its_own_job_wrote(data, tmp_path, monkeypatch
     given = {**options, "out_dir": str(tmp_path), "init_from": "gpt2"}
     config = train.TrainConfig(**given)
     for world in (first, parallel.World(job="b", restarts=1), parallel.World(restarts=1)):
-        assert run_module.after_restart(config, given, world) == (config, given)
-    config, given = run_module.after_restart(config, given, parallel.World(job="a", restarts=1))
+        assert after_restart(config, given, world) == (config, given)
+    config, given = after_restart(config, given, parallel.World(job="a", restarts=1))
     assert config.resume == given["resume"] == str(tmp_path / "chat2.pt")
     assert config.init_from is None and "init_from" not in given
     further = train.TrainConfig(resume=str(tmp_path / "chat2.pt"), max_iters=4)
     given = {"resume": further.resume, "max_iters": 4}
     again = parallel.World(job="a", restarts=1)
-    assert run_module.after_restart(further, given, again)[0].resume == further.resume, "it has not been saved anew"
+    assert after_restart(further, given, again)[0].resume == further.resume, "it has not been saved anew"
     assert run(data, tmp_path, resume=tmp_path / "chat2.pt", max_iters=4, world=first) == 0
-    assert run_module.after_restart(further, given, again)[0].resume == str(tmp_path / "chat4.pt")
+    assert after_restart(further, given, again)[0].resume == str(tmp_path / "chat4.pt")

@@ -26,11 +26,13 @@ import torch
 import checkpoint
 import model
 import train
-from runtime import UserError, given_options, parse_options
+from runtime import UserError, given_options, parse_options, set_determinism
 from tests.tiny import OPTIONS, StopAfter, differences, load_checkpoint, losses, prepare, run
-from training import memory
+from training import measurements, memory, optimizers, progress, start
 from training import run as run_module
+from training.optimizers import init_optimizer_states, make_optimizers
 from training.parallel import World
+from training.start import make_model
 
 ROOT = Path(train.__file__).parent
 
@@ -220,10 +222,10 @@ def test_another_tokenizer_is_refused(data, half):
 
 
 def test_what_may_change_is_taken_and_said(data, half, capsys):
-    changes = {"learning_rate": 1e-3, "eval_interval": 3, "weight_decay": 0.3, "grad_clip": 0.5, "keep": 1}
+    changes = {"learning_rate": 1e-3, "eval_interval": 3, "muon_weight_decay": 0.3, "grad_clip": 0.5, "keep": 1}
     assert run(data, half, resume=True, **changes) == 0
     output = capsys.readouterr().out
-    for line in ("learning_rate 0.003 -> 0.001", "eval_interval 4 -> 3", "weight_decay 0.1 -> 0.3"):
+    for line in ("learning_rate 0.003 -> 0.001", "eval_interval 4 -> 3", "muon_weight_decay 0.01 -> 0.3"):
         assert f"resume: {line}" in output
     config = load_checkpoint(half / "text10.pt")["info"]["config"]
     assert {key: config[key] for key in changes} == changes
@@ -239,15 +241,15 @@ def test_rare_tokens_do_not_drift(optimizer):
     gpt = model.GPT(model.GPTConfig(block_size=8, n_layer=1, n_head=1, n_embd=8))
     config = train.resolve(train.TrainConfig(optimizer=optimizer, device="cpu", weight_decay=0.0), "cpu", False)
     one_occurrence = 1 / config.tokens_per_iter
-    optimizers = train.make_optimizers(gpt, config)
-    names = {id(weight) for each in optimizers for group in each.param_groups for weight in group["params"]}
+    made = make_optimizers(gpt, config)
+    names = {id(weight) for each in made for group in each.param_groups for weight in group["params"]}
     assert names == {id(weight) for weight in gpt.parameters()}
     before = gpt.wte.weight.detach().clone()
     gradient = torch.zeros_like(before)
     gradient[7], gradient[8] = one_occurrence, 1e-5 * one_occurrence  # the second only becomes less likely
     for _ in range(20):
         gpt.wte.weight.grad = gradient.clone()
-        optimizers[-1].step()
+        made[-1].step()
     moved = (gpt.wte.weight.detach() - before).abs().mean(1)
     assert moved[8] < moved[7] / 100 and moved[9] == 0
 
@@ -259,33 +261,45 @@ def test_states_made_before_the_first_step_are_those_of_torch(optimizer):
     for is_early in (False, True):
         torch.manual_seed(0)
         gpt = model.GPT(model.GPTConfig(block_size=8, n_layer=1, n_head=1, n_embd=8))
-        optimizers = train.make_optimizers(gpt, config)
+        both = make_optimizers(gpt, config)
         if is_early:
-            groups = [group for each in optimizers for group in each.param_groups]
+            groups = [group for each in both for group in each.param_groups]
             weights, rates = copy.deepcopy(gpt.state_dict()), [group["lr"] for group in groups]
-            train.make_room_for_states(optimizers)
+            init_optimizer_states(both)
             torch.testing.assert_close(gpt.state_dict(), weights, rtol=0, atol=0)
             assert [group["lr"] for group in groups] == rates and all(rates)
             assert all(weight.grad is None for weight in gpt.parameters())
-            made = [state for each in optimizers for state in each.state_dict()["state"].values()]
+            made = [state for each in both for state in each.state_dict()["state"].values()]
             assert not any(value.any() for state in made for value in state.values())
         for weight in gpt.parameters():
             weight.grad = torch.randn_like(weight)
-        for each in optimizers:
+        for each in both:
             each.step()
-        found.append((gpt.state_dict(), [each.state_dict()["state"] for each in optimizers]))
+        found.append((gpt.state_dict(), [each.state_dict()["state"] for each in both]))
     torch.testing.assert_close(found[1], found[0], rtol=0, atol=0)  # the same weights and states after a step
 
 
-def test_the_optimizer_takes_the_new_weight_decay(data, tmp_path, monkeypatch, quiet):
+@pytest.mark.parametrize(
+    ("optimizer", "decay", "expected"),
+    [("adamw", "weight_decay", [0.3, 0.3, 0.0]), ("muon", "muon_weight_decay", [0.3, 0.0, 0.0])],
+)
+def test_the_optimizers_take_the_new_weight_decay(data, tmp_path, monkeypatch, quiet, optimizer, decay, expected):
     stop_after(monkeypatch, 5)
-    run(data, tmp_path, optimizer="adamw")
+    run(data, tmp_path, optimizer=optimizer)
     seen = []
-    monkeypatch.setattr(train, "set_peak_rates", lambda optimizers, config: seen.extend(optimizers))
-    with pytest.raises(KeyError, match="peak_lr"):  # what the patched function would have noted
-        run(data, tmp_path, resume=True, weight_decay=0.3)
-    assert [group["weight_decay"] for optimizer in seen for group in optimizer.param_groups] == [0.3, 0.3, 0.0]
-    assert all(state["exp_avg"].any() for state in seen[0].state.values())
+    real = optimizers.set_rates
+    monkeypatch.setattr(train, "set_rates", lambda *arguments: seen.append(arguments[0]) or real(*arguments))
+    run(data, tmp_path, resume=True, **{decay: 0.3})
+    groups = [group for each in seen[0] for group in each.param_groups]
+    assert [group["weight_decay"] for group in groups] == expected
+    assert all(state["exp_avg"].any() for state in seen[0][-1].state.values())
+
+
+def test_a_weight_decay_that_decays_nothing_is_refused(data, half, tmp_path):
+    for arguments in ({"out_dir": str(tmp_path)}, {"out_dir": str(half), "resume": ""}):
+        given = {**OPTIONS, "data_dir": str(data), "weight_decay": 0.2, **arguments}
+        with pytest.raises(UserError, match="--weight_decay is for --optimizer adamw; with muon use --muon_weight_"):
+            train.train(train.TrainConfig(**given), given)
 
 
 def test_another_split_into_micro_batches_goes_on_alike(data, half, straight):
@@ -705,14 +719,14 @@ def measure_at(monkeypatch, step: int, *numbers: float) -> None:
 
 def read_where_needed(monkeypatch) -> list[int]:
     """Read what the steps measured no more often than on CUDA; returns the steps at which that happened, to come."""
-    real, read = train.read_measured, []
+    real, read = measurements.Measurements.read, []
 
-    def read_measured(run, measured, scaler):
-        read.append(measured[-1][0])
-        return real(run, measured, scaler)
+    def read_noted(pending):
+        read.append(pending.pending[-1][0])
+        return real(pending)
 
-    monkeypatch.setattr(train, "reads_every_step", lambda config: False)
-    monkeypatch.setattr(train, "read_measured", read_measured)
+    monkeypatch.setattr(train, "needed_at_once", lambda config: False)
+    monkeypatch.setattr(measurements.Measurements, "read", read_noted)
     return read
 
 
@@ -771,13 +785,13 @@ def test_a_step_does_not_wait_for_the_device(monkeypatch):
     shape = {"n_layer": 1, "n_head": 2, "n_embd": 8, "block_size": 16, "dropout": 0.1}
     config = train.TrainConfig(**shape, batch_size=1, gradient_accumulation_steps=2, dtype="float32")
     config = dataclasses.replace(train.resolve(config, "cpu", False), device="meta", document_mask=True)
-    gpt = train.make_model(config, None).to("meta").train()
-    optimizers = train.make_optimizers(gpt, config)
+    gpt = make_model(config, None).to("meta").train()
+    both = make_optimizers(gpt, config)
     scaler = torch.amp.GradScaler("cpu", enabled=False)
     rows = np.arange(2 * 16).reshape(2, 16)
     with Watch():
-        numbers = train.forward_backward(gpt, config, rows, rows, optimizers, scaler)
-        optimizers[0].step()  # AdamW's fused step, which CUDA has, is torch's
+        numbers = train.forward_backward(gpt, config, rows, rows, both, scaler)
+        both[0].step()  # AdamW's fused step, which CUDA has, is torch's
     assert numbers.shape == (2,)
     ids, targets, documents = [(torch.ops.aten._to_copy, (1, 16))] * 3
     assert sent == [ids, targets, documents] * 2
@@ -877,7 +891,6 @@ def test_a_compiler_that_fails_is_a_warning(data, tmp_path, monkeypatch, quiet, 
         return call
 
     monkeypatch.setattr(torch, "compile", no_compiler)
-    monkeypatch.setattr("runtime.has_cpp_compiler", lambda: True, raising=False)
     folder = tmp_path / "text10"
     assert run(data, folder, compile=True) == 0
     assert "warning: torch.compile failed (no C++ compiler); going on without it" in capsys.readouterr().out
@@ -934,11 +947,11 @@ def test_a_missing_tokenizer_is_looked_for_once(monkeypatch):
         raise UserError("no vocabulary")
 
     monkeypatch.setattr("setup_tokenizer.get_extended_tokenizer", missing)
-    train.tokenizer_if_there.cache_clear()
+    progress.tokenizer_if_there.cache_clear()
     try:
-        assert [train.sample_text(None, None, False, number) for number in range(3)] == [None] * 3
+        assert [progress.sample_text(None, None, False, number) for number in range(3)] == [None] * 3
     finally:
-        train.tokenizer_if_there.cache_clear()
+        progress.tokenizer_if_there.cache_clear()
     assert tries == [1]
 
 
@@ -955,6 +968,41 @@ def test_the_largest_micro_batch_that_fits_is_found_by_trying(data, monkeypatch)
     config = train.TrainConfig(device="meta", batch_size=16, gradient_accumulation_steps=3, block_size=16)
     assert memory.fit_batch_size(gpt, config, step) == (4, 12)
     assert tried == [48, 24, 16, 12, 8, 6, 4]
+
+
+@pytest.mark.parametrize(
+    ("given", "fits", "expected"),
+    [
+        ({}, 64, (16, 8)),  # the default, where it fits
+        ({}, 5, (4, 32)),
+        ({"batch_size": 12}, 5, (12, 8)),  # a number is the user's
+        ({"batch_size": "auto"}, 64, (64, 2)),
+    ],
+)
+def test_a_first_run_on_a_small_card_finds_its_micro_batch(monkeypatch, capsys, given, fits, expected):
+    """By default on CUDA; the random numbers are those of a run without tries."""
+
+    def step(gpt, config, ids, targets):
+        torch.rand(3)
+        if config.batch_size > fits:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    gpt = model.GPT(model.GPTConfig(n_layer=1, n_head=1, n_embd=8, block_size=16))
+    config = train.resolve(train.TrainConfig(**given, block_size=16, dtype="float32"), "cuda:0", chat=False)
+    monkeypatch.setattr(train, "forward_backward", step)
+    monkeypatch.setattr(train, "random_states", lambda device: torch.get_rng_state())
+    monkeypatch.setattr(train, "set_random_states", lambda state, device: torch.set_rng_state(state))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (0, 0))
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    real = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *sizes, device, **more: real(*sizes, **more))
+    before = torch.get_rng_state()
+    fitted = train.fit_micro_batch(gpt, config, given, World())
+    assert (fitted.batch_size, fitted.gradient_accumulation_steps) == expected
+    assert torch.equal(torch.get_rng_state(), before)
+    said = capsys.readouterr().out
+    assert ("the default of 16 does not fit): 4 x 32 sequences, 2,048 tokens" in said) == (expected == (4, 32))
+    assert train.fit_micro_batch(gpt, dataclasses.replace(config, device="cpu"), {}, World()).batch_size != 4
 
 
 def test_a_try_that_fails_has_let_go_of_its_memory_before_the_devices_cache_is_emptied(monkeypatch):
@@ -1016,11 +1064,11 @@ def test_metrics_and_curves_of_a_run(data, tmp_path, monkeypatch):
 
 def test_every_option_is_read_somewhere():
     fields = {field.name for field in dataclasses.fields(train.TrainConfig)}
-    source = "".join(inspect.getsource(module) for module in (train, run_module, memory))
+    source = "".join(inspect.getsource(module) for module in (train, run_module, memory, optimizers, progress, start))
     body = source.replace(inspect.getsource(train.TrainConfig), "")
     unread = {name for name in fields if not re.search(rf"\bconfig\.{name}\b", body)}
     assert unread <= {"n_layer", "n_head", "n_embd", "block_size", "dropout"}  # read by name in make_model
-    assert all(f'"{name}"' in inspect.getsource(train.make_model) for name in unread)
+    assert all(f'"{name}"' in inspect.getsource(make_model) for name in unread)
 
 
 @pytest.mark.parametrize(
@@ -1082,7 +1130,7 @@ def test_the_sample_leaves_the_generators_alone(data, tmp_path, monkeypatch):
     gpt = model.GPT(model.GPTConfig(n_layer=1, n_head=1, n_embd=8, block_size=16)).train()
     config = train.resolve(train.TrainConfig(**OPTIONS), "cpu", chat=False)
     before = torch.get_rng_state()
-    texts = [train.sample_text(gpt, config, chat, 5) for chat in (False, True) for _ in range(2)]
+    texts = [progress.sample_text(gpt, config, chat, 5) for chat in (False, True) for _ in range(2)]
     assert texts[0] == texts[1] and texts[2] == texts[3] and gpt.training
     assert torch.equal(torch.get_rng_state(), before)
 
@@ -1092,11 +1140,11 @@ def test_a_sample_is_drawn_where_nothing_has_to_repeat_itself(data, tmp_path, mo
     modes = []
     monkeypatch.setattr(run_module, "draw_curves", lambda *arguments: False)
     monkeypatch.setattr(
-        train, "sample_text", lambda *arguments: modes.append(torch.are_deterministic_algorithms_enabled())
+        progress, "sample_text", lambda *arguments: modes.append(torch.are_deterministic_algorithms_enabled())
     )
     try:
         assert run(data, tmp_path, deterministic=True) == 0
         assert torch.are_deterministic_algorithms_enabled()
     finally:
-        train.set_determinism(False)
+        set_determinism(False)
     assert modes == [False] * 3

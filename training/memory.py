@@ -69,8 +69,10 @@ def divisors(number: int) -> list[int]:
     return [size for size in range(number, 0, -1) if number % size == 0]
 
 
-def fit_batch_size(model: GPT, config, step: Callable, world: World = ALONE) -> tuple[int, int]:
-    """The largest micro-batch that fits, and the accumulation that keeps the sequences of an iteration.
+def fit_batch_size(
+    model: GPT, config, step: Callable, world: World = ALONE, most: int | None = None
+) -> tuple[int, int]:
+    """The largest micro-batch that fits, of `most` rows or fewer, and the accumulation that keeps an iteration's rows.
 
     On CUDA and MPS by trying: `step(model, config, ids, targets)` makes the gradients of one micro-batch while the
     room that the optimizers will need is taken. On a CPU, where too much memory ends the process, by an estimate of
@@ -78,7 +80,7 @@ def fit_batch_size(model: GPT, config, step: Callable, world: World = ALONE) -> 
     processes take the smallest size that one of them finds.
     """
     sequences = config.batch_size * config.gradient_accumulation_steps
-    sizes = divisors(sequences // world.size)
+    sizes = [size for size in divisors(sequences // world.size) if most is None or size <= most]
     if config.device == "cpu":
         available = available_memory_bytes()
         if available is None:

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from training.parallel import piece_of, whole
+from training.parallel import full_tensor, shard_like
 
 TOGETHER = 4  # matrices of a shape that are multiplied at a time; more would take memory and gain nothing
 
@@ -36,7 +36,7 @@ class Muon(torch.optim.Muon):
                 rate = group["lr"] * max(1, rows / columns) ** 0.5
                 for weight, update in zip(weights, updates, strict=True):
                     weight.mul_(1 - group["lr"] * group["weight_decay"])
-                    weight.add_(piece_of(update, weight), alpha=-rate)
+                    weight.add_(shard_like(update, weight), alpha=-rate)
 
     def _direction(self, weight: Tensor, group: dict) -> Tensor:
         """Where the momentum points, with the gradient just seen in it once more (Nesterov), whole and in bfloat16."""
@@ -45,7 +45,7 @@ class Muon(torch.optim.Muon):
             state["momentum_buffer"] = torch.zeros_like(weight.grad)
         momentum = state["momentum_buffer"].lerp_(weight.grad, 1 - group["momentum"])
         direction = weight.grad.lerp(momentum, group["momentum"]) if group["nesterov"] else momentum
-        return whole(direction.bfloat16())
+        return full_tensor(direction.bfloat16())
 
 
 def same_shapes(weights: list[Tensor]) -> Iterator[list[Tensor]]:

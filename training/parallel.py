@@ -151,16 +151,16 @@ class World:
         dist.gather_object(thing, things)
         return things and things[1:]
 
-    def whole(self, state):
-        """Nested dicts and lists with each tensor in pieces made whole, for the main process; the others get none.
+    def gathered(self, state):
+        """Nested dicts and lists with each sharded tensor made whole, for the main process; the others get none.
 
         All processes must call it with the same structure. Tensors that are whole already stay what they are.
         """
         if isinstance(state, dict):
-            return {key: self.whole(value) for key, value in state.items()}
+            return {key: self.gathered(value) for key, value in state.items()}
         if isinstance(state, (list, tuple)):
-            return type(state)(map(self.whole, state))
-        if not is_in_pieces(state):
+            return type(state)(map(self.gathered, state))
+        if not is_sharded(state):
             return state
         tensor = state.detach().full_tensor()
         return tensor.cpu() if self.is_main else None
@@ -282,8 +282,8 @@ def is_main_process() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def is_in_pieces(tensor) -> bool:
-    """Whether a tensor is spread over the processes (a DTensor)."""
+def is_sharded(tensor) -> bool:
+    """Whether a tensor is sharded over the processes (a DTensor)."""
     if not isinstance(tensor, Tensor) or type(tensor) in (Tensor, nn.Parameter):
         return False
     from torch.distributed.tensor import DTensor
@@ -318,23 +318,23 @@ def averaging(model: nn.Module, is_last: bool) -> Iterator[None]:
     yield
 
 
-def whole(tensor: Tensor) -> Tensor:
-    """A tensor that may be in pieces as a whole one, in every process."""
-    return tensor.full_tensor() if is_in_pieces(tensor) else tensor
+def full_tensor(tensor: Tensor) -> Tensor:
+    """A tensor that may be sharded as a whole one, in every process."""
+    return tensor.full_tensor() if is_sharded(tensor) else tensor
 
 
-def pieces_of(state: dict, optimizer: torch.optim.Optimizer) -> dict:
+def shard_state(state: dict, optimizer: torch.optim.Optimizer) -> dict:
     """An optimizer's saved state, {number of the weight: {name: tensor}}, cut like its weights where these are."""
     weights = [weight for group in optimizer.param_groups for weight in group["params"]]
     return {
-        number: {name: piece_of(value, weights[number]) for name, value in values.items()}
+        number: {name: shard_like(value, weights[number]) for name, value in values.items()}
         for number, values in state.items()
     }
 
 
-def piece_of(value, weight: Tensor):
+def shard_like(value, weight: Tensor):
     """This process's piece of a tensor that every process has as a whole, cut like `weight`, which may be whole too."""
-    if not is_in_pieces(weight) or not isinstance(value, Tensor) or value.shape != weight.shape:
+    if not is_sharded(weight) or not isinstance(value, Tensor) or value.shape != weight.shape:
         return value
     from torch.distributed.tensor import distribute_tensor
 

@@ -1,4 +1,4 @@
-"""A run's state and files: what is saved, what a resume takes over, what it refuses, and how a run stops."""
+"""A run's state and files: what is saved and when, what a resume takes over, and how a run stops."""
 
 from __future__ import annotations
 
@@ -17,7 +17,6 @@ from torch.optim import Optimizer
 
 from checkpoint import (
     copy_checkpoint,
-    load_checkpoint,
     prune_kept,
     random_states,
     read_info,
@@ -28,17 +27,8 @@ from files import FileLock, remove_stale_temporaries, require_free_space, write_
 from model import GPT
 from runtime import UserError
 from training.metrics import PART_LOSS, MetricsLog, TensorBoard, draw_curves, read_metrics
-from training.mixture import data_parts, mixture_name, parse_mixture
-from training.parallel import ALONE, World, is_main_process, pieces_of
-
-# What --resume may change; everything else belongs to the run.
-CHANGEABLE = {
-    *("max_iters", "batch_size", "gradient_accumulation_steps", "data_dir", "out_dir"),
-    *("learning_rate", "muon_learning_rate", "min_lr", "warmup_iters", "weight_decay", "grad_clip"),
-    *("eval_interval", "eval_iters", "log_interval", "keep", "tensorboard", "device", "dtype", "compile"),
-    *("deterministic", "activation_checkpointing", "parallel"),
-}
-BEFORE_ADDED = {"document_mask": False}  # what runs did before there was the option
+from training.mixture import mixture_name
+from training.parallel import ALONE, World, is_main_process, shard_state
 
 
 class StopSignal:
@@ -72,8 +62,8 @@ class Run:
     """A run's state and its files: `<name>.pt`, `<name>-best.pt`, `<name>.jsonl`, `<name>.png`, `<name>.lock`.
 
     Saved is always the last complete step: `mark` notes, between two steps, where the data and the generators stand,
-    and `is_updating` is True while the weights are half-way between two steps. `record` is what the last step leaves
-    to be evaluated and logged; a run that ends in between does that when it is resumed. Of several processes the
+    and inside `updating` the weights are half-way between two steps. `record` is what the last step leaves to be
+    evaluated and logged; a run that ends in between does that when it is resumed. Of several processes the
     first has the files: elsewhere the log is None, and saving only hands over what the process holds.
     """
 
@@ -170,6 +160,21 @@ class Run:
         """Note where the data and the generators stand, between two steps."""
         self.resume_point = {"position": dict(position), "random": random_states(self.config.device)}
 
+    @contextlib.contextmanager
+    def updating(self) -> Iterator[None]:
+        """The block changes the weights; after an error in it there is no sound state to save."""
+        self.is_updating = True
+        yield
+        self.is_updating = False
+
+    def complete_step(self, n_tokens: int, position: dict, is_skipped: bool) -> None:
+        """Count the step just done; `position` is where the data stands behind it."""
+        self.iter_num += 1
+        self.tokens_seen += n_tokens
+        self.skipped_steps += is_skipped
+        self.mark(position)
+        self.record = {"iter_num": self.iter_num}
+
     def total_elapsed_s(self) -> float:
         """Seconds that the run has taken, those before a resume included."""
         return self.elapsed_s + time.perf_counter() - self.started
@@ -194,8 +199,8 @@ class Run:
         The checkpoint itself comes last: a run killed before does the rest again when it is resumed.
         Raises UserError where that cannot be done.
         """
-        weights = self.world.whole(self.model.state_dict())
-        optimizers = self.world.whole([optimizer.state_dict() for optimizer in self.optimizers])
+        weights = self.world.gathered(self.model.state_dict())
+        optimizers = self.world.gathered([optimizer.state_dict() for optimizer in self.optimizers])
         training = {"optimizers": optimizers, "scaler": self.scaler.state_dict(), **self.resume_point}
         if self.world.size > 1:
             training["random_of_others"] = self.world.gathered_from_others(self.resume_point["random"])
@@ -283,7 +288,7 @@ class Run:
         for optimizer, state in zip(self.optimizers, training["optimizers"], strict=True):
             # Copied: on a CPU the loaded tensors are views into the file.
             own = copy.deepcopy(state["state"]) if self.config.device == "cpu" else state["state"]
-            own = pieces_of(own, optimizer)
+            own = shard_state(own, optimizer)
             optimizer.load_state_dict({"state": own, "param_groups": optimizer.state_dict()["param_groups"]})
         if training["scaler"] and self.scaler.is_enabled():
             self.scaler.load_state_dict(training["scaler"])
@@ -306,88 +311,3 @@ def _is_untrained(path: Path) -> bool:
         return read_info(path).get("iter_num") == 0
     except UserError:  # unreadable, and all the more not ours to write over
         return False
-
-
-def after_restart(config, given: dict, world: World) -> tuple:
-    """The options with which torchrun's restarted processes go on: with the checkpoint that the same job has written.
-
-    Without such a checkpoint they are what they were. A run that was resumed may have gone on under another name.
-    """
-    if not world.restarts:
-        return config, given
-    options = {"dataset": config.dataset, "max_iters": config.max_iters, "out_dir": config.out_dir}
-    if config.resume is not None:
-        source = Path(config.resume or f"{config.out_dir}/{config.name}.pt")
-        options |= {key: read_info(source)["config"][key] for key in options}
-        options |= {key: given[key] for key in options if key in given}
-    path = Path(options["out_dir"]) / f"{mixture_name(options['dataset'])}{options['max_iters']}.pt"
-    if not path.is_file() or read_info(path).get("job") != world.job:
-        return config, given
-    print(f"restart {world.restarts} by torchrun: going on with {path}")
-    given = {key: value for key, value in given.items() if key != "init_from"}
-    return dataclasses.replace(config, resume=str(path), init_from=None), {**given, "resume": str(path)}
-
-
-def load_resumable(path: Path) -> dict:
-    """A checkpoint that training can go on from. Raises UserError for one with weights alone."""
-    saved = load_checkpoint(path)
-    if saved["training"] is None:
-        raise UserError(f"{path} holds weights alone, which cannot be resumed; start from them with --init_from {path}")
-    return saved
-
-
-def is_complete(info: dict, max_iters: int) -> bool:
-    """Whether a run has made its iterations, the last evaluation included."""
-    return info["iter_num"] >= max_iters and info["record"] is None
-
-
-def resume_config(config, given: dict, path: Path, saved: dict):
-    """The saved run's options with those that the command line changes, each said; refuses those that contradict.
-
-    `saved` is the checkpoint's info. An option that the command line leaves out stays as it was; min_lr follows
-    learning_rate where it was derived from it, and `--batch_size auto` is found later.
-    """
-    fields = {field.name for field in dataclasses.fields(config)}
-    before = {key: value for key, value in {**BEFORE_ADDED, **saved["config"]}.items() if key in fields}
-    wanted = {key: value for key, value in given.items() if key != "resume" and (key, value) != ("batch_size", "auto")}
-    if "dataset" in wanted and parse_mixture(wanted["dataset"]) == parse_mixture(before["dataset"]):
-        del wanted["dataset"]  # 7 to 3 is 0.7 to 0.3
-    changes = {key: value for key, value in wanted.items() if value != before.get(key)}
-    for key, value in changes.items():
-        if key not in CHANGEABLE:
-            raise UserError(
-                f"--{key} {value} contradicts {path}, which was made with {before.get(key)}; leave the option out, or "
-                "start a new run without --resume"
-            )
-    resumed = dataclasses.replace(config, **{**before, **changes, "resume": str(path), "init_from": None})
-    if "learning_rate" in changes and "min_lr" not in given and before["min_lr"] == before["learning_rate"] / 10:
-        resumed = dataclasses.replace(resumed, min_lr=None)
-    if "eval_iters" in changes:
-        resumed = dataclasses.replace(resumed, val_rows=None)
-    sequences = before["batch_size"] * before["gradient_accumulation_steps"]
-    if resumed.batch_size * resumed.gradient_accumulation_steps != sequences:
-        raise UserError(
-            f"batch_size x gradient_accumulation_steps is {resumed.batch_size} x {resumed.gradient_accumulation_steps} "
-            f"and {path} was made with {sequences} sequences an iteration; choose numbers with that product"
-        )
-    for key, value in changes.items():
-        print(f"resume: {key} {before.get(key)} -> {value}")
-    return resumed
-
-
-def check_same_data(facts: dict, saved: dict, path: Path) -> None:
-    """Raise UserError where the data is not what the checkpoint was trained and validated on."""
-    if facts["tokenizer"] != saved["tokenizer"]["name"]:
-        raise UserError(
-            f"{path} uses the tokenizer {saved['tokenizer']['name']} and the data {facts['tokenizer']}; give the data "
-            "set that the run was started with"
-        )
-    for part, saved_part in zip(data_parts(facts), data_parts(saved["data"]), strict=True):
-        for split in ("train", "val"):
-            now, then = ([file["sha256"] for file in data["splits"][split]["files"]] for data in (part, saved_part))
-            if now != then:
-                raise UserError(
-                    f"the data set {part['name']} has changed since {path} was made ({split}: sha256 "
-                    f"{now[0][:12]} instead of {then[0][:12]}); prepare it again as it was, or start from the weights "
-                    f"with --init_from {path}"
-                )

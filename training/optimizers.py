@@ -1,0 +1,64 @@
+"""The optimizers of a run: AdamW for all weights, or Muon for the blocks' matrices and AdamW for the rest."""
+
+from __future__ import annotations
+
+import torch
+
+from model import GPT
+from training.muon import Muon
+
+EMBEDDING_EPS = 1e-6 * 4096  # Adam's eps for the embeddings is this / tokens_per_iter; see make_optimizers
+
+
+def make_optimizers(model: GPT, config) -> list[torch.optim.Optimizer]:
+    """AdamW for all weights, or Muon for the blocks' matrices and AdamW for the rest.
+
+    "Decoupled Weight Decay Regularization" (Loshchilov and Hutter 2019); Muon as in torch.optim.Muon (Jordan et al.
+    2024). Biases, LayerNorms and, beside Muon, embeddings are not decayed.
+
+    A token that hardly occurs has tiny gradients, all of one direction, which Adam would blow up to full steps: rare
+    tokens drift together until nothing tells them apart ("Better Embeddings with Coupled Adam", Stollenwerk and
+    Stollenwerk 2025). Gradients much smaller than one occurrence gives, 1 / tokens_per_iter, therefore stay small.
+    """
+    blocks = [weight for name, weight in model.named_parameters() if weight.dim() == 2 and name.startswith("h.")]
+    vectors = [weight for name, weight in model.named_parameters() if weight.dim() < 2]
+    embeddings = [model.wte.weight, model.wpe.weight]
+    decay = 0.0 if config.optimizer == "muon" else config.weight_decay
+    eps = EMBEDDING_EPS / config.tokens_per_iter
+    optimizers, groups = [], [{"params": embeddings, "weight_decay": decay, "eps": eps}]
+    if config.optimizer == "muon":
+        optimizers.append(Muon(blocks, lr=config.muon_learning_rate, weight_decay=config.muon_weight_decay))
+    else:
+        groups.append({"params": blocks, "weight_decay": decay})
+    groups.append({"params": vectors, "weight_decay": 0.0})
+    fused = config.device.startswith(("cuda", "cpu"))
+    optimizers.append(torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, 0.95), fused=fused))
+    return optimizers
+
+
+def init_optimizer_states(optimizers: list[torch.optim.Optimizer]) -> None:
+    """Allocate the optimizers' states, all zeros, in a step that changes no weight.
+
+    Made in the first real step, the states would lie between its gradients and leave gaps that nothing large fits into.
+    """
+    for optimizer in optimizers:
+        rates = [group["lr"] for group in optimizer.param_groups]
+        for group in optimizer.param_groups:
+            group["lr"] = 0.0
+            for weight in group["params"]:
+                weight.grad = torch.zeros_like(weight)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        for state in optimizer.state.values():
+            for value in state.values():
+                value.zero_()
+        for group, rate in zip(optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
+
+
+def set_rates(optimizers: list[torch.optim.Optimizer], config, scale: float) -> None:
+    """Set every learning rate to `scale` times its peak."""
+    for optimizer in optimizers:
+        peak = config.muon_learning_rate if isinstance(optimizer, Muon) else config.learning_rate
+        for group in optimizer.param_groups:
+            group["lr"] = peak * scale
