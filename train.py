@@ -244,7 +244,7 @@ def evaluate(model: GPT, batches: list, config: TrainConfig, world: World = ALON
     losses, counts = [], []
     for number in range(world.rank, math.ceil(len(batches) / world.size) * world.size, world.size):
         ids, targets = batches[number % len(batches)]
-        # A process that has none left makes a batch that does not count: one in pieces needs all to take part.
+        # A sharded forward pass needs every process: one that has no batch left repeats one that does not count.
         count = int((targets != IGNORED).sum()) if number < len(batches) else 0
         with autocast(config.device, config.dtype):
             x, y, documents = inputs(config, ids, targets)
@@ -329,7 +329,7 @@ def forward_backward(
     Of several processes each takes its share of the rows, and the gradients and losses are averaged. Nothing here waits
     for the device.
     """
-    # That the average is the mean over all targets, each process divides by an equal part of them, whatever it has.
+    # The average over the processes is the mean over all targets where each divides by an equal part of their number.
     part = max(1, int((targets != IGNORED).sum())) / world.size
     n_targets = torch.full((), part, device=config.device)  # torch.tensor would wait for the device
     total = torch.zeros((), device=config.device)

@@ -121,12 +121,12 @@ def _step_fits(model: GPT, config, step: Callable, batch_size: int, world: World
 
 
 def step_bytes(config: GPTConfig, batch_size: int, recomputes: bool = False) -> int:
-    """About what a training step on a CPU takes beside the weights, in bytes.
+    """The most that a training step on a CPU takes beside the weights, in bytes: that of an eager one in float32.
 
-    Per layer and token 18 widths are kept for the backward pass in float32 (the inputs of each LayerNorm, Linear and
-    GELU), with activation checkpointing 1 and the 18 of one layer at a time; the logits exist a chunk at a time, beside
-    the head's weight and the last part of its gradient; gradients and two optimizer states are the weights' size;
-    128 MiB are the libraries' own.
+    Per layer and token 18 widths are kept for the backward pass (the inputs of each LayerNorm, Linear and GELU), with
+    activation checkpointing 1 and the 18 of one layer at a time; 16 more are the gradients of the layer at work. The
+    logits exist a chunk at a time, beside the head's weight and the last part of its gradient. Gradients, two optimizer
+    states and what an optimizer's step computes with are the weights' size each; 128 MiB are the libraries' own.
     """
     tokens = batch_size * config.block_size
     kept = config.n_layer + 18 if recomputes else 18 * config.n_layer

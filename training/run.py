@@ -82,6 +82,7 @@ class Run:
         self.resume_point: dict = {}
         self.saved_path = self.saved_iter = None  # the last good state on the disk
         self.is_updating = False
+        self._resumed_name: str | None = None  # of the run that this one goes on with
 
     @contextlib.contextmanager
     def claim(self, checkpoint_bytes: int) -> Iterator[MetricsLog | None]:
