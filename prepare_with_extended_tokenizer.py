@@ -60,9 +60,9 @@ def main() -> None:
     if options.input:
         prepare_own(options)
         return
-    if options.near_dedup or options.max_document_tokens:
+    if options.near_dedup or options.max_document_tokens or options.limit:
         raise UserError(
-            "--near_dedup and --max_document_tokens choose documents, which --dataset does not; "
+            "--near_dedup, --max_document_tokens and --limit choose documents, which --dataset does not; "
             "give them to the script that prepares the data set from its source"
         )
     for name in datasets_to_encode(options):

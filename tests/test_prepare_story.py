@@ -214,6 +214,17 @@ def test_own_chat_is_prepared_and_encoded_again(tmp_path, inline, capsys):
     assert {path.name: path.read_bytes() for path in (tmp_path / "out").glob("talk*")} == before
 
 
+@pytest.mark.parametrize("choice", [["--limit", "2"], ["--max_document_tokens", "9"], ["--near_dedup"]])
+@pytest.mark.parametrize("wanted", [["--dataset", "story"], []])
+def test_encoding_again_loses_no_document(tmp_path, inline, choice, wanted):
+    (tmp_path / "stories.txt").write_text(STORIES, "utf-8")
+    inline("data/prepare-story.py", "--input", "stories.txt", "--output_dir", "out")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "out").glob("story*")}
+    with pytest.raises(UserError, match="give them to the script that prepares the data set from its source"):
+        inline(OWN, *wanted, *choice, "--output_dir", "out")
+    assert {path.name: path.read_bytes() for path in (tmp_path / "out").glob("story*")} == before
+
+
 @pytest.mark.parametrize(
     ("files", "arguments", "sentence"),
     [
@@ -223,7 +234,6 @@ def test_own_chat_is_prepared_and_encoded_again(tmp_path, inline, capsys):
         ({"a.txt": "x"}, ["--input", "a.txt", "--dataset", "story"], "exclude each other"),
         ({}, ["--dataset", "story"], "python data/prepare-story.py"),
         ({}, [], "no prepared data set"),
-        ({}, ["--dataset", "story", "--near_dedup"], "prepares the data set from its source"),
     ],
 )
 def test_own_input_that_cannot_be_used(tmp_path, inline, files, arguments, sentence):
