@@ -238,6 +238,18 @@ def test_a_saved_chat_can_be_loaded_and_prepared_again(tmp_path):
     assert list(sources.read_records(path)) == [{"messages": session.messages}]
 
 
+@pytest.mark.parametrize("separator", ["\u2028", "\u2029", "\x85", "\r", "\r\n", "\x1c"])
+def test_a_saved_chat_may_hold_any_line_separator(tmp_path, separator):
+    session = ChatSession(EchoEngine())
+    said(session.reply(f"One{separator}two"))
+    path = tmp_path / "chat.jsonl"
+    session.command(f"/save {path}")
+    session.command(f"/save {path}")
+    other = ChatSession(EchoEngine())
+    other.command(f"/load {path}")
+    assert other.messages == session.messages
+
+
 @pytest.mark.parametrize(
     "content",
     [
@@ -437,7 +449,7 @@ def test_samples_are_made_together_and_their_output_and_logprobs_kept(run, tmp_p
     assert text == output.read_text("utf-8")
     samples = re.split(r"--- \d of 3 ---\n", text)
     assert samples[0] == "" and len(set(samples[1:])) == 3 and all(sample.startswith("Hi") for sample in samples[1:])
-    rows = [json.loads(line) for line in logprobs.read_text("utf-8").splitlines()]
+    rows = [json.loads(line) for line in logprobs.open(encoding="utf-8")]
     assert [(row["sample"], row["step"]) for row in rows] == [
         (sample, step) for step in range(5) for sample in range(3)
     ]
