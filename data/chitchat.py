@@ -11,11 +11,15 @@ values stay as they are, because the lesson is to repeat them.
 from __future__ import annotations
 
 import functools
+import hashlib
+import itertools
 import json
 import random
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+
+import numpy as np
 
 PHRASES_FILE = Path(__file__).with_name("chitchat-phrases.json")
 SOURCE_FILES = (PHRASES_FILE, Path(__file__))  # what the conversations depend on, with the seed
@@ -33,6 +37,8 @@ KINDS = {"name": 36, "name_from_system": 2, "fact": 12, "names": 16, "unknown": 
 LISTS = ("friends", "words")  # slots of several names: many tokens to copy, from which copying is learned soonest
 SYSTEM_SHARE = 0.15
 MAX_EXCHANGES = 7  # keeps a conversation under 250 tokens, so that it fits into a block of 256
+
+MADE_AT_ONCE = 100  # conversations that are compared with the earlier ones together
 
 _UNWANTED_IN_NAMES = (
     r"fu[ck]|shit|cunt|dick|cock|anal|anus|porn|slut|rape|rapi|nazi|hitl|nigg|negr|fag|whor|tit|cum|sex|bitch|penis|"
@@ -438,11 +444,17 @@ def _small_talk(talk: Talk) -> None:
 
 def generate(count: int, seed: int = 1337) -> Iterator[list[dict[str, str]]]:
     """`count` distinct conversations, each a list of {"role", "content"} messages; the same for the same seed."""
+    from dedup import DigestSet  # not above: corpus.py makes the project's modules importable
+
     rng = random.Random(seed)
-    seen: set[str] = set()
+    seen = DigestSet()
     while len(seen) < count:
-        conversation = make_conversation(rng)
-        key = "\0".join(message["content"] for message in conversation)
-        if key not in seen:
-            seen.add(key)
-            yield conversation
+        made = [make_conversation(rng) for _ in range(min(MADE_AT_ONCE, count - len(seen)))]
+        yield from itertools.compress(made, seen.add(_digests(made)))
+
+
+def _digests(conversations: Sequence[list[dict[str, str]]]) -> np.ndarray:
+    """What the conversations are compared by: (conversations, 2) uint64."""
+    texts = ("\0".join(message["content"] for message in conversation) for conversation in conversations)
+    digests = b"".join(hashlib.blake2b(text.encode(), digest_size=16).digest() for text in texts)
+    return np.frombuffer(digests, dtype="<u8").reshape(-1, 2)
