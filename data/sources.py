@@ -4,8 +4,8 @@
     for messages in conversations(read_records("chat.jsonl")): ...
 
 Everything streams: a few blocks, records or one document are in memory at a time, except that OASST's message rows
-are gathered before their trees can be walked. `datasets`, `pyarrow` and `huggingface_hub` are imported when they are
-needed, so that local text is read without them.
+are gathered before their trees can be walked, and that a .json file that is one object is read whole. `datasets`,
+`pyarrow` and `huggingface_hub` are imported when they are needed, so that local text is read without them.
 """
 
 from __future__ import annotations
@@ -353,12 +353,13 @@ def _as_object(value, path: str | Path, line: int) -> dict:
 
 def _json_records(path: str | Path) -> Iterator[dict]:
     """Records of a .json file: a list is read element by element, anything else line by line or whole."""
-    lines = (line for line in _lines(path) if line.strip())
-    first, second = next(lines, ""), next(lines, "")
-    if first.lstrip().startswith("["):
+    if _JsonReader(path).peek() == "[":
         for line, value in _list_elements(path):
             yield _as_object(value, path, line)
-    elif second and _is_json_object(first):
+        return
+    lines = (line for line in _lines(path) if line.strip())
+    first, second = next(lines, ""), next(lines, "")
+    if second and _is_json_object(first):
         yield from _json_line_records(path)
     elif first:
         value = _as_object(_parse_json("".join(_decoded_blocks(path)), path, 1), path, 1)
