@@ -2,9 +2,9 @@
 
     documents -> batches -> workers (clean, digest, encode) -> drop repeats, choose the split -> files
 
-A document is a `str`, or a conversation: a list of {"role", "content"} messages. It is streamed from its source to
-the disk a batch at a time, so memory does not grow with the corpus, and the files do not depend on the number of
-workers. For a data set named `mine` the folder holds afterwards:
+A document is a `str`, or a conversation: a list of {"role", "content"} messages. Documents go from their source to
+the disk a batch at a time, so memory grows by the digests that find repeats alone, 21 to 43 bytes a document, and the
+files do not depend on the number of workers. For a data set named `mine` the folder holds afterwards:
 
     mine-train.bin, mine-val.bin       ids as raw little-endian uint16, each document followed by <|endoftext|>
     mine-train.txt, mine-val.txt       the same documents as text, divided by lines `<|endoftext|>`; or
