@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import io
 import json
 import os
@@ -152,6 +153,27 @@ def test_dailydialog_keeps_its_splits_in_every_shape(tmp_path, inline, capsys, s
     assert description["non_commercial"] is True
     expected = "<|im_start|>user\nHi, I'm number 0.<|im_end|>\n<|im_start|>assistant\nGood. Let's go!<|im_end|>\n"
     assert decoded(tmp_path / "out", "dailydialog", "train").startswith(f"{expected}<|endoftext|>")
+
+
+def test_a_folder_of_dailydialog_is_searched_as_other_folders_are(tmp_path, inline):
+    members = corpus_members()
+    folder = tmp_path / "folder"
+    (folder / "packed.zip").mkdir(parents=True)  # a folder by such a name is no archive
+    (folder / "TRAIN.ZIP").write_bytes(members["train"])
+    (folder / "packed.zip" / "Dialogues_Validation.txt.gz").write_bytes(gzip.compress(dialogue(100).encode()))
+    (folder / "._validation.zip").write_bytes(b"what another system leaves behind")
+    (folder / "readme.txt").write_text("No dialogue.\n")
+    inline("data/prepare-dailydialog.py", "--input", "folder", "--output_dir", "out")
+    splits = described(tmp_path / "out", "dailydialog")["splits"]
+    assert [splits[split]["documents"] for split in ("train", "val")] == [30, 1]
+
+
+def test_a_folder_without_dailydialog_is_refused(tmp_path, inline):
+    (tmp_path / "folder").mkdir()
+    for name, sentence in (("a.csv", "holds no file of a known kind"), ("readme.txt", "holds no dialogues_")):
+        (tmp_path / "folder" / name).write_text("No dialogue.\n")
+        with pytest.raises(UserError, match=sentence):
+            inline("data/prepare-dailydialog.py", "--input", "folder", "--output_dir", "out")
 
 
 def test_one_split_of_dailydialog_alone_is_divided(tmp_path, inline):
