@@ -32,6 +32,7 @@ import numpy as np
 from dedup import DigestSet, NearDuplicates, require_minhash
 from prepared import Document, Encoded, SplitWriter, read_description, text_path, write_json
 from report import write_report
+from sources import is_text, split_suffix
 from tqdm import tqdm
 from workers import Pass, Worker, encoded_batches
 
@@ -272,12 +273,8 @@ def _require_room(folder: Path, files: Sequence[Path], dataset: Dataset, options
     Compressed text takes at least as much; of records and archives nobody knows how much is text: a quarter counts.
     """
     if options.limit is None:
-        sizes = (file.stat().st_size * (1 if _is_text(file) else 0.25) for file in files)
+        sizes = (file.stat().st_size * (1 if is_text(file) else 0.25) for file in files)
         require_free_space(folder, int(1.5 * sum(sizes)), f"preparing {dataset.name}")
-
-
-def _is_text(file: Path) -> bool:
-    return bool({".txt", ".md"} & set(file.suffixes))
 
 
 # --- the splits ---
@@ -325,8 +322,8 @@ def _write_splits(
     """Write both splits' files into `staging` and return the description's "splits" and "report"."""
     workers = _worker_count(options)
     counts = collections.Counter()
-    plain = bool(files) and all(file.suffix in (".txt", ".md") for file in files) and options.limit is None
-    total = sum(file.stat().st_size for file in files) if plain else None
+    is_plain = all(is_text(file) and split_suffix(file)[1] is None for file in files)
+    total = sum(file.stat().st_size for file in files) if files and is_plain and options.limit is None else None
     with contextlib.ExitStack() as stack:
         # disable=None: a bar on a terminal only, so that a pipe's stderr holds nothing but errors
         bar = stack.enter_context(tqdm(total=total, desc=dataset.name, unit="B", unit_scale=True, disable=None))

@@ -156,6 +156,11 @@ def split_suffix(path: str | Path) -> tuple[str, str | None]:
     return suffixes[-1] if suffixes else "", compression
 
 
+def is_text(path: str | Path) -> bool:
+    """Whether a file is one of text, not of records, by its name; compressed or not."""
+    return split_suffix(path)[0] in TEXT_SUFFIXES
+
+
 def read_blocks(path: str | Path) -> Iterator[bytes]:
     """A file's bytes in blocks, decompressed where its name ends in .gz or .zst.
 
@@ -541,8 +546,8 @@ def recognise(path: str | Path, field: str = "text", divide_within_lines: bool =
     Raises UserError for a file of unknown kind and for records that are neither chat nor have the field.
     """
     path = Path(path)
-    kind, compression = split_suffix(path)
-    if kind in TEXT_SUFFIXES:
+    compression = split_suffix(path)[1]
+    if is_text(path):
         head = b"".join(block for block, _ in zip(read_blocks(path), range(4), strict=False))
         return Recognised(path, "text", _text_layout(head, divide_within_lines), compression, divide_within_lines)
     first = next(read_records(path), None)
@@ -573,6 +578,6 @@ def read_documents(
     """The documents of a file that `recognise` described: texts or conversations."""
     if found.kind == "chat":
         return conversations(read_records(found.path), oasst_all_paths, skipped, where=found.path)
-    if split_suffix(found.path)[0] in TEXT_SUFFIXES:
+    if is_text(found.path):
         return read_text_documents(found.path, found.divide_within_lines)
     return text_fields(read_records(found.path), field, skipped, where=found.path)

@@ -316,6 +316,14 @@ def test_too_little_space_is_said_before_the_work(tmp_path, monkeypatch):
         prepare(TEXT, options(tmp_path, input=(str(source),)), stories(3))
 
 
+@pytest.mark.parametrize("name", ["in.txt", "in.md", "in.text", "in.markdown", "in.TXT", "in.markdown.gz"])
+def test_the_space_of_a_text_is_asked_for_whole(tmp_path, monkeypatch, name):
+    (tmp_path / name).write_bytes(b"x" * 1000)
+    monkeypatch.setattr("shutil.disk_usage", lambda folder: type("Usage", (), {"free": 1000}))
+    with pytest.raises(UserError, match="free some space"):
+        prepare(TEXT, options(tmp_path, input=(str(tmp_path / name),)), stories(3))
+
+
 def test_the_space_of_part_of_an_input_is_not_asked_for(tmp_path, monkeypatch):
     (tmp_path / "in.txt").write_text("some text " * 1000)
     (tmp_path / "in.jsonl.gz").write_bytes(b"x" * 300)
