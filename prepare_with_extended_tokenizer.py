@@ -30,8 +30,8 @@ from sources import Recognised, input_files, read_documents, recognise
 
 from runtime import UserError, option, parse_options, run_script
 from setup_tokenizer import render_chat
+from training.batches import prepare_command
 
-KNOWN = ("story", "dailydialog", "chat", "chitchat", "education")
 SAMPLE_CHARACTERS = 300
 
 
@@ -138,9 +138,8 @@ def datasets_to_encode(options: ExtendedOptions) -> list[str]:
     if not wanted:
         raise UserError(f"no prepared data set in {folder}; run: python data/prepare-chitchat.py")
     if wanted[0] not in prepared:
-        script = f"python data/prepare-{wanted[0]}.py" if wanted[0] in KNOWN else "this script with --input and --name"
         there = f" (there: {', '.join(prepared)})" if prepared else ""
-        raise UserError(f"{wanted[0]} is not prepared in {folder}{there}; run: {script}")
+        raise UserError(f"{wanted[0]} is not prepared in {folder}{there}; run: {prepare_command(wanted[0])}")
     return wanted
 
 

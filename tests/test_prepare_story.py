@@ -254,7 +254,8 @@ def test_encoding_again_loses_no_document(tmp_path, inline, choice, wanted):
         ({"a.jsonl": '{"text": "x"}\n{"text": \n'}, ["--input", "a.jsonl"], "line 2"),
         ({"a.txt": "x", "b.jsonl": '{"messages": []}\n'}, ["--input", "a.txt", "b.jsonl"], "prepare them apart"),
         ({"a.txt": "x"}, ["--input", "a.txt", "--dataset", "story"], "exclude each other"),
-        ({}, ["--dataset", "story"], "python data/prepare-story.py"),
+        ({}, ["--dataset", "story"], "run: python data/prepare-story.py$"),
+        ({}, ["--dataset", "notes"], "run: python prepare_with_extended_tokenizer.py --input FILE --name notes$"),
         ({}, [], "no prepared data set"),
     ],
 )
