@@ -192,21 +192,6 @@ def format_message(role: str, content: str) -> str:
     return f"{IM_START}{role}\n{content}{IM_END}\n"
 
 
-def format_system_message(content: str) -> str:
-    """A system instruction in ChatML."""
-    return format_message("system", content)
-
-
-def format_user_message(content: str) -> str:
-    """What the user says, in ChatML."""
-    return format_message("user", content)
-
-
-def format_assistant_message(content: str) -> str:
-    """What the assistant says, in ChatML."""
-    return format_message("assistant", content)
-
-
 def render_chat(messages: Sequence[Mapping], add_generation_prompt: bool = False) -> str:
     """A conversation as ChatML text, for people to read; `encode_chat` makes the ids.
 
