@@ -89,9 +89,9 @@ def prepare(
     options: PrepareOptions,
     train: Iterable[Document],
     val: Iterable[Document] | None = None,
-    clean: Pass | Sequence[Pass] | None = None,
+    clean: Sequence[Pass] = (),
     *,
-    inputs: Iterable[str | os.PathLike] | None = None,
+    inputs: Sequence[Path] = (),
     skipped: Mapping[str, int] | None = None,
     keep: Mapping | None = None,
     input_digest: str | None = None,
@@ -100,12 +100,12 @@ def prepare(
     """Write the data set's files into the output folder and return what its .json holds.
 
     `train` and `val` are consumed once and lazily; without `val`, documents are divided by `val_fraction`, by their
-    content and the seed, so that neither order nor repeats matter. `clean` is one pass or several, applied in order
-    inside the workers: a function (importable or otherwise picklable) from document to document, or to None to drop
-    it. `inputs` are the files that the documents come from (default: `options.input`): a finished preparation of the
-    same inputs and options is recognised and not repeated. `skipped` is a Counter that the source fills while it is
-    read, by reason; it joins the report. `keep` holds entries of an earlier description to take over. `input_digest`
-    stands for documents that come from no files, such as the commit of a repository.
+    content and the seed, so that neither order nor repeats matter. `clean` are the passes, applied in order inside the
+    workers: functions (importable or otherwise picklable) from document to document, or to None to drop it. `inputs`
+    are the files that the documents come from: a finished preparation of the same inputs and options is recognised and
+    not repeated. `skipped` is a Counter that the source fills while it is read, by reason; it joins the report. `keep`
+    holds entries of an earlier description to take over. `input_digest` stands for documents that come from no files,
+    such as the commit of a repository.
 
     Exact repeats are dropped, and train documents that also stand in val; with `near_dedup` near repeats too, of
     which the first stays, one of a given `val` before one of train. All files appear together at the end, or
@@ -116,9 +116,7 @@ def prepare(
     _require_uint16(base_encoding)
     if options.near_dedup:
         require_minhash()
-    inputs = [Path(path) for path in (options.input if inputs is None else inputs)]
-    files = [file for path in inputs for file in files_of(path)]
-    _refuse_to_replace(files, folder, dataset.name)
+    _refuse_to_replace(inputs, folder, dataset.name)
     print(f"{dataset.name}: {dataset.source}")
     print(f"licence: {dataset.licence}{' (non-commercial use only)' if dataset.non_commercial else ''}")
     description = {
@@ -128,7 +126,7 @@ def prepare(
         "dtype": "uint16",
         "seed": options.seed,
         "options": _recorded_options(options),
-        "input_digest": input_digest or digest_of_files(files),
+        "input_digest": input_digest or digest_of_files(inputs),
     }
     with FileLock(folder / f".{dataset.name}.lock", f"data set {dataset.name} in {folder}"):
         earlier = read_description(folder, dataset.name) or {}
@@ -138,10 +136,10 @@ def prepare(
             print(f"{dataset.name} is already prepared in {folder}; --force prepares it again")
             description = _with_report(folder, finished) if options.report else finished
         else:
-            _require_room(folder, files, dataset, options)
+            _require_room(folder, inputs, dataset, options)
             worker = _worker_for(dataset, options, clean, base_encoding)
             with atomic_files(folder, dataset.name) as staging:
-                description |= _write_splits(staging, dataset, options, worker, train, val, files)
+                description |= _write_splits(staging, dataset, options, worker, train, val, inputs)
                 description["report"] |= dict(sorted((skipped or {}).items()))
                 description |= keep or {}
                 if options.report:
@@ -187,23 +185,12 @@ def _recorded_options(options: PrepareOptions) -> dict:
     return {**chosen, "pipeline": PIPELINE_VERSION}
 
 
-def _worker_for(
-    dataset: Dataset, options: PrepareOptions, clean: Pass | Sequence[Pass] | None, base_encoding: str
-) -> Worker:
-    passes = () if clean is None else (clean,) if callable(clean) else tuple(clean)
+def _worker_for(dataset: Dataset, options: PrepareOptions, clean: Sequence[Pass], base_encoding: str) -> Worker:
+    passes = tuple(clean)
     return Worker(dataset.format, passes, options.seed, base_encoding, options.max_document_tokens, options.near_dedup)
 
 
 # --- recognising a finished preparation ---
-
-
-def files_of(path: Path) -> list[Path]:
-    """The file itself, or all files of a folder, sorted. Raises UserError for a path that does not exist."""
-    if path.is_dir():
-        return sorted(inner for inner in path.rglob("*") if inner.is_file())
-    if not path.exists():
-        raise UserError(f"{path} not found; give --input a file that exists")
-    return [path]
 
 
 def digest_of_files(files: Sequence[Path]) -> str | None:
