@@ -226,7 +226,7 @@ def test_commands_of_a_chat(tmp_path):
 def test_a_saved_chat_can_be_loaded_and_prepared_again(tmp_path):
     session = ChatSession(EchoEngine(), system="Be kind.")
     said(session.reply("Grüße 👋\nzwei Zeilen"))
-    path = tmp_path / "generation.chat.jsonl"
+    path = tmp_path / "chat.jsonl"
     session.command(f"/save {path}")
     session.command(f"/save {path}")  # its own file it may replace
     assert json.loads(path.read_text("utf-8")) == {"messages": session.messages}

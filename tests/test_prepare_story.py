@@ -69,15 +69,15 @@ def test_a_script_runs_from_any_folder_and_a_fault_is_one_sentence(tmp_path, scr
 
 
 def test_one_file_of_stories_is_divided(tmp_path, inline, capsys):
-    (tmp_path / "generation.stories.txt").write_text(STORIES, "utf-8")
-    inline("data/prepare-story.py", "--input", "generation.stories.txt", "--output_dir", "out")
+    (tmp_path / "stories.txt").write_text(STORIES, "utf-8")
+    inline("data/prepare-story.py", "--input", "stories.txt", "--output_dir", "out")
     assert "licence: CDLA-Sharing-1.0" in capsys.readouterr().out
     description = described(tmp_path / "out", "story")
     assert [description["splits"][split]["documents"] for split in ("train", "val")] == [38, 2]
     assert description["report"]["changed by fix_mojibake"] == 40
     text = decoded(tmp_path / "out", "story", "train")
     assert text.count("<|endoftext|>") == 38 and "of “Tom” and" in text
-    inline("data/prepare-story.py", "--input", "generation.stories.txt", "--output_dir", "out")
+    inline("data/prepare-story.py", "--input", "stories.txt", "--output_dir", "out")
     assert "already prepared" in capsys.readouterr().out
 
 
@@ -218,9 +218,9 @@ def test_own_text_is_shown_and_then_prepared(tmp_path, inline, capsys):
 
 def test_own_chat_is_prepared_and_encoded_again(tmp_path, inline, capsys):
     lines = [{"instruction": f"Say {n}", "context": "", "response": f"{n}!"} for n in range(20)]
-    (tmp_path / "generation.chat.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), "utf-8")
+    (tmp_path / "chat.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), "utf-8")
     arguments = ("--output_dir", "out", "--name", "talk", "--licence", "CC0")
-    inline(OWN, "--input", "generation.chat.jsonl", *arguments)
+    inline(OWN, "--input", "chat.jsonl", *arguments)
     output = capsys.readouterr().out
     assert "chat (dolly)" in output and "python train.py --dataset talk" in output
     first = described(tmp_path / "out", "talk")
