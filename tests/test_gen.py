@@ -364,6 +364,15 @@ def test_several_samples_have_one_cache_that_is_made_once():
     assert texts() == first and engine.caches[3] is cache and set(engine.caches) == {1, 3}
 
 
+@pytest.mark.parametrize("n_samples", [1, 3])
+def test_the_speed_is_that_of_the_tokens_behind_each_first_one(n_samples):
+    engine = TextEngine(tiny_gpt(), Settings(seed=1, stop_ids=()))
+    list(engine.stream_samples([ENDOFTEXT_ID], 5, n_samples))
+    engine.rest_s = 2.0
+    assert f"last: {5 * n_samples} tokens, " in engine.statistics()
+    assert f"then {2 * n_samples:.1f} tokens/s" in engine.statistics()
+
+
 def test_logprobs_are_those_of_the_plain_model():
     model = tiny_gpt()
     engine = TextEngine(model, Settings(temperature=1.5, top_k=3, seed=1, logprobs=True))
@@ -499,12 +508,16 @@ def test_interactive_continues_prompts_without_chatml(run):
     assert alone == "One" + text[:half]
 
 
-def test_int8_weights_generate(run):
+def test_int8_weights_generate_and_count_as_parameters(run, tmp_path):
+    model = GPT(GPTConfig(block_size=64, n_layer=1, n_head=2, n_embd=128))
+    save_checkpoint(tmp_path / "wide.pt", model, {"format": "text"})
+    arguments = (tmp_path / "wide.pt", "--prompt", "Hi", "--max_tokens", "4", "--quantize", "int8", "--verbose")
     try:
-        text, notices = run("--prompt", "Hi", "--max_tokens", "4", "--quantize", "int8", "--verbose")
+        text, notices = run(*arguments)
     except UserError as error:
         pytest.skip(str(error))
     assert text.startswith("Hi") and "8-bit weights" in notices
+    assert f"window 64, {model.n_params() / 1e6:.1f} M parameters\n" in notices
 
 
 @pytest.mark.parametrize(
