@@ -28,6 +28,7 @@ from setup_tokenizer import ENDOFTEXT_ID, IM_END_ID, IM_START_ID, N_VOCAB, encod
 
 if TYPE_CHECKING:  # at run time torch is imported when a model is loaded, not for --help
     from generation.engine import Settings, TextEngine
+    from model import GPTConfig
 
 DEFAULT_CHECKPOINT = "models/story5000.pt"
 DEFAULT_MAX_TOKENS = 500
@@ -156,6 +157,7 @@ def load_engine(options: GenOptions) -> TextEngine:
         )
     if options.chat and model.config.n_vocab < N_VOCAB:
         raise UserError(f"{path} has no ChatML tokens, so it cannot chat; leave --chat out or use another checkpoint")
+    n_params = model.n_params()  # before its weights are packed, after which they are no parameters
     kernels = pack_linears(model, options.quantize, options.num_samples)
     if options.chat and info.get("format") != "chat":
         print(
@@ -167,7 +169,7 @@ def load_engine(options: GenOptions) -> TextEngine:
         print(f"note: {path} was trained on chat data; talk to it with --chat", file=sys.stderr)
     engine = TextEngine(model, engine_settings(options))
     if options.verbose:
-        print(describe_model(path, info, model, device, dtype, kernels), file=sys.stderr)
+        print(describe_model(path, info, model.config, n_params, f"{device}, {dtype}, {kernels}"), file=sys.stderr)
         print(f"ready after {time.perf_counter() - started:.1f} s, seed {engine.seed}", file=sys.stderr)
     return engine
 
@@ -199,16 +201,15 @@ def engine_settings(options: GenOptions) -> Settings:
     )
 
 
-def describe_model(path: str, info: dict, model, device: str, dtype: str, kernels: str) -> str:
-    """What --verbose tells about a model, in lines."""
-    config = model.config
+def describe_model(path: str, info: dict, config: GPTConfig, n_params: int, device: str) -> str:
+    """What --verbose tells about a model, in lines; `device` says in words where and how it computes."""
     facts = {
         "checkpoint": path,
         "data": f"{info.get('dataset')} ({info.get('format')}), {info.get('tokens_seen')} tokens seen",
         "iteration": f"{info.get('iter_num')}, loss train {info.get('train_loss')}, val {info.get('val_loss')}",
         "model": f"{config.n_layer} layers, {config.n_head} heads, width {config.n_embd}, window {config.block_size}, "
-        f"{model.n_params() / 1e6:.1f} M parameters outside of packed layers",
-        "device": f"{device}, {dtype}, {kernels}",
+        f"{n_params / 1e6:.1f} M parameters",
+        "device": device,
     }
     return "\n".join(f"{name:<11}{value}" for name, value in facts.items())
 

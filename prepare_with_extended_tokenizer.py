@@ -30,8 +30,8 @@ from sources import Recognised, input_files, read_documents, recognise
 
 from runtime import UserError, option, parse_options, run_script
 from setup_tokenizer import render_chat
+from training.batches import prepare_command
 
-KNOWN = ("story", "dailydialog", "chat", "chitchat", "education")
 SAMPLE_CHARACTERS = 300
 
 
@@ -60,9 +60,9 @@ def main() -> None:
     if options.input:
         prepare_own(options)
         return
-    if options.near_dedup or options.max_document_tokens:
+    if options.near_dedup or options.max_document_tokens or options.limit:
         raise UserError(
-            "--near_dedup and --max_document_tokens choose documents, which --dataset does not; "
+            "--near_dedup, --max_document_tokens and --limit choose documents, which --dataset does not; "
             "give them to the script that prepares the data set from its source"
         )
     for name in datasets_to_encode(options):
@@ -138,9 +138,8 @@ def datasets_to_encode(options: ExtendedOptions) -> list[str]:
     if not wanted:
         raise UserError(f"no prepared data set in {folder}; run: python data/prepare-chitchat.py")
     if wanted[0] not in prepared:
-        script = f"python data/prepare-{wanted[0]}.py" if wanted[0] in KNOWN else "this script with --input and --name"
         there = f" (there: {', '.join(prepared)})" if prepared else ""
-        raise UserError(f"{wanted[0]} is not prepared in {folder}{there}; run: {script}")
+        raise UserError(f"{wanted[0]} is not prepared in {folder}{there}; run: {prepare_command(wanted[0])}")
     return wanted
 
 

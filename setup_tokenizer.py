@@ -30,7 +30,7 @@ IM_END = "<|im_end|>"
 # Ids in the extended GPT-2 vocabulary, the one that every .bin file and checkpoint uses.
 SPECIAL_TOKENS = {ENDOFTEXT: 50256, IM_START: 50257, IM_END: 50258}
 ENDOFTEXT_ID, IM_START_ID, IM_END_ID = SPECIAL_TOKENS.values()
-N_VOCAB = 50259
+N_GPT2_VOCAB, N_VOCAB = 50257, 50259  # without ChatML's ids and with them
 TOKENIZER_NAME = "gpt2_chatml"
 
 ROLES = ("system", "user", "assistant")
@@ -56,7 +56,7 @@ def get_base_tokenizer(base_encoding: str = "gpt2") -> tiktoken.Encoding:
             pat_str=_GPT2_PATTERN,
             mergeable_ranks=ranks,
             special_tokens={ENDOFTEXT: ENDOFTEXT_ID},
-            explicit_n_vocab=50257,
+            explicit_n_vocab=N_GPT2_VOCAB,
         )
     if base_encoding not in tiktoken.list_encoding_names():
         raise UserError(f"unknown encoding {base_encoding!r}; use one of {', '.join(tiktoken.list_encoding_names())}")
@@ -190,21 +190,6 @@ def check_messages(messages: Sequence[Mapping]) -> None:
 def format_message(role: str, content: str) -> str:
     """One ChatML message as text: `<|im_start|>{role}\\n{content}<|im_end|>\\n`."""
     return f"{IM_START}{role}\n{content}{IM_END}\n"
-
-
-def format_system_message(content: str) -> str:
-    """A system instruction in ChatML."""
-    return format_message("system", content)
-
-
-def format_user_message(content: str) -> str:
-    """What the user says, in ChatML."""
-    return format_message("user", content)
-
-
-def format_assistant_message(content: str) -> str:
-    """What the assistant says, in ChatML."""
-    return format_message("assistant", content)
 
 
 def render_chat(messages: Sequence[Mapping], add_generation_prompt: bool = False) -> str:

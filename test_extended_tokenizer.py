@@ -223,9 +223,6 @@ def test_the_rendered_layout_is_chatml():
     text = "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nHello!<|im_end|>\n"
     assert render_chat(messages) == text
     assert render_chat(messages, add_generation_prompt=True) == text + "<|im_start|>assistant\n"
-    for role in ("system", "user", "assistant"):
-        format_message = getattr(setup_tokenizer, f"format_{role}_message")
-        assert format_message("Hi") == render_chat([{"role": role, "content": "Hi"}])
 
 
 def test_no_content_forges_a_control_token():

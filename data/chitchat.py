@@ -11,11 +11,15 @@ values stay as they are, because the lesson is to repeat them.
 from __future__ import annotations
 
 import functools
+import hashlib
+import itertools
 import json
 import random
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+
+import numpy as np
 
 PHRASES_FILE = Path(__file__).with_name("chitchat-phrases.json")
 SOURCE_FILES = (PHRASES_FILE, Path(__file__))  # what the conversations depend on, with the seed
@@ -28,11 +32,10 @@ PIECES_OF_A_NAME = {2: 45, 3: 36, 4: 15, 5: 4}
 LENGTHS_OF_FIRST_PIECES = {1: 10, 2: 14, 3: 28, 4: 28, 5: 14, 6: 6}
 LENGTHS_OF_OTHER_PIECES = {1: 8, 2: 18, 3: 30, 4: 28, 5: 12, 6: 4}
 
-# Kinds of conversation, in per cent. Remembering is the hardest lesson, so it is the most frequent one.
-KINDS = {"name": 36, "name_from_system": 2, "fact": 12, "names": 16, "unknown": 4, "chat": 30}
 LISTS = ("friends", "words")  # slots of several names: many tokens to copy, from which copying is learned soonest
 SYSTEM_SHARE = 0.15
 MAX_EXCHANGES = 7  # keeps a conversation under 250 tokens, so that it fits into a block of 256
+MADE_AT_ONCE = 100  # conversations that are compared with the earlier ones together
 
 _UNWANTED_IN_NAMES = (
     r"fu[ck]|shit|cunt|dick|cock|anal|anus|porn|slut|rape|rapi|nazi|hitl|nigg|negr|fag|whor|tit|cum|sex|bitch|penis|"
@@ -345,25 +348,6 @@ FILLERS = {"smalltalk": 5, "how_are_you": 2, "thanks": 1, "feeling": 1, "plans":
 CLOSINGS = {"farewell": 3, "thanks": 1}
 
 
-def make_conversation(rng: random.Random) -> list[dict[str, str]]:
-    """One conversation as messages, under 250 tokens."""
-    talk = Talk(rng)
-    kind = rng.choices(list(KINDS), list(KINDS.values()))[0]
-    if kind == "name_from_system":
-        talk.say("system", talk.phrases["system_with_name"])
-    elif rng.random() < SYSTEM_SHARE:
-        talk.say("system", talk.phrases["system"])
-    {
-        "name": _talk_with_name,
-        "fact": _talk_with_facts,
-        "names": _talk_with_many_names,
-        "unknown": _talk_without_fact,
-        "chat": _small_talk,
-    }.get(kind, _talk_with_name_from_system)(talk)
-    has_system = talk.messages[0]["role"] == "system"
-    return talk.messages[: has_system + 2 * MAX_EXCHANGES]
-
-
 def _count(rng: random.Random, *weights: int) -> int:
     return rng.choices(range(len(weights)), weights)[0]
 
@@ -436,13 +420,45 @@ def _small_talk(talk: Talk) -> None:
         talk.play_some(CLOSINGS, _count(rng, 50, 50))
 
 
+# Kinds of conversation: how many in a hundred, and who plays them. Remembering is the hardest lesson, so it is the most
+# frequent one.
+KINDS = {
+    "name": (36, _talk_with_name),
+    "name_from_system": (2, _talk_with_name_from_system),
+    "fact": (12, _talk_with_facts),
+    "names": (16, _talk_with_many_names),
+    "unknown": (4, _talk_without_fact),
+    "chat": (30, _small_talk),
+}
+
+
+def make_conversation(rng: random.Random) -> list[dict[str, str]]:
+    """One conversation as messages, under 250 tokens."""
+    talk = Talk(rng)
+    weights, players = zip(*KINDS.values(), strict=True)
+    play = rng.choices(players, weights)[0]
+    if play is _talk_with_name_from_system:
+        talk.say("system", talk.phrases["system_with_name"])
+    elif rng.random() < SYSTEM_SHARE:
+        talk.say("system", talk.phrases["system"])
+    play(talk)
+    has_system = talk.messages[0]["role"] == "system"
+    return talk.messages[: has_system + 2 * MAX_EXCHANGES]
+
+
 def generate(count: int, seed: int = 1337) -> Iterator[list[dict[str, str]]]:
     """`count` distinct conversations, each a list of {"role", "content"} messages; the same for the same seed."""
+    from dedup import DigestSet  # not above: corpus.py makes the project's modules importable
+
     rng = random.Random(seed)
-    seen: set[str] = set()
+    seen = DigestSet()
     while len(seen) < count:
-        conversation = make_conversation(rng)
-        key = "\0".join(message["content"] for message in conversation)
-        if key not in seen:
-            seen.add(key)
-            yield conversation
+        made = [make_conversation(rng) for _ in range(min(MADE_AT_ONCE, count - len(seen)))]
+        yield from itertools.compress(made, seen.add(_digests(made)))
+
+
+def _digests(conversations: Sequence[list[dict[str, str]]]) -> np.ndarray:
+    """What the conversations are compared by: (conversations, 2) uint64."""
+    texts = ("\0".join(message["content"] for message in conversation) for conversation in conversations)
+    digests = b"".join(hashlib.blake2b(text.encode(), digest_size=16).digest() for text in texts)
+    return np.frombuffer(digests, dtype="<u8").reshape(-1, 2)

@@ -2,9 +2,9 @@
 
     documents -> batches -> workers (clean, digest, encode) -> drop repeats, choose the split -> files
 
-A document is a `str`, or a conversation: a list of {"role", "content"} messages. It is streamed from its source to
-the disk a batch at a time, so memory does not grow with the corpus, and the files do not depend on the number of
-workers. For a data set named `mine` the folder holds afterwards:
+A document is a `str`, or a conversation: a list of {"role", "content"} messages. Documents go from their source to
+the disk a batch at a time, so memory grows by the digests that find repeats alone, 21 to 43 bytes a document, and the
+files do not depend on the number of workers. For a data set named `mine` the folder holds afterwards:
 
     mine-train.bin, mine-val.bin       ids as raw little-endian uint16, each document followed by <|endoftext|>
     mine-train.txt, mine-val.txt       the same documents as text, divided by lines `<|endoftext|>`; or
@@ -32,6 +32,7 @@ import numpy as np
 from dedup import DigestSet, NearDuplicates, require_minhash
 from prepared import Document, Encoded, SplitWriter, read_description, text_path, write_json
 from report import write_report
+from sources import is_text, split_suffix
 from tqdm import tqdm
 from workers import Pass, Worker, encoded_batches
 
@@ -88,9 +89,9 @@ def prepare(
     options: PrepareOptions,
     train: Iterable[Document],
     val: Iterable[Document] | None = None,
-    clean: Pass | Sequence[Pass] | None = None,
+    clean: Sequence[Pass] = (),
     *,
-    inputs: Iterable[str | os.PathLike] | None = None,
+    inputs: Sequence[Path] = (),
     skipped: Mapping[str, int] | None = None,
     keep: Mapping | None = None,
     input_digest: str | None = None,
@@ -99,12 +100,12 @@ def prepare(
     """Write the data set's files into the output folder and return what its .json holds.
 
     `train` and `val` are consumed once and lazily; without `val`, documents are divided by `val_fraction`, by their
-    content and the seed, so that neither order nor repeats matter. `clean` is one pass or several, applied in order
-    inside the workers: a function (importable or otherwise picklable) from document to document, or to None to drop
-    it. `inputs` are the files that the documents come from (default: `options.input`): a finished preparation of the
-    same inputs and options is recognised and not repeated. `skipped` is a Counter that the source fills while it is
-    read, by reason; it joins the report. `keep` holds entries of an earlier description to take over. `input_digest`
-    stands for documents that come from no files, such as the commit of a repository.
+    content and the seed, so that neither order nor repeats matter. `clean` are the passes, applied in order inside the
+    workers: functions (importable or otherwise picklable) from document to document, or to None to drop it. `inputs`
+    are the files that the documents come from: a finished preparation of the same inputs and options is recognised and
+    not repeated. `skipped` is a Counter that the source fills while it is read, by reason; it joins the report. `keep`
+    holds entries of an earlier description to take over. `input_digest` stands for documents that come from no files,
+    such as the commit of a repository.
 
     Exact repeats are dropped, and train documents that also stand in val; with `near_dedup` near repeats too, of
     which the first stays, one of a given `val` before one of train. All files appear together at the end, or
@@ -115,9 +116,7 @@ def prepare(
     _require_uint16(base_encoding)
     if options.near_dedup:
         require_minhash()
-    inputs = [Path(path) for path in (options.input if inputs is None else inputs)]
-    files = [file for path in inputs for file in files_of(path)]
-    _refuse_to_replace(files, folder, dataset.name)
+    _refuse_to_replace(inputs, folder, dataset.name)
     print(f"{dataset.name}: {dataset.source}")
     print(f"licence: {dataset.licence}{' (non-commercial use only)' if dataset.non_commercial else ''}")
     description = {
@@ -127,7 +126,7 @@ def prepare(
         "dtype": "uint16",
         "seed": options.seed,
         "options": _recorded_options(options),
-        "input_digest": input_digest or digest_of_files(files),
+        "input_digest": input_digest or digest_of_files(inputs),
     }
     with FileLock(folder / f".{dataset.name}.lock", f"data set {dataset.name} in {folder}"):
         earlier = read_description(folder, dataset.name) or {}
@@ -137,10 +136,10 @@ def prepare(
             print(f"{dataset.name} is already prepared in {folder}; --force prepares it again")
             description = _with_report(folder, finished) if options.report else finished
         else:
-            _require_room(folder, files, dataset, options)
+            _require_room(folder, inputs, dataset, options)
             worker = _worker_for(dataset, options, clean, base_encoding)
             with atomic_files(folder, dataset.name) as staging:
-                description |= _write_splits(staging, dataset, options, worker, train, val, files)
+                description |= _write_splits(staging, dataset, options, worker, train, val, inputs)
                 description["report"] |= dict(sorted((skipped or {}).items()))
                 description |= keep or {}
                 if options.report:
@@ -186,23 +185,12 @@ def _recorded_options(options: PrepareOptions) -> dict:
     return {**chosen, "pipeline": PIPELINE_VERSION}
 
 
-def _worker_for(
-    dataset: Dataset, options: PrepareOptions, clean: Pass | Sequence[Pass] | None, base_encoding: str
-) -> Worker:
-    passes = () if clean is None else (clean,) if callable(clean) else tuple(clean)
+def _worker_for(dataset: Dataset, options: PrepareOptions, clean: Sequence[Pass], base_encoding: str) -> Worker:
+    passes = tuple(clean)
     return Worker(dataset.format, passes, options.seed, base_encoding, options.max_document_tokens, options.near_dedup)
 
 
 # --- recognising a finished preparation ---
-
-
-def files_of(path: Path) -> list[Path]:
-    """The file itself, or all files of a folder, sorted. Raises UserError for a path that does not exist."""
-    if path.is_dir():
-        return sorted(inner for inner in path.rglob("*") if inner.is_file())
-    if not path.exists():
-        raise UserError(f"{path} not found; give --input a file that exists")
-    return [path]
 
 
 def digest_of_files(files: Sequence[Path]) -> str | None:
@@ -272,12 +260,8 @@ def _require_room(folder: Path, files: Sequence[Path], dataset: Dataset, options
     Compressed text takes at least as much; of records and archives nobody knows how much is text: a quarter counts.
     """
     if options.limit is None:
-        sizes = (file.stat().st_size * (1 if _is_text(file) else 0.25) for file in files)
+        sizes = (file.stat().st_size * (1 if is_text(file) else 0.25) for file in files)
         require_free_space(folder, int(1.5 * sum(sizes)), f"preparing {dataset.name}")
-
-
-def _is_text(file: Path) -> bool:
-    return bool({".txt", ".md"} & set(file.suffixes))
 
 
 # --- the splits ---
@@ -325,8 +309,8 @@ def _write_splits(
     """Write both splits' files into `staging` and return the description's "splits" and "report"."""
     workers = _worker_count(options)
     counts = collections.Counter()
-    plain = bool(files) and all(file.suffix in (".txt", ".md") for file in files) and options.limit is None
-    total = sum(file.stat().st_size for file in files) if plain else None
+    is_plain = all(is_text(file) and split_suffix(file)[1] is None for file in files)
+    total = sum(file.stat().st_size for file in files) if files and is_plain and options.limit is None else None
     with contextlib.ExitStack() as stack:
         # disable=None: a bar on a terminal only, so that a pipe's stderr holds nothing but errors
         bar = stack.enter_context(tqdm(total=total, desc=dataset.name, unit="B", unit_scale=True, disable=None))

@@ -14,12 +14,12 @@ given; the test split is used only where it is alone. Then: python train.py --da
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from cleaning import DAILYDIALOG_PASSES
 from corpus import Dataset, PrepareOptions, prepare
-from sources import fetch_file, not_utf8, read_blocks, read_records
+from sources import fetch_file, input_files, not_utf8, read_blocks, read_records, split_suffix
 from zip_archives import zip_members
 
 from runtime import UserError, parse_options, run_script
@@ -33,13 +33,13 @@ FILES = (
 DATASET = Dataset("dailydialog", "chat", "DailyDialog (Li et al., 2017)", "CC BY-NC-SA 4.0", non_commercial=True)
 END_OF_TURN = "__eou__"
 SPLITS = ("train", "validation", "test")
-PACKED = (".zip", ".parquet")
+SUFFIXES = (".txt", ".zip", ".parquet")
 KINDS = "a .zip, .txt or .parquet file or a folder of them"
 
 
 def main() -> None:
     options = parse_options(PrepareOptions, __doc__)
-    files = input_files(options.input) if options.input else [fetch_file(REPOSITORY, name) for name in FILES]
+    files = corpus_files(options.input) if options.input else [fetch_file(REPOSITORY, name) for name in FILES]
     by_split = read_splits(files)
     if "train" in by_split and "validation" in by_split:
         train, val = by_split["train"], by_split["validation"]
@@ -49,41 +49,41 @@ def main() -> None:
     prepare(DATASET, options, train, val, clean=DAILYDIALOG_PASSES, inputs=files)
 
 
-def input_files(paths: tuple[str, ...]) -> list[Path]:
+def corpus_files(paths: Sequence[str]) -> list[Path]:
     """The files that `--input` names; a folder stands for the archives, dialogue texts and parquet files in it."""
     files = []
     for path in map(Path, paths):
+        found = input_files([path], SUFFIXES)
         if path.is_dir():
-            found = sorted(
-                file for file in path.rglob("*") if file.suffix in (".zip", ".parquet") or is_text(file.name)
-            )
+            found = [file for file in found if _is_of_corpus(file)]
             if not found:
                 raise UserError(f"{path} holds no dialogues_*.txt, .zip or .parquet file; give --input {KINDS}")
-            files += found
-        elif not path.exists():
-            raise UserError(f"{path} not found; check the path given to --input")
-        elif path.suffix.lower() not in (".txt", *PACKED):
-            raise UserError(f"{path} is of no known kind; give --input {KINDS}")
-        else:
-            files.append(path)
+        files += found
     return files
+
+
+def _is_of_corpus(file: Path) -> bool:
+    kind, compression = split_suffix(file)
+    return kind != ".txt" or is_text(file.stem if compression else file.name)
 
 
 def is_text(name: str) -> bool:
     """Whether a file of the corpus holds dialogues, rather than their acts, emotions or topics."""
-    return bool(re.fullmatch(r"dialogues_(train|validation|test|text)\.txt", name.rpartition("/")[2]))
+    name = name.rpartition("/")[2].lower()
+    return bool(re.fullmatch(r"dialogues_(train|validation|test|text)\.txt", name))
 
 
 def read_splits(files: list[Path]) -> dict[str, list[list[dict]]]:
     """The dialogues of the files by split; "whole" holds those of files that name no split."""
     by_split: dict[str, list[list[dict]]] = {}
     for file in files:
-        if file.suffix.lower() == ".zip":
+        kind = split_suffix(file)[0]
+        if kind == ".zip":
             found = list(zip_members(file, is_text))
             if not found:
                 raise UserError(f"{file} holds no dialogues_*.txt; give --input {KINDS}")
             parts = [(name, text_dialogues(content, f"{file}/{name}")) for name, content in found]
-        elif file.suffix.lower() == ".parquet":
+        elif kind == ".parquet":
             parts = [(file.name, record_dialogues(file))]
         else:
             parts = [(file.name, text_dialogues(b"".join(read_blocks(file)), str(file)))]

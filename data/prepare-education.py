@@ -18,16 +18,7 @@ from pathlib import Path
 
 from cleaning import TEXT_PASSES
 from corpus import Dataset, PrepareOptions, prepare
-from sources import (
-    RECORD_SUFFIXES,
-    hub_commit,
-    input_files,
-    read_records,
-    read_text_documents,
-    split_suffix,
-    stream_hub,
-    text_fields,
-)
+from sources import hub_commit, input_files, is_text, read_records, read_text_documents, stream_hub, text_fields
 
 from runtime import option, parse_options, run_script
 
@@ -81,10 +72,10 @@ def describe(options: EducationOptions, files: list[Path]) -> Dataset:
 def local_documents(files: list[Path], field: str, skipped: Counter) -> Iterator[str]:
     """The texts of local files: a field of each record, or the documents of a text file."""
     for file in files:
-        if split_suffix(file)[0] in RECORD_SUFFIXES:
-            yield from text_fields(read_records(file), field, skipped, file)
-        else:
+        if is_text(file):
             yield from read_text_documents(file)
+        else:
+            yield from text_fields(read_records(file), field, skipped, file)
 
 
 if __name__ == "__main__":

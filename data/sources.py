@@ -4,8 +4,8 @@
     for messages in conversations(read_records("chat.jsonl")): ...
 
 Everything streams: a few blocks, records or one document are in memory at a time, except that OASST's message rows
-are gathered before their trees can be walked. `datasets`, `pyarrow` and `huggingface_hub` are imported when they are
-needed, so that local text is read without them.
+are gathered before their trees can be walked, and that a .json file that is one object is read whole. `datasets`,
+`pyarrow` and `huggingface_hub` are imported when they are needed, so that local text is read without them.
 """
 
 from __future__ import annotations
@@ -154,6 +154,11 @@ def split_suffix(path: str | Path) -> tuple[str, str | None]:
     if compression:
         suffixes.pop()
     return suffixes[-1] if suffixes else "", compression
+
+
+def is_text(path: str | Path) -> bool:
+    """Whether a file is one of text, not of records, by its name; compressed or not."""
+    return split_suffix(path)[0] in TEXT_SUFFIXES
 
 
 def read_blocks(path: str | Path) -> Iterator[bytes]:
@@ -353,12 +358,13 @@ def _as_object(value, path: str | Path, line: int) -> dict:
 
 def _json_records(path: str | Path) -> Iterator[dict]:
     """Records of a .json file: a list is read element by element, anything else line by line or whole."""
-    lines = (line for line in _lines(path) if line.strip())
-    first, second = next(lines, ""), next(lines, "")
-    if first.lstrip().startswith("["):
+    if _JsonReader(path).peek() == "[":
         for line, value in _list_elements(path):
             yield _as_object(value, path, line)
-    elif second and _is_json_object(first):
+        return
+    lines = (line for line in _lines(path) if line.strip())
+    first, second = next(lines, ""), next(lines, "")
+    if second and _is_json_object(first):
         yield from _json_line_records(path)
     elif first:
         value = _as_object(_parse_json("".join(_decoded_blocks(path)), path, 1), path, 1)
@@ -540,8 +546,8 @@ def recognise(path: str | Path, field: str = "text", divide_within_lines: bool =
     Raises UserError for a file of unknown kind and for records that are neither chat nor have the field.
     """
     path = Path(path)
-    kind, compression = split_suffix(path)
-    if kind in TEXT_SUFFIXES:
+    compression = split_suffix(path)[1]
+    if is_text(path):
         head = b"".join(block for block, _ in zip(read_blocks(path), range(4), strict=False))
         return Recognised(path, "text", _text_layout(head, divide_within_lines), compression, divide_within_lines)
     first = next(read_records(path), None)
@@ -572,6 +578,6 @@ def read_documents(
     """The documents of a file that `recognise` described: texts or conversations."""
     if found.kind == "chat":
         return conversations(read_records(found.path), oasst_all_paths, skipped, where=found.path)
-    if split_suffix(found.path)[0] in TEXT_SUFFIXES:
+    if is_text(found.path):
         return read_text_documents(found.path, found.divide_within_lines)
     return text_fields(read_records(found.path), field, skipped, where=found.path)

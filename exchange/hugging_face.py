@@ -20,14 +20,22 @@ from torch import Tensor
 from exchange.tokenizer_files import vocabulary
 from model import GPT, GPTConfig
 from runtime import UserError, first_cause
-from setup_tokenizer import ENDOFTEXT_ID, IM_END, IM_END_ID, IM_START, IM_START_ID, N_VOCAB, TOKENIZER_NAME
+from setup_tokenizer import (
+    ENDOFTEXT_ID,
+    IM_END,
+    IM_END_ID,
+    IM_START,
+    IM_START_ID,
+    N_GPT2_VOCAB,
+    N_VOCAB,
+    TOKENIZER_NAME,
+)
 
 # OpenAI's weights, by the names of the presets.
 HUB_MODELS = {name: f"openai-community/{name}" for name in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")}
 
 # Stored as (in, out) in the Hugging Face layout.
 TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
-N_GPT2_VOCAB = ENDOFTEXT_ID + 1
 
 
 def is_hugging_face(path: Path) -> bool:

@@ -277,7 +277,7 @@ def chat_ids(messages: list[dict]) -> list[int]:
 def read_chat(path: str) -> list[dict]:
     """The messages of a saved chat. Raises UserError for a file that is not one `{"messages": [...]}` line."""
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        lines = Path(path).read_text(encoding="utf-8").split("\n")  # only a line feed ends a line of JSONL
         (line,) = [line for line in lines if line.strip()]
         messages = json.loads(line)["messages"]
         check_messages(messages)

@@ -99,7 +99,7 @@ class TextEngine:
         self.caches: dict[int, KVCache] = {}  # by the number of rows
         self.logprobs: list[dict] = []
         self._logits: Tensor | None = None
-        self.tokens, self.first_token_s, self.rest_s = 0, 0.0, 0.0
+        self.tokens, self.rest_tokens, self.first_token_s, self.rest_s = 0, 0, 0.0, 0.0  # rest: after the first step
 
     def stream(self, ids: list[int], max_tokens: int | None) -> Iterator[str]:
         """The text that follows `ids`, in pieces, as it is made."""
@@ -142,15 +142,19 @@ class TextEngine:
             min_p=self.settings.min_p,
             repetition_penalty=self.settings.repetition_penalty,
         )
-        self.tokens, self.first_token_s, self.rest_s = 0, 0.0, 0.0
+        self.tokens, self.rest_tokens, self.first_token_s, self.rest_s = 0, 0, 0.0, 0.0
         started = time.perf_counter()
         try:
             for step, ids in enumerate(steps):
                 tokens = ids.tolist()
                 spent_s = time.perf_counter() - started
-                self.tokens += sum(token >= 0 for token in tokens)
-                self.first_token_s = self.first_token_s if step else spent_s
-                self.rest_s += spent_s if step else 0.0
+                n_tokens = sum(token >= 0 for token in tokens)
+                self.tokens += n_tokens
+                if step:
+                    self.rest_tokens += n_tokens
+                    self.rest_s += spent_s
+                else:
+                    self.first_token_s = spent_s
                 if self.settings.logprobs:
                     self._note_logprobs(step, tokens)
                 yield tokens
@@ -187,7 +191,7 @@ class TextEngine:
 
     def statistics(self) -> str:
         """What the last call cost, in a line."""
-        rate = (self.tokens - 1) / self.rest_s if self.rest_s else 0.0
+        rate = self.rest_tokens / self.rest_s if self.rest_s else 0.0
         return (
             f"last: {self.tokens} tokens, the first after {self.first_token_s * 1000:.0f} ms, then "
             f"{rate:.1f} tokens/s; temperature {self.temperature:g}, seed {self.seed}"

@@ -40,23 +40,18 @@ class PackedLinear(nn.Module):
         return torch.ops.mkldnn._linear_pointwise.binary(x, residual, self.packed, self.bias, "add")
 
 
-class RowLinear(nn.Module):
-    """A bfloat16 linear layer of (N, K) inputs, the fastest for one row; its weights are used as they lie.
+class FewRowsLinear(nn.Module):
+    """A linear layer of (N, K) inputs with a kernel for few rows; `many_rows` tells what to do with more."""
 
-    Raises NotImplementedError where the kernel cannot be built.
-    """
-
-    def __init__(self, weight: Tensor, bias: Tensor | None):
+    def __init__(self, few_rows: RowProduct | TorchsInt8Product, bias: Tensor | None):
         super().__init__()
-        self.weight, self.bias = weight.detach(), bias
-        self.few_rows = RowProduct(self.weight, None, bias)
-        self.most_rows = self.few_rows.most_rows
+        self.few_rows, self.most_rows, self.bias = few_rows, few_rows.most_rows, bias
 
     def forward(self, x: Tensor) -> Tensor:
         return self.few_rows(x) if len(x) <= self.most_rows else self.many_rows(x)
 
     def many_rows(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight, self.bias)
+        raise NotImplementedError
 
     def with_gelu(self, x: Tensor) -> Tensor:
         """GELU (tanh) of the output."""
@@ -69,25 +64,47 @@ class RowLinear(nn.Module):
         return self.few_rows(x, residual) if len(x) <= self.most_rows else self.many_rows(x).add_(residual)
 
 
-class Int8Linear(RowLinear):
-    """The same with 8-bit weights: weight[n] is about scale[n] * int8[n], one scale an output channel.
+class RowLinear(FewRowsLinear):
+    """A bfloat16 linear layer, the fastest for one row; its weights are used as they lie.
+
+    Raises NotImplementedError where the kernel cannot be built.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None):
+        weight = weight.detach()
+        super().__init__(RowProduct(weight, None, bias), bias)
+        self.weight = weight
+
+    def many_rows(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight, self.bias)
+
+
+class Int8Linear(FewRowsLinear):
+    """A linear layer with 8-bit weights: weight[n] is about scale[n] * int8[n], one scale an output channel.
 
     The input keeps its precision, so that the weights alone are rounded.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None):
-        nn.Module.__init__(self)
-        self.weight, self.scale = quantize_rows(weight.detach())
-        self.bias = bias
-        self.few_rows = RowProduct(self.weight, self.scale, bias) if build() else self.torchs_few_rows
-        self.most_rows = self.few_rows.most_rows if build() else TORCHS_MOST_ROWS
+        weight, scale = quantize_rows(weight.detach())
+        product = RowProduct if build() else TorchsInt8Product
+        super().__init__(product(weight, scale, bias), bias)
+        self.weight, self.scale = weight, scale
 
     def many_rows(self, x: Tensor) -> Tensor:
         y = F.linear(x, self.weight.to(x.dtype))  # 8-bit numbers are exact in any precision
         return (y * self.scale if self.bias is None else torch.addcmul(self.bias, y, self.scale)).to(x.dtype)
 
-    def torchs_few_rows(self, x: Tensor, residual: Tensor | None = None, gelu: bool = False) -> Tensor:
-        """The same by torch's kernel, which needs twice the time."""
+
+class TorchsInt8Product:
+    """What RowProduct computes of 8-bit weights, by torch's kernel, which needs twice the time."""
+
+    most_rows = TORCHS_MOST_ROWS
+
+    def __init__(self, weight: Tensor, scale: Tensor, bias: Tensor | None):
+        self.weight, self.scale, self.bias = weight, scale, bias
+
+    def __call__(self, x: Tensor, residual: Tensor | None = None, gelu: bool = False) -> Tensor:
         y = torch._weight_int8pack_mm(x, self.weight, self.scale)
         y = y if self.bias is None else y.add_(self.bias)
         y = F.gelu(y, approximate="tanh") if gelu else y
@@ -97,7 +114,7 @@ class Int8Linear(RowLinear):
 class PackedBlock(nn.Module):
     """A layer made of such products in as few calls as there are: for one token each call costs time of its own."""
 
-    def __init__(self, block: Block, layer: type[PackedLinear | RowLinear]):
+    def __init__(self, block: Block, layer: type[PackedLinear | FewRowsLinear]):
         super().__init__()
         self.layer, self.n_head = block.attn.layer, block.attn.n_head
         self.ln_1, self.ln_2 = block.ln_1, block.ln_2
@@ -158,7 +175,7 @@ def pack_linears(model: GPT, quantize: str | None = None, streams: int = 1) -> s
     return description
 
 
-def is_exact(layer: type[PackedLinear | RowLinear], dtype: torch.dtype, tolerance: float) -> bool:
+def is_exact(layer: type[PackedLinear | FewRowsLinear], dtype: torch.dtype, tolerance: float) -> bool:
     """Whether a layer's kernels are in this torch, run on this processor and multiply right."""
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(CHECK_SHAPE, generator=generator).to(dtype)

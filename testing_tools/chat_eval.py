@@ -1,6 +1,6 @@
 """How well a model chats: 40 openers that want a fitting reply, and 50 names to remember for one turn.
 
-    python testing_tools/chat_eval.py models/chitchat1500.pt --verbose
+    python testing_tools/chat_eval.py models/chitchat1700.pt --verbose
 
 Expect a table with a score for each kind of opener and for the names, then every failure with its reason. The
 questions in chat_eval_questions.json are fixed; the chitchat data set holds none of the openers and none of the
@@ -21,7 +21,7 @@ sys.path.extend(str(Path(__file__).resolve().parent.parent / folder) for folder 
 from chitchat import assistant_words, words_of
 
 from files import atomic_write
-from runtime import UserError, choose_device, choose_dtype, option, parse_options, run_script
+from runtime import choose_device, choose_dtype, option, parse_options, run_script
 from setup_tokenizer import ENDOFTEXT_ID, IM_END, IM_END_ID, encode_chat, get_extended_tokenizer
 
 QUESTIONS_FILE = Path(__file__).with_name("chat_eval_questions.json")
@@ -34,7 +34,7 @@ Reply = Callable[[list[dict[str, str]]], str]
 
 @dataclasses.dataclass(frozen=True)
 class EvalOptions:
-    checkpoint: str | None = option(None, "the checkpoint to question", positional=True)
+    checkpoint: str = option(None, "the checkpoint to question", positional=True, nargs=None)
     device: str | None = option(None, "cpu, mps, cuda, cuda:N or auto (default: ask, or take the best)")
     dtype: str | None = option(
         None, "precision (default: the device's best)", choices=("float32", "bfloat16", "float16")
@@ -180,8 +180,6 @@ def model_reply(model) -> Reply:
 
 def main() -> None:
     options = parse_options(EvalOptions, __doc__)
-    if options.checkpoint is None:
-        raise UserError("which checkpoint? run: python testing_tools/chat_eval.py models/chitchat1500.pt")
     from checkpoint import load_model
 
     device = choose_device(options.device)

@@ -34,7 +34,7 @@ COLOURS = ((255, 250, 240), (253, 187, 99), (200, 50, 40), (90, 10, 30))  # from
 
 @dataclasses.dataclass(frozen=True)
 class InspectOptions:
-    checkpoint: str | None = option(None, "the checkpoint to look into", positional=True)
+    checkpoint: str = option(None, "the checkpoint to look into", positional=True, nargs=None)
     prompt: str | None = option(None, "the text, or for a chat model the user's message (default: a short one)")
     top_k: int = option(10, "next tokens in the table")
     layer: int | None = option(None, "draw this layer's heads alone, larger; the first is 0")
@@ -294,10 +294,7 @@ def inspect(options: InspectOptions) -> list[Path]:
 
 
 def main() -> None:
-    options = parse_options(InspectOptions, __doc__)
-    if options.checkpoint is None:
-        raise UserError("which checkpoint? run: python testing_tools/inspect_model.py models/story5000.pt")
-    inspect(options)
+    inspect(parse_options(InspectOptions, __doc__))
 
 
 if __name__ == "__main__":

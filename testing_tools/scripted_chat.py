@@ -1,6 +1,6 @@
 """Hold a short fixed conversation with a chat model and show both sides; the end of `make demo`.
 
-    python testing_tools/scripted_chat.py models/chitchat900.pt "Hello!" "My name is Priya." "What is my name?"
+    python testing_tools/scripted_chat.py models/chitchat1700.pt "Hello!" "My name is Priya." "What is my name?"
 
 Expect a line for each side of each exchange. Replies take the likeliest token, so a model always says the same.
 """
@@ -22,7 +22,7 @@ LINES = ("Hello!", "My name is Priya.", "How are you today?", "What is my name?"
 
 @dataclasses.dataclass(frozen=True)
 class ScriptedChatOptions:
-    checkpoint: str = option("models/chitchat900.pt", "chat model to talk to", positional=True)
+    checkpoint: str = option("models/chitchat1700.pt", "chat model to talk to", positional=True)
     lines: tuple[str, ...] = option(LINES, "what the user says, a line an argument", positional=True, nargs="*")
     device: str = option("cpu", "device to run on")
 

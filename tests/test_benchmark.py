@@ -299,7 +299,7 @@ def test_both_sides_are_measured_and_compared(monkeypatch, task):
 def test_prepare_beside_one_thread_of_tiktoken(tmp_path):
     generator = random.Random(1)
     stories = (" ".join(generator.choices(("cat", "dog", "sun", "ran", "saw"), k=40)) for _ in range(300))
-    path = tmp_path / "generation.stories.txt"
+    path = tmp_path / "stories.txt"
     path.write_text("\n<|endoftext|>\n".join(stories), encoding="utf-8")
     found = measured(tmp_path, "prepare", "--input", path, "--rounds", 1, "--peer", "tiktoken")
     assert found.keys() >= KEYS

@@ -8,6 +8,7 @@ import random
 import re
 import subprocess
 import sys
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -108,6 +109,22 @@ def test_conversations_are_many_distinct_short_and_well_formed(conversations):
 def test_the_seed_decides_everything(conversations):
     assert list(chitchat.generate(50)) == conversations[:50]
     assert list(chitchat.generate(50, seed=7)) != conversations[:50]
+
+
+def test_the_first_of_equal_conversations_is_kept_and_their_text_is_not(monkeypatch):
+    drawn = []
+
+    def make_long(rng):
+        drawn.append(rng.randrange(2000))
+        return [{"role": "user", "content": f"{drawn[-1]} {'x' * 20_000}"}]
+
+    monkeypatch.setattr(chitchat, "make_conversation", make_long)
+    tracemalloc.start()
+    kept = [int(messages[0]["content"].split()[0]) for messages in chitchat.generate(1500)]
+    peak_bytes = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert len(kept) == 1500 and kept == list(dict.fromkeys(drawn))
+    assert peak_bytes < 10e6  # of 30 MB of text
 
 
 def test_the_assistant_repeats_the_name_it_was_told(conversations):

@@ -213,7 +213,7 @@ def test_a_finished_preparation_is_recognised(tmp_path, capsys):
     def run(**changes):
         read = []
         documents = (read.append(1) or document for document in stories(50))
-        prepare(TEXT, options(folder, input=(str(source),), **changes), documents)
+        prepare(TEXT, options(folder, **changes), documents, inputs=[source])
         return bool(read)
 
     assert run()
@@ -256,9 +256,9 @@ def test_two_documents_can_be_divided(tmp_path):
     assert [description["splits"][split]["documents"] for split in ("train", "val")] == [1, 1]
 
 
-def test_a_missing_input(tmp_path):
-    with pytest.raises(UserError, match=r"no\.txt not found"):
-        prepare(TEXT, options(tmp_path, input=("no.txt",)), stories(3))
+def test_an_input_that_is_gone(tmp_path):
+    with pytest.raises(UserError, match=r"no\.txt cannot be read"):
+        prepare(TEXT, options(tmp_path), stories(3), inputs=[tmp_path / "no.txt"])
 
 
 def test_a_malformed_conversation_is_named(tmp_path):
@@ -313,23 +313,31 @@ def test_too_little_space_is_said_before_the_work(tmp_path, monkeypatch):
     source.write_text("some text " * 1000)
     monkeypatch.setattr("shutil.disk_usage", lambda folder: type("Usage", (), {"free": 100}))
     with pytest.raises(UserError, match="free some space"):
-        prepare(TEXT, options(tmp_path, input=(str(source),)), stories(3))
+        prepare(TEXT, options(tmp_path), stories(3), inputs=[source])
+
+
+@pytest.mark.parametrize("name", ["in.txt", "in.md", "in.text", "in.markdown", "in.TXT", "in.markdown.gz"])
+def test_the_space_of_a_text_is_asked_for_whole(tmp_path, monkeypatch, name):
+    (tmp_path / name).write_bytes(b"x" * 1000)
+    monkeypatch.setattr("shutil.disk_usage", lambda folder: type("Usage", (), {"free": 1000}))
+    with pytest.raises(UserError, match="free some space"):
+        prepare(TEXT, options(tmp_path), stories(3), inputs=[tmp_path / name])
 
 
 def test_the_space_of_part_of_an_input_is_not_asked_for(tmp_path, monkeypatch):
     (tmp_path / "in.txt").write_text("some text " * 1000)
     (tmp_path / "in.jsonl.gz").write_bytes(b"x" * 300)
     monkeypatch.setattr("shutil.disk_usage", lambda folder: type("Usage", (), {"free": 150}))
-    prepare(TEXT, options(tmp_path / "a", input=(str(tmp_path / "in.txt"),), limit=3), stories(30))
-    prepare(TEXT, options(tmp_path / "b", input=(str(tmp_path / "in.jsonl.gz"),)), stories(30))
+    prepare(TEXT, options(tmp_path / "a", limit=3), stories(30), inputs=[tmp_path / "in.txt"])
+    prepare(TEXT, options(tmp_path / "b"), stories(30), inputs=[tmp_path / "in.jsonl.gz"])
 
 
 @pytest.mark.parametrize("name", ["mine-train.txt", "mine-val.jsonl", "mine.json", "mine.md"])
 def test_an_input_is_never_replaced(tmp_path, name):
     (tmp_path / name).write_text("A text of one's own.")
     with pytest.raises(UserError, match="would be replaced"):
-        prepare(TEXT, options(tmp_path, input=(str(tmp_path / name),)), stories(3))
-    prepare(TEXT, options(tmp_path / "out", input=(str(tmp_path / name),)), stories(3))
+        prepare(TEXT, options(tmp_path), stories(3), inputs=[tmp_path / name])
+    prepare(TEXT, options(tmp_path / "out"), stories(3), inputs=[tmp_path / name])
     assert (tmp_path / name).read_text() == "A text of one's own."
 
 
@@ -587,5 +595,7 @@ def test_a_million_characters_without_a_word_end(document):
 
 def test_every_option_is_read():
     source = (ROOT / "data" / "corpus.py").read_text("utf-8")
-    for field in dataclasses.fields(PrepareOptions):
-        assert f"options.{field.name}" in source, field.name
+    for name in {field.name for field in dataclasses.fields(PrepareOptions)} - {"input"}:
+        assert f"options.{name}" in source, name
+    for script in (*(ROOT / "data").glob("prepare-*.py"), ROOT / "prepare_with_extended_tokenizer.py"):
+        assert "options.input" in script.read_text("utf-8"), script.name

@@ -202,7 +202,7 @@ HOLDER = (
 
 
 def test_a_second_process_is_refused_and_told_who_holds_the_lock(tmp_path):
-    path = tmp_path / "training.run.lock"
+    path = tmp_path / "run.lock"
     holder = spawn(HOLDER, path, stdin=subprocess.PIPE)
     assert holder.stdout.readline() == "held\n"
     with pytest.raises(UserError, match=f"the run is in use by another run .process {holder.pid}."):
@@ -214,7 +214,7 @@ def test_a_second_process_is_refused_and_told_who_holds_the_lock(tmp_path):
 
 @posix
 def test_a_killed_holder_leaves_no_lock(tmp_path):
-    path = tmp_path / "training.run.lock"
+    path = tmp_path / "run.lock"
     holder = spawn(HOLDER, path, stdin=subprocess.PIPE)
     assert holder.stdout.readline() == "held\n"
     holder.kill()
@@ -223,14 +223,14 @@ def test_a_killed_holder_leaves_no_lock(tmp_path):
 
 
 def test_one_process_cannot_hold_a_lock_twice(tmp_path):
-    with FileLock(tmp_path / "training.run.lock", "the run"), pytest.raises(UserError, match=str(os.getpid())):
-        FileLock(tmp_path / "training.run.lock", "the run")
-    FileLock(tmp_path / "training.run.lock", "the run").release()
+    with FileLock(tmp_path / "run.lock", "the run"), pytest.raises(UserError, match=str(os.getpid())):
+        FileLock(tmp_path / "run.lock", "the run")
+    FileLock(tmp_path / "run.lock", "the run").release()
 
 
 def test_a_lock_that_cannot_be_made_is_one_sentence(tmp_path):
     with pytest.raises(UserError, match="not written"):
-        FileLock(tmp_path / "missing" / "training.run.lock", "the run")
+        FileLock(tmp_path / "missing" / "run.lock", "the run")
 
 
 def test_a_file_system_without_locks_is_not_taken_for_another_run(tmp_path, monkeypatch):
@@ -239,7 +239,7 @@ def test_a_file_system_without_locks_is_not_taken_for_another_run(tmp_path, monk
 
     monkeypatch.setattr(files, "_lock", no_locks)
     with pytest.raises(UserError, match="No locks available"):
-        FileLock(tmp_path / "training.run.lock", "the run")
+        FileLock(tmp_path / "run.lock", "the run")
 
 
 def test_the_digest_is_that_of_the_whole_file(tmp_path):

@@ -226,7 +226,7 @@ def test_commands_of_a_chat(tmp_path):
 def test_a_saved_chat_can_be_loaded_and_prepared_again(tmp_path):
     session = ChatSession(EchoEngine(), system="Be kind.")
     said(session.reply("Grüße 👋\nzwei Zeilen"))
-    path = tmp_path / "generation.chat.jsonl"
+    path = tmp_path / "chat.jsonl"
     session.command(f"/save {path}")
     session.command(f"/save {path}")  # its own file it may replace
     assert json.loads(path.read_text("utf-8")) == {"messages": session.messages}
@@ -236,6 +236,18 @@ def test_a_saved_chat_can_be_loaded_and_prepared_again(tmp_path):
     said(other.reply("And then?"))
     assert sources.recognise(path).kind == "chat"
     assert list(sources.read_records(path)) == [{"messages": session.messages}]
+
+
+@pytest.mark.parametrize("separator", ["\u2028", "\u2029", "\x85", "\r", "\r\n", "\x1c"])
+def test_a_saved_chat_may_hold_any_line_separator(tmp_path, separator):
+    session = ChatSession(EchoEngine())
+    said(session.reply(f"One{separator}two"))
+    path = tmp_path / "chat.jsonl"
+    session.command(f"/save {path}")
+    session.command(f"/save {path}")
+    other = ChatSession(EchoEngine())
+    other.command(f"/load {path}")
+    assert other.messages == session.messages
 
 
 @pytest.mark.parametrize(
@@ -352,6 +364,15 @@ def test_several_samples_have_one_cache_that_is_made_once():
     assert texts() == first and engine.caches[3] is cache and set(engine.caches) == {1, 3}
 
 
+@pytest.mark.parametrize("n_samples", [1, 3])
+def test_the_speed_is_that_of_the_tokens_behind_each_first_one(n_samples):
+    engine = TextEngine(tiny_gpt(), Settings(seed=1, stop_ids=()))
+    list(engine.stream_samples([ENDOFTEXT_ID], 5, n_samples))
+    engine.rest_s = 2.0
+    assert f"last: {5 * n_samples} tokens, " in engine.statistics()
+    assert f"then {2 * n_samples:.1f} tokens/s" in engine.statistics()
+
+
 def test_logprobs_are_those_of_the_plain_model():
     model = tiny_gpt()
     engine = TextEngine(model, Settings(temperature=1.5, top_k=3, seed=1, logprobs=True))
@@ -437,7 +458,7 @@ def test_samples_are_made_together_and_their_output_and_logprobs_kept(run, tmp_p
     assert text == output.read_text("utf-8")
     samples = re.split(r"--- \d of 3 ---\n", text)
     assert samples[0] == "" and len(set(samples[1:])) == 3 and all(sample.startswith("Hi") for sample in samples[1:])
-    rows = [json.loads(line) for line in logprobs.read_text("utf-8").splitlines()]
+    rows = [json.loads(line) for line in logprobs.open(encoding="utf-8")]
     assert [(row["sample"], row["step"]) for row in rows] == [
         (sample, step) for step in range(5) for sample in range(3)
     ]
@@ -487,12 +508,16 @@ def test_interactive_continues_prompts_without_chatml(run):
     assert alone == "One" + text[:half]
 
 
-def test_int8_weights_generate(run):
+def test_int8_weights_generate_and_count_as_parameters(run, tmp_path):
+    model = GPT(GPTConfig(block_size=64, n_layer=1, n_head=2, n_embd=128))
+    save_checkpoint(tmp_path / "wide.pt", model, {"format": "text"})
+    arguments = (tmp_path / "wide.pt", "--prompt", "Hi", "--max_tokens", "4", "--quantize", "int8", "--verbose")
     try:
-        text, notices = run("--prompt", "Hi", "--max_tokens", "4", "--quantize", "int8", "--verbose")
+        text, notices = run(*arguments)
     except UserError as error:
         pytest.skip(str(error))
     assert text.startswith("Hi") and "8-bit weights" in notices
+    assert f"window 64, {model.n_params() / 1e6:.1f} M parameters\n" in notices
 
 
 @pytest.mark.parametrize(

@@ -241,8 +241,8 @@ def test_runs_are_drawn_into_one_picture(tmp_path):
 
 @pytest.mark.parametrize("last", [1, 2, 3])
 def test_a_runs_curves_are_drawn_from_its_first_record_on(tmp_path, last):
-    assert draw_curves(tmp_path / "training.run.png", RECORDS[:last], "run")
-    assert (tmp_path / "training.run.png").read_bytes().startswith(PNG)
+    assert draw_curves(tmp_path / "run.png", RECORDS[:last], "run")
+    assert (tmp_path / "run.png").read_bytes().startswith(PNG)
 
 
 class FakeWriter:

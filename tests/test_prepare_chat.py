@@ -267,14 +267,14 @@ def test_every_path_of_a_tree_goes_to_one_split(tmp_path):
 )
 def test_bad_input_is_one_sentence_and_leaves_what_was_there(tmp_path, name, content, message):
     (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "generation.chat.json").write_text("before")
+    (tmp_path / "out" / "chat.json").write_text("before")
     if content is not None:
         (tmp_path / name).write_text(content)
     done = run("prepare-chat.py", "--input", name, cwd=tmp_path)
     assert done.returncode == 1
     assert f"error: {message}" in done.stderr and "Traceback" not in done.stderr
     files = [path.name for path in (tmp_path / "out").iterdir() if path.name != ".chat.lock"]
-    assert files == ["generation.chat.json"] and (tmp_path / "out" / "generation.chat.json").read_text() == "before"
+    assert files == ["chat.json"] and (tmp_path / "out" / "chat.json").read_text() == "before"
 
 
 @pytest.mark.skipif(not SAMPLES.exists(), reason="the OASST1 sample lies in ../shared, which is not here")

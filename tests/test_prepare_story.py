@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import io
 import json
 import os
@@ -68,15 +69,15 @@ def test_a_script_runs_from_any_folder_and_a_fault_is_one_sentence(tmp_path, scr
 
 
 def test_one_file_of_stories_is_divided(tmp_path, inline, capsys):
-    (tmp_path / "generation.stories.txt").write_text(STORIES, "utf-8")
-    inline("data/prepare-story.py", "--input", "generation.stories.txt", "--output_dir", "out")
+    (tmp_path / "stories.txt").write_text(STORIES, "utf-8")
+    inline("data/prepare-story.py", "--input", "stories.txt", "--output_dir", "out")
     assert "licence: CDLA-Sharing-1.0" in capsys.readouterr().out
     description = described(tmp_path / "out", "story")
     assert [description["splits"][split]["documents"] for split in ("train", "val")] == [38, 2]
     assert description["report"]["changed by fix_mojibake"] == 40
     text = decoded(tmp_path / "out", "story", "train")
     assert text.count("<|endoftext|>") == 38 and "of “Tom” and" in text
-    inline("data/prepare-story.py", "--input", "generation.stories.txt", "--output_dir", "out")
+    inline("data/prepare-story.py", "--input", "stories.txt", "--output_dir", "out")
     assert "already prepared" in capsys.readouterr().out
 
 
@@ -154,6 +155,27 @@ def test_dailydialog_keeps_its_splits_in_every_shape(tmp_path, inline, capsys, s
     assert decoded(tmp_path / "out", "dailydialog", "train").startswith(f"{expected}<|endoftext|>")
 
 
+def test_a_folder_of_dailydialog_is_searched_as_other_folders_are(tmp_path, inline):
+    members = corpus_members()
+    folder = tmp_path / "folder"
+    (folder / "packed.zip").mkdir(parents=True)  # a folder by such a name is no archive
+    (folder / "TRAIN.ZIP").write_bytes(members["train"])
+    (folder / "packed.zip" / "Dialogues_Validation.txt.gz").write_bytes(gzip.compress(dialogue(100).encode()))
+    (folder / "._validation.zip").write_bytes(b"what another system leaves behind")
+    (folder / "readme.txt").write_text("No dialogue.\n")
+    inline("data/prepare-dailydialog.py", "--input", "folder", "--output_dir", "out")
+    splits = described(tmp_path / "out", "dailydialog")["splits"]
+    assert [splits[split]["documents"] for split in ("train", "val")] == [30, 1]
+
+
+def test_a_folder_without_dailydialog_is_refused(tmp_path, inline):
+    (tmp_path / "folder").mkdir()
+    for name, sentence in (("a.csv", "holds no file of a known kind"), ("readme.txt", "holds no dialogues_")):
+        (tmp_path / "folder" / name).write_text("No dialogue.\n")
+        with pytest.raises(UserError, match=sentence):
+            inline("data/prepare-dailydialog.py", "--input", "folder", "--output_dir", "out")
+
+
 def test_one_split_of_dailydialog_alone_is_divided(tmp_path, inline):
     (tmp_path / "dialogues_validation.txt").write_text("".join(map(dialogue, range(20))), "utf-8")
     inline("data/prepare-dailydialog.py", "--input", "dialogues_validation.txt", "--output_dir", "out")
@@ -196,9 +218,9 @@ def test_own_text_is_shown_and_then_prepared(tmp_path, inline, capsys):
 
 def test_own_chat_is_prepared_and_encoded_again(tmp_path, inline, capsys):
     lines = [{"instruction": f"Say {n}", "context": "", "response": f"{n}!"} for n in range(20)]
-    (tmp_path / "generation.chat.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), "utf-8")
+    (tmp_path / "chat.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), "utf-8")
     arguments = ("--output_dir", "out", "--name", "talk", "--licence", "CC0")
-    inline(OWN, "--input", "generation.chat.jsonl", *arguments)
+    inline(OWN, "--input", "chat.jsonl", *arguments)
     output = capsys.readouterr().out
     assert "chat (dolly)" in output and "python train.py --dataset talk" in output
     first = described(tmp_path / "out", "talk")
@@ -214,6 +236,17 @@ def test_own_chat_is_prepared_and_encoded_again(tmp_path, inline, capsys):
     assert {path.name: path.read_bytes() for path in (tmp_path / "out").glob("talk*")} == before
 
 
+@pytest.mark.parametrize("choice", [["--limit", "2"], ["--max_document_tokens", "9"], ["--near_dedup"]])
+@pytest.mark.parametrize("wanted", [["--dataset", "story"], []])
+def test_encoding_again_loses_no_document(tmp_path, inline, choice, wanted):
+    (tmp_path / "stories.txt").write_text(STORIES, "utf-8")
+    inline("data/prepare-story.py", "--input", "stories.txt", "--output_dir", "out")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "out").glob("story*")}
+    with pytest.raises(UserError, match="give them to the script that prepares the data set from its source"):
+        inline(OWN, *wanted, *choice, "--output_dir", "out")
+    assert {path.name: path.read_bytes() for path in (tmp_path / "out").glob("story*")} == before
+
+
 @pytest.mark.parametrize(
     ("files", "arguments", "sentence"),
     [
@@ -221,9 +254,9 @@ def test_own_chat_is_prepared_and_encoded_again(tmp_path, inline, capsys):
         ({"a.jsonl": '{"text": "x"}\n{"text": \n'}, ["--input", "a.jsonl"], "line 2"),
         ({"a.txt": "x", "b.jsonl": '{"messages": []}\n'}, ["--input", "a.txt", "b.jsonl"], "prepare them apart"),
         ({"a.txt": "x"}, ["--input", "a.txt", "--dataset", "story"], "exclude each other"),
-        ({}, ["--dataset", "story"], "python data/prepare-story.py"),
+        ({}, ["--dataset", "story"], "run: python data/prepare-story.py$"),
+        ({}, ["--dataset", "notes"], "run: python prepare_with_extended_tokenizer.py --input FILE --name notes$"),
         ({}, [], "no prepared data set"),
-        ({}, ["--dataset", "story", "--near_dedup"], "prepares the data set from its source"),
     ],
 )
 def test_own_input_that_cannot_be_used(tmp_path, inline, files, arguments, sentence):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import re
 import shlex
 import subprocess
@@ -10,6 +12,9 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+
+from gen import GenOptions
+from train import TrainConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -30,6 +35,15 @@ def python_commands() -> list[list[str]]:
             if words and words[0].endswith("python") and len(words) > 1 and words[1].endswith(".py"):
                 commands.append(words[1:])
     return commands
+
+
+def table_rows(section: str) -> list[tuple]:
+    """The rows of a section's first table: the names in backticks of the first cell, then the other cells as text."""
+    lines = README.split(f"\n## {section}\n")[1].split("\n## ")[0].splitlines()
+    start = next(index for index, line in enumerate(lines) if line.startswith("|---"))
+    table = itertools.takewhile(lambda line: line.startswith("|"), lines[start + 1 :])
+    rows = [[cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in table]
+    return [(re.findall("`([^`]+)`", first), *others) for first, *others in rows]
 
 
 @cache
@@ -59,19 +73,37 @@ def test_each_option_of_a_script_is_in_the_readme(script):
     assert not missing
 
 
+@pytest.mark.parametrize(("section", "options"), [("Training options", TrainConfig), ("Generating", GenOptions)])
+def test_each_default_is_in_the_readme(section, options):
+    fields = {field.name: field for field in dataclasses.fields(options) if field.metadata}
+    rows = {names[0].removeprefix("--").partition("/")[0]: default for names, default, _ in table_rows(section)}
+    assert rows.keys() == fields.keys()
+    for name, field in fields.items():
+        if field.default is None:  # chosen later, which the help says
+            chosen = re.search(r" \(default: ([^)]*)\)", field.metadata["help"])
+            assert rows[name] == (chosen[1] if chosen else ""), name
+        elif field.default:
+            assert rows[name] == f"`{field.default}`", name
+        else:
+            assert rows[name] == "", name
+
+
 def test_make_targets_exist():
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     for target in re.findall(r"^make (\w+)", "\n".join(bash_lines()), re.MULTILINE):
         assert re.search(rf"^{target}:", makefile, re.MULTILINE)
 
 
-def test_the_file_overview_is_complete():
-    overview = README.split("## File overview")[1].split("\n## ")[0]
-    names = {path.name for path in ROOT.glob("*.py")}
-    for folder in ("data", "testing_tools", "training", "generation", "exchange"):
-        names |= {path.name for path in (ROOT / folder).glob("*.py")} - {"__init__.py"}
-    missing = {name for name in names if name not in overview}
-    assert not missing
+def test_the_file_overview_is_complete_and_names_nothing_else():
+    listed = set()
+    for paths, text in table_rows("File overview"):
+        listed |= set(paths)
+        if paths[0].endswith("/"):
+            listed |= {paths[0] + name for name in re.findall(r"`([\w-]+\.\w+)`", text)}
+    assert not {path for path in listed if not (ROOT / path).exists()}
+    folders = (".", "data", "testing_tools", "training", "generation", "exchange")
+    found = {str(path.relative_to(ROOT)) for folder in folders for path in (ROOT / folder).glob("*.py")}
+    assert not found - listed
 
 
 def test_python_blocks_run():

@@ -111,17 +111,17 @@ def test_samples_are_whole_documents_of_any_corpus(tmp_path):
 def test_a_finished_preparation_gets_its_page_without_being_repeated(tmp_path, monkeypatch):
     source = tmp_path / "in.txt"
     source.write_text("x")
-    without = PrepareOptions(input=(str(source),), output_dir=str(tmp_path / "out"), workers=1)
-    prepare(TEXT, without, stories(30))
+    without = PrepareOptions(output_dir=str(tmp_path / "out"), workers=1)
+    prepare(TEXT, without, stories(30), inputs=[source])
     monkeypatch.setattr(corpus, "_write_splits", None)
-    description = prepare(TEXT, options(tmp_path / "out", input=(str(source),)), [])
+    description = prepare(TEXT, options(tmp_path / "out"), [], inputs=[source])
     assert description["report_files"] == ["mine.md", "mine-lengths.png"]
     assert all((tmp_path / "out" / name).is_file() for name in description["report_files"])
     assert json.loads((tmp_path / "out" / "mine.json").read_text("utf-8")) == description
     before = (tmp_path / "out" / "mine.md").stat().st_mtime_ns
-    assert prepare(TEXT, options(tmp_path / "out", input=(str(source),)), []) == description
+    assert prepare(TEXT, options(tmp_path / "out"), [], inputs=[source]) == description
     assert (tmp_path / "out" / "mine.md").stat().st_mtime_ns == before
-    assert prepare(TEXT, without, []) == description, "and the page stays without --report"
+    assert prepare(TEXT, without, [], inputs=[source]) == description, "and the page stays without --report"
 
 
 def test_an_outdated_page_goes_and_a_page_of_ones_own_stays(tmp_path):

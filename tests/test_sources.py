@@ -180,6 +180,18 @@ def test_a_json_list_is_read_alike_wherever_blocks_end(records, block_characters
         assert [value for _, value in sources._list_elements("a.json")] == records
 
 
+def test_memory_does_not_grow_with_a_json_list(tmp_path):
+    path = tmp_path / "a.json"
+    with path.open("w") as file:
+        file.write("[" + ", ".join(json.dumps({"text": "word " * 20_000}) for _ in range(300)) + "]")  # 30 MB, a line
+    tracemalloc.start()
+    total = sum(len(record["text"]) for record in sources.read_records(path))
+    peak_bytes = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert total == 30_000_000
+    assert peak_bytes < 10 << 20
+
+
 def test_one_record_in_a_json_file_is_that_record(tmp_path):
     record = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]}
     for indent in (None, 2):

@@ -383,6 +383,19 @@ def test_the_demos_savings_are_measured():
         assert line.split()[-3:] == [str(n_base), str(n_extended), f"{1 - n_extended / n_base:.0%}"]
 
 
+@pytest.mark.parametrize("tool", ["chat_eval.py", "inspect_model.py"])
+def test_a_tool_for_a_checkpoint_asks_for_one(tool):
+    done = run_tool(TOOLS / tool)
+    assert done.returncode == 2 and done.stderr.endswith("the following arguments are required: checkpoint\n")
+
+
+def test_the_scripted_chat_talks_to_what_the_demo_trains():
+    makefile = (ROOT / "Makefile").read_text("utf-8")
+    checkpoint = load("scripted_chat").ScriptedChatOptions().checkpoint
+    assert f"scripted_chat.py {checkpoint}\n" in makefile
+    assert f"--max_iters {checkpoint.removeprefix('models/chitchat').removesuffix('.pt')} " in makefile
+
+
 @pytest.mark.parametrize("tool", ["check_special_tokens.py", "compare_tokenizers.py", "quick_test.py"])
 def test_help_starts_from_any_folder(tool, tmp_path):
     done = run_tool(TOOLS / tool, "--help", cwd=tmp_path)
