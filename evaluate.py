@@ -35,7 +35,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from checkpoint import load_model, read_info
-from files import atomic_write
+from files import atomic_write, require_target
 from generation.packed_linear import pack_linears
 from generation.stories import N_COPIED, STORY_SETTINGS, STORY_TOKENS, judge_stories, readable_stories, write_stories
 from model import GPT
@@ -85,6 +85,8 @@ class EvaluateOptions:
         for name in ("stride", "batch_size", "limit"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed must be at least 0 and below 2**63, not {self.seed}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -442,6 +444,8 @@ def print_stories(sample: dict) -> None:
 
 def main() -> None:
     options = parse_options(EvaluateOptions, __doc__)
+    if options.json:
+        require_target("json", options.json)
     keep_freed_memory()
     report = measure(options)
     print_report(report)

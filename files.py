@@ -179,6 +179,15 @@ def sha256_file(path: str | os.PathLike) -> str:
     return digest.hexdigest()
 
 
+def require_target(option: str, path: str | os.PathLike) -> None:
+    """Raise UserError, before any work is done, where the file that an option names could not be written."""
+    path = Path(path)
+    if path.is_dir():
+        raise UserError(f"--{option} {path}: that is a folder; name a file")
+    if not path.parent.is_dir():
+        raise UserError(f"--{option} {path}: there is no folder {path.parent}; make it with mkdir -p")
+
+
 def require_free_space(folder: str | os.PathLike, needed_bytes: int, what: str) -> None:
     """Raise UserError unless `folder`'s disk has `needed_bytes` free."""
     free_bytes = shutil.disk_usage(folder).free

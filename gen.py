@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import math
 import signal
 import sys
 import time
@@ -20,7 +19,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from files import atomic_write
+from files import atomic_write, require_target
 from generation.chat import ChatSession, PromptSession, Quit
 from generation.terminal import Console
 from runtime import UserError, choose_device, choose_dtype, keep_freed_memory, option, parse_options, run_script
@@ -84,6 +83,8 @@ class GenOptions:
         for name in ("max_tokens", "num_samples"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if self.seed is not None and self.seed >= 2**63:
+            raise ValueError(f"seed must be below 2**63, not {self.seed}")
         for name in ("top_k", "seed"):
             if getattr(self, name) is not None and getattr(self, name) < 0:
                 raise ValueError(f"{name} must be at least 0, not {getattr(self, name)}")
@@ -93,8 +94,8 @@ class GenOptions:
             raise ValueError(f"top_p must be above 0 and at most 1, not {self.top_p}")
         if self.min_p is not None and not 0 <= self.min_p <= 1:
             raise ValueError(f"min_p must be from 0 to 1, not {self.min_p}")
-        if not 0 < self.repetition_penalty < math.inf:
-            raise ValueError(f"repetition_penalty must be above 0, not {self.repetition_penalty}")
+        if not 0.01 <= self.repetition_penalty <= 100:
+            raise ValueError(f"repetition_penalty must be from 0.01 to 100, not {self.repetition_penalty}")
         self._check_modes()
 
     def _check_modes(self) -> None:
@@ -292,17 +293,21 @@ def write_results(engine: TextEngine, options: GenOptions, console: Console) -> 
                 file.write((json.dumps(facts, ensure_ascii=False) + "\n").encode("utf-8", "replace"))
 
 
-def check_folders(options: GenOptions) -> None:
-    """Raise UserError, before any work is done, where a result could not be written."""
+def check_targets(options: GenOptions) -> None:
+    """Raise UserError, before any work is done, where a result could not be written or would take another's place."""
+    taken = {Path(options.checkpoint or DEFAULT_CHECKPOINT).resolve(): "the model"}
     for name in ("output", "logprobs"):
         path = getattr(options, name)
-        if path is not None and not Path(path).parent.is_dir():
-            raise UserError(f"--{name} {path}: there is no folder {Path(path).parent}; make it with mkdir -p")
+        if path is None:
+            continue
+        require_target(name, path)
+        if (what := taken.setdefault(Path(path).resolve(), f"--{name}")) != f"--{name}":
+            raise UserError(f"--{name} {path}: that is {what}; name another file")
 
 
 def main() -> None:
     options = parse_options(GenOptions, __doc__)
-    check_folders(options)
+    check_targets(options)
     prompt = read_prompt(options)
     signal.signal(signal.SIGTERM, _terminate)
     engine = load_engine(options)

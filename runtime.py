@@ -7,7 +7,9 @@ need torch import it when they are called.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
+import errno
 import os
 import re
 import sys
@@ -39,6 +41,9 @@ PEAK_FLOPS = {
 }
 
 
+FULL = (errno.ENOSPC, errno.EDQUOT)  # of the errors of a disk
+
+
 class UserError(Exception):
     """A fault that the user can mend: one sentence saying what failed, then the command or option that mends it."""
 
@@ -67,7 +72,8 @@ def run_script(main: Callable[[], int | None]) -> None:
             stream.reconfigure(errors="replace")  # a console that cannot show a character shows "?"
     try:
         status = main()
-        sys.stdout.flush()
+        if sys.stdout is not None:  # a daemon may have closed it
+            sys.stdout.flush()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         status = 1
@@ -77,7 +83,44 @@ def run_script(main: Callable[[], int | None]) -> None:
     except BrokenPipeError:  # `python gen.py | head`: the reader left
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = 141
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        print("error: standard output not written: the disk is full; free some space", file=sys.stderr)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        status = 1
     sys.exit(status)
+
+
+class ToleratedOutput:
+    """A text stream that nobody has to be able to read: what it refuses, such as for a full disk, is left out.
+
+    That is said once on standard error. A reader that left (BrokenPipeError) still ends the program.
+    """
+
+    def __init__(self, stream):
+        self.stream, self.has_failed = stream, False
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+    def write(self, text: str) -> int:
+        self._try(self.stream.write, text)
+        return len(text)
+
+    def flush(self) -> None:
+        self._try(self.stream.flush)
+
+    def _try(self, action: Callable, *arguments) -> None:
+        try:
+            action(*arguments)
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            if not self.has_failed:
+                self.has_failed = True
+                with contextlib.suppress(OSError):
+                    print(f"warning: standard output takes nothing: {error.strerror}; going on", file=sys.stderr)
 
 
 def option(default, help: str, **argparse_settings):
@@ -277,13 +320,13 @@ def choose_dtype(requested: str | None, device: str) -> str:
         return "float16" if device.startswith("cuda") else "float32"
     if requested == "bfloat16" and not has_fast_bfloat16(device):
         print(f"warning: {device} only emulates bfloat16, which is slow; --dtype float32 is likely faster")
+    if requested == "float16" and device == "cpu":
+        print("warning: products in float16 are slow on most CPUs; --dtype float32 or bfloat16 is likely faster")
     return requested
 
 
 def autocast(device: str, dtype: str):
     """The context in which matrix work on `device` runs in `dtype`; for float32 it changes nothing."""
-    import contextlib
-
     import torch
 
     if dtype == "float32":

@@ -9,10 +9,13 @@ its metrics lie beside it as .jsonl and, as loss curves, .png.
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import dataclasses
 import gc
 import math
+import shlex
+import sys
 import time
 from pathlib import Path
 
@@ -22,6 +25,7 @@ import torch
 from checkpoint import checkpoint_bytes, random_states, set_random_states
 from model import GPT, IGNORED, PRESETS
 from runtime import (
+    ToleratedOutput,
     UserError,
     allow_tf32,
     autocast,
@@ -46,7 +50,7 @@ from training.batches import (
     require_length,
 )
 from training.measurements import Measurements, needed_at_once, not_finite_error
-from training.memory import fit_batch_size, is_out_of_memory, move_model, out_of_memory_error
+from training.memory import check_memory, fit_batch_size, is_out_of_memory, move_model, out_of_memory_error
 from training.mixture import MixedRows, data_parts, mixture_facts, mixture_name, parse_mixture
 from training.optimizers import init_optimizer_states, make_optimizers, set_rates
 from training.parallel import ALONE, World, averaging, full_tensor, join_job, shard_model
@@ -65,6 +69,8 @@ from training.start import (
 
 def number_or_auto(word: str) -> int | str:
     """A number on the command line, or the word "auto"."""
+    if word != "auto" and not word.lstrip("-").isdecimal():
+        raise argparse.ArgumentTypeError(f"must be a number or auto, not {word!r}")
     return word if word == "auto" else int(word)
 
 
@@ -171,6 +177,10 @@ class TrainConfig:
                 raise ValueError(f"{name} must be at least 0, not {getattr(self, name)}")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must be at least 0 and below 1, not {self.dropout}")
+        if self.seed >= 2**63:
+            raise ValueError(f"seed must be below 2**63, not {self.seed}")
+        if self.init_from == "":
+            raise ValueError("init_from must name a checkpoint, not be empty")
         if self.resume is not None and self.init_from is not None:
             raise ValueError("resume and init_from exclude each other: one goes on with a run, the other starts one")
 
@@ -354,6 +364,8 @@ def fit_micro_batch(model: GPT, config: TrainConfig, given: dict, world: World) 
     A number that the command line gives stays, and so does the one of a run that is resumed.
     """
     is_auto = given.get("batch_size") == "auto"
+    if not is_auto:
+        check_memory(model, config, world)
     if not is_auto and ("batch_size" in given or config.resume is not None or not config.device.startswith("cuda")):
         return config
     if world.size > 1 and config.parallel == "fsdp":
@@ -389,7 +401,7 @@ def train(config: TrainConfig, given: dict, world: World = ALONE) -> int:
                 "larger --max_iters"
             )
             return 0
-    elif config.init_from:
+    elif config.init_from is not None:
         config = shape_of_checkpoint(config, given)
     if config.optimizer == "muon" and "weight_decay" in given:
         raise UserError("--weight_decay is for --optimizer adamw; with muon use --muon_weight_decay")
@@ -504,16 +516,19 @@ def train(config: TrainConfig, given: dict, world: World = ALONE) -> int:
         measurements.read_pending()
         run.save_at_end(log)
         if stopped_by:
-            print(f"stopped at iteration {run.iter_num}; go on with: python train.py --resume {run.path}")
+            command = f"python train.py --resume {shlex.quote(str(run.path))}"
+            print(f"stopped at iteration {run.iter_num}; go on with: {command}")
             return 128 + stopped_by
-        next_command = f"python gen.py {run.path}{' --chat' if is_chat else ''}"
-        print(f"done: {run.path}, best validation loss {run.best_val_loss:.4f}; next: {next_command}")
+        best = "no best one kept" if run.best_val_loss is None else f"best validation loss {run.best_val_loss:.4f}"
+        next_command = f"python gen.py {shlex.quote(str(run.path))}{' --chat' if is_chat else ''}"
+        print(f"done: {run.path}, {best}; next: {next_command}")
     return 0
 
 
 def main() -> int:
     config, given = parse_options(TrainConfig, __doc__), given_options(TrainConfig)
-    with join_job() as world:
+    output = contextlib.nullcontext() if sys.stdout is None else contextlib.redirect_stdout(ToleratedOutput(sys.stdout))
+    with output, join_job() as world:  # a log that lies on a full disk is no reason to stop training
         status = train(config, given, world)
     return world.leave(status)
 

@@ -30,7 +30,7 @@ sys.path.extend(str(ROOT / folder) for folder in (".", "data"))
 from benchmark_work import PEERS, WORKS, model_config, peer_setting, timed, training_config  # noqa: E402
 from device_limits import cpu_name, generation_floor, measure_machine, n_cores, training_floor  # noqa: E402
 
-from files import atomic_write  # noqa: E402
+from files import atomic_write, require_target  # noqa: E402
 from runtime import UserError, choose_device, option, parse_options, run_script  # noqa: E402
 
 PACKAGES = ("transformers", "tiktoken")  # peers that have to be installed
@@ -83,8 +83,8 @@ class BenchmarkOptions:
             value = getattr(self, field.name)
             if isinstance(value, int) and not isinstance(value, bool) and value < 1:
                 raise ValueError(f"{field.name} must be at least 1, not {value}")
-        if not self.round_s > 0:
-            raise ValueError(f"round_s must be above 0, not {self.round_s}")
+        if not 0 < self.round_s < float("inf"):
+            raise ValueError(f"round_s must be a number above 0, not {self.round_s}")
         if self.peer not in (None, *PEERS[self.task]):
             raise ValueError(f"{self.task} can be compared with {' or '.join(PEERS[self.task])}, not {self.peer}")
         if (self.input is None) == (self.task == "prepare"):
@@ -311,8 +311,8 @@ def main() -> None:
     options = parse_options(BenchmarkOptions, __doc__)
     if options.peer in PACKAGES and importlib.util.find_spec(options.peer) is None:
         raise UserError(f"--peer {options.peer} is not installed; run: pip install -r requirements-dev.txt")
-    if options.json and not Path(options.json).parent.is_dir():
-        raise UserError(f"--json {options.json}: there is no folder {Path(options.json).parent}; make it with mkdir -p")
+    if options.json:
+        require_target("json", options.json)
     found = measure_preparation(options) if options.task == "prepare" else measure_model(options)
     print("\n".join(["", *table(found)]))
     if options.json:

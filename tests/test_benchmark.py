@@ -315,7 +315,7 @@ def test_prepare_beside_one_thread_of_tiktoken(tmp_path):
     [
         ((), 2, "required: task"),
         (("train", "--rounds", "0"), 2, "rounds must be at least 1, not 0"),
-        (("train", "--round_s", "0"), 2, "round_s must be above 0, not 0.0"),
+        (("train", "--round_s", "0"), 2, "round_s must be a number above 0, not 0.0"),
         (("prepare",), 2, "prepare needs input"),
         (
             ("train", "--peer", "tiktoken"),

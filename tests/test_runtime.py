@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import os
 import platform
 import random
+import shlex
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -281,13 +284,18 @@ def test_a_missing_mps_device_is_named(monkeypatch):
         (None, "cpu", False, "float32"),
         ("auto", "mps", False, "float32"),
         ("float32", "cuda:0", True, "float32"),
-        ("float16", "cpu", False, "float16"),
+        ("float16", "cuda:0", False, "float16"),
     ],
 )
 def test_the_precision_is_what_the_device_really_does(monkeypatch, capsys, requested, device, fast, dtype):
     monkeypatch.setattr(runtime, "has_fast_bfloat16", lambda device: fast)
     assert choose_dtype(requested, device) == dtype
     assert capsys.readouterr().out == ""
+
+
+def test_a_slow_precision_is_used_and_said(monkeypatch, capsys):
+    assert choose_dtype("float16", "cpu") == "float16"
+    assert "float16 are slow on most CPUs; --dtype float32 or bfloat16" in capsys.readouterr().out
 
 
 def test_an_emulated_bfloat16_is_allowed_and_said(monkeypatch, capsys):
@@ -368,3 +376,34 @@ def test_colour_is_for_terminals_and_no_color_wins(monkeypatch):
     assert not runtime.shows_colour()
     monkeypatch.delenv("NO_COLOR")
     assert runtime.shows_colour()
+
+
+# Output that is not taken
+
+
+class Refusing(io.StringIO):
+    def __init__(self, error):
+        super().__init__()
+        self.error = error
+
+    def write(self, text):
+        raise self.error
+
+
+def test_output_that_a_full_disk_refuses_is_left_out_and_that_is_said_once(capsys):
+    stream = runtime.ToleratedOutput(Refusing(OSError(errno.ENOSPC, "No space left on device")))
+    for _ in range(2):
+        print("a line", file=stream, flush=True)
+    assert capsys.readouterr().err == "warning: standard output takes nothing: No space left on device; going on\n"
+    with pytest.raises(BrokenPipeError):
+        print("a line", file=runtime.ToleratedOutput(Refusing(BrokenPipeError())))
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no device that is always full")
+@pytest.mark.parametrize(("target", "status", "sentence"), [(">/dev/full", 1, "the disk is full"), (">&-", 0, "")])
+def test_a_script_whose_output_cannot_be_written(target, status, sentence):
+    program = "import runtime; runtime.run_script(lambda: print('text'))"
+    command = f"{shlex.quote(sys.executable)} -c {shlex.quote(program)} {target}"
+    done = subprocess.run(["sh", "-c", command], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == status
+    assert sentence in done.stderr and "Traceback" not in done.stderr and "Exception ignored" not in done.stderr

@@ -369,6 +369,57 @@ def test_a_new_run_keeps_the_files_of_an_older_one(data, half, monkeypatch):
     assert [row[0] for row in losses(half / "text10.jsonl")] == list(range(11))
 
 
+def test_a_new_run_keeps_the_kept_checkpoints_of_an_older_one(data, tmp_path, monkeypatch, quiet):
+    run(data, tmp_path, keep=9, eval_interval=3)
+    older = {path.name: path.read_bytes() for path in tmp_path.glob("text10-iter*.pt")}
+    assert len(older) == 5
+    run(data, tmp_path, seed=2, keep=1)
+    for name, content in older.items():
+        assert (tmp_path / name.replace("text10", "text10-previous")).read_bytes() == content
+    assert [path.name for path in tmp_path.glob("text10-iter*.pt")] == ["text10-iter00000010.pt"]
+
+
+def test_other_validation_rows_begin_the_best_loss_anew(data, half, capsys):
+    path = half / "text10.pt"
+    saved = load_checkpoint(path)
+    saved["info"]["best_val_loss"] = 0.1  # as other rows might have it
+    checkpoint.save_checkpoint(path, checkpoint.build_model(path, saved), saved["info"], saved["training"])
+    assert run(data, half, resume=True, eval_iters=1) == 0
+    assert "resume: the validation rows are others, so the best loss begins anew" in capsys.readouterr().out
+    info = load_checkpoint(path)["info"]
+    assert info["best_val_loss"] == load_checkpoint(half / "text10-best.pt")["info"]["val_loss"] > 0.1
+
+
+def test_a_best_checkpoint_that_cannot_be_written_does_not_end_the_run(data, tmp_path, capsys):
+    (tmp_path / "text10-best.pt").mkdir()
+    assert run(data, tmp_path) == 0
+    assert "done: " in (said := capsys.readouterr().out) and "no best one kept" in said
+
+
+def test_a_terminal_that_closes_stops_the_run_unless_nohup_started_it():
+    for handler, noted in ((signal.SIG_DFL, signal.SIGHUP), (signal.SIG_IGN, 0)):
+        before = signal.signal(signal.SIGHUP, handler)
+        try:
+            with run_module.StopSignal() as stop:
+                os.kill(os.getpid(), signal.SIGHUP)
+            assert stop.number == noted and signal.getsignal(signal.SIGHUP) == handler
+        finally:
+            signal.signal(signal.SIGHUP, before)
+
+
+def test_a_step_that_cannot_fit_into_the_cpus_memory_is_refused_and_a_large_one_warned_of(
+    data, tmp_path, monkeypatch, quiet, capsys
+):
+    shape = model.GPTConfig(**{name: OPTIONS[name] for name in ("n_layer", "n_head", "n_embd", "block_size")})
+    most = memory.step_bytes(shape, 2)
+    monkeypatch.setattr(memory, "available_memory_bytes", lambda: most // 6)
+    with pytest.raises(UserError, match="out of memory with --batch_size 2; run again with --batch_size 1"):
+        run(data, tmp_path)
+    monkeypatch.setattr(memory, "available_memory_bytes", lambda: most - 1)
+    assert run(data, tmp_path) == 0
+    assert "warning: a step with --batch_size 2 may need" in capsys.readouterr().out
+
+
 def test_weights_alone_cannot_be_resumed(data, tmp_path):
     gpt = model.GPT(model.GPTConfig(n_layer=1, n_head=1, n_embd=8, block_size=16))
     checkpoint.save_checkpoint(tmp_path / "text10.pt", gpt, {"iter_num": 3})
@@ -671,6 +722,8 @@ def test_the_best_and_the_last_checkpoints_are_kept(data, tmp_path, quiet):
     assert [path.name for path in sorted(tmp_path.glob("*-iter*.pt"))] == [
         "text10-iter00000005.pt",
         "text10-iter00000010.pt",
+        "text10-previous-iter00000008.pt",
+        "text10-previous-iter00000010.pt",
     ]
 
 
@@ -1076,10 +1129,12 @@ def test_every_option_is_read_somewhere():
     [
         (["--max_iters", "0"], "max_iters must be at least 1, not 0"),
         (["--batch_size", "0"], "batch_size must be at least 1, not 0"),
-        (["--batch_size", "many"], "invalid number_or_auto value: 'many'"),
+        (["--batch_size", "many"], "argument --batch_size: must be a number or auto, not 'many'"),
         (["--dropout", "1"], "dropout must be at least 0 and below 1, not 1.0"),
         (["--learning_rate", "nan"], "learning_rate must be at least 0, not nan"),
         (["--muon_learning_rate", "-1"], "muon_learning_rate must be at least 0"),
+        (["--seed", str(2**63)], "seed must be below 2**63"),
+        (["--init_from", ""], "init_from must name a checkpoint, not be empty"),
         (["--dataset", "../story"], "dataset must be a name such as story"),
         (["--max_iter", "5"], "unrecognized arguments"),
     ],

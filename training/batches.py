@@ -284,6 +284,7 @@ class ChatRows:
         Each is (start of the message in which it starts, start, end).
         """
         turns = (np.flatnonzero(self.stream.read(start, end) == IM_START_ID) + start).tolist()
+        turns = turns if turns[:1] == [start] else [start, *turns]  # what begins otherwise counts as a turn
         pieces, message, position = [], start, start
         for turn, turn_end in zip(turns, [*turns[1:], end], strict=True):
             if turn_end - position > capacity and turn > position:

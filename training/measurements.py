@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shlex
 
 import torch
 from torch import Tensor
@@ -65,7 +66,7 @@ def not_finite_error(run: Run, what: str, value: float, iter_num: int, learning_
         rates += f" --muon_learning_rate {config.muon_learning_rate / 2:g}"
     remedy = f"start again with {rates}"
     if run.saved_path:
-        command = f"python train.py --resume {run.saved_path} {rates}"
+        command = f"python train.py --resume {shlex.quote(str(run.saved_path))} {rates}"
         remedy = f"go on from the last good state, iteration {run.saved_iter}, with: {command}"
     return UserError(
         f"the {what} is {value} in iteration {iter_num} at learning rate {learning_rate:.2e} (last finite loss "

@@ -17,6 +17,7 @@ from training.tied_head import HEAD_CHUNK
 
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "ALLOC_FAILED")  # CUDA and MPS, the CPU, CUDA's libraries
 HEADROOM = 0.9  # share of the free memory that a step may fill
+LEAST_SHARE = 0.2  # of `step_bytes` that a step takes at least: compiled and in bfloat16 it was 0.28 of the activations
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -93,6 +94,25 @@ def fit_batch_size(
         fits = (size for size in sizes if _step_fits(model, config, step, size, world))
     size = world.smallest(next(fits, 1))
     return size, sequences // size
+
+
+def check_memory(model: GPT, config, world: World = ALONE) -> None:
+    """Raise UserError where a step cannot fit into a CPU's memory, and warn where it may not.
+
+    Linux grants memory that it does not have and later kills the process that takes it, which then can say nothing.
+    """
+    available = available_memory_bytes()
+    if config.device != "cpu" or available is None:
+        return
+    config = world.micro_batches(config)
+    most = step_bytes(model.config, config.batch_size, model.activation_checkpointing)
+    if most * LEAST_SHARE > available / world.local_size:
+        raise out_of_memory_error(config)
+    if most > available / world.local_size:
+        print(
+            f"warning: a step with --batch_size {config.batch_size} may need {most / 2**30:.1f} GiB and "
+            f"{available / 2**30:.1f} are available; if the system ends the program, use a smaller --batch_size"
+        )
 
 
 def _step_fits(model: GPT, config, step: Callable, batch_size: int, world: World = ALONE) -> bool:

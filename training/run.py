@@ -32,7 +32,7 @@ from training.parallel import ALONE, World, is_main_process, shard_state
 
 
 class StopSignal:
-    """Notes SIGINT and SIGTERM so that the step in hand can end; a second Ctrl-C ends the program at once.
+    """Notes SIGINT, SIGTERM and SIGHUP so that the step in hand can end; a second Ctrl-C ends the program at once.
 
     A second SIGTERM changes nothing: `timeout` and batch systems send it twice.
     """
@@ -41,7 +41,10 @@ class StopSignal:
         self.number = 0
 
     def __enter__(self) -> StopSignal:
-        self._before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
+        numbers = [signal.SIGINT, signal.SIGTERM]
+        if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # else nohup runs us
+            numbers.append(signal.SIGHUP)
+        self._before = {number: signal.signal(number, self._note) for number in numbers}
         return self
 
     def __exit__(self, *exception) -> None:
@@ -55,7 +58,8 @@ class StopSignal:
             self.number = number
             # Not print(): the handler may have interrupted one, which then refuses a second.
             if is_main_process():
-                os.write(2, b"\nstopping after this iteration; Ctrl-C once more leaves at once\n")
+                with contextlib.suppress(OSError):  # the terminal may be gone
+                    os.write(2, b"\nstopping after this iteration; Ctrl-C once more leaves at once\n")
 
 
 class Run:
@@ -104,8 +108,8 @@ class Run:
             require_free_space(self.folder, checkpoint_bytes * (3 + self.config.keep), f"the run {self.config.name}")
             self._check_unchanged()
             records = [] if self.config.resume is None else self._records_so_far()
-            board = TensorBoard(self._file("-tensorboard"), records) if self.config.tensorboard else None
             self._set_aside()
+            board = TensorBoard(self._file("-tensorboard"), records) if self.config.tensorboard else None
             if self.config.resume is not None:
                 self._inherit_best()
             with contextlib.closing(MetricsLog(self._file(".jsonl"), records, board)) as log:
@@ -139,7 +143,11 @@ class Run:
             aside = next(self.folder / name for name in names if not (self.folder / f"{name}.pt").exists())
             if (best := self._file("-best.pt")).is_file():
                 copy_checkpoint(best, f"{aside}-best.pt")
-            for kind in (".jsonl", ".png", ".pt"):  # the checkpoint last: only then is it done
+            kept = [
+                path.name.removeprefix(self.config.name) for path in self.folder.glob(f"{self.config.name}-iter*.pt")
+            ]
+            # The checkpoint last: only then is it done.
+            for kind in (*kept, "-tensorboard", ".jsonl", ".png", ".pt"):
                 with contextlib.suppress(FileNotFoundError):
                     os.replace(self._file(kind), f"{aside}{kind}")
             print(f"{self.path} belongs to another run (--resume would go on with it): kept as {aside}.pt")
@@ -295,6 +303,9 @@ class Run:
             self.scaler.load_state_dict(training["scaler"])
         for name in self.FACTS:
             setattr(self, name, info[name])
+        if info["config"]["val_rows"] != self.config.val_rows:
+            print("resume: the validation rows are others, so the best loss begins anew")
+            self.best_val_loss = None
         self.elapsed_s, self.val_losses = info["elapsed_s"], info.get("val_losses", {})  # older runs had no mixtures
         self.saved_path, self.saved_iter = Path(self.config.resume), self.iter_num
         self._resumed_name = f"{info['dataset']}{info['config']['max_iters']}"
