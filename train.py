@@ -516,7 +516,8 @@ def train(config: TrainConfig, given: dict, world: World = ALONE) -> int:
         measurements.read_pending()
         run.save_at_end(log)
         if stopped_by:
-            command = f"python train.py --resume {shlex.quote(str(run.path))}"
+            launcher = "python" if world.size == 1 else "torchrun ..."
+            command = f"{launcher} train.py --resume {shlex.quote(str(run.path))}"
             print(f"stopped at iteration {run.iter_num}; go on with: {command}")
             return 128 + stopped_by
         best = "no best one kept" if run.best_val_loss is None else f"best validation loss {run.best_val_loss:.4f}"
