@@ -410,6 +410,8 @@ def train(config: TrainConfig, given: dict, world: World = ALONE) -> int:
     facts = mixture_facts({name: facts for name, (_, facts) in parts.items()}, shares)
     is_chat = facts["format"] == "chat"
     formats = dict.fromkeys(part["format"] for part in data_parts(facts))  # each once, in order
+    if config.loss_on == "assistant" and "chat" not in formats:
+        raise UserError(f"--loss_on assistant: {config.dataset} is text, which has no assistant; leave it out")
     config = resolve(config, world.choose_device(config.device), is_chat, mixed=len(formats) > 1)
     world.micro_batches(config)  # raises UserError where the processes cannot share the work
     for streams, _ in parts.values():

@@ -295,6 +295,12 @@ def test_the_optimizers_take_the_new_weight_decay(data, tmp_path, monkeypatch, q
     assert all(state["exp_avg"].any() for state in seen[0][-1].state.values())
 
 
+def test_targets_that_text_cannot_have_are_refused(data, tmp_path):
+    with pytest.raises(UserError, match="--loss_on assistant: text is text, which has no assistant"):
+        run(data, tmp_path, loss_on="assistant")
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_weight_decay_that_decays_nothing_is_refused(data, half, tmp_path):
     for arguments in ({"out_dir": str(tmp_path)}, {"out_dir": str(half), "resume": ""}):
         given = {**OPTIONS, "data_dir": str(data), "weight_decay": 0.2, **arguments}
