@@ -15,7 +15,7 @@ $(VENV)/.installed-dev: requirements-dev.txt $(VENV)/.installed
 	$(BIN)/python -m pip install --disable-pip-version-check -r requirements-dev.txt
 	touch $@
 
-# 1,700 iterations take six to seven minutes on two CPU cores. Without a terminal to ask on, train.py takes the best device.
+# 1,700 iterations take six to seven minutes on two CPU cores with AMX, twice that without. Without a terminal to ask on, train.py takes the best device.
 demo: $(VENV)/.installed
 	$(BIN)/python data/prepare-chitchat.py
 	$(BIN)/python train.py --dataset chitchat --preset tiny --max_iters 1700 \

@@ -418,7 +418,7 @@ def test_a_step_that_cannot_fit_into_the_cpus_memory_is_refused_and_a_large_one_
 ):
     shape = model.GPTConfig(**{name: OPTIONS[name] for name in ("n_layer", "n_head", "n_embd", "block_size")})
     most = memory.step_bytes(shape, 2)
-    monkeypatch.setattr(memory, "available_memory_bytes", lambda: most // 6)
+    monkeypatch.setattr(memory, "available_memory_bytes", lambda: most // 3)
     with pytest.raises(UserError, match="out of memory with --batch_size 2; run again with --batch_size 1"):
         run(data, tmp_path)
     monkeypatch.setattr(memory, "available_memory_bytes", lambda: most - 1)

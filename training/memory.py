@@ -17,7 +17,7 @@ from training.tied_head import HEAD_CHUNK
 
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "ALLOC_FAILED")  # CUDA and MPS, the CPU, CUDA's libraries
 HEADROOM = 0.9  # share of the free memory that a step may fill
-LEAST_SHARE = 0.2  # of `step_bytes` that a step takes at least: compiled and in bfloat16 it was 0.28 of the activations
+LEAST_SHARE = {True: 0.25, False: 0.5}  # of `step_bytes` that a step takes at least, compiled or not, in bfloat16
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -106,7 +106,7 @@ def check_memory(model: GPT, config, world: World = ALONE) -> None:
         return
     config = world.micro_batches(config)
     most = step_bytes(model.config, config.batch_size, model.activation_checkpointing)
-    if most * LEAST_SHARE > available / world.local_size:
+    if most * LEAST_SHARE[bool(config.compile)] > available / world.local_size:
         raise out_of_memory_error(config)
     if most > available / world.local_size:
         print(
