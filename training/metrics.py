@@ -64,14 +64,11 @@ class TensorBoard:
     """
 
     def __init__(self, folder: Path, records: Iterable[dict] = ()):
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError as error:
-            raise UserError("--tensorboard needs a package; run: pip install tensorboard") from error
+        summary_writer = require_tensorboard()
         try:
             for path in folder.glob("events.out.tfevents.*"):
                 path.unlink()
-            self._writer = SummaryWriter(folder)
+            self._writer = summary_writer(folder)
         except OSError as error:
             raise write_error(folder, error) from error
         for record in records:
@@ -86,6 +83,15 @@ class TensorBoard:
     def close(self) -> None:
         """Write what is left and close the file."""
         self._writer.close()
+
+
+def require_tensorboard() -> type:
+    """TensorBoard's writer of event files. Raises UserError where the package is missing."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise UserError("--tensorboard needs a package; run: pip install tensorboard") from error
+    return SummaryWriter
 
 
 def _line(record: dict) -> bytes:

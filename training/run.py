@@ -26,7 +26,7 @@ from checkpoint import (
 from files import FileLock, remove_stale_temporaries, require_free_space, write_error
 from model import GPT
 from runtime import UserError
-from training.metrics import PART_LOSS, MetricsLog, TensorBoard, draw_curves, read_metrics
+from training.metrics import PART_LOSS, MetricsLog, TensorBoard, draw_curves, read_metrics, require_tensorboard
 from training.mixture import mixture_name
 from training.parallel import ALONE, World, is_main_process, shard_state
 
@@ -108,6 +108,8 @@ class Run:
             require_free_space(self.folder, checkpoint_bytes * (3 + self.config.keep), f"the run {self.config.name}")
             self._check_unchanged()
             records = [] if self.config.resume is None else self._records_so_far()
+            if self.config.tensorboard:
+                require_tensorboard()
             self._set_aside()
             board = TensorBoard(self._file("-tensorboard"), records) if self.config.tensorboard else None
             if self.config.resume is not None:
