@@ -137,15 +137,13 @@ def choose_checkpoint(options: GenOptions) -> str:
     )
 
 
-def load_engine(options: GenOptions) -> TextEngine:
-    """The model that the options name, ready to generate. Raises UserError where it is missing or does not fit."""
-    keep_freed_memory()  # before torch takes its first memory
+def load_engine(options: GenOptions, path: str) -> TextEngine:
+    """The model of a checkpoint, ready to generate. Raises UserError where it is missing or does not fit."""
     from checkpoint import load_model, read_info
     from generation.engine import TextEngine
     from generation.packed_linear import pack_linears
 
     started = time.perf_counter()
-    path = choose_checkpoint(options)
     info = read_info(path)
     with contextlib.redirect_stdout(sys.stderr):  # their remarks are no generated text
         device = choose_device(options.device)
@@ -293,9 +291,9 @@ def write_results(engine: TextEngine, options: GenOptions, console: Console) -> 
                 file.write((json.dumps(facts, ensure_ascii=False) + "\n").encode("utf-8", "replace"))
 
 
-def check_targets(options: GenOptions) -> None:
+def check_targets(options: GenOptions, checkpoint: str) -> None:
     """Raise UserError, before any work is done, where a result could not be written or would take another's place."""
-    taken = {Path(options.checkpoint or DEFAULT_CHECKPOINT).resolve(): "the model"}
+    taken = {Path(checkpoint).resolve(): "the model"}
     for name in ("output", "logprobs"):
         path = getattr(options, name)
         if path is None:
@@ -307,10 +305,12 @@ def check_targets(options: GenOptions) -> None:
 
 def main() -> None:
     options = parse_options(GenOptions, __doc__)
-    check_targets(options)
+    keep_freed_memory()  # before torch, which reads checkpoints, takes its first memory
+    checkpoint = choose_checkpoint(options)
+    check_targets(options, checkpoint)
     prompt = read_prompt(options)
     signal.signal(signal.SIGTERM, _terminate)
-    engine = load_engine(options)
+    engine = load_engine(options, checkpoint)
     console = Console("you" if options.chat else "prompt", delay=not options.no_delay)
     try:
         if options.chat:

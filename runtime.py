@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
-import errno
 import os
 import re
 import sys
@@ -41,9 +40,6 @@ PEAK_FLOPS = {
 }
 
 
-FULL = (errno.ENOSPC, errno.EDQUOT)  # of the errors of a disk
-
-
 class UserError(Exception):
     """A fault that the user can mend: one sentence saying what failed, then the command or option that mends it."""
 
@@ -61,19 +57,20 @@ def first_cause(error: BaseException) -> str:
     return f"HTTP {response.status_code}: {response.reason_phrase or type(error).__name__}"
 
 
-def run_script(main: Callable[[], int | None]) -> None:
+def run_script(main: Callable[[], int | None], needs_output: bool = True) -> None:
     """Run a script's `main` and exit with its status; the one place where a UserError is printed.
 
     Exit status: what main returns (None is 0), 1 for a UserError, 130 for Ctrl-C. Any other exception is a bug and
-    shows its traceback.
+    shows its traceback. A script that does not need its output goes on where the disk under that is full.
     """
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # a console that cannot show a character shows "?"
+    output = StandardOutput(sys.stdout, needs_output)
     try:
-        status = main()
-        if sys.stdout is not None:  # a daemon may have closed it
-            sys.stdout.flush()
+        with contextlib.nullcontext() if sys.stdout is None else contextlib.redirect_stdout(output):  # None: closed
+            status = main()
+            output.flush()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         status = 1
@@ -81,46 +78,46 @@ def run_script(main: Callable[[], int | None]) -> None:
         print("interrupted", file=sys.stderr)
         status = 130
     except BrokenPipeError:  # `python gen.py | head`: the reader left
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        output.has_failed = True
         status = 141
-    except OSError as error:
-        if error.errno not in FULL:
-            raise
-        print("error: standard output not written: the disk is full; free some space", file=sys.stderr)
+    if output.has_failed:  # what it still holds would fail again when Python ends
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        status = 1
     sys.exit(status)
 
 
-class ToleratedOutput:
-    """A text stream that nobody has to be able to read: what it refuses, such as for a full disk, is left out.
+class StandardOutput:
+    """Standard output, which may lie on a full disk: refused text is a UserError if it is needed, else left out.
 
-    That is said once on standard error. A reader that left (BrokenPipeError) still ends the program.
+    That is said once on standard error. A reader that left (BrokenPipeError) is left to `run_script`.
     """
 
-    def __init__(self, stream):
-        self.stream, self.has_failed = stream, False
+    def __init__(self, stream, is_needed: bool):
+        self.stream, self.is_needed, self.has_failed = stream, is_needed, False
 
     def __getattr__(self, name):
         return getattr(self.stream, name)
 
     def write(self, text: str) -> int:
-        self._try(self.stream.write, text)
+        self._try("write", text)
         return len(text)
 
     def flush(self) -> None:
-        self._try(self.stream.flush)
+        self._try("flush")
 
-    def _try(self, action: Callable, *arguments) -> None:
+    def _try(self, method: str, *arguments) -> None:
+        if self.stream is None:
+            return
         try:
-            action(*arguments)
+            getattr(self.stream, method)(*arguments)
         except BrokenPipeError:
             raise
         except OSError as error:
-            if not self.has_failed:
-                self.has_failed = True
+            is_first, self.has_failed = not self.has_failed, True
+            if self.is_needed:
+                raise UserError(f"standard output not written: {error.strerror}; send it somewhere else") from error
+            if is_first:
                 with contextlib.suppress(OSError):
-                    print(f"warning: standard output takes nothing: {error.strerror}; going on", file=sys.stderr)
+                    print(f"warning: standard output not written: {error.strerror}; going on", file=sys.stderr)
 
 
 def option(default, help: str, **argparse_settings):

@@ -15,7 +15,6 @@ import dataclasses
 import gc
 import math
 import shlex
-import sys
 import time
 from pathlib import Path
 
@@ -25,7 +24,6 @@ import torch
 from checkpoint import checkpoint_bytes, random_states, set_random_states
 from model import GPT, IGNORED, PRESETS
 from runtime import (
-    ToleratedOutput,
     UserError,
     allow_tf32,
     autocast,
@@ -69,9 +67,10 @@ from training.start import (
 
 def number_or_auto(word: str) -> int | str:
     """A number on the command line, or the word "auto"."""
-    if word != "auto" and not word.lstrip("-").isdecimal():
-        raise argparse.ArgumentTypeError(f"must be a number or auto, not {word!r}")
-    return word if word == "auto" else int(word)
+    try:
+        return word if word == "auto" else int(word)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"must be a number or auto, not {word!r}") from error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -376,7 +375,7 @@ def fit_micro_batch(model: GPT, config: TrainConfig, given: dict, world: World) 
     batch_size, steps = fit_batch_size(model, config, forward_backward, world, None if is_auto else config.batch_size)
     set_random_states(states, config.device)
     if is_auto or batch_size != config.batch_size:
-        kind = "auto" if is_auto else "the default of 16 does not fit"
+        kind = "auto" if is_auto else f"the default of {config.batch_size} does not fit"
         print(f"batch size ({kind}): {batch_size} x {steps} sequences, {config.tokens_per_iter:,} tokens an iteration")
     return dataclasses.replace(config, batch_size=batch_size, gradient_accumulation_steps=steps)
 
@@ -530,11 +529,10 @@ def train(config: TrainConfig, given: dict, world: World = ALONE) -> int:
 
 def main() -> int:
     config, given = parse_options(TrainConfig, __doc__), given_options(TrainConfig)
-    output = contextlib.nullcontext() if sys.stdout is None else contextlib.redirect_stdout(ToleratedOutput(sys.stdout))
-    with output, join_job() as world:  # a log that lies on a full disk is no reason to stop training
+    with join_job() as world:
         status = train(config, given, world)
     return world.leave(status)
 
 
 if __name__ == "__main__":
-    run_script(main)
+    run_script(main, needs_output=False)  # a log on a full disk is no reason to stop training

@@ -41,7 +41,7 @@ TABLE = {
     "mixture": ({"numpy"}, set()),
     "parallel": ({"torch", "numpy", "model"}, set()),
     "muon": ({"torch", "parallel"}, set()),
-    "optimizers": ({"torch", "model", "muon", "parallel"}, set()),
+    "optimizers": ({"torch", "model", "muon"}, set()),
     "memory": ({"torch", "numpy", "model", "parallel", "tied_head"}, set()),
     "run": ({"torch", "model", "checkpoint", "metrics", "mixture", "parallel"}, set()),
     "measurements": ({"torch", "run"}, set()),

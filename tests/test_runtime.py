@@ -390,20 +390,42 @@ class Refusing(io.StringIO):
         raise self.error
 
 
-def test_output_that_a_full_disk_refuses_is_left_out_and_that_is_said_once(capsys):
-    stream = runtime.ToleratedOutput(Refusing(OSError(errno.ENOSPC, "No space left on device")))
+FULL = OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_output_that_a_full_disk_refuses_is_left_out_where_nobody_needs_it_and_that_is_said_once(capsys):
+    stream = runtime.StandardOutput(Refusing(FULL), is_needed=False)
     for _ in range(2):
         print("a line", file=stream, flush=True)
-    assert capsys.readouterr().err == "warning: standard output takes nothing: No space left on device; going on\n"
+    assert capsys.readouterr().err == "warning: standard output not written: No space left on device; going on\n"
+    with pytest.raises(UserError, match="standard output not written: No space left on device"):
+        print("a line", file=runtime.StandardOutput(Refusing(FULL), is_needed=True))
     with pytest.raises(BrokenPipeError):
-        print("a line", file=runtime.ToleratedOutput(Refusing(BrokenPipeError())))
+        print("a line", file=runtime.StandardOutput(Refusing(BrokenPipeError()), is_needed=False))
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no device that is always full")
-@pytest.mark.parametrize(("target", "status", "sentence"), [(">/dev/full", 1, "the disk is full"), (">&-", 0, "")])
-def test_a_script_whose_output_cannot_be_written(target, status, sentence):
-    program = "import runtime; runtime.run_script(lambda: print('text'))"
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize(
+    ("target", "needs_output", "status", "sentence"),
+    [
+        (">/dev/full", True, 1, "error: standard output not written: No space left on device"),
+        (">/dev/full", False, 3, "warning: standard output not written: No space left on device; going on"),
+        (">&-", True, 3, ""),
+    ],
+)
+def test_a_script_whose_output_cannot_be_written(target, needs_output, status, sentence, unbuffered):
+    program = f"import runtime; runtime.run_script(lambda: print('text') or 3, needs_output={needs_output})"
     command = f"{shlex.quote(sys.executable)} -c {shlex.quote(program)} {target}"
-    done = subprocess.run(["sh", "-c", command], capture_output=True, text=True, cwd=ROOT)
+    environment = os.environ | {"PYTHONUNBUFFERED": unbuffered}
+    done = subprocess.run(["sh", "-c", command], capture_output=True, text=True, cwd=ROOT, env=environment)
     assert done.returncode == status
     assert sentence in done.stderr and "Traceback" not in done.stderr and "Exception ignored" not in done.stderr
+
+
+def test_a_full_disk_elsewhere_is_no_fault_of_the_output():
+    def main():
+        raise FULL
+
+    with pytest.raises(OSError, match="No space left"):
+        runtime.run_script(main)

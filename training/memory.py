@@ -17,7 +17,7 @@ from training.tied_head import HEAD_CHUNK
 
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "ALLOC_FAILED")  # CUDA and MPS, the CPU, CUDA's libraries
 HEADROOM = 0.9  # share of the free memory that a step may fill
-LEAST_SHARE = {True: 0.25, False: 0.5}  # of `step_bytes` that a step takes at least, compiled or not, in bfloat16
+LEAST_SHARE, LEAST_SHARE_COMPILED = 0.5, 0.25  # of `step_bytes` that a step takes at least, in bfloat16
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -106,7 +106,8 @@ def check_memory(model: GPT, config, world: World = ALONE) -> None:
         return
     config = world.micro_batches(config)
     most = step_bytes(model.config, config.batch_size, model.activation_checkpointing)
-    if most * LEAST_SHARE[bool(config.compile)] > available / world.local_size:
+    least = most * (LEAST_SHARE_COMPILED if config.compile else LEAST_SHARE)
+    if least > available / world.local_size:
         raise out_of_memory_error(config)
     if most > available / world.local_size:
         print(

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
 from model import GPT
 from training.muon import Muon
-from training.parallel import is_sharded
 
 EMBEDDING_EPS = 1e-6 * 4096  # Adam's eps for the embeddings is this / tokens_per_iter; see make_optimizers
 
@@ -42,32 +40,20 @@ def init_optimizer_states(optimizers: list[torch.optim.Optimizer]) -> None:
     """Allocate the optimizers' states, all zeros, in a step that changes no weight.
 
     Made in the first real step, the states would lie between its gradients and leave gaps that nothing large fits into.
-    The gradients of this step are one piece of memory, made before any state: it becomes a gap for the logits.
     """
-    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
-    rates = [group["lr"] for group in groups]
-    set_zero_gradients([weight for group in groups for weight in group["params"]])
-    for group in groups:
-        group["lr"] = 0.0
     for optimizer in optimizers:
+        rates = [group["lr"] for group in optimizer.param_groups]
+        for group in optimizer.param_groups:
+            group["lr"] = 0.0
+            for weight in group["params"]:
+                weight.grad = torch.zeros_like(weight)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         for state in optimizer.state.values():
             for value in state.values():
                 value.zero_()
-    for group, rate in zip(groups, rates, strict=True):
-        group["lr"] = rate
-
-
-def set_zero_gradients(weights: list[Tensor]) -> None:
-    """Give the weights gradients of zeros that lie in one piece of memory, unless they are sharded."""
-    if any(map(is_sharded, weights)):
-        for weight in weights:
-            weight.grad = torch.zeros_like(weight)
-        return
-    zeros = torch.zeros(sum(weight.numel() for weight in weights), device=weights[0].device)
-    for weight, piece in zip(weights, zeros.split([weight.numel() for weight in weights]), strict=True):
-        weight.grad = piece.view_as(weight)
+        for group, rate in zip(optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
 
 
 def set_rates(optimizers: list[torch.optim.Optimizer], config, scale: float) -> None:

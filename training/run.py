@@ -305,7 +305,7 @@ class Run:
             self.scaler.load_state_dict(training["scaler"])
         for name in self.FACTS:
             setattr(self, name, info[name])
-        if info["config"]["val_rows"] != self.config.val_rows:
+        if info["config"].get("val_rows", self.config.val_rows) != self.config.val_rows:
             print("resume: the validation rows are others, so the best loss begins anew")
             self.best_val_loss = None
         self.elapsed_s, self.val_losses = info["elapsed_s"], info.get("val_losses", {})  # older runs had no mixtures
