@@ -137,13 +137,15 @@ def choose_checkpoint(options: GenOptions) -> str:
     )
 
 
-def load_engine(options: GenOptions, path: str) -> TextEngine:
-    """The model of a checkpoint, ready to generate. Raises UserError where it is missing or does not fit."""
+def load_engine(options: GenOptions) -> TextEngine:
+    """The model that the options name, ready to generate. Raises UserError where it is missing or does not fit."""
+    keep_freed_memory()  # before torch takes its first memory
     from checkpoint import load_model, read_info
     from generation.engine import TextEngine
     from generation.packed_linear import pack_linears
 
     started = time.perf_counter()
+    path = choose_checkpoint(options)
     info = read_info(path)
     with contextlib.redirect_stdout(sys.stderr):  # their remarks are no generated text
         device = choose_device(options.device)
@@ -291,26 +293,26 @@ def write_results(engine: TextEngine, options: GenOptions, console: Console) -> 
                 file.write((json.dumps(facts, ensure_ascii=False) + "\n").encode("utf-8", "replace"))
 
 
-def check_targets(options: GenOptions, checkpoint: str) -> None:
+def check_targets(options: GenOptions) -> None:
     """Raise UserError, before any work is done, where a result could not be written or would take another's place."""
-    taken = {Path(checkpoint).resolve(): "the model"}
+    taken = {Path(options.checkpoint or DEFAULT_CHECKPOINT).resolve(): "the model"}
     for name in ("output", "logprobs"):
         path = getattr(options, name)
         if path is None:
             continue
         require_target(name, path)
-        if (what := taken.setdefault(Path(path).resolve(), f"--{name}")) != f"--{name}":
+        what = taken.setdefault(Path(path).resolve(), f"--{name}")
+        what = "a checkpoint's name" if Path(path).suffix == ".pt" else what
+        if what != f"--{name}":
             raise UserError(f"--{name} {path}: that is {what}; name another file")
 
 
 def main() -> None:
     options = parse_options(GenOptions, __doc__)
-    keep_freed_memory()  # before torch, which reads checkpoints, takes its first memory
-    checkpoint = choose_checkpoint(options)
-    check_targets(options, checkpoint)
+    check_targets(options)
     prompt = read_prompt(options)
     signal.signal(signal.SIGTERM, _terminate)
-    engine = load_engine(options, checkpoint)
+    engine = load_engine(options)
     console = Console("you" if options.chat else "prompt", delay=not options.no_delay)
     try:
         if options.chat:
