@@ -34,21 +34,14 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from checkpoint import load_model, read_info
-from files import atomic_write, require_target
+from common.checkpoint import load_model, read_info
+from common.cli import UserError, option, parse_options, run_script
+from common.device import autocast, choose_device, choose_dtype
+from common.files import atomic_write, require_target
+from fast.allocator import keep_freed_memory
 from generation.packed_linear import pack_linears
 from generation.stories import N_COPIED, STORY_SETTINGS, STORY_TOKENS, judge_stories, readable_stories, write_stories
 from model import GPT
-from runtime import (
-    UserError,
-    autocast,
-    choose_device,
-    choose_dtype,
-    keep_freed_memory,
-    option,
-    parse_options,
-    run_script,
-)
 from setup_tokenizer import ENDOFTEXT_ID, IM_END_ID, IM_START_ID, get_extended_tokenizer
 from training.batches import TokenStream, assistant_targets, open_dataset
 from training.mixture import trained_on

@@ -16,9 +16,9 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+from common.cli import UserError, option, parse_options, run_script
+from common.files import TEMPORARY_SUFFIX, atomic_files, require_free_space, write_error
 from exchange.model_card import model_card, modelfile
-from files import TEMPORARY_SUFFIX, atomic_files, require_free_space, write_error
-from runtime import UserError, option, parse_options, run_script
 
 STAGING_NAME = "{}.export"
 # What another model in the same folder would leave behind for a program to read instead of this one's files.
@@ -40,7 +40,7 @@ class ExportOptions:
 
 def export(options: ExportOptions) -> list[str]:
     """Write the export; returns the names of its files. Raises UserError, with the folder left as it was."""
-    from checkpoint import load_checkpoint
+    from common.checkpoint import load_checkpoint
     from exchange.gguf_file import require_gguf, write_gguf
     from exchange.hugging_face import check_exportable, complete_weights, to_hugging_face, write_safetensors
     from model import GPTConfig

@@ -19,10 +19,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from files import atomic_write, require_target
+from common.cli import UserError, option, parse_options, run_script
+from common.device import choose_device, choose_dtype
+from common.files import atomic_write, require_target
+from fast.allocator import keep_freed_memory
 from generation.chat import ChatSession, PromptSession, Quit
 from generation.terminal import Console
-from runtime import UserError, choose_device, choose_dtype, keep_freed_memory, option, parse_options, run_script
 from setup_tokenizer import ENDOFTEXT_ID, IM_END_ID, IM_START_ID, N_VOCAB, encode_text
 
 if TYPE_CHECKING:  # at run time torch is imported when a model is loaded, not for --help
@@ -118,7 +120,7 @@ class GenOptions:
 
 def choose_checkpoint(options: GenOptions) -> str:
     """The checkpoint that is meant. Raises UserError where --chat finds none that was trained on chat data."""
-    from checkpoint import find_checkpoints, read_info
+    from common.checkpoint import find_checkpoints, read_info
 
     if options.checkpoint is not None or not options.chat:
         return options.checkpoint or DEFAULT_CHECKPOINT
@@ -140,7 +142,7 @@ def choose_checkpoint(options: GenOptions) -> str:
 def load_engine(options: GenOptions) -> TextEngine:
     """The model that the options name, ready to generate. Raises UserError where it is missing or does not fit."""
     keep_freed_memory()  # before torch takes its first memory
-    from checkpoint import load_model, read_info
+    from common.checkpoint import load_model, read_info
     from generation.engine import TextEngine
     from generation.packed_linear import pack_linears
 

@@ -15,20 +15,16 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import re
-import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent / "data"))  # where the preparation's modules are
-
-from cleaning import CHAT_PASSES, TEXT_PASSES
-from corpus import Dataset, PrepareOptions, output_folder, prepare
-from prepared import Document, read_description, read_prepared, text_path
-from report import count_tokens
-from sources import Recognised, input_files, read_documents, recognise
-
-from runtime import UserError, option, parse_options, run_script
+from common.cli import UserError, option, parse_options, run_script
+from data.cleaning import CHAT_PASSES, TEXT_PASSES
+from data.corpus import Dataset, PrepareOptions, output_folder, prepare
+from data.prepared import Document, read_description, read_prepared, text_path
+from data.report import count_tokens
+from data.sources import Recognised, input_files, read_documents, recognise
 from setup_tokenizer import render_chat
 from training.batches import prepare_command
 

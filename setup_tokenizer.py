@@ -21,7 +21,7 @@ from pathlib import Path
 import tiktoken
 from tiktoken.load import data_gym_to_mergeable_bpe_ranks
 
-from runtime import UserError
+from common.cli import UserError
 
 ENDOFTEXT = "<|endoftext|>"
 IM_START = "<|im_start|>"

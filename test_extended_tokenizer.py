@@ -30,7 +30,7 @@ import tiktoken.registry
 import tiktoken_ext.openai_public
 
 import setup_tokenizer
-from runtime import UserError
+from common.cli import UserError
 from setup_tokenizer import (
     ENDOFTEXT,
     IM_END,

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from runtime import option, parse_options, run_script, shows_colour
+from common.cli import option, parse_options, run_script, shows_colour
 from setup_tokenizer import (
     SPECIAL_TOKENS,
     encode_chat,

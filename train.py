@@ -21,23 +21,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from checkpoint import checkpoint_bytes, random_states, set_random_states
+from common.checkpoint import checkpoint_bytes, random_states, set_random_states
+from common.cli import UserError, given_options, option, parse_options, run_script
+from common.device import allow_tf32, autocast, choose_dtype, has_cpp_compiler, seed_everything, set_determinism
+from fast.allocator import give_back_freed_memory, keep_freed_memory
 from model import GPT, IGNORED, PRESETS
-from runtime import (
-    UserError,
-    allow_tf32,
-    autocast,
-    choose_dtype,
-    give_back_freed_memory,
-    given_options,
-    has_cpp_compiler,
-    keep_freed_memory,
-    option,
-    parse_options,
-    run_script,
-    seed_everything,
-    set_determinism,
-)
 from training.batches import (
     Batches,
     ChatRows,

@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-from runtime import UserError
+from common.cli import UserError
 
 Message = dict[str, str]
 

@@ -448,7 +448,7 @@ def make_conversation(rng: random.Random) -> list[dict[str, str]]:
 
 def generate(count: int, seed: int = 1337) -> Iterator[list[dict[str, str]]]:
     """`count` distinct conversations, each a list of {"role", "content"} messages; the same for the same seed."""
-    from dedup import DigestSet  # not above: corpus.py makes the project's modules importable
+    from data.dedup import DigestSet  # not above: corpus.py makes the project's modules importable
 
     rng = random.Random(seed)
     seen = DigestSet()

@@ -22,22 +22,19 @@ import hashlib
 import itertools
 import os
 import re
-import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the project's own modules, from any working directory
-
 import numpy as np
-from dedup import DigestSet, NearDuplicates, require_minhash
-from prepared import Document, Encoded, SplitWriter, read_description, text_path, write_json
-from report import write_report
-from sources import is_text, split_suffix
 from tqdm import tqdm
-from workers import Pass, Worker, encoded_batches
 
-from files import FileLock, atomic_files, require_free_space, sha256_file, write_error
-from runtime import UserError, option
+from common.cli import UserError, option
+from common.files import FileLock, atomic_files, require_free_space, sha256_file, write_error
+from data.dedup import DigestSet, NearDuplicates, require_minhash
+from data.prepared import Document, Encoded, SplitWriter, read_description, text_path, write_json
+from data.report import write_report
+from data.sources import is_text, split_suffix
+from data.workers import Pass, Worker, encoded_batches
 from setup_tokenizer import get_extended_tokenizer
 
 DATA_FOLDER = Path(__file__).resolve().parent

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from runtime import UserError
+from common.cli import UserError
 from setup_tokenizer import ASSISTANT_IDS
 
 NEAR_NGRAM = 5

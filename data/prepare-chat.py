@@ -15,15 +15,17 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from cleaning import CHAT_PASSES
-from corpus import Dataset, PrepareOptions, prepare
-from sources import RECORD_SUFFIXES, conversations, hub_commit, input_files, read_records, stream_hub
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the project's own modules, from any working directory
 
-from runtime import UserError, option, parse_options, run_script
+from common.cli import UserError, option, parse_options, run_script
+from data.cleaning import CHAT_PASSES
+from data.corpus import Dataset, PrepareOptions, prepare
+from data.sources import RECORD_SUFFIXES, conversations, hub_commit, input_files, read_records, stream_hub
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,11 +11,14 @@ name or another fact that it was told. Licence: MIT, as the project.
 from __future__ import annotations
 
 import dataclasses
+import sys
+from pathlib import Path
 
-import chitchat
-from corpus import Dataset, PrepareOptions, prepare
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the project's own modules, from any working directory
 
-from runtime import UserError, option, parse_options, run_script
+from common.cli import UserError, option, parse_options, run_script
+from data import chitchat
+from data.corpus import Dataset, PrepareOptions, prepare
 from setup_tokenizer import render_chat
 
 DATASET = Dataset("chitchat", "chat", "made by data/chitchat.py from data/chitchat-phrases.json", "MIT")

@@ -14,15 +14,17 @@ given; the test split is used only where it is alone. Then: python train.py --da
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from cleaning import DAILYDIALOG_PASSES
-from corpus import Dataset, PrepareOptions, prepare
-from sources import fetch_file, input_files, not_utf8, read_blocks, read_records, split_suffix
-from zip_archives import zip_members
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the project's own modules, from any working directory
 
-from runtime import UserError, parse_options, run_script
+from common.cli import UserError, parse_options, run_script
+from data.cleaning import DAILYDIALOG_PASSES
+from data.corpus import Dataset, PrepareOptions, prepare
+from data.sources import fetch_file, input_files, not_utf8, read_blocks, read_records, split_suffix
+from data.zip_archives import zip_members
 
 # The original repository holds a loading script that `datasets` no longer runs; this copy holds parquet files.
 REPOSITORY = "OpenRL/daily_dialog"

@@ -12,15 +12,17 @@ python train.py --dataset education
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
-from cleaning import TEXT_PASSES
-from corpus import Dataset, PrepareOptions, prepare
-from sources import hub_commit, input_files, is_text, read_records, read_text_documents, stream_hub, text_fields
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the project's own modules, from any working directory
 
-from runtime import option, parse_options, run_script
+from common.cli import option, parse_options, run_script
+from data.cleaning import TEXT_PASSES
+from data.corpus import Dataset, PrepareOptions, prepare
+from data.sources import hub_commit, input_files, is_text, read_records, read_text_documents, stream_hub, text_fields
 
 REPOSITORY = "HuggingFaceTB/cosmopedia"
 LICENCE = "Apache-2.0"

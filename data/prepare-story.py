@@ -13,14 +13,16 @@ from __future__ import annotations
 
 import itertools
 import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from cleaning import TEXT_PASSES
-from corpus import Dataset, PrepareOptions, prepare
-from sources import TEXT_SUFFIXES, fetch_file, input_files, read_text_documents
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the project's own modules, from any working directory
 
-from runtime import parse_options, run_script
+from common.cli import parse_options, run_script
+from data.cleaning import TEXT_PASSES
+from data.corpus import Dataset, PrepareOptions, prepare
+from data.sources import TEXT_SUFFIXES, fetch_file, input_files, read_text_documents
 
 REPOSITORY = "roneneldan/TinyStories"
 FILES = ("TinyStoriesV2-GPT4-train.txt", "TinyStoriesV2-GPT4-valid.txt")

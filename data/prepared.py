@@ -20,8 +20,8 @@ from typing import BinaryIO
 import numpy as np
 import tiktoken
 
-from files import write_error
-from runtime import UserError
+from common.cli import UserError
+from common.files import write_error
 from setup_tokenizer import ENDOFTEXT, IM_END, IM_START, get_extended_tokenizer
 
 Document = str | list[dict]

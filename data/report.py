@@ -11,8 +11,9 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
-from dedup import shared_ngrams
-from prepared import (
+
+from data.dedup import shared_ngrams
+from data.prepared import (
     TEXT_END,
     base_encoding,
     control_ids,
@@ -22,7 +23,6 @@ from prepared import (
     text_path,
     writing,
 )
-
 from setup_tokenizer import encode_documents, get_base_tokenizer, get_extended_tokenizer, render_chat
 
 SAMPLES = 10

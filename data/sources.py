@@ -23,9 +23,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from chat_layouts import Message, conversations, layout_of
-
-from runtime import UserError, first_cause
+from common.cli import UserError, first_cause
+from data.chat_layouts import Message, conversations, layout_of
 
 ENDOFTEXT = b"<|endoftext|>"
 UTF8_BOM = b"\xef\xbb\xbf"

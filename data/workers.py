@@ -14,10 +14,10 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
-from dedup import band_keys
-from prepared import Document, Encoded, control_ids, document_line
 
-from runtime import UserError
+from common.cli import UserError
+from data.dedup import band_keys
+from data.prepared import Document, Encoded, control_ids, document_line
 from setup_tokenizer import check_messages, encode_documents, get_extended_tokenizer
 
 BATCH_CHARACTERS = 1 << 18  # the work handed to a worker at once

@@ -13,7 +13,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
 
-from runtime import UserError, first_cause
+from common.cli import UserError, first_cause
 
 # A member past this is taken for broken (or for an attack), not for data.
 LARGEST_MEMBER_BYTES = 1 << 30

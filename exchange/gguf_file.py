@@ -12,9 +12,9 @@ from pathlib import Path
 
 from torch import Tensor
 
+from common.cli import UserError
 from exchange.tokenizer_files import CHAT_TEMPLATE, merges, vocabulary
 from model import GPTConfig
-from runtime import UserError
 from setup_tokenizer import ENDOFTEXT_ID, IM_END_ID, SPECIAL_TOKENS
 
 KINDS = ("f32", "bf16", "q8_0")

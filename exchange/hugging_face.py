@@ -17,9 +17,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from common.cli import UserError, first_cause
 from exchange.tokenizer_files import vocabulary
 from model import GPT, GPTConfig
-from runtime import UserError, first_cause
 from setup_tokenizer import (
     ENDOFTEXT_ID,
     IM_END,

@@ -13,8 +13,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import ClassVar, Protocol
 
-from files import atomic_write
-from runtime import UserError
+from common.cli import UserError
+from common.files import atomic_write
 from setup_tokenizer import ENDOFTEXT_ID, check_messages, encode_chat, encode_text
 
 

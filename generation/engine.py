@@ -15,8 +15,8 @@ import tiktoken
 import torch
 from torch import Tensor
 
+from common.cli import UserError
 from model import GPT, KVCache
-from runtime import UserError
 from setup_tokenizer import ENDOFTEXT_ID, get_extended_tokenizer
 
 LIKELY_SHOWN = 5  # ids whose log probabilities are noted beside the drawn one's

@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from common.cli import UserError
 from generation.row_kernels import RowProduct, attend, build
 from model import GPT, Block, KVCache
-from runtime import UserError
 
 CHECK_SHAPE = (20, 64)  # rows and columns of the product that tells whether a kernel is there and right
 TORCHS_MOST_ROWS = 4  # that torch's kernel for 8-bit weights takes faster than a product with widened ones

@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Iterable, Iterator
 
-from runtime import is_terminal, shows_colour
+from common.cli import is_terminal, shows_colour
 
 QUOTES = '"""'
 DELAY_S = 0.01  # between the pieces of a reply, on a terminal

@@ -25,13 +25,14 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.extend(str(ROOT / folder) for folder in (".", "data"))
+sys.path.insert(0, str(ROOT))
 
 from benchmark_work import PEERS, WORKS, model_config, peer_setting, timed, training_config  # noqa: E402
 from device_limits import cpu_name, generation_floor, measure_machine, n_cores, training_floor  # noqa: E402
 
-from files import atomic_write, require_target  # noqa: E402
-from runtime import UserError, choose_device, option, parse_options, run_script  # noqa: E402
+from common.cli import UserError, option, parse_options, run_script  # noqa: E402
+from common.device import choose_device  # noqa: E402
+from common.files import atomic_write, require_target  # noqa: E402
 
 PACKAGES = ("transformers", "tiktoken")  # peers that have to be installed
 SHOWN_SETTINGS = (

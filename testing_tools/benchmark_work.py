@@ -19,7 +19,9 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from runtime import UserError, allow_tf32, autocast, choose_device, choose_dtype, keep_freed_memory, seed_everything
+from common.cli import UserError
+from common.device import allow_tf32, autocast, choose_device, choose_dtype, seed_everything
+from fast.allocator import keep_freed_memory
 
 ROOT = Path(__file__).resolve().parent.parent
 SAMPLE_S = 0.1  # between two looks at the memory of a process tree
@@ -293,7 +295,7 @@ def random_prompts(options, n_vocab: int) -> Iterator[list[int]]:
 
 def prepare_ours(options, config) -> Work:
     """data/prepare-story.py from its start to its end, cleaning and deduplication included; the file is read before."""
-    from sources import read_text_documents
+    from data.sources import read_text_documents
 
     text_bytes = sum(len(document.encode()) for document in read_text_documents(options.input))
     peak = PeakMemory()
@@ -318,8 +320,7 @@ def prepare_ours(options, config) -> Work:
 
 def prepare_tiktoken(options, config) -> Work:
     """One thread of tiktoken over the same documents, or over the first of many; reading them is not counted."""
-    from sources import read_text_documents
-
+    from data.sources import read_text_documents
     from setup_tokenizer import get_base_tokenizer
 
     documents, characters = [], 0

@@ -16,12 +16,12 @@ import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-sys.path.extend(str(Path(__file__).resolve().parent.parent / folder) for folder in (".", "data"))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from chitchat import assistant_words, words_of
-
-from files import atomic_write
-from runtime import choose_device, choose_dtype, option, parse_options, run_script
+from common.cli import option, parse_options, run_script
+from common.device import choose_device, choose_dtype
+from common.files import atomic_write
+from data.chitchat import assistant_words, words_of
 from setup_tokenizer import ENDOFTEXT_ID, IM_END, IM_END_ID, encode_chat, get_extended_tokenizer
 
 QUESTIONS_FILE = Path(__file__).with_name("chat_eval_questions.json")
@@ -180,7 +180,7 @@ def model_reply(model) -> Reply:
 
 def main() -> None:
     options = parse_options(EvalOptions, __doc__)
-    from checkpoint import load_model
+    from common.checkpoint import load_model
 
     device = choose_device(options.device)
     model, info = load_model(options.checkpoint, device, choose_dtype(options.dtype, device))

@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpy as np
 from tqdm import tqdm
 
-from runtime import UserError, option, parse_options, run_script, shows_colour
+from common.cli import UserError, option, parse_options, run_script, shows_colour
 from setup_tokenizer import (
     ENDOFTEXT_ID,
     IM_END_ID,

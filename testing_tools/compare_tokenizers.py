@@ -18,14 +18,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "data"))  # whose corpus finds the project's modules
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from corpus import DATA_FOLDER
 from extended_tokenizer import ExtendedTokenizerWrapper
-from prepared import read_description, read_prepared
-from sources import read_documents, recognise
 
-from runtime import UserError, option, parse_options, run_script
+from common.cli import UserError, option, parse_options, run_script
+from data.corpus import DATA_FOLDER
+from data.prepared import read_description, read_prepared
+from data.sources import read_documents, recognise
 from setup_tokenizer import (
     ENDOFTEXT,
     IM_END_ID,

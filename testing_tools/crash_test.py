@@ -34,9 +34,9 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import setup_tokenizer  # noqa: E402
-from checkpoint import digest, load_checkpoint  # noqa: E402
-from files import atomic_write  # noqa: E402
-from runtime import UserError, option, parse_options, run_script  # noqa: E402
+from common.checkpoint import digest, load_checkpoint  # noqa: E402
+from common.cli import UserError, option, parse_options, run_script  # noqa: E402
+from common.files import atomic_write  # noqa: E402
 from training.metrics import read_metrics  # noqa: E402
 
 PHASES = ("training", "writing", "fsync", "rename")

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from benchmark_work import model_config, on_device, timed
 
-from runtime import allow_tf32, peak_flops
+from common.device import allow_tf32, peak_flops
 
 OPTIMIZER_BYTES = {"adamw": 28, "muon": 20}  # a weight: it, its gradient, 2 or 1 moments read; all but that written
 

@@ -21,10 +21,11 @@ from torch import Tensor
 
 sys.path.append(str(Path(__file__).resolve().parent.parent))
 
-from checkpoint import load_model
-from files import atomic_write
+from common.checkpoint import load_model
+from common.cli import UserError, option, parse_options, run_script
+from common.device import choose_device
+from common.files import atomic_write
 from model import GPT
-from runtime import UserError, choose_device, option, parse_options, run_script
 from setup_tokenizer import ENDOFTEXT_ID, encode_chat, encode_text, get_extended_tokenizer, token_text
 
 MOST_LABELS = 32  # tokens that are named at the axes; the places of longer texts are numbered

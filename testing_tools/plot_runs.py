@@ -15,8 +15,8 @@ from pathlib import Path
 
 sys.path.append(str(Path(__file__).resolve().parent.parent))
 
-from files import atomic_write
-from runtime import UserError, option, parse_options, run_script
+from common.cli import UserError, option, parse_options, run_script
+from common.files import atomic_write
 from training.metrics import read_metrics
 
 MOST_SMOOTHING = 0.9  # weight of the past in the moving average of a long log; a short one is left as it is

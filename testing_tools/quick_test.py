@@ -14,7 +14,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from runtime import option, parse_options, run_script
+from common.cli import option, parse_options, run_script
 from setup_tokenizer import (
     encode_text,
     encode_with_extended_tokenizer,

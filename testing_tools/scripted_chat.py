@@ -13,8 +13,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from common.cli import option, parse_options, run_script
+from common.device import choose_device, choose_dtype
+from fast.allocator import keep_freed_memory
 from generation.chat import ChatSession
-from runtime import choose_device, choose_dtype, keep_freed_memory, option, parse_options, run_script
 from setup_tokenizer import ENDOFTEXT_ID, IM_END_ID, IM_START_ID
 
 LINES = ("Hello!", "My name is Priya.", "How are you today?", "What is my name?", "Thank you!", "Goodbye!")
@@ -30,7 +32,7 @@ class ScriptedChatOptions:
 def main() -> None:
     options = parse_options(ScriptedChatOptions, __doc__)
     keep_freed_memory()
-    from checkpoint import load_model
+    from common.checkpoint import load_model
     from generation.engine import Settings, TextEngine
 
     device = choose_device(options.device)

@@ -11,9 +11,9 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "data"))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from cleaning import normalise, undo_spacing
+from data.cleaning import normalise, undo_spacing
 
 # As the corpus writes it, and as a reader would.
 CONTRACTIONS = {

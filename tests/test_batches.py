@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from runtime import UserError
+from common.cli import UserError
 from setup_tokenizer import (
     ASSISTANT_IDS,
     ENDOFTEXT_ID,

@@ -27,8 +27,8 @@ import device_limits  # noqa: E402
 
 sys.path.remove(str(TOOLS))
 
+from common.cli import UserError  # noqa: E402
 from model import GPT  # noqa: E402
-from runtime import UserError  # noqa: E402
 
 KEYS = {
     *("task", "preset", "device", "dtype", "ours_tokens_per_s", "peer_tokens_per_s", "ratio", "mfu"),

@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 import torch
 
-import checkpoint
-from checkpoint import (
+from common import checkpoint
+from common.checkpoint import (
     build_model,
     copy_checkpoint,
     digest,
@@ -30,8 +30,8 @@ from checkpoint import (
     save_checkpoint,
     set_random_states,
 )
+from common.cli import UserError
 from model import GPT, GPTConfig
-from runtime import UserError
 
 TINY = GPTConfig(block_size=8, vocab_size=64, n_vocab=60, n_layer=2, n_head=2, n_embd=16)
 INFO = {

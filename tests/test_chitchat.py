@@ -366,7 +366,7 @@ def test_chat_eval_questions_a_checkpoint(tmp_path):
     """A model that only ever says nothing is asked everything, gets no point, and that is no error."""
     import torch
 
-    from checkpoint import save_checkpoint
+    from common.checkpoint import save_checkpoint
     from model import GPT, GPTConfig
 
     model = GPT(GPTConfig(block_size=128, n_layer=1, n_head=1, n_embd=16))

@@ -5,7 +5,16 @@ from __future__ import annotations
 import pickle
 
 import pytest
-from cleaning import CHAT_PASSES, DAILYDIALOG_PASSES, TEXT_PASSES, EachMessage, fix_mojibake, normalise, undo_spacing
+
+from data.cleaning import (
+    CHAT_PASSES,
+    DAILYDIALOG_PASSES,
+    TEXT_PASSES,
+    EachMessage,
+    fix_mojibake,
+    normalise,
+    undo_spacing,
+)
 
 
 @pytest.mark.parametrize(

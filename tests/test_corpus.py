@@ -13,19 +13,17 @@ import sys
 import time
 from pathlib import Path
 
-import cleaning
-import corpus
 import numpy as np
-import prepared
 import pytest
 import tiktoken
-from corpus import Dataset, PrepareOptions, prepare
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from prepared import read_description, read_prepared
-from sources import read_records
 
-from runtime import UserError
+from common.cli import UserError
+from data import cleaning, corpus, prepared
+from data.corpus import Dataset, PrepareOptions, prepare
+from data.prepared import read_description, read_prepared
+from data.sources import read_records
 from setup_tokenizer import (
     ENDOFTEXT_ID,
     IM_END_ID,
@@ -100,7 +98,7 @@ def test_chat_is_written_as_the_contract_says(tmp_path, capsys):
 
 
 def test_the_result_does_not_depend_on_workers_order_or_repeats(tmp_path, monkeypatch):
-    monkeypatch.setattr("workers.BATCH_CHARACTERS", 500)  # many batches, so that processes are really started
+    monkeypatch.setattr("data.workers.BATCH_CHARACTERS", 500)  # many batches, so that processes are really started
     documents = stories(300)
     changes = {"val_fraction": 0.3, "shard_tokens": 1000}
     alone = prepare(TEXT, options(tmp_path / "1", **changes), documents)
@@ -173,7 +171,7 @@ def test_documents_that_are_too_long_are_dropped_and_counted(tmp_path):
 
 
 def test_near_repeats_go_whatever_the_number_of_workers(tmp_path, monkeypatch):
-    monkeypatch.setattr("workers.BATCH_CHARACTERS", 2000)
+    monkeypatch.setattr("data.workers.BATCH_CHARACTERS", 2000)
     random = np.random.default_rng(0)
     documents = [" ".join(map(str, random.integers(0, 10_000, 100))) for _ in range(120)]
     nearly = [f"{document[:-9]} and so on" for document in documents[:60]]
@@ -268,7 +266,7 @@ def test_a_malformed_conversation_is_named(tmp_path):
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_failure_in_the_middle_changes_nothing(tmp_path, monkeypatch, workers):
-    monkeypatch.setattr("workers.BATCH_CHARACTERS", 300)
+    monkeypatch.setattr("data.workers.BATCH_CHARACTERS", 300)
     prepare(TEXT, options(tmp_path), stories(100))
     before = files_of(tmp_path)
 
@@ -372,7 +370,7 @@ def test_impossible_options(change):
 ENDLESS = """
 import sys
 sys.path[:0] = [{data!r}]
-import corpus, workers
+from data import corpus, workers
 workers.BATCH_CHARACTERS = 500
 
 def endless():
@@ -396,7 +394,7 @@ def test_an_interrupted_preparation_leaves_no_files_and_no_processes(tmp_path, s
     prepare(TEXT, options(out), stories(50))
     before = files_of(out)
     script = tmp_path / "endless.py"
-    script.write_text(ENDLESS.format(data=str(ROOT / "data"), out=str(out)))
+    script.write_text(ENDLESS.format(data=str(ROOT), out=str(out)))
     with subprocess.Popen(
         [sys.executable, script], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
     ) as run:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import dedup
 import numpy as np
 import pytest
-from dedup import DigestSet, NearDuplicates, band_keys, ngram_hashes, shared_ngrams
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from data import dedup
+from data.dedup import DigestSet, NearDuplicates, band_keys, ngram_hashes, shared_ngrams
 from setup_tokenizer import ENDOFTEXT_ID, IM_END_ID, IM_START_ID, ROLES, encode_chat, encode_documents
 
 CONTROL = (ENDOFTEXT_ID, IM_START_ID, IM_END_ID)

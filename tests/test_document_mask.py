@@ -12,8 +12,9 @@ import torch.nn.functional as F
 
 import model
 import train
+from common.cli import UserError, given_options
+from common.device import has_cpp_compiler
 from model import GPT, IGNORED, GPTConfig, block_mask, dense_mask
-from runtime import UserError, given_options, has_cpp_compiler
 from setup_tokenizer import ENDOFTEXT_ID, IM_START_ID
 from tests.test_batches import conversations, joined, stream_of
 from tests.tiny import StopAfter, differences, load_checkpoint, losses, prepare, run

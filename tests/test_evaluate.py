@@ -11,13 +11,13 @@ import pytest
 import torch
 
 import evaluate
-from checkpoint import save_checkpoint
+from common.checkpoint import save_checkpoint
+from common.cli import UserError
+from common.files import sha256_file
 from evaluate import EvaluateOptions, measure, paired_bootstrap, read_split, score, windows
-from files import sha256_file
 from generation import stories
 from generation.packed_linear import Int8Linear, is_exact
 from model import GPT, GPTConfig
-from runtime import UserError
 from setup_tokenizer import ENDOFTEXT_ID, encode_chat, encode_document, encode_text
 from training.batches import assistant_targets, open_dataset
 from training.mixture import mixture_facts, parse_mixture
@@ -154,7 +154,7 @@ def test_windows_score_each_place_once_with_enough_context(length, stride):
 
 def test_the_prepared_bytes_are_the_counted_ones(tmp_path):
     """What the preparation writes into the .json and what evaluate.py counts from the ids is the same number."""
-    import corpus
+    from data import corpus
 
     for name, documents in (("story", DOCUMENTS * 30), ("chat", CONVERSATIONS * 30)):
         kind = "text" if name == "story" else "chat"

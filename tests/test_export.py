@@ -14,13 +14,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import export as export_module
-from checkpoint import load_model, save_checkpoint
+from common.checkpoint import load_model, save_checkpoint
+from common.cli import UserError
 from exchange import gguf_file
 from exchange.hugging_face import complete_weights
 from exchange.tokenizer_files import merges, vocabulary
 from export import ExportOptions, export
 from model import GPT, GPTConfig
-from runtime import UserError
 from setup_tokenizer import (
     ENDOFTEXT_ID,
     IM_END_ID,

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
-import files
-from files import FileLock, atomic_write, remove_stale_temporaries, require_free_space, sha256_file
-from runtime import UserError
+from common import files
+from common.cli import UserError
+from common.files import FileLock, atomic_write, remove_stale_temporaries, require_free_space, sha256_file
 
 ROOT = Path(files.__file__).parent
 posix = pytest.mark.skipif(os.name == "nt", reason="POSIX permissions, signals and device files")

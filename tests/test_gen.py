@@ -16,17 +16,17 @@ import time
 from pathlib import Path
 
 import pytest
-import sources
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import gen
-from checkpoint import save_checkpoint
+from common.checkpoint import save_checkpoint
+from common.cli import UserError
+from data import sources
 from generation.chat import ChatSession, PromptSession, Quit, chat_ids
 from generation.engine import Settings, TextEngine, TextStream
 from model import GPT, GPTConfig
-from runtime import UserError
 from setup_tokenizer import (
     ENDOFTEXT_ID,
     IM_END,

@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from common.cli import UserError
 from generation import cuda_decode, packed_linear, row_kernels
 from generation.cuda_decode import CapturedDecode
 from generation.packed_linear import Int8Linear, PackedLinear, RowLinear, is_exact, pack_linears, quantize_rows
@@ -22,7 +23,6 @@ from model import (
     penalise_repetition,
     sample,
 )
-from runtime import UserError
 
 CONFIG = GPTConfig(block_size=16, vocab_size=64, n_vocab=61, n_layer=2, n_head=2, n_embd=32)
 

@@ -19,7 +19,8 @@ from typing import NamedTuple
 
 import pytest
 from hub_server import HubServer, closed_endpoint, hub_environment
-from prepared import read_description, read_prepared
+
+from data.prepared import read_description, read_prepared
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -75,7 +76,7 @@ Run = Callable[[list[list[str]], Path, dict[str, str]], list[Outcome]]
 @pytest.fixture(scope="module")
 def run_scripts() -> Iterator[Run]:
     """A function from ([script, argument, ...] of each run, working folder, environment) to the runs' outcomes."""
-    path = os.pathsep.join(map(str, (ROOT, ROOT / "data")))
+    path = str(ROOT)
     with subprocess.Popen(
         [sys.executable, "-c", FORKER],
         stdin=subprocess.PIPE,
@@ -259,7 +260,8 @@ def test_a_connection_cut_once_is_resumed_where_it_broke(tmp_path, run_scripts):
     # huggingface_hub writes in pieces of 10 MiB and resumes after the last one.
     payload = os.urandom(1 << 20) * 24
     program = """
-import hashlib, sources
+import hashlib
+from data import sources
 print(hashlib.sha256(sources.fetch_file("owner/name", "big.bin").read_bytes()).hexdigest())
 """
     with HubServer({"owner/name": {"big.bin": payload}}, {"big.bin": "cut once"}) as hub:
@@ -272,8 +274,8 @@ def test_a_connection_that_breaks_between_records_is_one_sentence(tmp_path, run_
     first, second = "data/train-00000-of-00002.parquet", "data/train-00001-of-00002.parquet"
     files = {path: parquet([{"text": path}] * 10) for path in (first, second)}
     program = """
-import sources
-from runtime import UserError
+from data import sources
+from common.cli import UserError
 count = 0
 try:
     for record in sources.stream_hub("owner/name"):

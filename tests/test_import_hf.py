@@ -15,8 +15,8 @@ import torch
 from hub_server import HubServer
 from safetensors.torch import load_file, save_file
 
-from checkpoint import load_checkpoint, load_model, read_info
-from runtime import UserError
+from common.checkpoint import load_checkpoint, load_model, read_info
+from common.cli import UserError
 from setup_tokenizer import IM_END_ID, IM_START_ID, N_VOCAB
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -198,7 +198,7 @@ print(json.dumps(results))
 
 
 def test_scripts_take_a_folder_or_a_published_name_as_a_checkpoint(saved, tmp_path):
-    from corpus import Dataset, PrepareOptions, prepare
+    from data.corpus import Dataset, PrepareOptions, prepare
 
     files = {name: (saved / name).read_bytes() for name in ("config.json", "model.safetensors")}
     data = tmp_path / "data"

@@ -11,16 +11,18 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-ROOMS = {"training", "generation", "exchange"}  # folders whose modules are imported as room.module
-FOLDERS = (ROOT, ROOT / "data", ROOT / "testing_tools", *(ROOT / room for room in sorted(ROOMS)))
+ROOMS = {"common", "data", "training", "generation", "exchange", "fast"}  # folders whose modules are imported as room.module
+FOLDERS = (ROOT, ROOT / "testing_tools", *(ROOT / room for room in sorted(ROOMS)))
 PATHS = sorted(path for folder in FOLDERS for path in folder.glob("*.py"))
 OWN = {path.stem for path in PATHS}
-EVERYWHERE = {"runtime", "files"}
+EVERYWHERE = {"cli", "device", "files"}
 
 # Beside the standard library and EVERYWHERE: what a module imports when it is imported, and what only inside its
 # functions. A module that is missing here may import any own module that is no script, and any installed package.
 TABLE = {
-    "runtime": (set(), {"torch", "numpy"}),
+    "cli": (set(), set()),
+    "device": (set(), {"torch", "numpy"}),
+    "allocator": (set(), set()),
     "files": (set(), set()),
     "setup_tokenizer": ({"tiktoken"}, {"numpy"}),
     "tied_head": ({"torch"}, set()),
@@ -49,6 +51,7 @@ TABLE = {
     "start": ({"model", "checkpoint", "mixture", "parallel"}, set()),
     "train": (
         {
+            "allocator",
             *("torch", "numpy", "model", "checkpoint", "batches", "measurements", "memory", "mixture", "optimizers"),
             *("parallel", "progress", "run", "start"),
         },
@@ -59,11 +62,13 @@ TABLE = {
     "engine": ({"torch", "tiktoken", "model", "setup_tokenizer"}, set()),
     "chat": ({"setup_tokenizer"}, set()),
     "terminal": (set(), set()),
-    "gen": ({"setup_tokenizer", "chat", "terminal"}, {"checkpoint", "engine", "packed_linear", "mixture"}),
+    "gen": ({"allocator", "setup_tokenizer", "chat", "terminal"}, {"checkpoint", "engine", "packed_linear", "mixture"}),
 }
 # Data is prepared without torch, directly or through another module.
 NO_TORCH = {
-    "runtime",
+    "cli",
+    "device",
+    "allocator",
     "files",
     "setup_tokenizer",
     "gen",
@@ -172,7 +177,7 @@ def test_the_search_path_is_changed_once_and_only_where_folders_meet():
         if path.parent.name == "testing_tools":
             assert changes <= 1, path.name
         else:
-            assert changes == (path.stem in ("corpus", "prepare_with_extended_tokenizer")), path.name
+            assert changes == (path.parent.name == "data" and path.stem.startswith("prepare-")), path.name
 
 
 # Imports each file under a name of its own and reports what that did beside defining names. The packages are imported
@@ -181,7 +186,7 @@ OBSERVER = """
 import argparse, contextlib, importlib, importlib.util, io, json, os, random, sys, warnings
 root, packages, paths = json.loads(sys.argv[1])
 sys.argv = ["observer", "--nonsense"]
-sys.path[:0] = [root, os.path.join(root, "data"), os.path.join(root, "testing_tools")]
+sys.path[:0] = [root, os.path.join(root, "testing_tools")]
 warnings.simplefilter("ignore")
 for name in packages:
     importlib.import_module(name)
@@ -230,7 +235,7 @@ def test_torch_is_not_loaded_where_it_is_not_needed():
     paths = [path for path in PATHS if path.stem in NO_TORCH]
     program = (
         "import importlib.util, sys\n"
-        f"sys.path[:0] = {[str(ROOT), str(ROOT / 'data')]!r}\n"
+        f"sys.path[:0] = {[str(ROOT)]!r}\n"
         "for path in sys.argv[1:]:\n"
         "    spec = importlib.util.spec_from_file_location('observed', path)\n"
         "    sys.modules['observed'] = module = importlib.util.module_from_spec(spec)\n"

@@ -18,9 +18,9 @@ import tiny
 import torch
 import torch.nn.functional as F
 
-from checkpoint import save_checkpoint
+from common.checkpoint import save_checkpoint
+from common.cli import UserError
 from model import GPT, GPTConfig
-from runtime import UserError
 from setup_tokenizer import ENDOFTEXT_ID, IM_START_ID, encode_chat, encode_text
 from training.metrics import draw_curves, read_metrics
 

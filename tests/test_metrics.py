@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from runtime import UserError
+from common.cli import UserError
 from training import metrics
 from training.metrics import MetricsLog, draw_curves, read_metrics
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import train
-from runtime import UserError
+from common.cli import UserError
 from tests.tiny import OPTIONS, StopAfter, differences, load_checkpoint, losses, prepare, run
 from training import run as run_module
 from training.batches import Batches, ChatRows, TextRows, open_dataset

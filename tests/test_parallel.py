@@ -15,8 +15,8 @@ import pytest
 import torch
 
 import train
+from common.cli import UserError
 from model import GPT, GPTConfig
-from runtime import UserError
 from tests.tiny import differences, load_checkpoint, losses, prepare, run
 from training import memory, parallel
 from training import run as run_module
@@ -38,7 +38,7 @@ DROPOUT = {**ADAMW, "dropout": 0.2, "max_iters": 6, "eval_interval": 3, "dataset
 # One process of a job: the runs of a list one after another. "alone" is a run of rank 0, "stop_after" is told rank 1.
 WORKER = """
 import json, os, signal, sys, torch, train
-from runtime import run_script
+from common.cli import run_script
 from tests.tiny import StopAfter, run
 from training import parallel, run as run_module
 run_module.draw_curves = train.print_sample = lambda *arguments: None

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from chat_layouts import conversations, layout_of
-from prepared import read_description, read_prepared
 
-from runtime import UserError
+from common.cli import UserError
+from data.chat_layouts import conversations, layout_of
+from data.prepared import read_description, read_prepared
 from setup_tokenizer import encode_chat, encode_document
 
 ROOT = Path(__file__).resolve().parent.parent

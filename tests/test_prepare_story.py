@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from runtime import UserError
+from common.cli import UserError
 from setup_tokenizer import get_extended_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent

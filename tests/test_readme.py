@@ -101,7 +101,7 @@ def test_the_file_overview_is_complete_and_names_nothing_else():
         if paths[0].endswith("/"):
             listed |= {paths[0] + name for name in re.findall(r"`([\w-]+\.\w+)`", text)}
     assert not {path for path in listed if not (ROOT / path).exists()}
-    folders = (".", "data", "testing_tools", "training", "generation", "exchange")
+    folders = (".", "data", "testing_tools", "training", "generation", "exchange", "common", "fast")
     found = {str(path.relative_to(ROOT)) for folder in folders for path in (ROOT / folder).glob("*.py")}
     assert not found - listed
 

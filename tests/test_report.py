@@ -8,14 +8,13 @@ import os
 import re
 from pathlib import Path
 
-import corpus
 import numpy as np
 import pytest
-import report
-from corpus import Dataset, PrepareOptions, prepare
-from prepared import read_prepared
 
-from runtime import UserError
+from common.cli import UserError
+from data import corpus, report
+from data.corpus import Dataset, PrepareOptions, prepare
+from data.prepared import read_prepared
 from setup_tokenizer import encode_chat, get_base_tokenizer, render_chat
 
 TEXT = Dataset("mine", "text", "a | `source`\n# of *texts*", "MIT")

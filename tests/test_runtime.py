@@ -15,10 +15,12 @@ from pathlib import Path
 
 import pytest
 
-import runtime
-from runtime import UserError, choose_device, choose_dtype, given_options, option, parse_options, peak_flops
+from common import cli
+from common import device as device_module
+from common.cli import UserError, given_options, option, parse_options
+from common.device import choose_device, choose_dtype, peak_flops
 
-ROOT = Path(runtime.__file__).parent
+ROOT = Path(cli.__file__).parent.parent
 
 
 @dataclass(frozen=True)
@@ -106,7 +108,7 @@ def test_given_options_are_those_on_the_command_line_even_if_equal_to_the_defaul
 
 
 def run_program(body: str, **settings) -> subprocess.CompletedProcess:
-    program = f"import sys, os, signal\nfrom runtime import *\ndef main():\n    {body}\nrun_script(main)"
+    program = f"import sys, os, signal\nfrom common.cli import *\nfrom common.device import *\ndef main():\n    {body}\nrun_script(main)"
     environment = {**os.environ, "PYTHONPATH": str(ROOT), **settings.pop("env", {})}
     return subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment, **settings)
 
@@ -133,7 +135,7 @@ def test_a_bug_shows_its_traceback():
 
 
 def test_a_reader_that_leaves_is_no_error():
-    program = "from runtime import *\nrun_script(lambda: [print('x' * 1000) for _ in range(10000)] and None)"
+    program = "from common.cli import *\nrun_script(lambda: [print('x' * 1000) for _ in range(10000)] and None)"
     with subprocess.Popen(
         [sys.executable, "-c", program],
         stdout=subprocess.PIPE,
@@ -208,7 +210,7 @@ def test_the_person_chooses_among_cuda_devices(lines, device, capsys, current):
 
 def test_without_a_terminal_nobody_is_asked(monkeypatch, capsys):
     monkeypatch.setattr("builtins.input", refuse)
-    monkeypatch.setattr(runtime, "is_terminal", lambda: False)
+    monkeypatch.setattr(device_module, "is_terminal", lambda: False)
     assert choose_device(None, DEVICES) == "cuda:1"
     assert choose_device("auto", DEVICES) == "cuda:1"
     assert "cuda:1 (NVIDIA H100)" in capsys.readouterr().out
@@ -216,7 +218,7 @@ def test_without_a_terminal_nobody_is_asked(monkeypatch, capsys):
 
 def test_on_a_terminal_the_person_is_asked(monkeypatch):
     monkeypatch.setattr("builtins.input", answers("2"))
-    monkeypatch.setattr(runtime, "is_terminal", lambda: True)
+    monkeypatch.setattr(device_module, "is_terminal", lambda: True)
     assert choose_device(None, DEVICES) == "cuda:2"
 
 
@@ -288,7 +290,7 @@ def test_a_missing_mps_device_is_named(monkeypatch):
     ],
 )
 def test_the_precision_is_what_the_device_really_does(monkeypatch, capsys, requested, device, fast, dtype):
-    monkeypatch.setattr(runtime, "has_fast_bfloat16", lambda device: fast)
+    monkeypatch.setattr(device_module, "has_fast_bfloat16", lambda device: fast)
     assert choose_dtype(requested, device) == dtype
     assert capsys.readouterr().out == ""
 
@@ -299,7 +301,7 @@ def test_a_slow_precision_is_used_and_said(monkeypatch, capsys):
 
 
 def test_an_emulated_bfloat16_is_allowed_and_said(monkeypatch, capsys):
-    monkeypatch.setattr(runtime, "has_fast_bfloat16", lambda device: False)
+    monkeypatch.setattr(device_module, "has_fast_bfloat16", lambda device: False)
     assert choose_dtype("bfloat16", "cpu") == "bfloat16"
     assert "emulates" in capsys.readouterr().out
 
@@ -334,6 +336,7 @@ def test_the_peak_belongs_to_the_very_device(name, teraflops):
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library has other means")
 def test_freed_memory_is_kept_until_its_gaps_are_given_back_but_not_the_addresses():
     body = """import torch
+    from fast.allocator import give_back_freed_memory, keep_freed_memory
     def held_mib(what):
         return int(next(line for line in open("/proc/self/status") if line.startswith(what)).split()[1]) // 1024
     keep_freed_memory()
@@ -352,7 +355,7 @@ def test_a_seed_fixes_every_generator():
     import torch
 
     def draw(seed: int) -> tuple:
-        runtime.seed_everything(seed)
+        device_module.seed_everything(seed)
         return random.random(), np.random.rand(), torch.rand(1).item()
 
     first = draw(1337)
@@ -366,16 +369,16 @@ def test_colour_is_for_terminals_and_no_color_wins(monkeypatch):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setattr("sys.stdout.isatty", lambda: False)
-    assert not runtime.shows_colour()
+    assert not cli.shows_colour()
     monkeypatch.setenv("FORCE_COLOR", "1")
-    assert runtime.shows_colour()
+    assert cli.shows_colour()
     monkeypatch.setenv("NO_COLOR", "1")
-    assert not runtime.shows_colour()
+    assert not cli.shows_colour()
     monkeypatch.delenv("FORCE_COLOR")
     monkeypatch.setattr("sys.stdout.isatty", lambda: True)
-    assert not runtime.shows_colour()
+    assert not cli.shows_colour()
     monkeypatch.delenv("NO_COLOR")
-    assert runtime.shows_colour()
+    assert cli.shows_colour()
 
 
 # Output that is not taken
@@ -394,14 +397,14 @@ FULL = OSError(errno.ENOSPC, "No space left on device")
 
 
 def test_output_that_a_full_disk_refuses_is_left_out_where_nobody_needs_it_and_that_is_said_once(capsys):
-    stream = runtime.StandardOutput(Refusing(FULL), is_needed=False)
+    stream = cli.StandardOutput(Refusing(FULL), is_needed=False)
     for _ in range(2):
         print("a line", file=stream, flush=True)
     assert capsys.readouterr().err == "warning: standard output not written: No space left on device; going on\n"
     with pytest.raises(UserError, match="standard output not written: No space left on device"):
-        print("a line", file=runtime.StandardOutput(Refusing(FULL), is_needed=True))
+        print("a line", file=cli.StandardOutput(Refusing(FULL), is_needed=True))
     with pytest.raises(BrokenPipeError):
-        print("a line", file=runtime.StandardOutput(Refusing(BrokenPipeError()), is_needed=False))
+        print("a line", file=cli.StandardOutput(Refusing(BrokenPipeError()), is_needed=False))
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no device that is always full")
@@ -415,7 +418,7 @@ def test_output_that_a_full_disk_refuses_is_left_out_where_nobody_needs_it_and_t
     ],
 )
 def test_a_script_whose_output_cannot_be_written(target, needs_output, status, sentence, unbuffered):
-    program = f"import runtime; runtime.run_script(lambda: print('text') or 3, needs_output={needs_output})"
+    program = f"from common import cli; cli.run_script(lambda: print('text') or 3, needs_output={needs_output})"
     command = f"{shlex.quote(sys.executable)} -c {shlex.quote(program)} {target}"
     environment = os.environ | {"PYTHONUNBUFFERED": unbuffered}
     done = subprocess.run(["sh", "-c", command], capture_output=True, text=True, cwd=ROOT, env=environment)
@@ -428,4 +431,4 @@ def test_a_full_disk_elsewhere_is_no_fault_of_the_output():
         raise FULL
 
     with pytest.raises(OSError, match="No space left"):
-        runtime.run_script(main)
+        cli.run_script(main)

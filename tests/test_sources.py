@@ -11,12 +11,11 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-import sources
-import zip_archives
 from hypothesis import given
 from hypothesis import strategies as st
 
-from runtime import UserError
+from common.cli import UserError
+from data import sources, zip_archives
 
 RECORDS = [{"text": "one\ntwo é", "n": 1}, {"text": '[{"}]', "n": 2}, {"text": "three", "n": 3}]
 

@@ -23,10 +23,11 @@ import numpy as np
 import pytest
 import torch
 
-import checkpoint
 import model
 import train
-from runtime import UserError, given_options, parse_options, set_determinism
+from common import checkpoint
+from common.cli import UserError, given_options, parse_options
+from common.device import set_determinism
 from tests.tiny import OPTIONS, StopAfter, differences, load_checkpoint, losses, prepare, run
 from training import measurements, memory, optimizers, progress, start
 from training import run as run_module
@@ -514,7 +515,7 @@ def spawn(program: str, *arguments: object) -> subprocess.Popen:
 
 def test_a_second_ctrl_c_leaves_at_once_and_the_lock_holds_until_then(data, tmp_path):
     program = (
-        "import sys, time, train, runtime\n"
+        "import sys, time, train\nfrom common import cli\n"
         "sys.argv = ['train.py', *sys.argv[1:]]\n"
         "real, count = train.forward_backward, [0]\n"
         "def slow(*arguments):\n"
@@ -524,7 +525,7 @@ def test_a_second_ctrl_c_leaves_at_once_and_the_lock_holds_until_then(data, tmp_
         "        time.sleep(60)\n"
         "    return real(*arguments)\n"
         "train.forward_backward = slow\n"
-        "runtime.run_script(train.main)\n"
+        "cli.run_script(train.main)\n"
     )
     options = {**OPTIONS, "dataset": "text", "data_dir": data, "out_dir": tmp_path}
     del options["compile"]

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import train
-from checkpoint import load_checkpoint
+from common.checkpoint import load_checkpoint
 from training.metrics import read_metrics
 from training.parallel import ALONE, World
 

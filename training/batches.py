@@ -18,8 +18,8 @@ from pathlib import Path
 
 import numpy as np
 
-from files import sha256_file
-from runtime import UserError
+from common.cli import UserError
+from common.files import sha256_file
 from setup_tokenizer import ASSISTANT_IDS, ENDOFTEXT_ID, IM_END_ID, IM_START_ID, N_VOCAB, TOKENIZER_NAME
 
 PIECE_TOKENS = 1 << 24  # tokens looked at together, so that memory stays flat

@@ -8,7 +8,7 @@ import shlex
 import torch
 from torch import Tensor
 
-from runtime import UserError
+from common.cli import UserError
 from training.run import Run
 
 

@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from common.cli import UserError
 from model import GPT, GPTConfig
-from runtime import UserError
 from training.parallel import ALONE, World
 from training.tied_head import HEAD_CHUNK
 

@@ -8,8 +8,8 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
-from files import atomic_write, write_error
-from runtime import UserError
+from common.cli import UserError
+from common.files import atomic_write, write_error
 
 PART_LOSS = "val_loss/"  # begins the name under which a record holds the validation loss of a mixture's part
 

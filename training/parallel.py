@@ -24,8 +24,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from common.cli import UserError
+from common.device import choose_device, n_cuda_devices
 from model import GPT
-from runtime import UserError, choose_device, n_cuda_devices
 
 # Longer than anything that one process does alone while the others wait: above all, rank 0's writing of a checkpoint.
 PATIENCE = datetime.timedelta(minutes=30)

@@ -7,8 +7,9 @@ import time
 
 import torch
 
+from common.cli import UserError
+from common.device import peak_flops
 from model import GPT
-from runtime import UserError, peak_flops
 from training.mixture import data_parts
 
 

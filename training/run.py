@@ -15,7 +15,7 @@ from pathlib import Path
 
 from torch.optim import Optimizer
 
-from checkpoint import (
+from common.checkpoint import (
     copy_checkpoint,
     prune_kept,
     random_states,
@@ -23,9 +23,9 @@ from checkpoint import (
     save_checkpoint,
     set_random_states,
 )
-from files import FileLock, remove_stale_temporaries, require_free_space, write_error
+from common.cli import UserError
+from common.files import FileLock, remove_stale_temporaries, require_free_space, write_error
 from model import GPT
-from runtime import UserError
 from training.metrics import PART_LOSS, MetricsLog, TensorBoard, draw_curves, read_metrics, require_tensorboard
 from training.mixture import mixture_name
 from training.parallel import ALONE, World, is_main_process, shard_state

@@ -11,7 +11,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from runtime import UserError
+from common.cli import UserError
 
 TEMPORARY_SUFFIX = ".tmp"
 

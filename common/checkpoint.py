@@ -28,10 +28,10 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from common.cli import UserError
+from common.files import TEMPORARY_SUFFIX, atomic_write, fsync_folder, write_error
 from exchange.hugging_face import is_hugging_face, load_folder
-from files import TEMPORARY_SUFFIX, atomic_write, fsync_folder, write_error
 from model import GPT, GPTConfig
-from runtime import UserError
 
 FORMAT = "jojo-1"
 PARTS = ("info", "model", "training")

@@ -1,0 +1,211 @@
+"""The device to run on and its precision, seeds, and a card's peak FLOP/s.
+
+Importing this module imports no torch; the functions that need it import it when they are called.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+
+from common.cli import UserError, is_terminal
+
+# Dense tensor-core peak in bfloat16 (float16 on cards older than Ampere), FLOP/s, from the vendors' data sheets.
+# The first name that stands as whole words in the device's name counts, so longer names stand before shorter ones.
+PEAK_FLOPS = {
+    "B200": 2250e12,
+    "GH200": 989e12,
+    "H200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "H100": 989e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "L4": 121e12,
+    "A10G": 70e12,
+    "A10": 125e12,
+    "RTX 5090": 209.5e12,
+    "RTX 4090": 165.2e12,
+    "RTX 4080": 97.5e12,
+    "RTX 3090": 71e12,
+    "RTX 3080": 59.5e12,
+    "V100": 125e12,
+    "T4": 65e12,
+}
+
+
+def n_cuda_devices() -> int:
+    """How many CUDA devices there are; unlike `cuda_devices` it takes no memory on any of them."""
+    import torch
+
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0
+
+
+def cuda_devices() -> list[dict]:
+    """Every CUDA device: {"index", "name", "free_gib", "total_gib"}."""
+    import torch
+
+    devices = []
+    for index in range(n_cuda_devices()):
+        free_bytes, total_bytes = torch.cuda.mem_get_info(index)
+        name = torch.cuda.get_device_name(index)
+        devices.append({"index": index, "name": name, "free_gib": free_bytes / 2**30, "total_gib": total_bytes / 2**30})
+    return devices
+
+
+def choose_device(requested: str | None = None, devices: list[dict] | None = None, ask=None) -> str:
+    """The device to run on, as a string that torch takes ("cuda:1", "mps", "cpu"), and say which it is.
+
+    `requested` None or "auto": with CUDA devices and a terminal, list them and ask; otherwise the CUDA device with
+    most free memory, else MPS, else the CPU. Raises UserError for a device that this machine lacks.
+    A CUDA device becomes torch's current one, on which streams, graphs and pinned memory are made.
+    `devices` and `ask` stand in for the machine and the person in tests.
+    """
+    import torch
+
+    if requested in (None, "auto"):
+        device = _best_device(cuda_devices() if devices is None else devices, ask)
+    else:
+        device = _check_device(requested, n_cuda_devices() if devices is None else len(devices))
+    if device.startswith("cuda"):
+        torch.cuda.set_device(device)
+    return device
+
+
+def _best_device(devices: list[dict], ask) -> str:
+    import torch
+
+    if devices:
+        roomiest = max(devices, key=lambda device: device["free_gib"])["index"]
+        if ask is None and not is_terminal():
+            print(f"device: cuda:{roomiest} ({devices[roomiest]['name']}); choose another with --device")
+            return f"cuda:{roomiest}"
+        return f"cuda:{_ask_for_device(devices, roomiest, ask or input)}"
+    device = "mps" if torch.backends.mps.is_available() else "cpu"
+    print(f"device: {device} (no CUDA device found)")
+    return device
+
+
+def _check_device(requested: str, n_devices: int) -> str:
+    import torch
+
+    kind, _, index = requested.partition(":")
+    if kind == "cuda" and (not index or index.isdecimal()):
+        if not n_devices:
+            raise UserError(f"--device {requested}: this machine has no usable CUDA device; use --device cpu")
+        if int(index or 0) >= n_devices:
+            raise UserError(
+                f"--device {requested}: there are {n_devices} CUDA devices; use cuda:0 to cuda:{n_devices - 1}"
+            )
+        return f"cuda:{int(index or 0)}"
+    if requested == "mps":
+        if not torch.backends.mps.is_available():
+            raise UserError("--device mps: this machine has no MPS device; use --device cpu")
+        return "mps"
+    if requested == "cpu":
+        return "cpu"
+    raise UserError(f"--device {requested}: unknown device; use cpu, mps, cuda or cuda:N")
+
+
+def _ask_for_device(devices: list[dict], roomiest: int, ask) -> int:
+    print("CUDA devices:")
+    for device in devices:
+        print(f"  {device['index']}: {device['name']}, {device['free_gib']:.1f} of {device['total_gib']:.1f} GiB free")
+    while True:
+        try:
+            answer = ask(f"Device number [{roomiest}]: ").strip()
+        except EOFError:
+            answer = ""
+        if not answer:
+            return roomiest
+        if answer.isdecimal() and int(answer) < len(devices):
+            return int(answer)
+        print(f"{answer!r} is not one of 0 to {len(devices) - 1}")
+
+
+def has_fast_bfloat16(device: str) -> bool:
+    """Whether the device multiplies bfloat16 matrices in hardware rather than emulating them."""
+    import torch
+
+    if device.startswith("cuda"):
+        return torch.cuda.get_device_capability(device)[0] >= 8
+    if device == "cpu":
+        # AMX and AVX512_BF16 on x86; private names in torch, so a torch without them counts as "no".
+        checks = (getattr(torch.cpu, name, None) for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"))
+        return any(check() for check in checks if check)
+    return False
+
+
+def choose_dtype(requested: str | None, device: str) -> str:
+    """The precision of the matrix work: "bfloat16", "float16" or "float32".
+
+    By default bfloat16 where the device really does it, else float16 on CUDA and float32 elsewhere. A bfloat16 that
+    the device only emulates is allowed, and said.
+    """
+    if requested in (None, "auto"):
+        if has_fast_bfloat16(device):
+            return "bfloat16"
+        return "float16" if device.startswith("cuda") else "float32"
+    if requested == "bfloat16" and not has_fast_bfloat16(device):
+        print(f"warning: {device} only emulates bfloat16, which is slow; --dtype float32 is likely faster")
+    if requested == "float16" and device == "cpu":
+        print("warning: products in float16 are slow on most CPUs; --dtype float32 or bfloat16 is likely faster")
+    return requested
+
+
+def autocast(device: str, dtype: str):
+    """The context in which matrix work on `device` runs in `dtype`; for float32 it changes nothing."""
+    import torch
+
+    if dtype == "float32":
+        return contextlib.nullcontext()
+    return torch.autocast(device.partition(":")[0], dtype=getattr(torch, dtype))
+
+
+def seed_everything(seed: int) -> None:
+    """Seed Python's, NumPy's and torch's generators, those of every CUDA device included."""
+    import random
+
+    import numpy as np
+    import torch
+
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def set_determinism(deterministic: bool) -> None:
+    """Make CUDA's kernels repeat themselves exactly, where asked; before the first use of CUDA."""
+    import torch
+
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(deterministic)
+
+
+def allow_tf32() -> None:
+    """Let float32 products on CUDA run on tensor cores, which read 10 of the 23 bits of each mantissa."""
+    import torch
+
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+
+
+def peak_flops(device_name: str) -> float | None:
+    """The dense 16-bit matrix peak of a device in FLOP/s by its name, None where it is not known.
+
+    >>> peak_flops("NVIDIA H200")
+    989000000000000.0
+    """
+    other_model = r"(?! (?:Ti|SUPER|Laptop|Max-Q|D)\b)"  # "RTX 3080 Ti" is another card than "RTX 3080"
+    for name, peak in PEAK_FLOPS.items():
+        if re.search(rf"\b{re.escape(name)}\b{other_model}", device_name, re.IGNORECASE):
+            return peak
+    return None
+
+
+def has_cpp_compiler() -> bool:
+    """Whether the C++ compiler that torch.compile calls for code on a CPU is there."""
+    import shutil
+
+    return any(shutil.which(name) for name in (os.environ.get("CXX") or "g++", "clang++", "cl"))
