@@ -11,7 +11,14 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-ROOMS = {"common", "data", "training", "generation", "exchange", "fast"}  # folders whose modules are imported as room.module
+ROOMS = {
+    "common",
+    "data",
+    "training",
+    "generation",
+    "exchange",
+    "fast",
+}  # folders whose modules are imported as room.module
 FOLDERS = (ROOT, ROOT / "testing_tools", *(ROOT / room for room in sorted(ROOMS)))
 PATHS = sorted(path for folder in FOLDERS for path in folder.glob("*.py"))
 OWN = {path.stem for path in PATHS}

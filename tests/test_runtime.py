@@ -108,7 +108,8 @@ def test_given_options_are_those_on_the_command_line_even_if_equal_to_the_defaul
 
 
 def run_program(body: str, **settings) -> subprocess.CompletedProcess:
-    program = f"import sys, os, signal\nfrom common.cli import *\nfrom common.device import *\ndef main():\n    {body}\nrun_script(main)"
+    imports = "import sys, os, signal\nfrom common.cli import *\nfrom common.device import *"
+    program = f"{imports}\ndef main():\n    {body}\nrun_script(main)"
     environment = {**os.environ, "PYTHONPATH": str(ROOT), **settings.pop("env", {})}
     return subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment, **settings)
 
