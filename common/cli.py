@@ -280,11 +280,12 @@ def _argparse_settings(field: dataclasses.Field, spec: Option, kind: Any) -> dic
         del settings["metavar"]
         return settings
     settings.setdefault("type", _word_parser(kind))
-    if settings["metavar"] is None:
-        if spec.choices:  # checked by `_check_values`, as values from code are
-            settings["metavar"] = f"{{{','.join(map(str, spec.choices))}}}"
-        elif not spec.positional:
-            settings["metavar"] = {int: "N", float: "X"}.get(kind, field.name.rpartition("_")[2].upper())
+    if spec.choices and spec.positional:  # choices are checked by `_check_values`, as values from code are
+        settings["help"] += f": {_alternatives(spec.choices)}"
+    elif settings["metavar"] is None and spec.choices:
+        settings["metavar"] = f"{{{','.join(map(str, spec.choices))}}}"
+    elif settings["metavar"] is None and not spec.positional:
+        settings["metavar"] = {int: "N", float: "X"}.get(kind, field.name.rpartition("_")[2].upper())
     return settings
 
 
