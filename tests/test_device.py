@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import os
 import random
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
 from common import device as device_module
 from common.cli import UserError
-from common.device import choose_device, choose_dtype, peak_flops
+from common.device import choose_device, choose_dtype, n_cores, peak_flops
+
+ROOT = Path(device_module.__file__).parent.parent
 
 DEVICES = [
     {"index": 0, "name": "NVIDIA A100", "free_gib": 10.0, "total_gib": 40.0},
@@ -18,7 +24,7 @@ DEVICES = [
 
 
 def answers(*lines: str):
-    """Stands in for `input`: one line a question, then end of input."""
+    """A replacement for `input`: one line per question, then end of input."""
     left = list(lines)
 
     def ask(question: str) -> str:
@@ -79,7 +85,7 @@ def test_on_a_terminal_the_person_is_asked(monkeypatch):
     assert choose_device(None, DEVICES) == "cuda:2"
 
 
-def test_without_cuda_it_says_what_it_took(monkeypatch, capsys):
+def test_without_cuda_the_chosen_device_is_printed(monkeypatch, capsys):
     import torch
 
     for has_mps, device in ((False, "cpu"), (True, "mps")):
@@ -88,7 +94,7 @@ def test_without_cuda_it_says_what_it_took(monkeypatch, capsys):
         assert f"device: {device}" in capsys.readouterr().out
 
 
-def test_a_requested_device_is_taken_without_a_question(current):
+def test_a_requested_device_is_used_without_a_question(current):
     assert choose_device("cpu", DEVICES, refuse) == "cpu"
     assert choose_device("cuda", DEVICES, refuse) == "cuda:0"
     assert choose_device("cuda:2", DEVICES, refuse) == "cuda:2"
@@ -120,7 +126,7 @@ def test_a_requested_device_takes_no_memory_on_the_others(monkeypatch, current):
         ("", []),
     ],
 )
-def test_a_device_that_is_not_there_is_named(requested, devices):
+def test_a_missing_device_is_named(requested, devices):
     with pytest.raises(UserError, match="--device") as error:
         choose_device(requested, devices, refuse)
     assert requested in str(error.value)
@@ -152,12 +158,12 @@ def test_the_precision_is_what_the_device_really_does(monkeypatch, capsys, reque
     assert capsys.readouterr().out == ""
 
 
-def test_a_slow_precision_is_used_and_said(monkeypatch, capsys):
+def test_a_slow_precision_is_used_with_a_warning(monkeypatch, capsys):
     assert choose_dtype("float16", "cpu") == "float16"
-    assert "float16 are slow on most CPUs; --dtype float32 or bfloat16" in capsys.readouterr().out
+    assert "float16 is slow on most CPUs; --dtype float32 or bfloat16" in capsys.readouterr().out
 
 
-def test_an_emulated_bfloat16_is_allowed_and_said(monkeypatch, capsys):
+def test_an_emulated_bfloat16_is_used_with_a_warning(monkeypatch, capsys):
     monkeypatch.setattr(device_module, "has_fast_bfloat16", lambda device: False)
     assert choose_dtype("bfloat16", "cpu") == "bfloat16"
     assert "emulates" in capsys.readouterr().out
@@ -186,7 +192,7 @@ def test_an_emulated_bfloat16_is_allowed_and_said(monkeypatch, capsys):
         ("", None),
     ],
 )
-def test_the_peak_belongs_to_the_very_device(name, teraflops):
+def test_the_peak_is_of_exactly_this_device(name, teraflops):
     assert peak_flops(name) == (None if teraflops is None else pytest.approx(teraflops * 1e12))
 
 
@@ -202,3 +208,12 @@ def test_a_seed_fixes_every_generator():
     assert draw(1337) == first
     assert all(a != b for a, b in zip(draw(1338), first, strict=True))
     draw(2**40)  # larger than NumPy's seeds
+
+
+def test_the_cores_are_those_that_this_process_may_use():
+    assert 1 <= n_cores() <= os.cpu_count()
+    if hasattr(os, "sched_setaffinity"):
+        program = "import os; from common.device import n_cores; os.sched_setaffinity(0, {%d}); print(n_cores())"
+        core = min(os.sched_getaffinity(0))
+        done = subprocess.run([sys.executable, "-c", program % core], capture_output=True, text=True, cwd=ROOT)
+        assert (done.stdout, done.stderr) == ("1\n", "")

@@ -30,6 +30,7 @@ TABLE = {
     "output": (set(), set()),
     "cli": ({"output"}, set()),
     "device": (set(), {"torch", "numpy"}),
+    "speedups": (set(), set()),
     "allocator": (set(), set()),
     "files": (set(), set()),
     "setup_tokenizer": ({"tiktoken"}, {"numpy"}),
