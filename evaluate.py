@@ -310,7 +310,7 @@ def measure(options: EvaluateOptions) -> dict:
     for path, dataset in zip(options.checkpoints, story_data, strict=True):
         model, _ = load_model(path, device)
         if options.quantize:
-            load_speedups().speed_up_generation(model, options.quantize)
+            load_speedups(False).speed_up_generation(model, options.quantize)
         stride = choose_stride(options.stride, model, path)
         for name in names:
             scored, result = measure_one(model, splits[name], stride, options.batch_size, device, dtype)
@@ -438,7 +438,7 @@ def main() -> None:
     options = parse_options(EvaluateOptions, __doc__)
     if options.json:
         require_target("json", options.json)
-    if (fast := load_speedups()) is not None:
+    if (fast := load_speedups(False)) is not None:
         fast.keep_freed_memory()
     report = measure(options)
     print_report(report)

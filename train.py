@@ -12,10 +12,8 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
-import gc
 import math
 import shlex
-import time
 from pathlib import Path
 
 import numpy as np
@@ -346,7 +344,7 @@ def train(config: TrainConfig, given: dict, world: World = ALONE) -> int:
     `given` holds the options that the command line really names, which a resumed run takes over. Each process of
     `world` runs this alike: the first one prints and writes, and what needs all of them is asked of `world`.
     """
-    fast = load_speedups()
+    fast = load_speedups(False)
     fast.keep_freed_memory()
     config, given = after_restart(config, given, world)
     # What to train: a new model, another run's weights, or a run that goes on. All that can fail, fails before a step.
@@ -414,7 +412,9 @@ def train(config: TrainConfig, given: dict, world: World = ALONE) -> int:
                 micro = world.micro_batches(config)
                 rows = [np.resize(one, (micro.batch_size, one.shape[1])) for one in next(iter(val_batches.values()))[0]]
                 fast.compile_training(
-                    model, lambda: forward_backward(model, micro, *rows).tolist(), lambda failed: bool(world.largest(failed))
+                    model,
+                    lambda: forward_backward(model, micro, *rows).tolist(),
+                    lambda failed: bool(world.largest(failed)),
                 )
                 model.zero_grad(set_to_none=True)
                 set_random_states(states, config.device)

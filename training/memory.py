@@ -12,9 +12,9 @@ import torch
 
 from common.cli import UserError
 from common.device import is_out_of_memory
+from fast.tied_head import LOSS_CHUNK_ROWS
 from model import GPT, GPTConfig
 from training.parallel import ALONE, World
-from fast.tied_head import LOSS_CHUNK_ROWS
 
 HEADROOM = 0.9  # share of the free memory that a step may fill
 LEAST_SHARE, LEAST_SHARE_COMPILED = 0.5, 0.25  # of `step_bytes` that a step takes at least, in bfloat16
