@@ -38,8 +38,7 @@ from common.checkpoint import load_model, read_info
 from common.cli import UserError, option, parse_options, run_script
 from common.device import autocast, choose_device, choose_dtype
 from common.files import atomic_write, require_target
-from fast.allocator import keep_freed_memory
-from generation.packed_linear import pack_linears
+from common.speedups import load_speedups
 from generation.stories import N_COPIED, STORY_SETTINGS, STORY_TOKENS, judge_stories, readable_stories, write_stories
 from model import GPT
 from setup_tokenizer import ENDOFTEXT_ID, IM_END_ID, IM_START_ID, get_extended_tokenizer
@@ -213,7 +212,7 @@ def score_rows(model: GPT, hidden: Tensor, targets: Tensor) -> tuple[np.ndarray,
     """Loss and whether the likeliest id is the target, (N,) each, for the last layer's output (N, C)."""
     losses, is_right = [], []
     for rows, chunk in zip(hidden.split(HEAD_CHUNK), targets.split(HEAD_CHUNK), strict=True):
-        logits = model.next_logits(rows)  # (HEAD_CHUNK, n_vocab)
+        logits = model.logits(rows)  # (HEAD_CHUNK, n_vocab)
         is_right.append(logits.argmax(-1) == chunk)
         losses.append(logits.logsumexp(-1) - logits.gather(1, chunk[:, None])[:, 0])
     return torch.cat(losses).cpu().numpy(), torch.cat(is_right).cpu().numpy()
@@ -311,7 +310,7 @@ def measure(options: EvaluateOptions) -> dict:
     for path, dataset in zip(options.checkpoints, story_data, strict=True):
         model, _ = load_model(path, device)
         if options.quantize:
-            pack_linears(model, options.quantize)
+            load_speedups().speed_up_generation(model, options.quantize)
         stride = choose_stride(options.stride, model, path)
         for name in names:
             scored, result = measure_one(model, splits[name], stride, options.batch_size, device, dtype)
@@ -439,7 +438,8 @@ def main() -> None:
     options = parse_options(EvaluateOptions, __doc__)
     if options.json:
         require_target("json", options.json)
-    keep_freed_memory()
+    if (fast := load_speedups()) is not None:
+        fast.keep_freed_memory()
     report = measure(options)
     print_report(report)
     if options.json:

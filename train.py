@@ -16,8 +16,8 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-import shlex
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -25,7 +25,7 @@ import torch
 from common.checkpoint import checkpoint_bytes, load_checkpoint, random_states, read_info, set_random_states
 from common.cli import given_options, parse_options, run_script
 from common.device import allow_tf32, autocast, seed_everything, set_determinism
-from common.speedups import Speedups, load_speedups
+from common.speedups import load_speedups
 from model import GPT
 from training import parallel
 from training.batches import Batches
@@ -37,14 +37,8 @@ from training.measurements import Measurements, not_finite_error
 from training.memory import move_model
 from training.metrics import draw_curves
 from training.optimizers import init_optimizer_states, make_optimizers, set_rates
-from training.progress import Clock, Sampler, describe_data, describe_parts
-from training.resume import (
-    is_complete,
-    options_after_restart,
-    require_resumable,
-    require_same_data,
-    resumed_options,
-)
+from training.progress import Clock, Sampler, describe_data, describe_end, describe_parts
+from training.resume import is_complete, options_after_restart, require_resumable, require_same_data, resumed_options
 from training.run import Run
 from training.run_files import RunFiles
 from training.schedule import schedule
@@ -81,7 +75,7 @@ class Training:
 # --- act 1: plan. Whatever can fail, fails here, before anything is built or written ---
 
 
-def plan(options: TrainOptions, given: dict[str, Any], speedups: Speedups | None) -> Plan | None:
+def plan(options: TrainOptions, given: dict[str, Any], fast: ModuleType | None) -> Plan | None:
     """Load the checkpoint, open the data, and settle the configuration; None if the run is complete already."""
     options, given = options_after_restart(options, given, read_info)
     checkpoint = None
@@ -92,14 +86,18 @@ def plan(options: TrainOptions, given: dict[str, Any], speedups: Speedups | None
         options = resumed_options(options, given, path, checkpoint["info"])
         if is_complete(checkpoint["info"], options.max_iters):
             iter_num = checkpoint["info"]["iter_num"]
-            print(f"{path} is complete: iteration {iter_num} of {options.max_iters}; continue with a larger --max_iters")
+            print(
+                f"{path} is complete: iteration {iter_num} of {options.max_iters}; continue with a larger --max_iters"
+            )
             return None
     elif options.init_from is not None:
         checkpoint = load_checkpoint(options.init_from, ("info", "model"))
     data = open_data(options.dataset, options.data_dir)
     device = parallel.choose_devices(options.device)
-    allow_tf32()  # also where the micro-batch is found by trying
-    config = make_config(options, given, device, data.facts, checkpoint, speedups)
+    set_determinism(options.deterministic)  # before the first use of CUDA
+    allow_tf32()
+    speed_up, logits_rows = (fast.speed_up_training, fast.LOSS_CHUNK_ROWS) if fast else (None, None)
+    config = make_config(options, given, device, data.facts, checkpoint, speed_up, logits_rows)
     data.require_length(config.block_size)
     if checkpoint and config.resume:
         require_same_data(data.facts, checkpoint["info"], config.resume)
@@ -113,7 +111,7 @@ def plan(options: TrainOptions, given: dict[str, Any], speedups: Speedups | None
 
 def build(
     plan: Plan,
-    speedups: Speedups | None,
+    fast: ModuleType | None,
     draw: Callable[..., object] = draw_curves,
     sample: Callable[..., None] | None = None,
 ) -> Training:
@@ -122,15 +120,13 @@ def build(
     `draw` draws the loss curves and `sample` prints a sample of the model.
     """
     config, checkpoint = plan.config, plan.checkpoint
-    set_determinism(config.deterministic)
     seed_everything(config.seed)
-    model = make_model(
-        model_config(dataclasses.asdict(config), checkpoint), checkpoint, config.resume or config.init_from or ""
-    )
+    source = config.resume or config.init_from or ""
+    model = make_model(model_config(dataclasses.asdict(config), checkpoint), checkpoint, source)
     shape = f"{config.n_layer} layers, {config.n_head} heads, {config.n_embd} wide"
     print(f"model: {shape}, {model.n_params():,} parameters, {config.dtype}, block size {config.block_size}")
-    if speedups:
-        speedups.speed_up_training(model, config.activation_checkpointing)
+    if fast:
+        fast.speed_up_training(model, config.activation_checkpointing)
     model = shard_model(model, config.device) if is_sharded(config) else move_model(model, config.device)
     model.train()
     optimizers = make_optimizers(model, config)
@@ -141,11 +137,20 @@ def build(
     resumed = checkpoint if config.resume else None
     files = RunFiles(config, resumed["info"] if resumed else None, draw)
     run = Run(config, model, optimizers, scaler, plan.data.facts, files)
-    position = run.restore(resumed, config.resume or "") if resumed else {"epoch": 0, "row": 0}
+    position = run.restore(resumed, source) if resumed else {"epoch": 0, "row": 0}
     rows, val_batches = make_rows(plan.data, config)
-    batches = Batches(rows, config.batch_size * config.gradient_accumulation_steps, position)
-    measurements = Measurements(run, scaler)
-    return Training(config, plan.data, model, optimizers, scaler, batches, val_batches, run, measurements, sample or Sampler())
+    return Training(
+        config=config,
+        data=plan.data,
+        model=model,
+        optimizers=optimizers,
+        scaler=scaler,
+        batches=Batches(rows, config.batch_size * config.gradient_accumulation_steps, position),
+        val_batches=val_batches,
+        run=run,
+        measurements=Measurements(run, scaler),
+        sample=sample or Sampler(),
+    )
 
 
 def is_sharded(config: RunConfig) -> bool:
@@ -153,7 +158,7 @@ def is_sharded(config: RunConfig) -> bool:
     return config.parallel == "fsdp" and parallel.world_size() > 1
 
 
-def compile_and_wrap(training: Training, speedups: Speedups | None) -> torch.nn.Module:
+def compile_and_wrap(training: Training, fast: ModuleType | None) -> torch.nn.Module:
     """The module to call in a step, compiled if the run says so.
 
     Compiled before DistributedDataParallel wraps the model, which could not continue after a backward pass that failed.
@@ -175,8 +180,8 @@ def compile_and_wrap(training: Training, speedups: Speedups | None) -> torch.nn.
             model.zero_grad(set_to_none=True)
             set_random_states(states, config.device)
 
-    if config.compile and speedups:
-        speedups.compile_training(model, trial_step, parallel.any_process)
+    if config.compile and fast:
+        fast.compile_training(model, trial_step, parallel.any_process)
     return model if is_sharded(config) else parallel.average_gradients(model, config.device)
 
 
@@ -261,16 +266,14 @@ def train(options: TrainOptions, given: dict[str, Any]) -> int:
     `given` holds the options that are really on the command line: a resumed run takes only these. Under torchrun every
     process calls this alike.
     """
-    speedups = load_speedups(options.plain)
-    if speedups:
-        speedups.keep_freed_memory()
-    planned = plan(options, given, speedups)
-    return carry_out(build(planned, speedups), speedups) if planned else 0
+    fast = load_speedups(options.plain)
+    if fast:
+        fast.keep_freed_memory()
+    planned = plan(options, given, fast)
+    return carry_out(build(planned, fast), fast) if planned else 0
 
 
-def carry_out(
-    training: Training, speedups: Speedups | None, stop_signal: Callable[[], StopSignal] = StopSignal
-) -> int:
+def carry_out(training: Training, fast: ModuleType | None, stop_signal: Callable[[], StopSignal] = StopSignal) -> int:
     """Train, with everything around the loop: the run's files, signals, errors, and saving at the end."""
     config, run = training.config, training.run
     claim = run.files.claim(checkpoint_bytes(training.model))
@@ -279,25 +282,14 @@ def carry_out(
             print(f"resume: {config.resume}, iteration {run.iter_num} of {config.max_iters}, as {run.files.path}")
         run.mark(training.batches.position)
         with saving_after_errors(run, training.measurements):
-            model = compile_and_wrap(training, speedups)
+            model = compile_and_wrap(training, fast)
             if not config.resume:
                 init_optimizer_states(training.optimizers)
             stopped_by = loop(training, model, stop)
         training.measurements.read_pending()
         run.save_at_end()
-    print(last_line(training, stopped_by))
+    print(describe_end(run, training.data.facts, stopped_by))
     return 128 + stopped_by if stopped_by else 0
-
-
-def last_line(training: Training, stopped_by: int) -> str:
-    """How the run ended, and the command for what comes next."""
-    run, path = training.run, shlex.quote(str(training.run.files.path))
-    if stopped_by:
-        launcher = "python" if parallel.world_size() == 1 else "torchrun ..."
-        return f"stopped at iteration {run.iter_num}; continue with: {launcher} train.py --resume {path}"
-    best = "no best checkpoint" if run.best_val_loss is None else f"best validation loss {run.best_val_loss:.4f}"
-    chat = " --chat" if "chat" in training.data.formats else ""
-    return f"done: {path}, {best}; next: python gen.py {path}{chat}"
 
 
 def main() -> int:

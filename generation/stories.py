@@ -14,6 +14,8 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 import torch
 
+from generation.decoding import generate
+from generation.sampling import TEXT_SAMPLING
 from model import GPT
 from setup_tokenizer import ENDOFTEXT_ID, IM_END_ID, encode_text, get_extended_tokenizer
 from training.batches import TokenStream
@@ -52,7 +54,7 @@ def write_stories(model: GPT, seed: int) -> list[list[int]]:
     """The ids that `model` writes after each of STORY_PROMPTS, without the prompt, up to the end of the document."""
     prompts = [[ENDOFTEXT_ID, *encode_text(prompt)] for prompt in STORY_PROMPTS]
     generator = torch.Generator(model.wte.weight.device).manual_seed(seed)
-    steps = model.generate(prompts, STORY_TOKENS, generator=generator, stop_ids=STOP_IDS, **STORY_SETTINGS)
+    steps = generate(model, prompts, STORY_TOKENS, TEXT_SAMPLING, generator=generator, stop_ids=STOP_IDS)
     rows = torch.stack(list(steps), 1).tolist()
     return [[i for i in row if i >= 0 and i not in STOP_IDS] for row in rows]
 

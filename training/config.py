@@ -2,7 +2,7 @@
 
     options = parse_options(TrainOptions, ...)        # None: not given
     options = resumed_options(options, given, ...)    # only on --resume: what the checkpoint was made with
-    config = make_config(options, given, device, data, checkpoint, speedups)
+    config = make_config(options, given, device, data, checkpoint)
 
 Every field of a RunConfig has its final value. A checkpoint holds them as info["config"].
 """
@@ -16,10 +16,9 @@ from typing import Any
 
 from common.cli import UserError, check_options, option
 from common.device import choose_dtype, has_cpp_compiler
-from common.speedups import Speedups
-from model import PRESETS, GPTConfig
+from model import PRESETS
 from training.initialization import model_config
-from training.memory import StepMemory, find_micro_batch
+from training.memory import SpeedUp, StepMemory, find_micro_batch
 from training.mixture import mixture_name, parse_mixture
 from training.parallel import micro_batch_size
 
@@ -173,9 +172,7 @@ class TrainOptions:
     seed: int = option(
         1337, "seed of the weights and of the data's order", at_least=0, below=2**63, group="device", metavar="N"
     )
-    deterministic: bool = option(
-        False, "make CUDA repeat its results exactly, at some cost in speed", group="device"
-    )
+    deterministic: bool = option(False, "make CUDA repeat its results exactly, at some cost in speed", group="device")
 
     out_dir: str = option("models", "folder of the checkpoints", group="files", metavar="DIR")
     keep: int = option(0, "also keep the last N checkpoints of evaluations", at_least=0, group="files", metavar="N")
@@ -264,31 +261,59 @@ def make_config(
     device: str,
     data: Mapping[str, Any],
     checkpoint: dict | None = None,
-    speedups: Speedups | None = None,
+    speed_up: SpeedUp | None = None,
+    logits_rows: int | None = None,
 ) -> RunConfig:
     """The configuration of a run on `device` with the data set that `data` describes (see `mixture_facts`).
 
-    `checkpoint` is loaded from what --resume or --init_from names, `given` holds the options on the command line, and
-    `speedups` is the module fast, or None under --plain. Raises UserError for options that exclude each other.
+    `checkpoint` is loaded from what --resume or --init_from names, and `given` holds the options on the command line.
+    `speed_up` replaces parts of a model by faster ones, None under --plain; `logits_rows` are the rows whose logits
+    then exist at once. Raises UserError for options that exclude each other.
     """
     info = checkpoint["info"] if checkpoint else {}
-    saved = info["config"] if options.resume is not None else {}
-    on_cuda = device.startswith("cuda")
-    parts = data.get("parts") or [data]
-    formats = {part["format"] for part in parts}
-    is_chat = "chat" in formats
-    _check_combinations(options, given, formats, speedups)
+    formats = {part["format"] for part in data.get("parts") or [data]}
+    _check_combinations(options, given, formats, is_plain=speed_up is None)
+    shape = _shape(options, device, info)
+    chosen = {**shape, **_choices(options, device, formats, shape["n_embd"], has_fast_parts=speed_up is not None)}
 
-    preset = options.preset or ("gpt2" if on_cuda else "small")
-    shape = _shape(options, PRESETS[preset], info)
-    learning_rate = _or(options.learning_rate, 3e-3 if shape["n_embd"] <= 384 else 6e-4)
-    can_compile = speedups is not None
-    values: dict[str, Any] = {
-        **{field.name: getattr(options, field.name) for field in _fields_in_both()},
-        **shape,
-        "preset": preset,
+    # The micro-batch: the default or the largest that fits, while the sequences per iteration stay the same.
+    saved = info["config"] if options.resume is not None else {}
+    wanted = options.batch_size if isinstance(options.batch_size, int) else saved.get("batch_size", DEFAULT_BATCH_SIZE)
+    steps = options.gradient_accumulation_steps or (8 if device.startswith("cuda") else 1)
+    micro_batch_size(wanted, steps)  # raises UserError if the processes cannot share the rows
+    step = StepMemory(
+        model=model_config(shape, checkpoint),
+        device=device,
+        dtype=chosen["dtype"],
+        document_mask=chosen["document_mask"],
+        activation_checkpointing=chosen["activation_checkpointing"],
+        compile=chosen["compile"],
+        is_sharded=options.parallel == "fsdp",
+        logits_rows=logits_rows,
+    )
+    batch_size, steps = find_micro_batch(step, options.batch_size, wanted, steps, speed_up)
+    chosen |= {"batch_size": batch_size, "gradient_accumulation_steps": steps}
+
+    # A resumed run keeps its validation rows, so that its losses stay comparable.
+    is_same = saved.get("val_rows") and options.eval_iters == saved["eval_iters"]
+    chosen["val_rows"] = saved["val_rows"] if is_same else options.eval_iters * wanted
+    given_names = {field.name for field in dataclasses.fields(RunConfig)} - chosen.keys()
+    return RunConfig(**{name: getattr(options, name) for name in given_names}, **chosen)
+
+
+def _choices(
+    options: TrainOptions, device: str, formats: set[str], n_embd: int, has_fast_parts: bool
+) -> dict[str, Any]:
+    """The value of every option that may be None, except the model's shape and the micro-batch."""
+    on_cuda, is_chat = device.startswith("cuda"), "chat" in formats
+    # Rates that suit the width: a narrow model bears, and needs, larger steps.
+    learning_rate = _or(options.learning_rate, 3e-3 if n_embd <= 384 else 6e-4)
+    # On a CPU compiling takes up to a minute, which a short run does not earn back.
+    pays_off = on_cuda or (device == "cpu" and options.max_iters >= 200 and has_cpp_compiler())
+    return {
+        "preset": options.preset or _default_preset(device),
         "loss_on": options.loss_on or ("assistant" if is_chat else "all"),
-        # A conversation must not see its neighbours in the row, which are about something else; text always has.
+        # Conversations in a row have nothing to do with each other, and in chat a reply must not see its neighbours.
         "document_mask": _or(options.document_mask, formats == {"chat"}),
         "learning_rate": learning_rate,
         "min_lr": _or(options.min_lr, learning_rate / 10),
@@ -297,43 +322,22 @@ def make_config(
         "eval_interval": options.eval_interval or max(1, min(250, options.max_iters // 4)),
         "device": device,
         "dtype": choose_dtype(options.dtype, device),
-        # On a CPU compiling takes up to a minute, which a short run does not earn back.
-        "compile": can_compile
-        and _or(options.compile, on_cuda or (device == "cpu" and options.max_iters >= 200 and has_cpp_compiler())),
-        "activation_checkpointing": options.activation_checkpointing and speedups is not None,
+        "compile": has_fast_parts and _or(options.compile, pays_off),
+        "activation_checkpointing": has_fast_parts and options.activation_checkpointing,
     }
 
-    # The micro-batch: the default or the largest that fits, while the sequences per iteration stay the same.
-    wanted = options.batch_size if isinstance(options.batch_size, int) else saved.get("batch_size", DEFAULT_BATCH_SIZE)
-    steps = options.gradient_accumulation_steps or (8 if on_cuda else 1)
-    micro_batch_size(wanted, steps)  # raises UserError if the processes cannot share the rows
-    memory = StepMemory(
-        model_config(shape, checkpoint),
-        device,
-        values["dtype"],
-        values["document_mask"],
-        values["activation_checkpointing"],
-        values["compile"],
-        is_sharded=options.parallel == "fsdp",
-    )
-    batch_size, steps = find_micro_batch(memory, options.batch_size, wanted, steps, speedups)
-    is_same = options.eval_iters == saved.get("eval_iters") and saved.get("val_rows")
-    val_rows = saved["val_rows"] if is_same else options.eval_iters * wanted
-    return RunConfig(**values, batch_size=batch_size, gradient_accumulation_steps=steps, val_rows=val_rows)
 
-
-def _fields_in_both() -> list[dataclasses.Field]:
-    found_by_trying = {"batch_size", "gradient_accumulation_steps"}
-    names = {field.name for field in dataclasses.fields(TrainOptions)} - found_by_trying
-    return [field for field in dataclasses.fields(RunConfig) if field.name in names]
+def _default_preset(device: str) -> str:
+    return "gpt2" if device.startswith("cuda") else "small"
 
 
 def _or(value: Any, default: Any) -> Any:
     return default if value is None else value
 
 
-def _shape(options: TrainOptions, preset: GPTConfig, info: Mapping[str, Any]) -> dict[str, Any]:
-    """The model's SHAPE: the options, else with --init_from the checkpoint's, else the preset's."""
+def _shape(options: TrainOptions, device: str, info: Mapping[str, Any]) -> dict[str, Any]:
+    """The model's SHAPE: with --init_from the checkpoint's, else the options, else the preset's."""
+    preset = PRESETS[options.preset or _default_preset(device)]
     names = ("n_layer", "n_head", "n_embd", "block_size")
     shape = {name: getattr(options, name) or getattr(preset, name) for name in names}
     if options.init_from is not None:
@@ -351,14 +355,12 @@ def _shape(options: TrainOptions, preset: GPTConfig, info: Mapping[str, Any]) ->
     return {**shape, "dropout": options.dropout}
 
 
-def _check_combinations(
-    options: TrainOptions, given: Mapping[str, Any], formats: set[str], speedups: Speedups | None
-) -> None:
+def _check_combinations(options: TrainOptions, given: Mapping[str, Any], formats: set[str], is_plain: bool) -> None:
     """Raise UserError for an option that would have no effect beside the others."""
     if options.optimizer == "muon" and "weight_decay" in given:
         raise UserError("--weight_decay is for --optimizer adamw; with muon use --muon_weight_decay")
     if options.loss_on == "assistant" and "chat" not in formats:
         raise UserError(f"--loss_on assistant: {options.dataset} is text, which has no assistant; leave it out")
     for name in ("compile", "activation_checkpointing"):
-        if speedups is None and given.get(name):
+        if is_plain and given.get(name):
             raise UserError(f"--{name} needs the folder fast/ and no --plain; leave --{name} out")

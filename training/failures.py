@@ -6,8 +6,9 @@ import contextlib
 from collections.abc import Iterator
 
 from common.cli import UserError
+from common.device import is_out_of_memory
 from training.measurements import Measurements
-from training.memory import is_out_of_memory, out_of_memory_error
+from training.memory import out_of_memory_error
 from training.parallel import lost_process_error, micro_batch_size, world_size
 from training.run import Run
 

@@ -10,22 +10,13 @@ from pathlib import Path
 import torch
 
 from common.cli import UserError
-from common.device import autocast
-from common.speedups import Speedups
+from common.device import autocast, is_out_of_memory
 from model import GPT, GPTConfig
 from training.parallel import local_world_size, micro_batch_size, reduce, world_size
 
-OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "ALLOC_FAILED")  # CUDA and MPS, the CPU, CUDA's libraries
 HEADROOM = 0.9  # fraction of the free memory that a step may fill
 # A step takes at least these fractions of `step_bytes`, in bfloat16.
 LEAST_SHARE, LEAST_SHARE_COMPILED = 0.5, 0.25
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether a device, or the machine itself, had too little memory."""
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
-        return True
-    return isinstance(error, RuntimeError) and any(phrase in str(error) for phrase in OUT_OF_MEMORY)
 
 
 def move_model(model: GPT, device: str) -> GPT:
@@ -77,6 +68,8 @@ def divisors(number: int) -> list[int]:
 
 # --- the micro-batch that fits ---
 
+SpeedUp = Callable[[GPT, bool], None]  # (model, activation_checkpointing)
+
 
 @dataclasses.dataclass(frozen=True)
 class StepMemory:
@@ -89,6 +82,7 @@ class StepMemory:
     activation_checkpointing: bool = False
     compile: bool = False
     is_sharded: bool = False
+    logits_rows: int | None = None  # rows whose logits exist at once; None: all
 
 
 def find_micro_batch(
@@ -96,18 +90,18 @@ def find_micro_batch(
     requested: int | str | None,
     batch_size: int,
     gradient_accumulation_steps: int,
-    speedups: Speedups | None = None,
+    speed_up: SpeedUp | None = None,
 ) -> tuple[int, int]:
     """(batch_size, gradient_accumulation_steps): as they are, or a micro-batch that fits with the same product.
 
     `requested` is the option: a number is kept, "auto" takes the largest micro-batch that fits, and None tries sizes
-    up to the default `batch_size` on CUDA. On a CPU, raises UserError if a step cannot fit.
+    up to the default `batch_size` on CUDA. `speed_up` is applied to the model that is tried. On a CPU, raises UserError
+    if a step cannot fit.
     """
-    logits_rows = speedups.logits_rows(step.device) if speedups else None
     unchanged = batch_size, gradient_accumulation_steps
     if requested != "auto":
         if step.device == "cpu":
-            check_memory(step, batch_size, gradient_accumulation_steps, logits_rows)
+            check_memory(step, batch_size, gradient_accumulation_steps)
         if requested is not None or not step.device.startswith("cuda"):
             return unchanged
     if world_size() > 1 and step.is_sharded:
@@ -117,9 +111,9 @@ def find_micro_batch(
     sequences = batch_size * gradient_accumulation_steps
     sizes = [size for size in divisors(sequences // world_size()) if requested == "auto" or size <= batch_size]
     if step.device == "cpu":
-        size = largest_by_estimate(step, sizes, logits_rows)
+        size = largest_by_estimate(step, sizes)
     else:
-        size = largest_by_trying(step, sizes, speedups)
+        size = largest_by_trying(step, sizes, speed_up)
     if size is None:
         print("warning: this system does not report its free memory; --batch_size auto changes nothing")
         return unchanged
@@ -132,7 +126,7 @@ def find_micro_batch(
     return size, steps
 
 
-def check_memory(step: StepMemory, batch_size: int, steps: int, logits_rows: int | None = None) -> None:
+def check_memory(step: StepMemory, batch_size: int, steps: int) -> None:
     """Raise UserError if a step cannot fit into a CPU's memory, and print a warning if it might not.
 
     Linux grants memory that it does not have and later kills the process that uses it, without a message.
@@ -141,7 +135,7 @@ def check_memory(step: StepMemory, batch_size: int, steps: int, logits_rows: int
     if available is None:
         return
     size = micro_batch_size(batch_size, steps)
-    most = step_bytes(step.model, size, logits_rows, step.activation_checkpointing)
+    most = step_bytes(step.model, size, step.logits_rows, step.activation_checkpointing)
     least = most * (LEAST_SHARE_COMPILED if step.compile else LEAST_SHARE)
     if least > available / local_world_size():
         raise out_of_memory_error(size, batch_size * steps // size)
@@ -152,7 +146,7 @@ def check_memory(step: StepMemory, batch_size: int, steps: int, logits_rows: int
         )
 
 
-def largest_by_estimate(step: StepMemory, sizes: list[int], logits_rows: int | None) -> int | None:
+def largest_by_estimate(step: StepMemory, sizes: list[int]) -> int | None:
     """The first of `sizes` that fits a CPU's free memory by `step_bytes`, else 1; None if that memory is not known.
 
     On a CPU a try that does not fit would end the process.
@@ -161,11 +155,11 @@ def largest_by_estimate(step: StepMemory, sizes: list[int], logits_rows: int | N
     if available is None:
         return None
     room = HEADROOM * available / local_world_size()
-    recomputes = step.activation_checkpointing
-    return next((size for size in sizes if step_bytes(step.model, size, logits_rows, recomputes) <= room), 1)
+    more = step.logits_rows, step.activation_checkpointing
+    return next((size for size in sizes if step_bytes(step.model, size, *more) <= room), 1)
 
 
-def largest_by_trying(step: StepMemory, sizes: list[int], speedups: Speedups | None = None) -> int:
+def largest_by_trying(step: StepMemory, sizes: list[int], speed_up: SpeedUp | None = None) -> int:
     """The first of `sizes` with which a step of a throwaway model runs through on the device, else 1."""
     try:
         with torch.device(step.device):
@@ -174,8 +168,8 @@ def largest_by_trying(step: StepMemory, sizes: list[int], speedups: Speedups | N
         if not is_out_of_memory(error):
             raise
         raise _no_room_error(step.model, step.device) from error
-    if speedups:
-        speedups.speed_up_training(model, step.activation_checkpointing)
+    if speed_up:
+        speed_up(model, step.activation_checkpointing)
     return next((size for size in sizes if fits(model, lambda size=size: try_step(model, step, size), step.device)), 1)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import shlex
 import time
 from collections.abc import Callable
 from typing import Any
@@ -11,9 +12,13 @@ import torch
 
 from common.cli import UserError
 from common.device import peak_flops
+from generation.decoding import generate
+from generation.sampling import Sampling
 from model import GPT
 from training.config import RunConfig
 from training.mixture import data_parts
+from training.parallel import world_size
+from training.run import Run
 
 
 def describe_data(facts: dict) -> list[str]:
@@ -35,6 +40,17 @@ def describe_parts(val_losses: dict[str, float]) -> str:
     if len(val_losses) == 1:
         return ""
     return "; weighted mean of " + ", ".join(f"{name} {loss:.4f}" for name, loss in val_losses.items())
+
+
+def describe_end(run: Run, facts: dict, stopped_by: int) -> str:
+    """How a run ended, and the command for what comes next; `stopped_by` is the signal that stopped it, or 0."""
+    path = shlex.quote(str(run.files.path))
+    if stopped_by:
+        launcher = "python" if world_size() == 1 else "torchrun ..."
+        return f"stopped at iteration {run.iter_num}; continue with: {launcher} train.py --resume {path}"
+    best = "no best checkpoint" if run.best_val_loss is None else f"best validation loss {run.best_val_loss:.4f}"
+    chat = " --chat" if facts["format"] == "chat" else ""
+    return f"done: {path}, {best}; next: python gen.py {path}{chat}"
 
 
 class Clock:
@@ -85,7 +101,7 @@ def sample_text(model: GPT, config: RunConfig, enc, chat: bool, iter_num: int) -
     generator = torch.Generator(config.device).manual_seed(config.seed + iter_num)
     stop_ids = (setup_tokenizer.ENDOFTEXT_ID, setup_tokenizer.IM_END_ID)
     max_tokens = min(60, config.block_size - len(prompt))
-    steps = model.generate([prompt], max_tokens, temperature=0.8, top_k=50, generator=generator, stop_ids=stop_ids)
+    steps = generate(model, [prompt], max_tokens, Sampling(0.8, 50), generator=generator, stop_ids=stop_ids)
     ids = [int(step[0]) for step in steps]
     return enc.decode([token_id for token_id in ids if token_id not in stop_ids])
 
