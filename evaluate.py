@@ -34,10 +34,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from common.checkpoint import load_model, read_info
 from common.cli import UserError, option, parse_options, run_script
 from common.device import autocast, choose_device, choose_dtype
 from common.files import atomic_write, require_target
+from exchange.loading import load_model, read_info
 from fast.allocator import keep_freed_memory
 from generation.packed_linear import pack_linears
 from generation.stories import N_COPIED, STORY_SETTINGS, STORY_TOKENS, judge_stories, readable_stories, write_stories

@@ -40,9 +40,9 @@ class ExportOptions:
 
 def export(options: ExportOptions) -> list[str]:
     """Write the export; returns the names of its files. Raises UserError, with the folder left as it was."""
-    from common.checkpoint import load_checkpoint
     from exchange.gguf_file import require_gguf, write_gguf
     from exchange.hugging_face import check_exportable, complete_weights, to_hugging_face, write_safetensors
+    from exchange.loading import load_checkpoint
     from model import GPTConfig
 
     folder = Path(options.out_dir)

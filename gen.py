@@ -120,7 +120,8 @@ class GenOptions:
 
 def choose_checkpoint(options: GenOptions) -> str:
     """The checkpoint that is meant. Raises UserError where --chat finds none that was trained on chat data."""
-    from common.checkpoint import find_checkpoints, read_info
+    from common.checkpoint import find_checkpoints
+    from exchange.loading import read_info
 
     if options.checkpoint is not None or not options.chat:
         return options.checkpoint or DEFAULT_CHECKPOINT
@@ -142,7 +143,7 @@ def choose_checkpoint(options: GenOptions) -> str:
 def load_engine(options: GenOptions) -> TextEngine:
     """The model that the options name, ready to generate. Raises UserError where it is missing or does not fit."""
     keep_freed_memory()  # before torch takes its first memory
-    from common.checkpoint import load_model, read_info
+    from exchange.loading import load_model, read_info
     from generation.engine import TextEngine
     from generation.packed_linear import pack_linears
 

@@ -14,10 +14,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import export as export_module
-from common.checkpoint import load_model, save_checkpoint
+from common.checkpoint import save_checkpoint
 from common.cli import UserError
 from exchange import gguf_file
 from exchange.hugging_face import complete_weights
+from exchange.loading import load_model
 from exchange.tokenizer_files import merges, vocabulary
 from export import ExportOptions, export
 from model import GPT, GPTConfig

@@ -15,8 +15,8 @@ import torch
 from hub_server import HubServer
 from safetensors.torch import load_file, save_file
 
-from common.checkpoint import load_checkpoint, load_model, read_info
 from common.cli import UserError
+from exchange.loading import load_checkpoint, load_model, read_info
 from setup_tokenizer import IM_END_ID, IM_START_ID, N_VOCAB
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
-from common.checkpoint import load_checkpoint, load_weights, read_info
+from common.checkpoint import load_weights, read_info
 from common.cli import UserError
+from exchange.loading import load_checkpoint
 from model import GPT, PRESETS, GPTConfig
 from training.mixture import data_parts, mixture_name, parse_mixture
 from training.parallel import World
