@@ -16,6 +16,7 @@ ROOMS = {
     "data",
     "training",
     "generation",
+    "evaluation",
     "exchange",
     "fast",
 }  # folders whose modules are imported as room.module
