@@ -19,21 +19,22 @@ import dataclasses
 import json
 import time
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import torch
 
-from common.cli import UserError, option, parse_options, run_script
+from common.cli import UserError, check_options, option, parse_options, run_script
 from common.device import choose_device, choose_dtype
 from common.files import atomic_write, require_target
+from common.speedups import load_speedups
 from evaluation.bootstrap import compare, verdict
 from evaluation.printing import print_report
 from evaluation.scoring import score, summarize
 from evaluation.splits import Split, read_split
-from evaluation.stories import STORY_TOKENS, judge_stories, readable_stories, write_stories
+from evaluation.stories import STORY_PROMPTS, STORY_TOKENS, judge_stories, readable_stories, write_stories
 from exchange.loading import load_model, read_info
-from fast.allocator import keep_freed_memory
-from generation.packed_linear import pack_linears
+from generation.decoding import DecodeStep, decode_step
 from model import GPT
 from training.batches import open_dataset
 from training.mixture import trained_on
@@ -47,29 +48,43 @@ class EvaluateOptions:
         (), "the checkpoints; the others are compared with the first", positional=True, nargs="+"
     )
     dataset: tuple[str, ...] = option(
-        (), "data sets to measure on (default: those that the models were trained on)", nargs="+", metavar="NAME"
+        (),
+        "data sets to measure on (default: those that the models were trained on)",
+        nargs="+",
+        metavar="NAME",
+        group="data",
     )
-    data_dir: str = option("data", "folder of the prepared data")
-    device: str | None = option(None, "cpu, mps, cuda, cuda:N (default: asks, or takes the best one)")
+    data_dir: str = option("data", "folder of the prepared data", group="data")
+    limit: int | None = option(
+        None, "measure only about the first N tokens; for chat, whole conversations", at_least=1, group="data"
+    )
+    stride: int | None = option(
+        None, "tokens from one window to the next (default: half of the block size)", at_least=1, group="evaluation"
+    )
+    samples: bool = option(
+        False, "also write stories, and measure how varied they are and how much is copied", group="evaluation"
+    )
+    seed: int = option(1337, "seed of the stories", at_least=0, below=2**63, group="evaluation")
+    json: str | None = option(
+        None, "also write all numbers and stories to this file", metavar="FILE", group="evaluation"
+    )
+    device: str | None = option(None, "cpu, mps, cuda, cuda:N (default: asks, or takes the best one)", group="device")
     dtype: str | None = option(
         None,
         "precision of matrix products (default: the device's best)",
         choices=("float32", "bfloat16", "float16"),
+        group="device",
     )
-    quantize: str | None = option(None, "measure the models with 8-bit weights, as gen.py uses them", choices=("int8",))
-    stride: int | None = option(None, "tokens from one window to the next (default: half of the model's block size)")
-    batch_size: int = option(16, "windows per forward pass")
-    limit: int | None = option(None, "measure only about the first N tokens; for chat, whole conversations")
-    samples: bool = option(False, "also write stories, and measure how varied they are and how much is copied")
-    seed: int = option(1337, "seed of the stories")
-    json: str | None = option(None, "also write all numbers and stories to this file", metavar="FILE")
+    batch_size: int = option(16, "windows per forward pass", at_least=1, group="device")
+    quantize: str | None = option(
+        None, "measure the models with 8-bit weights, as gen.py uses them", choices=("int8",), group="device"
+    )
+    plain: bool = option(False, "use only the plain code, without the speedups of fast/", group="device")
 
     def __post_init__(self):
-        for name in ("stride", "batch_size", "limit"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
-        if not 0 <= self.seed < 2**63:
-            raise ValueError(f"seed must be at least 0 and below 2**63, not {self.seed}")
+        check_options(self)
+        if self.plain and self.quantize:
+            raise ValueError("--quantize is part of fast/; leave out --plain or --quantize")
 
 
 def dataset_names(options: EvaluateOptions, infos: list[dict]) -> list[str]:
@@ -116,8 +131,11 @@ def choose_stride(requested: int | None, model: GPT, path: str) -> int:
     return requested or max(1, block_size // 2)
 
 
-def measure(options: EvaluateOptions, story_tokens: int = STORY_TOKENS) -> dict:
-    """Score every checkpoint on every data set; returns all numbers and stories, as --json writes them."""
+def measure(options: EvaluateOptions, fast: ModuleType | None = None, story_tokens: int = STORY_TOKENS) -> dict:
+    """Score every checkpoint on every data set; returns all numbers and stories, as --json writes them.
+
+    `fast` is what `load_speedups` returned.
+    """
     infos = [read_info(path) for path in options.checkpoints]
     names = dataset_names(options, infos)
     data_dir = Path(options.data_dir)
@@ -139,15 +157,14 @@ def measure(options: EvaluateOptions, story_tokens: int = STORY_TOKENS) -> dict:
     samples = []
     for path, dataset in zip(options.checkpoints, story_data, strict=True):
         model, _ = load_model(path, device)
-        if options.quantize:
-            pack_linears(model, options.quantize)
+        decode = speed_up(model, options.quantize, fast)
         stride = choose_stride(options.stride, model, path)
         for name in names:
             scored, result = measure_one(model, splits[name], stride, options.batch_size, device, dtype)
             results[name].append({"checkpoint": path, **result})
             losses[name].append(scored)
         if options.samples:
-            stories = write_stories(model, options.seed, story_tokens)
+            stories = write_stories(model, options.seed, story_tokens, decode)
             judged = judge_stories(stories, datasets[dataset][0])
             samples.append({"checkpoint": path, "dataset": dataset, **judged, "stories": readable_stories(stories)})
     summaries = {
@@ -161,6 +178,15 @@ def measure(options: EvaluateOptions, story_tokens: int = STORY_TOKENS) -> dict:
     }
     settings = {"device": device, "dtype": dtype, "quantize": options.quantize, "limit": options.limit}
     return {**settings, "datasets": summaries, "samples": samples}
+
+
+def speed_up(model: GPT, quantize: str | None, fast: ModuleType | None) -> DecodeStep:
+    """Put the fast parts into a model, if there are any; returns the decode step to generate with."""
+    if fast is not None:
+        return fast.speed_up_generation(model, quantize, len(STORY_PROMPTS)).decode
+    if quantize:
+        raise UserError("--quantize needs the folder fast/, which is missing; leave out --quantize")
+    return decode_step
 
 
 def measure_one(
@@ -181,8 +207,10 @@ def main() -> None:
     options = parse_options(EvaluateOptions, __doc__)
     if options.json:
         require_target("json", options.json)
-    keep_freed_memory()
-    report = measure(options)
+    fast = load_speedups(options.plain)
+    if fast is not None:
+        fast.keep_freed_memory()
+    report = measure(options, fast)
     print_report(report)
     if options.json:
         with atomic_write(options.json, "w", encoding="utf-8") as file:

@@ -24,7 +24,7 @@ import torch
 from common.checkpoint import checkpoint_bytes, random_states, set_random_states
 from common.cli import UserError, given_options, option, parse_options, run_script
 from common.device import allow_tf32, autocast, choose_dtype, has_cpp_compiler, seed_everything, set_determinism
-from fast.allocator import give_back_freed_memory, keep_freed_memory
+from common.speedups import load_speedups
 from model import GPT, IGNORED, PRESETS
 from training.batches import (
     Batches,
@@ -36,7 +36,7 @@ from training.batches import (
     require_length,
 )
 from training.measurements import Measurements, needed_at_once, not_finite_error
-from training.memory import check_memory, fit_batch_size, is_out_of_memory, move_model, out_of_memory_error
+from training.memory import check_memory, fit_batch_size, move_model, out_of_memory_error
 from training.mixture import MixedRows, data_parts, mixture_facts, mixture_name, parse_mixture
 from training.optimizers import init_optimizer_states, make_optimizers, set_rates
 from training.parallel import ALONE, World, averaging, full_tensor, join_job, shard_model
@@ -290,34 +290,6 @@ def rows_and_batches(parts: dict, shares: dict, config: TrainConfig) -> tuple[Te
     return (MixedRows(rows, list(shares.values()), config.seed) if len(rows) > 1 else rows[0]), val_batches
 
 
-def compile_or_eager(model: GPT, config: TrainConfig, ids, targets, world: World = ALONE) -> None:
-    """Compile the model by running it once; where that fails, say so and go on without. Changes no state.
-
-    Each process compiles for its micro-batch, before DistributedDataParallel is around the model: that could not go on
-    after a backward pass that failed.
-    """
-    config = world.micro_batches(config)
-    ids, targets = (np.resize(rows, (config.batch_size, rows.shape[1])) for rows in (ids, targets))
-    states = random_states(config.device)
-    start, failure = time.perf_counter(), None
-    model.compile_training()
-    try:
-        forward_backward(model, config, ids, targets).tolist()  # waits for it
-    except Exception as error:  # compilers fail in many ways; without one the same work runs, only slower
-        if is_out_of_memory(error):
-            raise
-        failure = next(iter(str(error).strip().splitlines()), type(error).__name__)[:200]
-    if world.largest(failure is not None):
-        print(f"warning: torch.compile failed ({failure or 'in another process'}); going on without it")
-        model.uncompile()
-    else:
-        print(f"torch.compile: ready after {time.perf_counter() - start:.1f} s")
-    model.zero_grad(set_to_none=True)
-    set_random_states(states, config.device)
-    gc.collect()  # the compiler leaves hundreds of thousands of objects, here and there in what the step has freed
-    give_back_freed_memory()
-
-
 def forward_backward(
     model: torch.nn.Module, config: TrainConfig, ids, targets, optimizers=(), scaler=None, world: World = ALONE
 ) -> torch.Tensor:
@@ -374,7 +346,8 @@ def train(config: TrainConfig, given: dict, world: World = ALONE) -> int:
     `given` holds the options that the command line really names, which a resumed run takes over. Each process of
     `world` runs this alike: the first one prints and writes, and what needs all of them is asked of `world`.
     """
-    keep_freed_memory()
+    fast = load_speedups()
+    fast.keep_freed_memory()
     config, given = after_restart(config, given, world)
     # What to train: a new model, another run's weights, or a run that goes on. All that can fail, fails before a step.
     saved = None
@@ -415,7 +388,7 @@ def train(config: TrainConfig, given: dict, world: World = ALONE) -> int:
     model = make_model(config, saved)
     shape = f"{config.n_layer} layers, {config.n_head} heads, {config.n_embd} wide"
     print(f"model: {shape}, {model.n_params():,} parameters, {config.dtype}, block size {config.block_size}")
-    model.activation_checkpointing = config.activation_checkpointing
+    fast.speed_up_training(model, config.activation_checkpointing)
     is_sharded = world.size > 1 and config.parallel == "fsdp"
     model = shard_model(model, config.device) if is_sharded else move_model(model, config.device)
     model.train()
@@ -437,7 +410,14 @@ def train(config: TrainConfig, given: dict, world: World = ALONE) -> int:
         measurements = Measurements(run, scaler)
         try:
             if config.compile:
-                compile_or_eager(model, config, *next(iter(val_batches.values()))[0], world)
+                states = random_states(config.device)
+                micro = world.micro_batches(config)
+                rows = [np.resize(one, (micro.batch_size, one.shape[1])) for one in next(iter(val_batches.values()))[0]]
+                fast.compile_training(
+                    model, lambda: forward_backward(model, micro, *rows).tolist(), lambda failed: bool(world.largest(failed))
+                )
+                model.zero_grad(set_to_none=True)
+                set_random_states(states, config.device)
             module = world.wrap(model, config.parallel)
             if not config.resume:
                 init_optimizer_states(optimizers)

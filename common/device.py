@@ -1,6 +1,6 @@
-"""The device to run on and its precision, seeds, and a card's peak FLOP/s.
+"""The device to run on, its precision, seeds, the number of cores, and a GPU's peak FLOP/s.
 
-Importing this module imports no torch; the functions that need it import it when they are called.
+Importing this module does not import torch; the functions that need it import it when they are called.
 """
 
 from __future__ import annotations
@@ -8,11 +8,13 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+from collections.abc import Callable
+from typing import TypedDict
 
 from common.cli import UserError, is_terminal
 
-# Dense tensor-core peak in bfloat16 (float16 on cards older than Ampere), FLOP/s, from the vendors' data sheets.
-# The first name that stands as whole words in the device's name counts, so longer names stand before shorter ones.
+# Dense tensor-core peak in bfloat16 (float16 on cards older than Ampere), in FLOP/s, from the vendors' data sheets.
+# The first entry whose name occurs as whole words in the device's name is used, so longer names come first.
 PEAK_FLOPS = {
     "B200": 2250e12,
     "GH200": 989e12,
@@ -35,18 +37,32 @@ PEAK_FLOPS = {
 }
 
 
+class CudaDevice(TypedDict):
+    index: int
+    name: str
+    free_gib: float
+    total_gib: float
+
+
+def n_cores() -> int:
+    """The number of CPU cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):  # respects taskset and a container's cpuset; Linux only
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 def n_cuda_devices() -> int:
-    """How many CUDA devices there are; unlike `cuda_devices` it takes no memory on any of them."""
+    """The number of CUDA devices. Unlike `cuda_devices`, it allocates no memory on any of them."""
     import torch
 
     return torch.cuda.device_count() if torch.cuda.is_available() else 0
 
 
-def cuda_devices() -> list[dict]:
-    """Every CUDA device: {"index", "name", "free_gib", "total_gib"}."""
+def cuda_devices() -> list[CudaDevice]:
+    """All CUDA devices with their free and total memory."""
     import torch
 
-    devices = []
+    devices: list[CudaDevice] = []
     for index in range(n_cuda_devices()):
         free_bytes, total_bytes = torch.cuda.mem_get_info(index)
         name = torch.cuda.get_device_name(index)
@@ -54,13 +70,15 @@ def cuda_devices() -> list[dict]:
     return devices
 
 
-def choose_device(requested: str | None = None, devices: list[dict] | None = None, ask=None) -> str:
-    """The device to run on, as a string that torch takes ("cuda:1", "mps", "cpu"), and say which it is.
+def choose_device(
+    requested: str | None = None, devices: list[CudaDevice] | None = None, ask: Callable[[str], str] | None = None
+) -> str:
+    """Choose the device to run on and print it; returns a name that torch accepts ("cuda:1", "mps", "cpu").
 
-    `requested` None or "auto": with CUDA devices and a terminal, list them and ask; otherwise the CUDA device with
-    most free memory, else MPS, else the CPU. Raises UserError for a device that this machine lacks.
-    A CUDA device becomes torch's current one, on which streams, graphs and pinned memory are made.
-    `devices` and `ask` stand in for the machine and the person in tests.
+    If `requested` is None or "auto", the user chooses from a list when there are CUDA devices and a terminal;
+    otherwise it is the CUDA device with the most free memory, else MPS, else the CPU. Raises UserError if the machine
+    does not have the requested device. A CUDA device becomes torch's current device, on which streams, graphs and
+    pinned memory are created. Tests pass `devices` and `ask` in place of the machine and the user.
     """
     import torch
 
@@ -73,15 +91,15 @@ def choose_device(requested: str | None = None, devices: list[dict] | None = Non
     return device
 
 
-def _best_device(devices: list[dict], ask) -> str:
+def _best_device(devices: list[CudaDevice], ask: Callable[[str], str] | None) -> str:
     import torch
 
     if devices:
-        roomiest = max(devices, key=lambda device: device["free_gib"])["index"]
+        emptiest = max(devices, key=lambda device: device["free_gib"])["index"]
         if ask is None and not is_terminal():
-            print(f"device: cuda:{roomiest} ({devices[roomiest]['name']}); choose another with --device")
-            return f"cuda:{roomiest}"
-        return f"cuda:{_ask_for_device(devices, roomiest, ask or input)}"
+            print(f"device: cuda:{emptiest} ({devices[emptiest]['name']}); choose another with --device")
+            return f"cuda:{emptiest}"
+        return f"cuda:{_ask_for_device(devices, emptiest, ask or input)}"
     device = "mps" if torch.backends.mps.is_available() else "cpu"
     print(f"device: {device} (no CUDA device found)")
     return device
@@ -108,40 +126,40 @@ def _check_device(requested: str, n_devices: int) -> str:
     raise UserError(f"--device {requested}: unknown device; use cpu, mps, cuda or cuda:N")
 
 
-def _ask_for_device(devices: list[dict], roomiest: int, ask) -> int:
+def _ask_for_device(devices: list[CudaDevice], emptiest: int, ask: Callable[[str], str]) -> int:
     print("CUDA devices:")
     for device in devices:
         print(f"  {device['index']}: {device['name']}, {device['free_gib']:.1f} of {device['total_gib']:.1f} GiB free")
     while True:
         try:
-            answer = ask(f"Device number [{roomiest}]: ").strip()
+            answer = ask(f"Device number [{emptiest}]: ").strip()
         except EOFError:
             answer = ""
         if not answer:
-            return roomiest
+            return emptiest
         if answer.isdecimal() and int(answer) < len(devices):
             return int(answer)
         print(f"{answer!r} is not one of 0 to {len(devices) - 1}")
 
 
 def has_fast_bfloat16(device: str) -> bool:
-    """Whether the device multiplies bfloat16 matrices in hardware rather than emulating them."""
+    """Whether the device multiplies bfloat16 matrices in hardware instead of emulating it."""
     import torch
 
     if device.startswith("cuda"):
         return torch.cuda.get_device_capability(device)[0] >= 8
     if device == "cpu":
-        # AMX and AVX512_BF16 on x86; private names in torch, so a torch without them counts as "no".
+        # AMX and AVX512_BF16 on x86; these names are private in torch, so a version without them counts as "no".
         checks = (getattr(torch.cpu, name, None) for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"))
         return any(check() for check in checks if check)
     return False
 
 
 def choose_dtype(requested: str | None, device: str) -> str:
-    """The precision of the matrix work: "bfloat16", "float16" or "float32".
+    """The precision of matrix products: "bfloat16", "float16" or "float32".
 
-    By default bfloat16 where the device really does it, else float16 on CUDA and float32 elsewhere. A bfloat16 that
-    the device only emulates is allowed, and said.
+    The default is bfloat16 if the hardware supports it, else float16 on CUDA and float32 elsewhere. A slow choice is
+    accepted with a warning.
     """
     if requested in (None, "auto"):
         if has_fast_bfloat16(device):
@@ -150,12 +168,12 @@ def choose_dtype(requested: str | None, device: str) -> str:
     if requested == "bfloat16" and not has_fast_bfloat16(device):
         print(f"warning: {device} only emulates bfloat16, which is slow; --dtype float32 is likely faster")
     if requested == "float16" and device == "cpu":
-        print("warning: products in float16 are slow on most CPUs; --dtype float32 or bfloat16 is likely faster")
+        print("warning: float16 is slow on most CPUs; --dtype float32 or bfloat16 is likely faster")
     return requested
 
 
-def autocast(device: str, dtype: str):
-    """The context in which matrix work on `device` runs in `dtype`; for float32 it changes nothing."""
+def autocast(device: str, dtype: str) -> contextlib.AbstractContextManager:
+    """The context in which matrix products on `device` run in `dtype`; for float32 it does nothing."""
     import torch
 
     if dtype == "float32":
@@ -164,7 +182,7 @@ def autocast(device: str, dtype: str):
 
 
 def seed_everything(seed: int) -> None:
-    """Seed Python's, NumPy's and torch's generators, those of every CUDA device included."""
+    """Seed the generators of Python, NumPy and torch, including those of all CUDA devices."""
     import random
 
     import numpy as np
@@ -176,7 +194,7 @@ def seed_everything(seed: int) -> None:
 
 
 def set_determinism(deterministic: bool) -> None:
-    """Make CUDA's kernels repeat themselves exactly, where asked; before the first use of CUDA."""
+    """Use only deterministic CUDA kernels, or allow all; call it before the first use of CUDA."""
     import torch
 
     if deterministic:
@@ -185,19 +203,19 @@ def set_determinism(deterministic: bool) -> None:
 
 
 def allow_tf32() -> None:
-    """Let float32 products on CUDA run on tensor cores, which read 10 of the 23 bits of each mantissa."""
+    """Allow TF32 on CUDA: float32 products run on tensor cores, which read 10 of the 23 mantissa bits."""
     import torch
 
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
 
 
 def peak_flops(device_name: str) -> float | None:
-    """The dense 16-bit matrix peak of a device in FLOP/s by its name, None where it is not known.
+    """A device's peak in dense 16-bit matrix products, in FLOP/s, by its name; None if it is not known.
 
     >>> peak_flops("NVIDIA H200")
     989000000000000.0
     """
-    other_model = r"(?! (?:Ti|SUPER|Laptop|Max-Q|D)\b)"  # "RTX 3080 Ti" is another card than "RTX 3080"
+    other_model = r"(?! (?:Ti|SUPER|Laptop|Max-Q|D)\b)"  # an "RTX 3080 Ti" is not an "RTX 3080"
     for name, peak in PEAK_FLOPS.items():
         if re.search(rf"\b{re.escape(name)}\b{other_model}", device_name, re.IGNORECASE):
             return peak
@@ -205,7 +223,19 @@ def peak_flops(device_name: str) -> float | None:
 
 
 def has_cpp_compiler() -> bool:
-    """Whether the C++ compiler that torch.compile calls for code on a CPU is there."""
+    """Whether there is a C++ compiler, which torch.compile needs for code that runs on a CPU."""
     import shutil
 
     return any(shutil.which(name) for name in (os.environ.get("CXX") or "g++", "clang++", "cl"))
+
+
+_OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "ALLOC_FAILED")  # CUDA and MPS, the CPU, CUDA's libraries
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an exception says that a device, or the machine itself, ran out of memory."""
+    import torch
+
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and any(phrase in str(error) for phrase in _OUT_OF_MEMORY)

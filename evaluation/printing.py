@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 
-from evaluation.stories import N_COPIED, STORY_SETTINGS, STORY_TOKENS
+from evaluation.stories import N_COPIED, STORY_TOKENS
+from generation.sampling import TEXT_SAMPLING
 
 SCOPE_NAMES = {"assistant": "what the assistant says", "all": "all tokens"}
 
@@ -98,7 +99,7 @@ def verdict_line(name: str, verdict: dict) -> str:
 
 def print_stories(sample: dict) -> None:
     """Print the stories of one checkpoint, how varied they are, and how much is copied."""
-    settings = ", ".join(f"{name} {value}" for name, value in STORY_SETTINGS.items())
+    settings = f"temperature {TEXT_SAMPLING.temperature}, top_k {TEXT_SAMPLING.top_k}"
     print(f"\nstories by {sample['checkpoint']} ({settings}, at most {STORY_TOKENS} tokens each)")
     for story in sample["stories"]:
         print(f"\n> {story['prompt']}\n{story['story'].strip()}")

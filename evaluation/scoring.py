@@ -90,7 +90,7 @@ def score_rows(model: GPT, hidden: Tensor, targets: Tensor) -> tuple[np.ndarray,
     """The loss, and whether the likeliest id is the target, (N,) each, from the last layer's output (N, C)."""
     losses, is_right = [], []
     for rows, chunk in zip(hidden.split(HEAD_CHUNK), targets.split(HEAD_CHUNK), strict=True):
-        logits = model.next_logits(rows)  # (HEAD_CHUNK, n_vocab)
+        logits = model.logits(rows)  # (HEAD_CHUNK, n_vocab)
         is_right.append(logits.argmax(-1) == chunk)
         losses.append(logits.logsumexp(-1) - logits.gather(1, chunk[:, None])[:, 0])  # -log softmax of the target
     return torch.cat(losses).cpu().numpy(), torch.cat(is_right).cpu().numpy()

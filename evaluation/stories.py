@@ -1,7 +1,7 @@
 """Let a model write short stories; measure how varied they are and how much is copied from the training data.
 
     model, info = load_model("models/story5000.pt")
-    stories = write_stories(model, seed=1337)
+    stories = write_stories(model, seed=1337, max_tokens=STORY_TOKENS)
     judge_stories(stories, open_dataset(Path("data"), "story")[0])
 
 A copied share no larger than that of real, unseen stories means that the model writes rather than recites.
@@ -15,6 +15,8 @@ import numpy as np
 import torch
 
 from common.ngrams import hash_ngrams
+from generation.decoding import DecodeStep, decode_step, generate
+from generation.sampling import TEXT_SAMPLING
 from model import GPT
 from setup_tokenizer import ENDOFTEXT_ID, IM_END_ID, encode_text, get_extended_tokenizer
 from training.batches import TokenStream
@@ -24,7 +26,6 @@ SCAN_TOKENS = 1 << 20  # tokens of the training data in memory at a time
 FILTER_BITS = 20
 
 STORY_TOKENS = 200  # the longest story
-STORY_SETTINGS = {"temperature": 0.8, "top_k": 200}  # gen.py's defaults for text
 STOP_IDS = (ENDOFTEXT_ID, IM_END_ID)
 STORY_PROMPTS = (
     "Once upon a time, there was a little girl named Mia. She had a red kite",
@@ -50,11 +51,16 @@ STORY_PROMPTS = (
 )
 
 
-def write_stories(model: GPT, seed: int, max_tokens: int = STORY_TOKENS) -> list[list[int]]:
-    """The ids that `model` writes after each of STORY_PROMPTS, without the prompt, up to the end of the document."""
+def write_stories(
+    model: GPT, seed: int, max_tokens: int = STORY_TOKENS, decode: DecodeStep = decode_step
+) -> list[list[int]]:
+    """The ids that `model` writes after each of STORY_PROMPTS, without the prompt, up to the end of the document.
+
+    They are drawn with gen.py's default settings for text.
+    """
     prompts = [[ENDOFTEXT_ID, *encode_text(prompt)] for prompt in STORY_PROMPTS]
     generator = torch.Generator(model.wte.weight.device).manual_seed(seed)
-    steps = model.generate(prompts, max_tokens, generator=generator, stop_ids=STOP_IDS, **STORY_SETTINGS)
+    steps = generate(model, prompts, max_tokens, TEXT_SAMPLING, generator=generator, stop_ids=STOP_IDS, decode=decode)
     rows = torch.stack(list(steps), 1).tolist()
     return [[i for i in row if i >= 0 and i not in STOP_IDS] for row in rows]
 

@@ -208,12 +208,12 @@ def generate_ours(options, config) -> Work:
     import torch
 
     from generation.engine import Settings, TextEngine
-    from generation.packed_linear import pack_linears
+    from fast import speed_up_generation
     from model import GPT
 
     seed_everything(config.seed)
     model = in_precision(lambda: GPT(model_config(config)), config)
-    print(f"ours: {pack_linears(model, options.quantize, options.streams)}")
+    print(f"ours: {speed_up_generation(model, options.quantize, options.streams).description}")
     engine = TextEngine(model, Settings(temperature=0, seed=0, stop_ids=()))
     prompts = random_prompts(options, model.config.n_vocab)
 
@@ -230,7 +230,7 @@ def generate_ours(options, config) -> Work:
 
         def forward() -> None:
             with torch.inference_mode():
-                model.next_logits(model.hidden(ids)[:, -1]).argmax(-1).tolist()
+                model.logits(model.hidden(ids)[:, -1]).argmax(-1).tolist()
 
         def next_token(ids: list[int]) -> None:
             for _ in engine.stream(ids, 1):

@@ -167,12 +167,12 @@ def print_report(answers: list[Answer], verbose: bool) -> None:
 def model_reply(model) -> Reply:
     """The assistant that a model is: the likeliest id each time, up to and with `<|im_end|>`."""
     enc = get_extended_tokenizer()
-    cache = model.new_cache()  # keeps the conversation so far between the turns
+    cache = new_cache(model)  # keeps the conversation so far between the turns
 
     def reply(messages: list[dict[str, str]]) -> str:
         prompt = encode_chat(messages, add_generation_prompt=True)
         stop_ids = (IM_END_ID, ENDOFTEXT_ID)
-        steps = model.generate([prompt], MAX_REPLY_TOKENS, temperature=0, stop_ids=stop_ids, cache=cache)
+        steps = generate(model, [prompt], MAX_REPLY_TOKENS, Sampling(temperature=0), stop_ids=stop_ids, cache=cache)
         return enc.decode([int(ids[0]) for ids in steps])
 
     return reply

@@ -83,7 +83,7 @@ def look(model: GPT, ids: Sequence[int]) -> tuple[Tensor, Tensor]:
         for hook in hooks:
             hook.remove()
     maps = [attention_map(projection[0], model.config.n_head) for projection in projections]
-    return model.next_logits(hidden[0]).log_softmax(-1).cpu(), torch.stack(maps).cpu()
+    return model.logits(hidden[0]).log_softmax(-1).cpu(), torch.stack(maps).cpu()
 
 
 def attention_map(projection: Tensor, n_head: int) -> Tensor:

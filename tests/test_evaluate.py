@@ -14,13 +14,14 @@ import evaluate
 from common.checkpoint import save_checkpoint
 from common.cli import UserError
 from common.files import sha256_file
+from common.speedups import load_speedups
 from evaluate import EvaluateOptions, measure
 from evaluation import stories
 from evaluation.bootstrap import paired_bootstrap
 from evaluation.printing import print_report, verdict_line
 from evaluation.scoring import score, summarize, windows
 from evaluation.splits import read_split
-from generation.packed_linear import Int8Linear, is_exact
+from fast.packed_linear import Int8Linear, is_exact
 from model import GPT, GPTConfig
 from setup_tokenizer import ENDOFTEXT_ID, encode_chat, encode_document
 from training.batches import assistant_targets, open_dataset
@@ -333,5 +334,18 @@ def test_samples_are_the_models_own_and_repeat_themselves(tmp_path, capsys):
 
 def test_options_are_checked():
     for name in ("stride", "batch_size", "limit"):
-        with pytest.raises(ValueError, match=f"{name} must be at least 1"):
+        with pytest.raises(ValueError, match=f"--{name} must be at least 1"):
             EvaluateOptions(("x.pt",), **{name: 0})
+    with pytest.raises(ValueError, match="leave out --plain"):
+        EvaluateOptions(("x.pt",), plain=True, quantize="int8")
+
+
+def test_plain_gives_the_same_numbers_and_8_bit_weights_need_the_fast_parts(tmp_path):
+    write_dataset(tmp_path, "story", DOCUMENTS)
+    path = write_checkpoint(tmp_path / "x.pt", tiny_model(), "story")
+    settings = {"data_dir": str(tmp_path), "device": "cpu", "dtype": "float32"}
+    plain, fast = (measure(EvaluateOptions((path,), **settings), module) for module in (None, load_speedups(False)))
+    losses = [report["datasets"]["story"]["results"][0]["all"]["loss"] for report in (plain, fast)]
+    assert losses[0] == losses[1]
+    with pytest.raises(UserError, match="needs the folder fast/"):
+        measure(EvaluateOptions((path,), quantize="int8", **settings), None)

@@ -28,8 +28,10 @@ EVERYWHERE = {"cli", "device", "files"}
 # Beside the standard library and EVERYWHERE: what a module imports when it is imported, and what only inside its
 # functions. A module that is missing here may import any own module that is no script, and any installed package.
 TABLE = {
-    "cli": (set(), set()),
+    "output": (set(), set()),
+    "cli": ({"output"}, set()),
     "device": (set(), {"torch", "numpy"}),
+    "speedups": (set(), set()),
     "allocator": (set(), set()),
     "files": (set(), set()),
     "setup_tokenizer": ({"tiktoken"}, {"numpy"}),

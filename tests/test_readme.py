@@ -80,7 +80,7 @@ def test_each_default_is_in_the_readme(section, options):
     assert rows.keys() == fields.keys()
     for name, field in fields.items():
         if field.default is None:  # chosen later, which the help says
-            chosen = re.search(r" \(default: ([^)]*)\)", field.metadata["help"])
+            chosen = re.search(r" \(default: ([^)]*)\)", field.metadata["option"].help)
             assert rows[name] == (chosen[1] if chosen else ""), name
         elif field.default:
             assert rows[name] == f"`{field.default}`", name

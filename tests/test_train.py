@@ -1136,7 +1136,7 @@ def test_every_option_is_read_somewhere():
     [
         (["--max_iters", "0"], "max_iters must be at least 1, not 0"),
         (["--batch_size", "0"], "batch_size must be at least 1, not 0"),
-        (["--batch_size", "many"], "argument --batch_size: must be a number or auto, not 'many'"),
+        (["--batch_size", "many"], "--batch_size must be a number or auto, not 'many'"),
         (["--dropout", "1"], "dropout must be at least 0 and below 1, not 1.0"),
         (["--learning_rate", "nan"], "learning_rate must be at least 0, not nan"),
         (["--muon_learning_rate", "-1"], "muon_learning_rate must be at least 0"),

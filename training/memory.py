@@ -11,20 +11,13 @@ import numpy as np
 import torch
 
 from common.cli import UserError
+from common.device import is_out_of_memory
 from model import GPT, GPTConfig
 from training.parallel import ALONE, World
-from training.tied_head import HEAD_CHUNK
+from fast.tied_head import LOSS_CHUNK_ROWS
 
-OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "ALLOC_FAILED")  # CUDA and MPS, the CPU, CUDA's libraries
 HEADROOM = 0.9  # share of the free memory that a step may fill
 LEAST_SHARE, LEAST_SHARE_COMPILED = 0.5, 0.25  # of `step_bytes` that a step takes at least, in bfloat16
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether a device, or the machine itself, had too little memory."""
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
-        return True
-    return isinstance(error, RuntimeError) and any(phrase in str(error) for phrase in OUT_OF_MEMORY)
 
 
 def move_model(model: GPT, device: str) -> GPT:
@@ -88,7 +81,7 @@ def fit_batch_size(
             print("warning: this system does not say how much memory is free; --batch_size auto changes nothing")
             return config.batch_size, config.gradient_accumulation_steps
         room = HEADROOM * available / world.local_size
-        recomputes = model.activation_checkpointing
+        recomputes = config.activation_checkpointing
         fits = (size for size in sizes if step_bytes(model.config, size, recomputes) <= room)
     else:
         fits = (size for size in sizes if _step_fits(model, config, step, size, world))
@@ -105,7 +98,7 @@ def check_memory(model: GPT, config, world: World = ALONE) -> None:
     if config.device != "cpu" or available is None:
         return
     config = world.micro_batches(config)
-    most = step_bytes(model.config, config.batch_size, model.activation_checkpointing)
+    most = step_bytes(model.config, config.batch_size, config.activation_checkpointing)
     least = most * (LEAST_SHARE_COMPILED if config.compile else LEAST_SHARE)
     if least > available / world.local_size:
         raise out_of_memory_error(config)
@@ -152,7 +145,7 @@ def step_bytes(config: GPTConfig, batch_size: int, recomputes: bool = False) -> 
     tokens = batch_size * config.block_size
     kept = config.n_layer + 18 if recomputes else 18 * config.n_layer
     activations = tokens * config.n_embd * (kept + 16)
-    logits = (min(HEAD_CHUNK, tokens) + 2 * config.n_embd) * config.vocab_size
+    logits = (min(LOSS_CHUNK_ROWS, tokens) + 2 * config.n_embd) * config.vocab_size
     weights = config.vocab_size * config.n_embd + 12 * config.n_layer * config.n_embd**2
     return 4 * (activations + logits + 4 * weights) + (128 << 20)
 

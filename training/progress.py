@@ -9,6 +9,8 @@ import torch
 
 from common.cli import UserError
 from common.device import peak_flops
+from generation.decoding import generate
+from generation.sampling import Sampling
 from model import GPT
 from training.mixture import data_parts
 
@@ -92,7 +94,7 @@ def sample_text(model: GPT, config, chat: bool, iter_num: int) -> str | None:
     generator = torch.Generator(config.device).manual_seed(config.seed + iter_num)
     stop_ids = (setup_tokenizer.ENDOFTEXT_ID, setup_tokenizer.IM_END_ID)
     max_tokens = min(60, config.block_size - len(prompt))
-    steps = model.generate([prompt], max_tokens, temperature=0.8, top_k=50, generator=generator, stop_ids=stop_ids)
+    steps = generate(model, [prompt], max_tokens, Sampling(0.8, 50), generator=generator, stop_ids=stop_ids)
     ids = [int(step[0]) for step in steps]
     return enc.decode([token_id for token_id in ids if token_id not in stop_ids])
 

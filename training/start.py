@@ -9,6 +9,7 @@ from common.checkpoint import load_weights, read_info
 from common.cli import UserError
 from exchange.loading import load_checkpoint
 from model import GPT, PRESETS, GPTConfig
+from training.initialization import init_for_copying
 from training.mixture import data_parts, mixture_name, parse_mixture
 from training.parallel import World
 
@@ -40,7 +41,7 @@ def make_model(config, saved: dict | None) -> GPT:
     if saved:
         load_weights(model, saved["model"], source)
     else:
-        model.init_for_copying()
+        init_for_copying(model)
     return model
 
 

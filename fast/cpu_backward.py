@@ -1,22 +1,26 @@
 """Backward passes written by hand for compiled training on a CPU, where torch's own take up to three times as long.
 
-`linear` and `attention` give what F.linear and F.scaled_dot_product_attention give. Legend of shapes: B batch, T time,
-H heads, D head size, N rows.
+Replaces: F.linear and F.scaled_dot_product_attention, whose results `linear` and `attention` return.
+Gains: see docs/performance.md, "What each fast part gains".
+Skipped: in eager steps, on other devices, in evaluation; `linear` also in float32, `attention` also with dropout.
+
+Shapes: B batch, T time, H heads, D head size, N rows.
 """
 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-KEY_BLOCK = 256  # keys whose scores exist at the same time in attention's backward pass
+KEY_BLOCK = 256  # keys whose scores exist at the same time in the backward pass of attention
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """F.linear with another product for the gradient of its weight."""
+    """F.linear with a faster product for the gradient of its weight."""
     return _Linear.apply(x, weight, bias)
 
 
@@ -26,19 +30,20 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
 
 
 class _Linear(torch.autograd.Function):
-    """The gradient of the weight is a product whose first matrix, the smaller of the two, is copied row by row before.
+    """For the weight's gradient, the first and smaller matrix of the product is copied row by row beforehand.
 
     torch multiplies a transposed view instead, which takes twice as long.
     """
 
     @staticmethod
-    def forward(ctx, x, weight, bias):
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.has_bias = bias is not None
         return F.linear(x, weight, bias)
 
     @staticmethod
-    def backward(ctx, y_grad):
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (y_grad,) = grads
         x, weight = ctx.saved_tensors
         n_out, n_in = weight.shape
         rows, row_grads = x.to(y_grad.dtype).flatten(0, -2), y_grad.flatten(0, -2)  # (N, n_in), (N, n_out)
@@ -54,20 +59,20 @@ class _Linear(torch.autograd.Function):
 
 
 def copied(matrix: Tensor) -> Tensor:
-    """A copy of a matrix that lies row by row; unlike `contiguous`, the compiler does not take it for a view."""
+    """A row-major copy of a matrix; unlike `contiguous`, the compiler does not treat it as a view."""
     return torch.ops.prims.inductor_force_stride_order(matrix, (matrix.shape[1], 1))
 
 
 class _Attention(torch.autograd.Function):
     """torch's forward pass, and a backward pass of large products.
 
-    As in "FlashAttention" (Dao et al. 2022, appendix B.4) the weights are computed again from the scores and each
-    query's logsumexp; here for KEY_BLOCK keys at a time. Scores are stored as (keys, queries), so that only the
-    gradient of the queries needs a transposed matrix.
+    As in "FlashAttention" (Dao et al. 2022, appendix B.4) the weights are recomputed from the scores and each query's
+    logsumexp, here for KEY_BLOCK keys at a time. Scores are stored as (keys, queries), so that only the gradient of the
+    queries needs a transposed matrix.
     """
 
     @staticmethod
-    def forward(ctx, q, k, v, mask):
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
         flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
         y, logsumexp = flash(q, k, v, 0.0, mask is None, attn_mask=mask)
@@ -75,13 +80,14 @@ class _Attention(torch.autograd.Function):
         return y
 
     @staticmethod
-    def backward(ctx, y_grad):
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (y_grad,) = grads
         q, k, v, y, logsumexp, mask = ctx.saved_tensors
         T, scale = q.shape[2], 1 / math.sqrt(q.shape[3])
         y_grad = y_grad.contiguous()
         delta = (y_grad.float() * y.float()).sum(3)  # (B, H, T), the mean of a query's weight gradients
         q_grad, k_grads, v_grads = None, [], []
-        for start in range(0, T, KEY_BLOCK):  # queries before the block do not look at it
+        for start in range(0, T, KEY_BLOCK):  # queries before the block do not attend to it
             keys, values = k[:, :, start : start + KEY_BLOCK], v[:, :, start : start + KEY_BLOCK]
             queries, y_grads = q[:, :, start:], y_grad[:, :, start:]
             scores = (keys @ queries.transpose(2, 3)).float() * scale - logsumexp[:, :, None, start:]

@@ -1,15 +1,15 @@
-/* y = gelu(x weight' * scale + bias) + residual for a few rows x: what generation does for each token.
+/* y = gelu(x weight' * scale + bias) + residual for a few rows x, as in each decode step.
  *
- * Every weight is read once, in the order in which it lies in memory, and ahead of its use: the time is the memory's.
- * Up to 4 rows are multiplied by vector instructions, up to 16 by AMX's matrix instructions where the processor has them.
- * The compiler leaves parallel regions to the OpenMP library that torch has loaded, so both share its threads.
+ * Every weight is read once, in memory order, and prefetched before its use: memory bandwidth sets the time. Up to 4 rows
+ * are multiplied by vector instructions, up to 16 by AMX's matrix instructions on processors that have them. Parallel
+ * regions run on the OpenMP library that torch has loaded, so both share its threads.
  */
 #include "lanes.h"
 
-#define AHEAD 8192       /* bytes between what is used and what is fetched, into the second cache */
-#define STEP (4 * LANES) /* weights of a turn: four sums hide how long each addition takes */
+#define AHEAD 8192       /* bytes between what is used and what is prefetched into the L2 cache */
+#define STEP (4 * LANES) /* weights per iteration: four sums hide the latency of each addition */
 
-/* The products of one output's weights with each of `rows` inputs, which are float32 with `inputs` in a row. */
+/* The products of one output's weights with each of `rows` inputs, which are float32 with `inputs` per row. */
 static inline __attribute__((always_inline)) void products(
     const char *weight, const int is_int8, const float *x, const int rows, long inputs, float *found
 ) {
@@ -17,20 +17,20 @@ static inline __attribute__((always_inline)) void products(
     lanes sums[rows][4];
     for (int row = 0; row < rows; row++)
         for (int part = 0; part < 4; part++) sums[row][part] = ZERO;
-    long place = 0;
-    for (; place + STEP <= inputs; place += STEP) {
+    long index = 0;
+    for (; index + STEP <= inputs; index += STEP) {
         for (int line = 0; line < bytes * STEP; line += 64)
-            __builtin_prefetch(weight + bytes * place + line + AHEAD, 0, 2);
+            __builtin_prefetch(weight + bytes * index + line + AHEAD, 0, 2);
         for (int part = 0; part < 4; part++) {
-            const char *here = weight + bytes * (place + part * LANES);
+            const char *here = weight + bytes * (index + part * LANES);
             lanes weights = is_int8 ? FROM_INT8(here) : FROM_BFLOAT16(here);
             for (int row = 0; row < rows; row++)
-                sums[row][part] = ADD_PRODUCT(weights, LOAD(x + row * inputs + place + part * LANES), sums[row][part]);
+                sums[row][part] = ADD_PRODUCT(weights, LOAD(x + row * inputs + index + part * LANES), sums[row][part]);
         }
     }
     for (int row = 0; row < rows; row++) {
         float total = SUM(ADD(ADD(sums[row][0], sums[row][1]), ADD(sums[row][2], sums[row][3])));
-        for (long rest = place; rest < inputs; rest++) {
+        for (long rest = index; rest < inputs; rest++) {
             float one = is_int8 ? ((const int8_t *)weight)[rest] : float_of(((const uint16_t *)weight)[rest]);
             total += one * x[row * inputs + rest];
         }
@@ -54,16 +54,16 @@ struct layer {
 #define DEPTH 32       /* inputs in a tile */
 #define ADD_TILE(sums, weights, x) { _tile_loadd(4, weights, 64); _tile_loadd(5, x, 64); _tile_dpbf16ps(sums, 4, 5); }
 
-/* Whether the system lets this process use the tiles, as which Linux has to be asked. */
+/* Whether the system lets this process use the tiles; Linux has to be asked for them. */
 static int has_tiles(void) {
     const long arch_req_xcomp_perm = 0x1023, xfeature_xtiledata = 18;
     return syscall(SYS_arch_prctl, arch_req_xcomp_perm, xfeature_xtiledata) == 0;
 }
 
-/* Sums (16 outputs, 16 rows) of the outputs' weights with x, which lies as AMX wants it (inputs / 2, 16 rows, 2).
+/* Sums (16 outputs, 16 rows) of the outputs' weights with x in AMX's layout (inputs / 2, 16 rows, 2).
  *
- * The weights are copied into tiles first, a row's next 128 at a time, so that memory is read along its rows; int8 as
- * bfloat16, which holds it exactly. Four tiles take turns in adding up, for each addition takes its time. */
+ * The weights are first copied into tiles, 128 of each row at a time, so that memory is read along its rows; int8 becomes
+ * bfloat16, which represents it exactly. Four tiles accumulate in turn, to hide the latency of each addition. */
 static inline __attribute__((always_inline)) void tile_products(
     const char *weight, const int is_int8, const uint32_t *x, long inputs, float sums[4][SIDE][SIDE]
 ) {
@@ -74,16 +74,16 @@ static inline __attribute__((always_inline)) void tile_products(
     _tile_zero(1);
     _tile_zero(2);
     _tile_zero(3);
-    for (long place = 0; place < inputs; place += 4 * DEPTH) {
-        const int n_tiles = inputs - place < 4 * DEPTH ? (inputs - place) / DEPTH : 4;
+    for (long index = 0; index < inputs; index += 4 * DEPTH) {
+        const int n_tiles = inputs - index < 4 * DEPTH ? (inputs - index) / DEPTH : 4;
         for (int row = 0; row < SIDE; row++) {
-            const char *here = weight + row * row_bytes + bytes * place;
+            const char *here = weight + row * row_bytes + bytes * index;
             for (int line = 0; line < bytes * n_tiles * DEPTH; line += 64, next += 64) __builtin_prefetch(next, 0, 2);
             for (int tile = 0; tile < n_tiles; tile++, here += bytes * DEPTH)
                 _mm512_store_si512(tiles[tile][row], is_int8
                     ? (__m512i)_mm512_cvtne2ps_pbh(FROM_INT8(here + 16), FROM_INT8(here)) : _mm512_loadu_si512(here));
         }
-        const uint32_t *part = x + place / 2 * SIDE;
+        const uint32_t *part = x + index / 2 * SIDE;
         ADD_TILE(0, tiles[0], part)
         if (n_tiles > 1) ADD_TILE(1, tiles[1], part + DEPTH / 2 * SIDE)
         if (n_tiles > 2) ADD_TILE(2, tiles[2], part + DEPTH * SIDE)
@@ -95,7 +95,7 @@ static inline __attribute__((always_inline)) void tile_products(
     _tile_stored(3, sums[3], 64);
 }
 
-/* row_product for up to 16 rows; all but int8 weights is bfloat16. */
+/* row_product for up to 16 rows; everything but int8 weights is bfloat16. */
 static void tile_product(
     const struct layer *layer, const uint16_t *x, const uint16_t *residual, uint16_t *y, long rows, int has_gelu
 ) {
@@ -116,7 +116,7 @@ static void tile_product(
         _tile_loadconfig(&shape);
 #pragma omp for schedule(static)
         for (long group = 0; group < (outputs + SIDE - 1) / SIDE; group++) {
-            /* The last group begins where it still is whole; what two make of an output is the same. */
+            /* The last group starts early enough to be whole; outputs that two groups compute are the same. */
             const long first = (group + 1) * SIDE <= outputs ? group * SIDE : outputs - SIDE;
             if (layer->is_int8) tile_products(layer->weight + first * inputs, 1, tiles, inputs, sums);
             else tile_products(layer->weight + 2 * first * inputs, 0, tiles, inputs, sums);
@@ -130,7 +130,7 @@ static void tile_product(
                 if (has_gelu) {
                     float numbers[SIDE];
                     _mm512_storeu_ps(numbers, values);
-                    for (int place = 0; place < SIDE; place++) numbers[place] = gelu(numbers[place]);
+                    for (int index = 0; index < SIDE; index++) numbers[index] = gelu(numbers[index]);
                     values = LOAD(numbers);
                 }
                 if (residual) values = ADD(values, FROM_BFLOAT16(residual + row * outputs + first));
@@ -147,7 +147,7 @@ static void tile_product(
 #define tile_product(layer, x, residual, y, rows, has_gelu) (void)0
 #endif
 
-/* The rows that `row_product` takes of a layer; the time of more is no longer the memory's. */
+/* The most rows that `row_product` accepts for a layer; with more, memory no longer sets the time. */
 long most_rows(const struct layer *layer) {
     int is_tiled = layer->is_bfloat16 && layer->outputs >= SIDE && layer->inputs % DEPTH == 0 && has_tiles();
     return is_tiled ? 16 : 4;
@@ -162,12 +162,12 @@ void row_product(const struct layer *layer, const void *x, const void *residual,
         return;
     }
     float numbers[rows * inputs];
-    for (long place = 0; place < rows * inputs; place++) numbers[place] = element(x, place, is_bfloat16);
+    for (long index = 0; index < rows * inputs; index++) numbers[index] = element(x, index, is_bfloat16);
 #pragma omp parallel for schedule(static)
     for (long output = 0; output < outputs; output++) {
         const char *weight = layer->weight + (is_int8 ? 1 : 2) * output * inputs;
         float found[4];
-        switch (2 * rows + is_int8) { /* numbers that the compiler knows, so that sums stay in registers */
+        switch (2 * rows + is_int8) { /* constants for the compiler, so that sums stay in registers */
             case 2: products(weight, 0, numbers, 1, inputs, found); break;
             case 3: products(weight, 1, numbers, 1, inputs, found); break;
             case 4: products(weight, 0, numbers, 2, inputs, found); break;
@@ -178,14 +178,14 @@ void row_product(const struct layer *layer, const void *x, const void *residual,
             default: products(weight, 1, numbers, 4, inputs, found);
         }
         for (long row = 0; row < rows; row++) {
-            long place = row * outputs + output;
+            long index = row * outputs + output;
             float value = found[row];
             if (layer->scale) value *= element(layer->scale, output, is_bfloat16);
             if (layer->bias) value += element(layer->bias, output, is_bfloat16);
             if (has_gelu) value = gelu(value);
-            if (residual) value += element(residual, place, is_bfloat16);
-            if (is_bfloat16) ((uint16_t *)y)[place] = bfloat16_of(value);
-            else ((float *)y)[place] = value;
+            if (residual) value += element(residual, index, is_bfloat16);
+            if (is_bfloat16) ((uint16_t *)y)[index] = bfloat16_of(value);
+            else ((float *)y)[index] = value;
         }
     }
 }

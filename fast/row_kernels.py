@@ -1,8 +1,12 @@
-"""What generation does for each token, in C: builds row_product.c and row_attention.c for this processor, calls them.
+"""Kernels in C for what generation computes for each token: builds them for this processor and calls them.
 
-if build():
-    y = RowProduct(weight, None, bias)(x)    # x @ weight.T + bias
-    y = attend(qkv, keys_values, place)
+    if build():
+        y = RowProduct(weight, None, bias)(x)    # x @ weight.T + bias
+        y = attend(qkv, keys_values, position)
+
+Replaces: F.linear for a few rows (row_product.c) and attention of one new token per row (row_attention.c).
+Gains: see docs/performance.md, "What each fast part gains".
+Skipped: without a C compiler and on processors without AVX2.
 """
 
 from __future__ import annotations
@@ -36,19 +40,19 @@ class Layer(ctypes.Structure):
 def build(processor: str = "native") -> ctypes.CDLL | None:
     """The compiled SOURCES; None without a C compiler or on a processor without AVX2.
 
-    Building takes half a second, once in a process, so that nothing is left behind on the disk.
+    They are built once per process, in half a second, so that nothing is left on the disk.
     """
     return _build(processor)
 
 
-@functools.cache  # not of `build`: with and without its default would be two builds
+@functools.cache  # not `build` itself: calls with and without the default argument would build twice
 def _build(processor: str) -> ctypes.CDLL | None:
     compiler = next(filter(None, map(shutil.which, (os.environ.get("CC") or "gcc", "clang", "cc"))), None)
     if compiler is None:
         return None
     with tempfile.TemporaryDirectory() as folder:
         compiling = [compiler, "-O3", f"-march={processor}", "-fopenmp", "-fPIC", "-c"]
-        # Linked without OpenMP's library: torch has loaded one, and a second would bring its own threads.
+        # Linked without OpenMP's library: torch has loaded one, and a second one would start its own threads.
         linking = [compiler, "-shared", *(f"{source.stem}.o" for source in SOURCES), "-o", "kernels.so"]
         call = functools.partial(subprocess.run, check=True, capture_output=True, timeout=BUILD_S, cwd=folder)
         try:
@@ -56,7 +60,7 @@ def _build(processor: str) -> ctypes.CDLL | None:
                 list(side_by_side.map(lambda source: call([*compiling, str(source)]), SOURCES))
             call(linking)
             library = ctypes.CDLL(str(Path(folder, "kernels.so")), mode=os.RTLD_NOW)
-        except (OSError, subprocess.SubprocessError):  # another processor, or a compiler that knows no OpenMP
+        except (OSError, subprocess.SubprocessError):  # another processor, or a compiler without OpenMP
             return None
     library.row_product.argtypes = [ctypes.POINTER(Layer), *[ctypes.c_void_p] * 3, ctypes.c_long, ctypes.c_int]
     library.row_product.restype = None
@@ -71,13 +75,14 @@ def _build(processor: str) -> ctypes.CDLL | None:
 class RowProduct:
     """x @ weight.T * scale + bias, (N, M), summed in float32, for x (N, K) of up to `most_rows` rows.
 
-    Where asked, GELU (tanh) of it, and a residual (N, M) added, before the result is rounded.
+    Optionally with GELU (tanh) applied and a residual (N, M) added before the result is rounded.
 
     weight (M, K) in bfloat16 or int8, scale and bias (M,) or None; all on the CPU, all but the weight bfloat16 or all
-    float32. Raises NotImplementedError where the kernel cannot be built.
+    float32. Raises NotImplementedError if the kernel cannot be built.
     """
 
-    def __init__(self, weight: Tensor, scale: Tensor | None = None, bias: Tensor | None = None, processor="native"):
+    def __init__(self, weight: Tensor, scale: Tensor | None = None, bias: Tensor | None = None, processor: str = "native"
+    ):
         library = build(processor)
         if library is None:
             raise NotImplementedError("no C compiler, or a processor without AVX2")
@@ -100,13 +105,13 @@ class RowProduct:
         return y
 
 
-def attend(qkv: Tensor, keys_values: Tensor, place: int, processor="native") -> Tensor:
-    """Attention of one new token a row: qkv (B, 3 C) is stored at `place` and looks at what stands up to there; (B, C).
+def attend(qkv: Tensor, keys_values: Tensor, position: int, processor: str = "native") -> Tensor:
+    """Attention of one new token per row, (B, C): qkv (B, 3 C) is stored at `position` and attends up to there.
 
-    keys_values (2, B, H, room, D) is a layer's part of a KVCache. All are bfloat16, contiguous and on the CPU.
+    keys_values (2, B, H, block_size, D) is a layer's part of a KVCache. All are bfloat16, contiguous and on the CPU.
     """
     _, rows, heads, room, size = keys_values.shape
     y = torch.empty(rows, heads * size, dtype=torch.bfloat16)
     pointers = qkv.data_ptr(), keys_values.data_ptr(), y.data_ptr()
-    build(processor).row_attention(*pointers, rows, heads, size, room, place)
+    build(processor).row_attention(*pointers, rows, heads, size, room, position)
     return y

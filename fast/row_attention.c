@@ -1,6 +1,6 @@
-/* Attention of one new token a row, which generation makes for each layer: keys and values are read once, as they lie.
+/* Attention of one new token per row, for each layer of a decode step: keys and values are read once, in memory order.
  *
- * The compiler leaves parallel regions to the OpenMP library that torch has loaded, so both share its threads.
+ * Parallel regions run on the OpenMP library that torch has loaded, so both share its threads.
  */
 #include <string.h>
 
@@ -9,22 +9,22 @@
 #define LARGEST_HEAD 256
 
 static inline __attribute__((always_inline)) void fetch(const uint16_t *numbers, const long size) {
-    for (long place = 0; place < size; place += 32) __builtin_prefetch(numbers + place, 0, 2);
+    for (long position = 0; position < size; position += 32) __builtin_prefetch(numbers + position, 0, 2);
 }
 
-/* y (size) of one head: q (size) looks at `length` keys and values (length, size). The values are fetched while the keys
- * are at work, and then `next`, the next head's keys. `weights` has room for length + LANES numbers. */
+/* y (size) of one head: q (size) attends to `length` keys and values (length, size). While the keys are used the values are
+ * prefetched, and then `next`, the next head's keys. `weights` has room for length + LANES numbers. */
 static inline __attribute__((always_inline)) void attend(
     const uint16_t *q, const uint16_t *keys, const uint16_t *values, const uint16_t *next, uint16_t *y, long length,
     const long size, float *weights
 ) {
     float query[LARGEST_HEAD], largest = -INFINITY, scale = 1 / sqrtf(size);
-    for (long place = 0; place < size; place++) query[place] = float_of(q[place]) * scale;
+    for (long position = 0; position < size; position++) query[position] = float_of(q[position]) * scale;
     for (long token = 0; token < length; token++) {
         lanes sum = ZERO;
         fetch(values + token * size, size);
-        for (long place = 0; place < size; place += LANES)
-            sum = ADD_PRODUCT(FROM_BFLOAT16(keys + token * size + place), LOAD(query + place), sum);
+        for (long position = 0; position < size; position += LANES)
+            sum = ADD_PRODUCT(FROM_BFLOAT16(keys + token * size + position), LOAD(query + position), sum);
         weights[token] = SUM(sum);
         largest = weights[token] > largest ? weights[token] : largest;
     }
@@ -39,33 +39,33 @@ static inline __attribute__((always_inline)) void attend(
             sums[part] = ADD_PRODUCT(SAME(weights[token]), FROM_BFLOAT16(values + token * size + part * LANES), sums[part]);
     }
     const float all = SUM(total);
-    for (long place = 0; place < size; place++) y[place] = bfloat16_of(((const float *)sums)[place] / all);
+    for (long position = 0; position < size; position++) y[position] = bfloat16_of(((const float *)sums)[position] / all);
 }
 
-/* Whether heads of this size are served. */
+/* Whether heads of this size are supported. */
 int serves_heads(long size) { return size % LANES == 0 && size <= LARGEST_HEAD; }
 
-/* Store the keys and values of qkv (rows, 3, heads, size) at `place` of a layer's (2, rows, heads, room, size) and let
- * each query look at those up to there: y (rows, heads, size). All are bfloat16. */
+/* Store the keys and values of qkv (rows, 3, heads, size) at `position` of a layer's (2, rows, heads, room, size) and
+ * let each query attend to those up to there: y (rows, heads, size). All are bfloat16. */
 void row_attention(
-    const uint16_t *qkv, uint16_t *keys_values, uint16_t *y, long rows, long heads, long size, long room, long place
+    const uint16_t *qkv, uint16_t *keys_values, uint16_t *y, long rows, long heads, long size, long room, long position
 ) {
     const long width = heads * size;
 #pragma omp parallel
     {
-        float weights[place + 1 + LANES];
+        float weights[position + 1 + LANES];
 #pragma omp for schedule(static)
         for (long head = 0; head < rows * heads; head++) {
             const uint16_t *query = qkv + head / heads * 3 * width + head % heads * size;
             uint16_t *keys = keys_values + head * room * size, *values = keys + rows * heads * room * size;
             const uint16_t *next = keys + room * size;
-            memcpy(keys + place * size, query + width, size * sizeof(uint16_t));
-            memcpy(values + place * size, query + 2 * width, size * sizeof(uint16_t));
+            memcpy(keys + position * size, query + width, size * sizeof(uint16_t));
+            memcpy(values + position * size, query + 2 * width, size * sizeof(uint16_t));
             uint16_t *here = y + head * size;
-            switch (size) { /* numbers that the compiler knows, so that sums stay in registers */
-                case 32: attend(query, keys, values, next, here, place + 1, 32, weights); break;
-                case 64: attend(query, keys, values, next, here, place + 1, 64, weights); break;
-                default: attend(query, keys, values, next, here, place + 1, size, weights);
+            switch (size) { /* constants for the compiler, so that sums stay in registers */
+                case 32: attend(query, keys, values, next, here, position + 1, 32, weights); break;
+                case 64: attend(query, keys, values, next, here, position + 1, 64, weights); break;
+                default: attend(query, keys, values, next, here, position + 1, size, weights);
             }
         }
     }

@@ -1,4 +1,4 @@
-/* Vectors of float32 that AVX512 or AVX2 work on, and bfloat16 to and from float32. */
+/* Vectors of float32 in AVX512 or AVX2 registers, and conversions between bfloat16 and float32. */
 #include <immintrin.h>
 #include <math.h>
 #include <stdint.h>
@@ -33,7 +33,7 @@ static inline float sum_of_8(__m256 numbers) {
     return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
 }
 #else
-#error "no vector instructions that this was written for"
+#error "needs AVX512 or AVX2 with FMA"
 #endif
 
 static inline float float_of(uint16_t bfloat16) {
@@ -47,14 +47,14 @@ static inline uint16_t bfloat16_of(float number) { /* rounds to the nearest, to 
     return (uint16_t)((value.bits + 0x7fff + ((value.bits >> 16) & 1)) >> 16);
 }
 
-static inline float element(const void *numbers, long place, int is_bfloat16) {
-    return is_bfloat16 ? float_of(((const uint16_t *)numbers)[place]) : ((const float *)numbers)[place];
+static inline float element(const void *numbers, long index, int is_bfloat16) {
+    return is_bfloat16 ? float_of(((const uint16_t *)numbers)[index]) : ((const float *)numbers)[index];
 }
 
-/* exp(x) for x <= 0 within a few units of the last place: a power of two, and the rest by its series. */
+/* exp(x) for x <= 0, accurate to a few ulp: a power of two times the Taylor series of the rest. */
 static inline float exponential(float x) {
     const float power = (x < -87 ? -87 : x) * 1.44269504f;
-    const float whole = (power + 12582912.0f) - 12582912.0f; /* the sum has no bits for less than ones */
+    const float whole = (power + 12582912.0f) - 12582912.0f; /* rounds: the sum has no bits for fractions */
     const float rest = (power - whole) * 0.69314718f;        /* at most 0.35 */
     const float series =
         1 + rest * (1 + rest * (1 / 2.0f + rest * (1 / 6.0f + rest * (1 / 24.0f + rest * (1 / 120.0f + rest / 720)))));

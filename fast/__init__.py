@@ -1,0 +1,17 @@
+"""Faster or smaller versions of the plain parts, put in from outside; without this folder every script still runs.
+
+    keep_freed_memory()                              # before the first tensor
+    speed_up_training(model)                         # the same losses and gradients in less time and memory
+    compile_training(model, trial_step, any_failed)  # after that: torch.compile for the blocks
+    speed_up_generation(model, quantize="int8")      # a model that only generates from then on
+
+Scripts get this package from `common.speedups.load_speedups`. No other module imports it or knows one of its parts.
+Replaced modules keep their parameters and the parameters' names, so checkpoints are the same with and without.
+"""
+
+from fast.allocator import keep_freed_memory
+from fast.generation import speed_up_generation
+from fast.tied_head import LOSS_CHUNK_ROWS
+from fast.training import compile_training, speed_up_training
+
+__all__ = ["LOSS_CHUNK_ROWS", "compile_training", "keep_freed_memory", "speed_up_generation", "speed_up_training"]

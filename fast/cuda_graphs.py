@@ -1,0 +1,63 @@
+"""The decode step as CUDA graphs: one launch instead of a few hundred kernel launches.
+
+Replaces: generation.decoding.decode_step on CUDA.
+Gains: not measured yet (no GPU was available); the launches of GPT-2 124M take several times as long as its kernels.
+Skipped: with --plain and on other devices.
+"""
+
+from __future__ import annotations
+
+import weakref
+
+import torch
+from torch import Tensor
+
+from generation.decoding import decode_at
+from model import GPT, KVCache
+
+GRAPH_CONTEXT = 256  # a graph is captured for each multiple of this context, so that short contexts stay cheap
+
+
+class CapturedDecode:
+    """A `DecodeStep` that captures its kernels at the first call for a cache and a context, and replays them later."""
+
+    def __init__(self) -> None:
+        self._graphs: weakref.WeakKeyDictionary[KVCache, _CacheGraphs] = weakref.WeakKeyDictionary()
+
+    def __call__(self, model: GPT, ids: Tensor, lengths: list[int], cache: KVCache) -> Tensor:
+        """Logits (B, n_vocab) of what follows ids (B,) at positions `lengths`; the next call overwrites them."""
+        if cache not in self._graphs:
+            self._graphs[cache] = _CacheGraphs(ids)
+        return self._graphs[cache].replay(model, ids, lengths, cache)
+
+
+class _CacheGraphs:
+    """The graphs of one cache, whose memory their kernels read and write."""
+
+    def __init__(self, ids: Tensor):
+        self.ids = torch.zeros_like(ids)
+        self.positions = torch.zeros_like(ids)
+        self.graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
+
+    def replay(self, model: GPT, ids: Tensor, lengths: list[int], cache: KVCache) -> Tensor:
+        end = min(-(-(max(lengths) + 1) // GRAPH_CONTEXT) * GRAPH_CONTEXT, model.config.block_size)
+        self.ids.copy_(ids)
+        self.positions.copy_(torch.tensor(lengths))
+        if end not in self.graphs:
+            self.graphs[end] = self._capture(model, end, cache)
+        graph, logits = self.graphs[end]
+        graph.replay()
+        return logits
+
+    def _capture(self, model: GPT, end: int, cache: KVCache) -> tuple[torch.cuda.CUDAGraph, Tensor]:
+        with torch.cuda.device(self.ids.device):  # the device whose streams are meant
+            side_stream = torch.cuda.Stream()
+            side_stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side_stream):  # libraries allocate workspaces in the first calls, not in the graph
+                for _ in range(2):
+                    decode_at(model, self.ids, self.positions, end, cache)
+            torch.cuda.current_stream().wait_stream(side_stream)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                logits = decode_at(model, self.ids, self.positions, end, cache)
+        return graph, logits

@@ -1,0 +1,106 @@
+"""Generation that reads the weights faster, or half as many bytes of them.
+
+Replaces: on a CPU in bfloat16 (or with 8-bit weights) GPT's blocks and logits by the layers of fast/packed_linear.py
+and the attention kernel of fast/row_kernels.py; on CUDA the decode step by CUDA graphs (fast/cuda_graphs.py).
+Gains: see docs/performance.md, "What each fast part gains".
+Skipped: with --plain, on a CPU in float32 without 8-bit weights, and on a processor whose kernels are missing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from common.cli import UserError
+from fast.cuda_graphs import CapturedDecode
+from fast.packed_linear import FewRowsLinear, Int8Linear, PackedLinear, RowLinear, is_exact
+from fast.row_kernels import attend, build
+from generation.decoding import DecodeStep, decode_step
+from model import GPT, Block, KVCache
+
+
+@dataclasses.dataclass(frozen=True)
+class SpeedUps:
+    """What `speed_up_generation` put in: in words, and the decode step to pass to `generate`."""
+
+    description: str
+    decode: DecodeStep = decode_step
+
+
+def speed_up_generation(model: GPT, quantize: str | None = None, streams: int = 1) -> SpeedUps:
+    """Replace the parts of `model`, in place, whose plain versions generate slower; afterwards it only generates.
+
+    `quantize` is "int8" or None, `streams` the number of texts generated at a time. Raises UserError if there is no
+    kernel for 8-bit weights.
+    """
+    weight = model.h[0].attn.c_attn.weight
+    on_cpu, dtype = weight.device.type == "cpu", weight.dtype
+    layer: type[PackedLinear | FewRowsLinear]
+    if quantize == "int8":
+        if not on_cpu or not is_exact(Int8Linear, dtype, tolerance=0.02):
+            raise UserError("--quantize int8 has no kernel for this processor; leave it out, or add --device cpu")
+        layer, description = Int8Linear, "8-bit weights"
+    elif weight.is_cuda:
+        return SpeedUps("plain layers, CUDA graphs", CapturedDecode())
+    elif not on_cpu or dtype != torch.bfloat16:
+        return SpeedUps("plain layers")
+    elif is_exact(RowLinear, dtype, tolerance=0.02) and streams <= RowLinear(weight, None).most_rows:
+        layer, description = RowLinear, "a kernel for few rows"
+    elif is_exact(PackedLinear, dtype, tolerance=0.02):
+        layer, description = PackedLinear, "weights packed for the processor"
+    else:
+        return SpeedUps("plain layers")
+    packed_head = layer(model.wte.weight[: model.config.n_vocab], None)
+    model.__class__ = PackedGPT
+    model.packed_head = packed_head
+    model.h = nn.ModuleList(PackedBlock(block, layer) for block in model.h)
+    return SpeedUps(description)
+
+
+class PackedGPT(GPT):
+    """GPT with a packed head."""
+
+    packed_head: PackedLinear | FewRowsLinear
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        return self.packed_head(hidden).float()
+
+
+class PackedBlock(nn.Module):
+    """A block of packed layers, in as few calls as possible: for a single token each call takes time of its own."""
+
+    def __init__(self, block: Block, layer: type[PackedLinear | FewRowsLinear]):
+        super().__init__()
+        self.layer, self.n_head = block.attn.layer, block.attn.n_head
+        self.ln_1, self.ln_2 = block.ln_1, block.ln_2
+        linears = (block.attn.c_attn, block.attn.c_proj, block.mlp.c_fc, block.mlp.c_proj)
+        self.c_attn, self.attn_proj, self.c_fc, self.mlp_proj = (layer(one.weight, one.bias) for one in linears)
+        dtype, size = block.ln_1.weight.dtype, block.attn.c_proj.in_features // self.n_head
+        kernels = build() if dtype == torch.bfloat16 else None
+        self.has_kernel = kernels is not None and bool(kernels.serves_heads(size))
+
+    def forward(self, x: Tensor, cache: KVCache | None = None, mask: Tensor | None = None) -> Tensor:
+        B, T, C = x.shape
+        x = x.reshape(B * T, C)  # the shape the products work on; from any other they convert there and back
+        qkv = self.c_attn.forward(normed(x, self.ln_1))
+        if T == 1 and mask is None and cache is not None and self._has_kernel_for(cache):
+            y = attend(qkv, cache.keys_values[self.layer], cache.positions.start)
+        else:
+            qkv = qkv.view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)  # (3, B, H, T, D)
+            q, kv = qkv[0], qkv[1:]
+            k, v = kv if cache is None else cache.update(self.layer, kv)
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and T > 1)
+            y = y.transpose(1, 2).reshape(B * T, C)
+        x = self.attn_proj.added_to(x, y)
+        return self.mlp_proj.added_to(x, self.c_fc.with_gelu(normed(x, self.ln_2))).view(B, T, C)
+
+    def _has_kernel_for(self, cache: KVCache) -> bool:
+        return self.has_kernel and cache.rows == slice(None) and isinstance(cache.positions, slice)
+
+
+def normed(x: Tensor, layer: nn.LayerNorm) -> Tensor:
+    """The LayerNorm of x without the overhead of calling a module."""
+    return torch.layer_norm(x, layer.normalized_shape, layer.weight, layer.bias, layer.eps)

@@ -1,0 +1,185 @@
+"""Training steps that take less time and memory.
+
+Replaces: GPT.forward with targets (fast/tied_head.py), GPT.document_mask (fast/document_masks.py), and in compiled
+steps on a CPU the backward passes of Linear and attention (fast/cpu_backward.py) and GELU's formula.
+Gains: see docs/performance.md, "What each fast part gains".
+Skipped: with --plain, and for everything but the training loss: logits and generation run the plain code.
+
+A module is replaced by giving it a subclass of its own class, as `torch.nn.utils.parametrize` and `fully_shard` do, so
+parameters, their names and references to the module stay as they are.
+"""
+
+from __future__ import annotations
+
+import gc
+import importlib
+import math
+import time
+from collections.abc import Callable
+from typing import cast
+
+import torch
+import torch._functorch.config
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from common.device import is_out_of_memory
+from fast import cpu_backward
+from fast.allocator import give_back_freed_memory
+from fast.document_masks import BlockMask, block_mask, compute_dtype, dense_mask, flex_attention
+from fast.tied_head import TiedHead, transposed
+from model import GPT, IGNORED, MLP, Attention, Block, KVCache
+
+ACTIVATION_BUDGET = 0.9  # below 1, torch.compile recomputes cheap activations in the backward pass
+
+
+def speed_up_training(model: GPT, activation_checkpointing: bool = False) -> None:
+    """Replace the parts of `model` that take most of a training step's time and memory.
+
+    Call it before the model is sharded or wrapped. With `activation_checkpointing` training keeps only each block's
+    input, and runs the block again, with the same dropout, when the backward pass needs the rest ("Training Deep Nets
+    with Sublinear Memory Cost", Chen et al. 2016).
+    """
+    model.__class__ = FastGPT
+    for block in model.h:
+        block.__class__ = FastBlock
+        block.activation_checkpointing = activation_checkpointing
+        block.attn.__class__ = FastAttention
+        block.mlp.__class__ = FastMLP
+        for linear in (block.attn.c_attn, block.attn.c_proj, block.mlp.c_fc, block.mlp.c_proj):
+            linear.__class__ = FastLinear
+
+
+def compile_training(
+    model: GPT, trial_step: Callable[[], object], any_failed: Callable[[bool], bool] = lambda failed: failed
+) -> None:
+    """Compile the blocks of a model that `speed_up_training` prepared, by running `trial_step` once.
+
+    If that fails, a warning is printed and the blocks run eagerly again; `any_failed` says whether it failed in any
+    process of a job, so that all of them choose alike. Only running out of memory is raised.
+    """
+    start, failure = time.perf_counter(), None
+    _compile_blocks(cast(FastGPT, model))
+    try:
+        trial_step()
+    except Exception as error:  # compilers fail in many ways, and without one the same work runs, only slower
+        if is_out_of_memory(error):
+            raise
+        failure = next(iter(str(error).strip().splitlines()), type(error).__name__)[:200]
+    if any_failed(failure is not None):
+        print(f"warning: torch.compile failed ({failure or 'in another process'}); training runs without it")
+        _run_eagerly(cast(FastGPT, model))
+    else:
+        print(f"torch.compile: ready after {time.perf_counter() - start:.1f} s")
+    gc.collect()  # the compiler leaves hundreds of thousands of objects scattered over the memory the step has freed
+    give_back_freed_memory()
+
+
+def _compile_blocks(model: FastGPT) -> None:
+    """Compile block by block, into code that all blocks share.
+
+    On a CPU that is as fast as compiling all blocks in one piece and ready in half the time, and the weights are not
+    all copied into low precision at once. Between blocks, FSDP can gather weights and DDP can send gradients.
+    """
+    if model.wte.weight.device.type == "cpu":
+        torch._functorch.config.activation_memory_budget = ACTIVATION_BUDGET
+        importlib.import_module("torch._inductor.inductor_prims")  # registers the operator that cpu_backward uses
+    torch._dynamo.config.optimize_ddp = False  # it would split the blocks, which are small pieces already
+    # The embeddings stay eager: on a CPU their compiled gradient is summed in varying order, so runs would not repeat.
+    for block in model.fast_blocks():
+        block.compiled = torch.compile(block.plain_forward)
+    model.compiled_transpose = torch.compile(transposed, dynamic=False)
+
+
+def _run_eagerly(model: FastGPT) -> None:
+    model.compiled_transpose = None
+    for block in model.fast_blocks():
+        block.compiled = None
+
+
+class FastGPT(GPT):
+    """GPT whose training loss never holds all logits at once."""
+
+    compiled_transpose: Callable[[Tensor, torch.dtype], Tensor] | None = None
+
+    def fast_blocks(self) -> list[FastBlock]:
+        return [cast(FastBlock, block) for block in self.h]
+
+    def forward(
+        self,
+        idx: Tensor,
+        targets: Tensor | None = None,
+        n_targets: Tensor | None = None,
+        documents: Tensor | None = None,
+    ) -> tuple[Tensor | None, Tensor | None]:
+        if targets is None or idx.shape[1] > self.config.block_size:
+            return super().forward(idx, targets, n_targets, documents)
+        mask = None if documents is None else self.document_mask(documents)
+        if n_targets is None:
+            n_targets = (targets != IGNORED).sum().clamp(min=1)
+        # Made first: later there is no gap large enough for its buffers among the activations.
+        head = TiedHead(self.wte.weight, targets, compute_dtype(self.wte.weight), self.compiled_transpose)
+        return None, head.loss(self.transform(head.embed(idx), mask=mask), n_targets)
+
+    def document_mask(self, documents: Tensor) -> Tensor:
+        """The mask as a BlockMask in compiled training on CUDA, otherwise as numbers that are added to the scores."""
+        is_compiled = self.training and self.fast_blocks()[0].compiled is not None
+        if documents.is_cuda and is_compiled and not self.config.dropout:  # FlexAttention has no dropout
+            return cast(Tensor, block_mask(documents))  # only FastAttention sees it
+        return dense_mask(super().document_mask(documents), compute_dtype(self.wte.weight))
+
+
+class FastBlock(Block):
+    """A block that can run compiled and can recompute its activations."""
+
+    compiled: Callable[..., Tensor] | None = None
+    activation_checkpointing = False
+
+    def forward(self, x: Tensor, cache: KVCache | None = None, mask: Tensor | None = None) -> Tensor:
+        run = self.compiled if self.compiled and self.training else self.plain_forward
+        if self.activation_checkpointing and torch.is_grad_enabled():
+            return cast(Tensor, checkpoint(run, x, cache, mask, use_reentrant=False))
+        return run(x, cache, mask)
+
+    def plain_forward(self, x: Tensor, cache: KVCache | None = None, mask: Tensor | None = None) -> Tensor:
+        """The plain block's forward pass, under a name that torch.compile can be given."""
+        return super().forward(x, cache, mask)
+
+
+class FastAttention(Attention):
+    """Attention that understands FlexAttention's masks and has a faster backward pass in compiled steps on a CPU."""
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        if isinstance(mask, BlockMask):
+            return flex_attention(q, k, v, mask)
+        if _is_compiled_cpu_training(self, q) and not self.dropout:
+            return cpu_backward.attention(q, k, v, mask)
+        return super().attend(q, k, v, mask)
+
+
+class FastMLP(MLP):
+    """An MLP whose GELU costs a third when it is compiled.
+
+    (1 + tanh(z)) / 2 is sigmoid(2 z), and compiled code computes the sigmoid's exponential in a third of tanh's time.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not torch.compiler.is_compiling():
+            return super().forward(x)
+        z = self.c_fc(x)
+        z = z * torch.sigmoid(math.sqrt(8 / math.pi) * z * (1 + 0.044715 * z * z))
+        return F.dropout(self.c_proj(z), self.dropout, self.training)
+
+
+class FastLinear(nn.Linear):
+    """A linear layer with a faster backward pass in compiled low-precision steps on a CPU."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if _is_compiled_cpu_training(self, x) and compute_dtype(self.weight).itemsize == 2:
+            return cpu_backward.linear(x, self.weight, self.bias)
+        return super().forward(x)
+
+
+def _is_compiled_cpu_training(module: nn.Module, x: Tensor) -> bool:
+    return module.training and x.device.type == "cpu" and torch.compiler.is_compiling()

@@ -1,0 +1,173 @@
+"""The decode loop: prompts into the key-value cache in one pass, then one id per row and step.
+
+    for ids in generate(model, [[50256, 7454]], max_tokens=100, sampling=TEXT_SAMPLING):
+        ...    # (B,) the next id of each row
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Collection, Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from generation.sampling import Sampling, penalize_repetition, sample, seen_ids
+from model import GPT, GPTConfig, KVCache
+
+ENDED = -1  # what `generate` yields for a row that has drawn a stop id
+
+# (model, ids (B,), number of ids in each row of the cache, cache) -> logits (B, n_vocab)
+DecodeStep = Callable[[GPT, Tensor, list[int], KVCache], Tensor]
+
+
+def decode_step(model: GPT, ids: Tensor, lengths: list[int], cache: KVCache) -> Tensor:
+    """Logits (B, n_vocab) of what follows ids (B,), each stored after its row's `lengths[row]` ids."""
+    start, longest = min(lengths), max(lengths)
+    if start < longest:
+        return decode_at(model, ids, torch.tensor(lengths, device=ids.device), longest + 1, cache)
+    cache.select(slice(start, start + 1), start + 1)
+    positions = torch.full((1,), start, device=ids.device)
+    return model.logits(model.hidden(ids[:, None], cache, positions)[:, 0])
+
+
+def decode_at(model: GPT, ids: Tensor, positions: Tensor, end: int, cache: KVCache) -> Tensor:
+    """`decode_step` for rows of different lengths: positions (B,) are a tensor, and all shapes depend on `end` alone."""
+    cache.select(positions, end)
+    mask = torch.arange(end, device=ids.device) <= positions[:, None, None, None]  # (B, 1, 1, end)
+    return model.logits(model.hidden(ids[:, None], cache, positions[:, None], mask)[:, 0])
+
+
+@torch.inference_mode()
+def generate(
+    model: GPT,
+    prompts: Tensor | Sequence[Sequence[int]],
+    max_tokens: int | None,
+    sampling: Sampling | None = None,
+    *,
+    generator: torch.Generator | None = None,
+    stop_ids: Collection[int] = (),
+    cache: KVCache | None = None,
+    observe: Callable[[Tensor], None] | None = None,
+    decode: DecodeStep = decode_step,
+) -> Iterator[Tensor]:
+    """Continue each prompt by up to `max_tokens` ids (None: no limit); yields the next ids (B,) at each step.
+
+    A row that has drawn one of `stop_ids` yields ENDED from then on. By default ids are drawn from the model's own
+    distribution. A `cache` from `new_cache` that outlives this call saves recomputing the ids that a prompt shares with
+    what the cache holds. `observe` is called with the logits (B, n_vocab) of each step before any setting changes them,
+    and must not keep them.
+
+    Of a prompt longer than block_size the last block_size ids count. When block_size ids are in use, all but the last
+    block_size // 2 are dropped and generation continues: one long prefill every block_size / 2 ids instead of one per
+    id. Raises ValueError for prompts that are empty or have ids outside the vocabulary, FloatingPointError for logits
+    that are not finite.
+    """
+    sampling = sampling or Sampling()
+    rows = check_prompts(prompts, model.config)
+    cache = new_cache(model, len(rows)) if cache is None else cache
+    device = model.wte.weight.device
+    stops = torch.tensor(list(stop_ids), device=device, dtype=torch.long)
+    ended = torch.zeros(len(rows), dtype=torch.bool, device=device)
+    penalty = sampling.repetition_penalty
+    seen = seen_ids(rows, model.config.n_vocab, device) if penalty != 1 else None
+    was_training = model.training
+    model.eval()
+    try:
+        logits = prefill(model, rows, cache)
+        for step in itertools.count(1) if max_tokens is None else range(1, max_tokens + 1):
+            if observe is not None:
+                observe(logits)
+            scores = logits if seen is None else penalize_repetition(logits, seen, penalty)
+            ids = sample(scores, sampling, generator)
+            yield ids.masked_fill(ended, ENDED)
+            ended |= torch.isin(ids, stops)
+            if step == max_tokens or (len(stops) and ended.all()):
+                return
+            if seen is not None:
+                seen.scatter_(1, ids[:, None], True)
+            logits = append(model, ids, cache, decode)
+    finally:
+        model.train(was_training)
+
+
+def check_prompts(prompts: Tensor | Sequence[Sequence[int]], config: GPTConfig) -> list[list[int]]:
+    """Prompts as lists of ids. Raises ValueError for no prompt, an empty one, or an id that the tokenizer lacks."""
+    rows = prompts.tolist() if isinstance(prompts, Tensor) else [list(prompt) for prompt in prompts]
+    if not rows:
+        raise ValueError("there is no prompt")
+    for number, prompt in enumerate(rows):
+        if not prompt:
+            raise ValueError(f"prompt {number} has no id")
+        if min(prompt) < 0 or max(prompt) >= config.n_vocab:
+            raise ValueError(f"prompt {number} has an id outside 0 to {config.n_vocab - 1}")
+    return rows
+
+
+def new_cache(model: GPT, batch_size: int = 1) -> KVCache:
+    """An empty cache for `batch_size` rows, in the weights' precision and on their device."""
+    weight = model.ln_f.weight
+    return KVCache(model.config, batch_size, weight.device, weight.dtype)
+
+
+def prefill(model: GPT, prompts: Sequence[Sequence[int]], cache: KVCache) -> Tensor:
+    """Make `cache` hold one prompt per row; returns the logits (B, n_vocab) of what follows each.
+
+    A single row keeps what it shares with the beginning of the prompt, and only the rest is computed. Raises
+    FloatingPointError for logits that are not finite.
+    """
+    contexts = [list(prompt[-model.config.block_size :]) for prompt in prompts]
+    shared = 0
+    if len(contexts) == 1:
+        shared = common_prefix(cache.tokens[0], contexts[0][:-1])  # the last id is always computed: for its output
+    logits = model.logits(_fill(model, slice(None), contexts, shared, cache))
+    if not logits.isfinite().all():
+        raise FloatingPointError("the model's logits are not finite")
+    return logits
+
+
+def common_prefix(first: list[int], second: list[int]) -> int:
+    """How many ids two lists have in common at their beginning."""
+    pairs = enumerate(zip(first, second, strict=False))
+    return next((n for n, (one, other) in pairs if one != other), min(len(first), len(second)))
+
+
+def _fill(model: GPT, rows: slice, contexts: list[list[int]], start: int, cache: KVCache) -> Tensor:
+    """Make the cache's `rows` hold `contexts`, of which they hold `start` ids already; the output (rows, C) at each end.
+
+    Shorter rows are padded on the right: the causal mask hides the padding, and later ids overwrite it.
+    """
+    # Should an exception occur on the way, no row claims more than it holds.
+    cache.tokens[rows] = [tokens[:start] for tokens in cache.tokens[rows]]
+    device = model.wte.weight.device
+    longest = max(map(len, contexts))
+    idx = torch.tensor([context[start:] + [0] * (longest - len(context)) for context in contexts], device=device)
+    positions = torch.arange(start, longest, device=device)
+    cache.select(slice(start, longest), longest, rows)
+    mask = torch.arange(longest, device=device) <= positions[:, None] if start else None
+    hidden = model.hidden(idx, cache, positions, mask)
+    cache.tokens[rows] = contexts
+    return hidden[range(len(contexts)), [len(context) - 1 - start for context in contexts]]
+
+
+def append(model: GPT, ids: Tensor, cache: KVCache, decode: DecodeStep = decode_step) -> Tensor:
+    """Append one id to each of the cache's rows, ids (B,); returns the logits (B, n_vocab) of what follows."""
+    _make_room(model, cache)
+    logits = decode(model, ids, [len(tokens) for tokens in cache.tokens], cache)
+    for tokens, token in zip(cache.tokens, ids.tolist(), strict=True):
+        tokens.append(token)
+    return logits
+
+
+def _make_room(model: GPT, cache: KVCache) -> None:
+    """Make full rows drop all but their last block_size // 2 ids."""
+    block_size = model.config.block_size
+    keep = block_size // 2
+    full = [row for row, tokens in enumerate(cache.tokens) if len(tokens) == block_size]
+    if not keep:  # block_size 1: each id is its own context
+        cache.tokens = [[] if len(tokens) == block_size else tokens for tokens in cache.tokens]
+    elif len(full) == len(cache.tokens):
+        _fill(model, slice(None), [tokens[-keep:] for tokens in cache.tokens], 0, cache)
+    else:
+        for row in full:
+            _fill(model, slice(row, row + 1), [cache.tokens[row][-keep:]], 0, cache)

@@ -1,0 +1,55 @@
+"""Text from ids that arrive one by one."""
+
+from __future__ import annotations
+
+import codecs
+from collections.abc import Sequence
+
+import tiktoken
+
+
+class TextStream:
+    """The text of ids fed one by one; what may still become a character or a stop text is held back.
+
+    Without stop texts the joined pieces are `enc.decode(ids)`. `stopped` is set when a stop text is complete: the text
+    before it has been returned, the stop text and what follows are not.
+    """
+
+    def __init__(self, enc: tiktoken.Encoding, stop_texts: Sequence[str] = ()):
+        self.enc = enc
+        self.stop_texts = [text for text in stop_texts if text]
+        self.stopped = False
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._held = ""
+
+    def feed(self, token: int) -> str:
+        """The text that is certain after one more id; often empty."""
+        return self._release(self._decoder.decode(self.enc.decode_single_token_bytes(token)))
+
+    def finish(self) -> str:
+        """What was held back, once no id follows; bytes of an incomplete character become U+FFFD."""
+        text = self._release(self._decoder.decode(b"", final=True))
+        rest, self._held = self._held, ""
+        return text + ("" if self.stopped else rest)
+
+    def _release(self, text: str) -> str:
+        if self.stopped:
+            return ""
+        self._held += text
+        found = [(start + len(stop), start) for stop in self.stop_texts if (start := self._held.find(stop)) >= 0]
+        if found:  # the first one to be complete counts, however the tokens divide the text
+            self.stopped = True
+            return self._held[: min(found)[1]]
+        certain = len(self._held) - self._possible_stop()
+        released, self._held = self._held[:certain], self._held[certain:]
+        return released
+
+    def _possible_stop(self) -> int:
+        """How many of the last characters held may be the beginning of a stop text."""
+        longest = 0
+        for stop in self.stop_texts:
+            for length in range(min(len(stop) - 1, len(self._held)), longest, -1):
+                if self._held.endswith(stop[:length]):
+                    longest = length
+                    break
+        return longest
