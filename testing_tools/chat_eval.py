@@ -182,7 +182,7 @@ def model_reply(model) -> Reply:
 
 def main() -> None:
     options = parse_options(EvalOptions, __doc__)
-    from common.checkpoint import load_model
+    from exchange.loading import load_model
 
     device = choose_device(options.device)
     model, info = load_model(options.checkpoint, device, choose_dtype(options.dtype, device))

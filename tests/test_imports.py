@@ -16,6 +16,7 @@ ROOMS = {
     "data",
     "training",
     "generation",
+    "evaluation",
     "exchange",
     "fast",
 }  # folders whose modules are imported as room.module
@@ -40,12 +41,14 @@ TABLE = {
     "model": ({"torch", "tied_head", "cpu_backward", "cuda_decode"}, set()),
     "tokenizer_files": ({"tiktoken", "setup_tokenizer"}, set()),
     "hugging_face": ({"torch", "model", "setup_tokenizer", "tokenizer_files"}, {"safetensors", "huggingface_hub"}),
-    "checkpoint": ({"torch", "model", "hugging_face"}, {"numpy"}),
+    "checkpoint": ({"torch", "model", "setup_tokenizer"}, {"numpy"}),
+    "nanogpt": ({"model"}, set()),
+    "loading": ({"torch", "model", "checkpoint", "hugging_face", "nanogpt"}, set()),
     "model_card": ({"mixture"}, set()),
     "gguf_file": ({"torch", "model", "setup_tokenizer", "tokenizer_files"}, {"gguf"}),
     "export": (
         {"model_card"},
-        {"checkpoint", "hugging_face", "gguf_file", "model", "setup_tokenizer", "tokenizer_files"},
+        {"loading", "hugging_face", "gguf_file", "model", "setup_tokenizer", "tokenizer_files"},
     ),
     "batches": ({"numpy", "setup_tokenizer"}, set()),
     "metrics": (set(), {"matplotlib", "torch"}),
@@ -57,7 +60,7 @@ TABLE = {
     "run": ({"torch", "model", "checkpoint", "metrics", "mixture", "parallel"}, set()),
     "measurements": ({"torch", "run"}, set()),
     "progress": ({"torch", "model", "mixture"}, {"setup_tokenizer"}),
-    "start": ({"model", "checkpoint", "mixture", "parallel"}, set()),
+    "start": ({"model", "checkpoint", "loading", "mixture", "parallel"}, set()),
     "train": (
         {
             "allocator",
@@ -71,7 +74,10 @@ TABLE = {
     "engine": ({"torch", "tiktoken", "model", "setup_tokenizer"}, set()),
     "chat": ({"setup_tokenizer"}, set()),
     "terminal": (set(), set()),
-    "gen": ({"allocator", "setup_tokenizer", "chat", "terminal"}, {"checkpoint", "engine", "packed_linear", "mixture"}),
+    "gen": (
+        {"allocator", "setup_tokenizer", "chat", "terminal"},
+        {"checkpoint", "loading", "engine", "packed_linear", "mixture"},
+    ),
 }
 # Data is prepared without torch, directly or through another module.
 NO_TORCH = {
