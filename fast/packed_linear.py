@@ -112,7 +112,7 @@ class TorchInt8Product:
 
 
 def quantize_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """A weight (M, K) as int8 from -127 to 127, and its scale (M,) in the same precision: each row's largest value / 127."""
+    """A weight (M, K) as int8, and its scale (M,) in the weight's precision: each row's largest magnitude / 127."""
     tiny = torch.finfo(weight.dtype).tiny
     scale = (weight.abs().amax(1).float() / 127).to(weight.dtype).clamp(min=tiny)
     return (weight.float() / scale.float()[:, None]).round_().to(torch.int8), scale

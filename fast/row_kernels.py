@@ -81,7 +81,8 @@ class RowProduct:
     float32. Raises NotImplementedError if the kernel cannot be built.
     """
 
-    def __init__(self, weight: Tensor, scale: Tensor | None = None, bias: Tensor | None = None, processor: str = "native"
+    def __init__(
+        self, weight: Tensor, scale: Tensor | None = None, bias: Tensor | None = None, processor: str = "native"
     ):
         library = build(processor)
         if library is None:

@@ -4,9 +4,9 @@
     x = head.embed(idx)                      # (B, T, C)
     loss = head.loss(blocks(x), n_targets)   # (B, T, C) -> mean cross entropy in nats
 
-Replaces: the embedding, the head's product and F.cross_entropy in GPT.forward. All logits of a batch are most of a small
-model's memory and time. Here they exist for one chunk of rows at a time, and their gradient, computed in the forward
-pass, overwrites them.
+Replaces: the embedding, the head's product and F.cross_entropy in GPT.forward. All logits of a batch are most of a
+small model's memory and time. Here they exist for one chunk of rows at a time, and their gradient, computed in the
+forward pass, overwrites them.
 Gains: see docs/performance.md, "What each fast part gains".
 Skipped: with --plain, and without targets.
 

@@ -1,7 +1,7 @@
 """A loaded model that continues ids as text, piece by piece as the ids are generated.
 
-    engine = TextEngine(model, Settings(TEXT_SAMPLING))
-    print("".join(engine.stream([ENDOFTEXT_ID, *encode_text("Once upon a time")], max_tokens=100)))
+engine = TextEngine(model, Settings(TEXT_SAMPLING))
+print("".join(engine.stream([ENDOFTEXT_ID, *encode_text("Once upon a time")], max_tokens=100)))
 """
 
 from __future__ import annotations

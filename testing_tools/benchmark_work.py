@@ -207,8 +207,8 @@ def generate_ours(options, config) -> Work:
     keep_freed_memory()
     import torch
 
-    from generation.engine import Settings, TextEngine
     from fast import speed_up_generation
+    from generation.engine import Settings, TextEngine
     from model import GPT
 
     seed_everything(config.seed)

@@ -1,4 +1,4 @@
-"""What the steps of a run measure, looked at no more often than needed, and what to say where it is no number."""
+"""The losses and gradient norms of a run's steps, read no more often than needed, and checked when they are."""
 
 from __future__ import annotations
 
@@ -12,30 +12,28 @@ from common.cli import UserError
 from training.run import Run
 
 
-def needed_at_once(config) -> bool:
-    """Whether each step's loss and gradient norm are looked at before the weights change.
-
-    On a CPU that costs nothing, and float16 must know whether it overflowed. Elsewhere the device would wait for the
-    program at each step: there they are looked at where a line, an evaluation or a save needs them.
-    """
-    return config.device == "cpu" or config.dtype == "float16"
-
-
 class Measurements:
-    """The steps whose loss and gradient norm nobody has looked at yet; reading them waits for the device."""
+    """The steps whose loss and gradient norm have not been read yet: reading waits for the device.
 
-    def __init__(self, run: Run, scaler):
+    `every_step` says that each step is read before it changes the weights. On a CPU that costs nothing, and float16
+    must know whether the step overflowed. Elsewhere the program would wait for the device at every step, so steps are
+    read when a log line, an evaluation or a save needs them.
+    """
+
+    def __init__(self, run: Run, scaler: torch.amp.GradScaler):
         self.run, self.scaler = run, scaler
+        self.every_step = run.config.device == "cpu" or run.config.dtype == "float16"
         self.pending: list[tuple[int, float, Tensor]] = []
 
-    def add(self, iter_num: int, learning_rate: float, numbers: Tensor) -> None:
-        """Note a step's loss and gradient norm, (2,) on the device."""
-        self.pending.append((iter_num, learning_rate, numbers))
+    def add(self, iter_num: int, learning_rate: float, loss: Tensor, grad_norm: Tensor) -> None:
+        """Note a step's loss and gradient norm, each one number on the device."""
+        self.pending.append((iter_num, learning_rate, torch.stack([loss, grad_norm])))
 
     def read(self) -> tuple[float, float]:
-        """Look at all pending steps; returns the last one's loss and gradient norm.
+        """Read all pending steps; returns the last one's loss and gradient norm.
 
-        Raises UserError at the first that is not finite; float16 may overflow while its scaler can scale less.
+        Raises UserError at the first that is not finite. Under float16 the gradient norm may overflow as long as the
+        scaler can scale less.
         """
         values = torch.stack([numbers for _, _, numbers in self.pending]).tolist()
         for (iter_num, learning_rate, _), (loss, grad_norm) in zip(self.pending, values, strict=True):
@@ -49,7 +47,7 @@ class Measurements:
         return loss, grad_norm
 
     def read_pending(self) -> None:
-        """Look at what is pending, if anything is: only a sound state is worth saving."""
+        """Read what is pending, if anything is: only a state with finite losses is worth saving."""
         if self.pending:
             self.read()
 
@@ -57,7 +55,7 @@ class Measurements:
 def not_finite_error(run: Run, what: str, value: float, iter_num: int, learning_rate: float) -> UserError:
     """The sentence for a loss or gradient norm that is not finite.
 
-    The same batch would fail again, so the state to go on from is an earlier one: the last that was saved.
+    The same batch would fail again, so the command resumes an earlier state, the last that was saved.
     """
     config = run.config
     last = "none" if run.train_loss is None else f"{run.train_loss:.4f}"
@@ -67,7 +65,7 @@ def not_finite_error(run: Run, what: str, value: float, iter_num: int, learning_
     remedy = f"start again with {rates}"
     if run.saved_path:
         command = f"python train.py --resume {shlex.quote(str(run.saved_path))} {rates}"
-        remedy = f"go on from the last good state, iteration {run.saved_iter}, with: {command}"
+        remedy = f"resume the last good state, iteration {run.saved_iter}, with: {command}"
     return UserError(
         f"the {what} is {value} in iteration {iter_num} at learning rate {learning_rate:.2e} (last finite loss "
         f"{last}); {remedy}"

@@ -1,4 +1,4 @@
-"""What a training step needs in memory: the micro-batch that fits, and what to say where none does."""
+"""The memory of a training step: the micro-batch that fits, and what to say if none does."""
 
 from __future__ import annotations
 
@@ -7,30 +7,47 @@ import gc
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from common.cli import UserError
-from common.device import is_out_of_memory
+from common.device import autocast, is_out_of_memory
 from model import GPT, GPTConfig
-from training.parallel import ALONE, World
-from fast.tied_head import LOSS_CHUNK_ROWS
+from training.parallel import local_world_size, micro_batch_size, reduce, world_size
 
-HEADROOM = 0.9  # share of the free memory that a step may fill
-LEAST_SHARE, LEAST_SHARE_COMPILED = 0.5, 0.25  # of `step_bytes` that a step takes at least, in bfloat16
+HEADROOM = 0.9  # fraction of the free memory that a step may fill
+# A step takes at least these fractions of `step_bytes`, in bfloat16.
+LEAST_SHARE, LEAST_SHARE_COMPILED = 0.5, 0.25
 
 
 def move_model(model: GPT, device: str) -> GPT:
-    """The model on the device. Raises UserError where its weights alone do not fit."""
+    """The model on the device. Raises UserError if its weights alone do not fit."""
     try:
         return model.to(device)
     except Exception as error:
         if not is_out_of_memory(error):
             raise
-        raise UserError(
-            f"{device} has no room for the model's {model.n_params() * 4 / 2**30:.1f} GiB of weights; choose a smaller "
-            "--preset or another --device"
-        ) from error
+        raise _no_room_error(model.config, device) from error
+
+
+def _no_room_error(config: GPTConfig, device: str) -> UserError:
+    return UserError(
+        f"the model's {4 * _n_weights(config) / 2**30:.1f} GiB of weights do not fit on {device}; choose a smaller "
+        "--preset or another --device"
+    )
+
+
+def out_of_memory_error(batch_size: int, gradient_accumulation_steps: int, resume: str = "") -> UserError:
+    """The sentence for a step that does not fit: a smaller micro-batch with the same tokens per iteration.
+
+    `resume` is what the command needs besides, such as `--resume models/story5000.pt `.
+    """
+    smaller = smaller_micro_batch(batch_size, gradient_accumulation_steps)
+    if smaller is None:
+        return UserError("out of memory with --batch_size 1; use a smaller --block_size, --n_layer or --n_embd")
+    return UserError(
+        f"out of memory with --batch_size {batch_size}; run again with {resume}--batch_size {smaller[0]} "
+        f"--gradient_accumulation_steps {smaller[1]}, which needs less memory for the same tokens per iteration"
+    )
 
 
 def smaller_micro_batch(batch_size: int, gradient_accumulation_steps: int) -> tuple[int, int] | None:
@@ -44,119 +61,183 @@ def smaller_micro_batch(batch_size: int, gradient_accumulation_steps: int) -> tu
     return (sizes[0], sequences // sizes[0]) if sizes else None
 
 
-def out_of_memory_error(config, go_on: str = "") -> UserError:
-    """The sentence for a step that does not fit: a smaller micro-batch that makes the same iteration.
-
-    `go_on` is what the command needs besides, such as the checkpoint to resume.
-    """
-    smaller = smaller_micro_batch(config.batch_size, config.gradient_accumulation_steps)
-    if smaller is None:
-        return UserError("out of memory with --batch_size 1; use a smaller --block_size, --n_layer or --n_embd")
-    return UserError(
-        f"out of memory with --batch_size {config.batch_size}; run again with {go_on}--batch_size {smaller[0]} "
-        f"--gradient_accumulation_steps {smaller[1]}, the same tokens an iteration in less memory"
-    )
-
-
 def divisors(number: int) -> list[int]:
     """The divisors of a number, largest first."""
     return [size for size in range(number, 0, -1) if number % size == 0]
 
 
-def fit_batch_size(
-    model: GPT, config, step: Callable, world: World = ALONE, most: int | None = None
+# --- the micro-batch that fits ---
+
+SpeedUp = Callable[[GPT, bool], None]  # (model, activation_checkpointing)
+
+
+@dataclasses.dataclass(frozen=True)
+class StepMemory:
+    """What decides, together with the number of rows, how much memory a training step takes."""
+
+    model: GPTConfig
+    device: str
+    dtype: str
+    document_mask: bool = False
+    activation_checkpointing: bool = False
+    compile: bool = False
+    is_sharded: bool = False
+    logits_rows: int | None = None  # rows whose logits exist at once; None: all
+
+
+def find_micro_batch(
+    step: StepMemory,
+    requested: int | str | None,
+    batch_size: int,
+    gradient_accumulation_steps: int,
+    speed_up: SpeedUp | None = None,
 ) -> tuple[int, int]:
-    """The largest micro-batch that fits, of `most` rows or fewer, and the accumulation that keeps an iteration's rows.
+    """(batch_size, gradient_accumulation_steps): as they are, or a micro-batch that fits with the same product.
 
-    On CUDA and MPS by trying: `step(model, config, ids, targets)` makes the gradients of one micro-batch while the
-    room that the optimizers will need is taken. On a CPU, where too much memory ends the process, by an estimate of
-    what a step needs and what the system says is available. The model's gradients are gone afterwards. Several
-    processes take the smallest size that one of them finds.
+    `requested` is the option: a number is kept, "auto" takes the largest micro-batch that fits, and None tries sizes
+    up to the default `batch_size` on CUDA. `speed_up` is applied to the model that is tried. On a CPU, raises UserError
+    if a step cannot fit.
     """
-    sequences = config.batch_size * config.gradient_accumulation_steps
-    sizes = [size for size in divisors(sequences // world.size) if most is None or size <= most]
-    if config.device == "cpu":
-        available = available_memory_bytes()
-        if available is None:
-            print("warning: this system does not say how much memory is free; --batch_size auto changes nothing")
-            return config.batch_size, config.gradient_accumulation_steps
-        room = HEADROOM * available / world.local_size
-        recomputes = config.activation_checkpointing
-        fits = (size for size in sizes if step_bytes(model.config, size, recomputes) <= room)
+    unchanged = batch_size, gradient_accumulation_steps
+    if requested != "auto":
+        if step.device == "cpu":
+            check_memory(step, batch_size, gradient_accumulation_steps)
+        if requested is not None or not step.device.startswith("cuda"):
+            return unchanged
+    if world_size() > 1 and step.is_sharded:
+        if requested == "auto":
+            raise UserError("--batch_size auto cannot try sizes with --parallel fsdp; give a number")
+        return unchanged
+    sequences = batch_size * gradient_accumulation_steps
+    sizes = [size for size in divisors(sequences // world_size()) if requested == "auto" or size <= batch_size]
+    if step.device == "cpu":
+        size = largest_by_estimate(step, sizes)
     else:
-        fits = (size for size in sizes if _step_fits(model, config, step, size, world))
-    size = world.smallest(next(fits, 1))
-    return size, sequences // size
+        size = largest_by_trying(step, sizes, speed_up)
+    if size is None:
+        print("warning: this system does not report its free memory; --batch_size auto changes nothing")
+        return unchanged
+    size = int(reduce("min", size)[0])  # all processes take the same
+    steps = sequences // size
+    if requested == "auto" or size != batch_size:
+        kind = "auto" if requested == "auto" else f"the default of {batch_size} does not fit"
+        tokens = f"{sequences * step.model.block_size:,} tokens per iteration"
+        print(f"batch size ({kind}): {size} x {steps} sequences, {tokens}")
+    return size, steps
 
 
-def check_memory(model: GPT, config, world: World = ALONE) -> None:
-    """Raise UserError where a step cannot fit into a CPU's memory, and warn where it may not.
+def check_memory(step: StepMemory, batch_size: int, steps: int) -> None:
+    """Raise UserError if a step cannot fit into a CPU's memory, and print a warning if it might not.
 
-    Linux grants memory that it does not have and later kills the process that takes it, which then can say nothing.
+    Linux grants memory that it does not have and later kills the process that uses it, without a message.
     """
     available = available_memory_bytes()
-    if config.device != "cpu" or available is None:
+    if available is None:
         return
-    config = world.micro_batches(config)
-    most = step_bytes(model.config, config.batch_size, config.activation_checkpointing)
-    least = most * (LEAST_SHARE_COMPILED if config.compile else LEAST_SHARE)
-    if least > available / world.local_size:
-        raise out_of_memory_error(config)
-    if most > available / world.local_size:
+    size = micro_batch_size(batch_size, steps)
+    most = step_bytes(step.model, size, step.logits_rows, step.activation_checkpointing)
+    least = most * (LEAST_SHARE_COMPILED if step.compile else LEAST_SHARE)
+    if least > available / local_world_size():
+        raise out_of_memory_error(size, batch_size * steps // size)
+    if most > available / local_world_size():
         print(
-            f"warning: a step with --batch_size {config.batch_size} may need {most / 2**30:.1f} GiB and "
-            f"{available / 2**30:.1f} are available; if the system ends the program, use a smaller --batch_size"
+            f"warning: a step with --batch_size {size} may need {most / 2**30:.1f} GiB, but "
+            f"{available / 2**30:.1f} GiB are free; if the system kills the program, use a smaller --batch_size"
         )
 
 
-def _step_fits(model: GPT, config, step: Callable, batch_size: int, world: World = ALONE) -> bool:
-    """Whether a step with this micro-batch runs through on the device beside what training holds besides."""
-    tried = dataclasses.replace(config, batch_size=batch_size, gradient_accumulation_steps=1)
-    ids = np.zeros((batch_size, config.block_size), dtype=np.int64)
+def largest_by_estimate(step: StepMemory, sizes: list[int]) -> int | None:
+    """The first of `sizes` that fits a CPU's free memory by `step_bytes`, else 1; None if that memory is not known.
+
+    On a CPU a try that does not fit would end the process.
+    """
+    available = available_memory_bytes()
+    if available is None:
+        return None
+    room = HEADROOM * available / local_world_size()
+    more = step.logits_rows, step.activation_checkpointing
+    return next((size for size in sizes if step_bytes(step.model, size, *more) <= room), 1)
+
+
+def largest_by_trying(step: StepMemory, sizes: list[int], speed_up: SpeedUp | None = None) -> int:
+    """The first of `sizes` with which a step of a throwaway model runs through on the device, else 1."""
+    try:
+        with torch.device(step.device):
+            model = GPT(step.model).train()
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        raise _no_room_error(step.model, step.device) from error
+    if speed_up:
+        speed_up(model, step.activation_checkpointing)
+    return next((size for size in sizes if fits(model, lambda size=size: try_step(model, step, size), step.device)), 1)
+
+
+def try_step(model: GPT, step: StepMemory, batch_size: int) -> None:
+    """Forward and backward pass of one micro-batch."""
+    ids = torch.zeros(batch_size, step.model.block_size, device=step.device, dtype=torch.long)
+    with autocast(step.device, step.dtype):
+        _, loss = model(ids, ids, documents=ids if step.document_mask else None)
+    loss.backward()
+
+
+def fits(model: GPT, run_step: Callable[[], None], device: str) -> bool:
+    """Whether a step runs through while the memory that training needs besides is taken."""
     held = []
     try:
-        free = torch.cuda.mem_get_info(config.device)[0] if config.device.startswith("cuda") else 0
-        held.append(torch.empty(int((1 - HEADROOM) * free), device=config.device, dtype=torch.uint8))
-        # Two states of the optimizers, and of several processes the buckets in which gradients are averaged.
-        n_copies = 2 + (world.size > 1)
+        free = torch.cuda.mem_get_info(device)[0] if device.startswith("cuda") else 0
+        held.append(torch.empty(int((1 - HEADROOM) * free), device=device, dtype=torch.uint8))
+        # Two optimizer states and, with several processes, the buckets in which gradients are averaged.
+        n_copies = 2 + (world_size() > 1)
         held += [torch.empty_like(weight) for weight in model.parameters() for _ in range(n_copies)]
-        step(model, tried, ids, ids)
+        run_step()
         return True
     except Exception as error:
         if not is_out_of_memory(error):
             raise
         return False
     finally:
-        held.clear()  # else the next try would find less free
+        held.clear()  # otherwise the next try would find less free memory
         model.zero_grad(set_to_none=True)
         gc.collect()  # the exception's traceback held the step's tensors
-        if config.device.startswith("cuda"):
+        if device.startswith("cuda"):
             torch.cuda.empty_cache()
 
 
-def step_bytes(config: GPTConfig, batch_size: int, recomputes: bool = False) -> int:
-    """The most that a training step on a CPU takes beside the weights, in bytes: that of an eager one in float32.
+# --- estimates ---
 
-    Per layer and token 18 widths are kept for the backward pass (the inputs of each LayerNorm, Linear and GELU), with
-    activation checkpointing 1 and the 18 of one layer at a time; 16 more are the gradients of the layer at work. The
-    logits exist a chunk at a time, beside the head's weight and the last part of its gradient. Gradients, two optimizer
-    states and what an optimizer's step computes with are the weights' size each; 128 MiB are the libraries' own.
+
+def step_bytes(
+    config: GPTConfig, batch_size: int, logits_rows: int | None = None, activation_checkpointing: bool = False
+) -> int:
+    """The most memory that a training step on a CPU takes beside the weights, in bytes: an eager one in float32.
+
+    Per layer and token, 18 widths are kept for the backward pass (the inputs of each LayerNorm, Linear and GELU); with
+    activation checkpointing 1, and the 18 of one layer at a time. The gradients of the layer at work take 16 more.
+    At most `logits_rows` rows of logits exist at once (None: all rows, and their gradient), beside a copy of the head's
+    weight and a part of its gradient. Gradients, two optimizer states and the optimizer's temporaries take the size of
+    the weights each, and the libraries 128 MiB.
     """
     tokens = batch_size * config.block_size
-    kept = config.n_layer + 18 if recomputes else 18 * config.n_layer
+    kept = config.n_layer + 18 if activation_checkpointing else 18 * config.n_layer
     activations = tokens * config.n_embd * (kept + 16)
-    logits = (min(LOSS_CHUNK_ROWS, tokens) + 2 * config.n_embd) * config.vocab_size
-    weights = config.vocab_size * config.n_embd + 12 * config.n_layer * config.n_embd**2
-    return 4 * (activations + logits + 4 * weights) + (128 << 20)
+    rows = 2 * tokens if logits_rows is None else min(logits_rows, tokens)
+    logits = (rows + 2 * config.n_embd) * config.vocab_size
+    return 4 * (activations + logits + 4 * _n_weights(config)) + (128 << 20)
+
+
+def _n_weights(config: GPTConfig) -> int:
+    """About how many weights a model has."""
+    return config.vocab_size * config.n_embd + 12 * config.n_layer * config.n_embd**2
 
 
 def available_memory_bytes() -> int | None:
-    """Memory that this process may still take, in bytes; None where the system does not say (Linux does)."""
+    """Memory that this process may still take, in bytes; None if the system does not report it (Linux does)."""
     available = _number_in(Path("/proc/meminfo"), "MemAvailable:")
     if available is None:
         return None
     found = [available * 1024]
-    limit = _number_in(Path("/sys/fs/cgroup/memory.max"))  # a container's; "max" where there is none
+    limit = _number_in(Path("/sys/fs/cgroup/memory.max"))  # a container's; "max" if there is no limit
     used = _number_in(Path("/sys/fs/cgroup/memory.current"))
     if limit is not None and used is not None:
         found.append(max(0, limit - used))
@@ -164,7 +245,7 @@ def available_memory_bytes() -> int | None:
 
 
 def _number_in(path: Path, label: str = "") -> int | None:
-    """The number behind `label` at a line's start in one of the system's text files."""
+    """The number after `label` at the start of a line of a system file; None if there is no such file or line."""
     try:
         lines = path.read_text(encoding="ascii").splitlines()
     except (OSError, UnicodeDecodeError):  # another system

@@ -1,9 +1,9 @@
-"""torch's Muon, for many matrices at a time and for matrices in pieces.
+"""torch's Muon, for several matrices at a time and for sharded matrices.
 
-Muon moves a matrix by its momentum with all singular values made nearly one ("Muon: An optimizer for hidden layers in
-neural networks", Jordan et al. 2024). torch.optim.Muon takes one matrix after another, in products too small for two
-CPU cores, let alone a GPU; here those of one shape are multiplied together. State and arithmetic are torch's, the rate
-follows a matrix's shape as by torch's default.
+Muon moves a matrix by its momentum after all singular values of that are made nearly one ("Muon: An optimizer for
+hidden layers in neural networks", Jordan et al. 2024). torch.optim.Muon takes one matrix after another, in products too
+small for two CPU cores, let alone a GPU; here the matrices of one shape are multiplied together. State and arithmetic
+are torch's, and so is the default by which the learning rate follows a matrix's shape.
 """
 
 from __future__ import annotations
@@ -13,15 +13,15 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from training.parallel import full_tensor, shard_like
+from training.sharding import full_tensor, shard_like
 
-TOGETHER = 4  # matrices of a shape that are multiplied at a time; more would take memory and gain nothing
+TOGETHER = 4  # matrices multiplied at a time; more would take memory and gain nothing
 
 
 class Muon(torch.optim.Muon):
     """torch.optim.Muon whose step multiplies weights of the same shape together.
 
-    Of weights in pieces the momentum stays in pieces, and each process makes the whole update and takes its piece.
+    The momentum of sharded weights stays sharded; each process computes the whole update and takes its shard.
     """
 
     @torch.no_grad()
@@ -39,7 +39,7 @@ class Muon(torch.optim.Muon):
                     weight.add_(shard_like(update, weight), alpha=-rate)
 
     def _direction(self, weight: Tensor, group: dict) -> Tensor:
-        """Where the momentum points, with the gradient just seen in it once more (Nesterov), whole and in bfloat16."""
+        """The momentum's direction, with the current gradient added once more (Nesterov), whole and in bfloat16."""
         state = self.state[weight]
         if "momentum_buffer" not in state:
             state["momentum_buffer"] = torch.zeros_like(weight.grad)
@@ -49,7 +49,7 @@ class Muon(torch.optim.Muon):
 
 
 def same_shapes(weights: list[Tensor]) -> Iterator[list[Tensor]]:
-    """The weights by their shape, at most TOGETHER at a time."""
+    """Groups of weights with the same shape, at most TOGETHER in each."""
     by_shape: dict[torch.Size, list[Tensor]] = {}
     for weight in weights:
         by_shape.setdefault(weight.shape, []).append(weight)
@@ -59,9 +59,9 @@ def same_shapes(weights: list[Tensor]) -> Iterator[list[Tensor]]:
 
 
 def orthogonalised_(matrices: Tensor, coefficients: tuple[float, float, float], steps: int, eps: float) -> Tensor:
-    """Matrices (n, rows, columns) with all singular values made nearly one, by Newton and Schulz's iteration.
+    """Matrices (n, rows, columns) with all singular values made nearly one, by the Newton-Schulz iteration.
 
-    What is in `matrices` is lost.
+    Overwrites `matrices`.
     """
     a, b, c = coefficients
     is_tall = matrices.shape[1] > matrices.shape[2]
@@ -70,4 +70,4 @@ def orthogonalised_(matrices: Tensor, coefficients: tuple[float, float, float], 
     for _ in range(steps):
         square = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(square, square, square, beta=b, alpha=c), x, beta=a)
-    return x.mT.contiguous() if is_tall else x  # laid out as the weights, which then add it four times as fast
+    return x.mT.contiguous() if is_tall else x  # in the weights' memory layout, which adds four times as fast

@@ -5,20 +5,22 @@ from __future__ import annotations
 import torch
 
 from model import GPT
+from training.config import RunConfig
 from training.muon import Muon
 
 EMBEDDING_EPS = 1e-6 * 4096  # Adam's eps for the embeddings is this / tokens_per_iter; see make_optimizers
 
 
-def make_optimizers(model: GPT, config) -> list[torch.optim.Optimizer]:
+def make_optimizers(model: GPT, config: RunConfig) -> list[torch.optim.Optimizer]:
     """AdamW for all weights, or Muon for the blocks' matrices and AdamW for the rest.
 
-    "Decoupled Weight Decay Regularization" (Loshchilov and Hutter 2019); Muon as in torch.optim.Muon (Jordan et al.
-    2024). Biases, LayerNorms and, beside Muon, embeddings are not decayed.
+    AdamW: "Decoupled Weight Decay Regularization" (Loshchilov and Hutter 2019); Muon as in torch.optim.Muon (Jordan et
+    al. 2024). Biases and LayerNorms are not decayed, and with Muon embeddings are not either.
 
-    A token that hardly occurs has tiny gradients, all of one direction, which Adam would blow up to full steps: rare
-    tokens drift together until nothing tells them apart ("Better Embeddings with Coupled Adam", Stollenwerk and
-    Stollenwerk 2025). Gradients much smaller than one occurrence gives, 1 / tokens_per_iter, therefore stay small.
+    A token that hardly ever occurs has tiny gradients that all point the same way. Adam would enlarge them to full
+    steps, and rare tokens would drift together until nothing tells them apart ("Better Embeddings with Coupled Adam",
+    Stollenwerk and Stollenwerk 2025). The larger eps of the embeddings keeps gradients small that are much smaller
+    than one occurrence gives, 1 / tokens_per_iter.
     """
     blocks = [weight for name, weight in model.named_parameters() if weight.dim() == 2 and name.startswith("h.")]
     vectors = [weight for name, weight in model.named_parameters() if weight.dim() < 2]
@@ -39,7 +41,8 @@ def make_optimizers(model: GPT, config) -> list[torch.optim.Optimizer]:
 def init_optimizer_states(optimizers: list[torch.optim.Optimizer]) -> None:
     """Allocate the optimizers' states, all zeros, in a step that changes no weight.
 
-    Made in the first real step, the states would lie between its gradients and leave gaps that nothing large fits into.
+    Allocated in the first real step, the states would be scattered between its gradients, and nothing large would fit
+    into the gaps that these leave.
     """
     for optimizer in optimizers:
         rates = [group["lr"] for group in optimizer.param_groups]
@@ -56,7 +59,7 @@ def init_optimizer_states(optimizers: list[torch.optim.Optimizer]) -> None:
             group["lr"] = rate
 
 
-def set_rates(optimizers: list[torch.optim.Optimizer], config, scale: float) -> None:
+def set_rates(optimizers: list[torch.optim.Optimizer], config: RunConfig, scale: float) -> None:
     """Set every learning rate to `scale` times its peak."""
     for optimizer in optimizers:
         peak = config.muon_learning_rate if isinstance(optimizer, Muon) else config.learning_rate

@@ -1,9 +1,12 @@
-"""What a run tells on the terminal: its data, its speed, and what the model says by now."""
+"""What a run prints: its data, its speed and time left, and a sample of the model's text."""
 
 from __future__ import annotations
 
-import functools
+import contextlib
+import shlex
 import time
+from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -12,11 +15,14 @@ from common.device import peak_flops
 from generation.decoding import generate
 from generation.sampling import Sampling
 from model import GPT
+from training.config import RunConfig
 from training.mixture import data_parts
+from training.parallel import world_size
+from training.run import Run
 
 
 def describe_data(facts: dict) -> list[str]:
-    """What is trained on, in lines: of each part the counts, source and licence."""
+    """One line each for the size, the source and the licence of every data set."""
     lines = []
     for part in data_parts(facts):
         counts = ", ".join(f"{split} {part['splits'][split]['tokens']:,} tokens" for split in ("train", "val"))
@@ -30,16 +36,27 @@ def describe_data(facts: dict) -> list[str]:
 
 
 def describe_parts(val_losses: dict[str, float]) -> str:
-    """Of what a mixture's validation loss is the mean; nothing for one data set."""
+    """The losses that a mixture's validation loss is the mean of; nothing for one data set."""
     if len(val_losses) == 1:
         return ""
     return "; weighted mean of " + ", ".join(f"{name} {loss:.4f}" for name, loss in val_losses.items())
 
 
-class Clock:
-    """Speed, time left, and the line that shows them."""
+def describe_end(run: Run, facts: dict, stopped_by: int) -> str:
+    """How a run ended, and the command for what comes next; `stopped_by` is the signal that stopped it, or 0."""
+    path = shlex.quote(str(run.files.path))
+    if stopped_by:
+        launcher = "python" if world_size() == 1 else "torchrun ..."
+        return f"stopped at iteration {run.iter_num}; continue with: {launcher} train.py --resume {path}"
+    best = "no best checkpoint" if run.best_val_loss is None else f"best validation loss {run.best_val_loss:.4f}"
+    chat = " --chat" if facts["format"] == "chat" else ""
+    return f"done: {path}, {best}; next: python gen.py {path}{chat}"
 
-    def __init__(self, model: GPT, config, iter_num: int, n_devices: int = 1):
+
+class Clock:
+    """The speed of training, and the log line that shows it."""
+
+    def __init__(self, model: GPT, config: RunConfig, iter_num: int, n_devices: int = 1):
         self.config = config
         self.flops_per_iter = model.flops_per_token() * config.tokens_per_iter
         on_cuda = config.device.startswith("cuda")
@@ -48,11 +65,15 @@ class Clock:
         self.restart(iter_num)
 
     def restart(self, iter_num: int) -> None:
-        """Measure from here: what came before (an evaluation, a save) is not training speed."""
+        """Start measuring here: an evaluation or a save before is not training speed."""
         self.start, self.start_iter = time.perf_counter(), iter_num
 
     def log(self, iter_num: int, loss: float, learning_rate: float, grad_norm: float, skipped: int) -> float:
-        """Print a line on the iteration just done; returns tokens a second."""
+        """Print a line on the iteration just done; returns tokens per second.
+
+        MFU, model FLOPs utilization, is the fraction of the device's peak that the model's own products use ("PaLM",
+        Chowdhery et al. 2022, appendix B).
+        """
         s_per_iter = (time.perf_counter() - self.start) / max(1, iter_num - self.start_iter)
         self.restart(iter_num)
         max_iters = self.config.max_iters
@@ -69,24 +90,10 @@ class Clock:
         return tokens_per_s
 
 
-@functools.cache
-def tokenizer_if_there():
-    """The tokenizer; None where it cannot be loaded, which is tried once and not at each evaluation."""
+def sample_text(model: GPT, config: RunConfig, enc, chat: bool, iter_num: int) -> str:
+    """A short text by the model as it is now, decoded with `enc`; leaves the global random states alone."""
     import setup_tokenizer
 
-    try:
-        return setup_tokenizer.get_extended_tokenizer()
-    except UserError:
-        return None
-
-
-def sample_text(model: GPT, config, chat: bool, iter_num: int) -> str | None:
-    """A short text from the model as it stands, None where the tokenizer is missing; leaves the global seeds alone."""
-    import setup_tokenizer
-
-    enc = tokenizer_if_there()
-    if enc is None:
-        return None
     if chat:
         prompt = setup_tokenizer.encode_chat([{"role": "user", "content": "Hello! How are you?"}], True)
     else:
@@ -99,11 +106,32 @@ def sample_text(model: GPT, config, chat: bool, iter_num: int) -> str | None:
     return enc.decode([token_id for token_id in ids if token_id not in stop_ids])
 
 
-def print_sample(model: GPT, config, chat: bool, iter_num: int) -> None:
-    """Show at an evaluation what the model says by now. On CUDA the running sums of sampling have no exact repetition,
-    and torch would refuse them."""
-    torch.use_deterministic_algorithms(False)
-    text = sample_text(model, config, chat, iter_num)
-    torch.use_deterministic_algorithms(config.deterministic)
-    if text is not None:
+class Sampler:
+    """Prints a sample of the model at an evaluation; nothing if there is no tokenizer, which is looked for once.
+
+    `load` returns the tokenizer, and raises UserError if it cannot.
+    """
+
+    def __init__(self, load: Callable[[], Any] | None = None):
+        self.load = load or _tokenizer
+        self.enc: Any = None
+        self.is_loaded = False
+
+    def __call__(self, model: GPT, config: RunConfig, chat: bool, iter_num: int) -> None:
+        if not self.is_loaded:
+            self.is_loaded = True
+            with contextlib.suppress(UserError):
+                self.enc = self.load()
+        if self.enc is None:
+            return
+        # torch has no deterministic cumsum for CUDA and would refuse to sample.
+        torch.use_deterministic_algorithms(False)
+        text = sample_text(model, config, self.enc, chat, iter_num)
+        torch.use_deterministic_algorithms(config.deterministic)
         print(f"  sample: {text.strip()!r}")
+
+
+def _tokenizer() -> Any:
+    import setup_tokenizer
+
+    return setup_tokenizer.get_extended_tokenizer()

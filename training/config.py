@@ -1,0 +1,366 @@
+"""The configuration of a run: TrainOptions as typed, and the RunConfig that `make_config` makes of them, once.
+
+    options = parse_options(TrainOptions, ...)        # None: not given
+    options = resumed_options(options, given, ...)    # only on --resume: what the checkpoint was made with
+    config = make_config(options, given, device, data, checkpoint)
+
+Every field of a RunConfig has its final value. A checkpoint holds them as info["config"].
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from common.cli import UserError, check_options, option
+from common.device import choose_dtype, has_cpp_compiler
+from model import PRESETS
+from training.initialization import model_config
+from training.memory import SpeedUp, StepMemory, find_micro_batch
+from training.mixture import mixture_name, parse_mixture
+from training.parallel import micro_batch_size
+
+DEFAULT_BATCH_SIZE = 16
+
+
+def number_or_auto(word: str) -> int | str:
+    """A number on the command line, or the word "auto"."""
+    try:
+        return word if word == "auto" else int(word)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"must be a number or auto, not {word!r}") from error
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainOptions:
+    """The command line of train.py. None means that `make_config` chooses, as the help says."""
+
+    dataset: str = option(
+        "story",
+        "prepared data set (story, dailydialog, chat, chitchat, ...), or several with their shares of the rows: "
+        "story=0.7,chat=0.3",
+        group="data",
+        metavar="NAME",
+    )
+    data_dir: str = option("data", "folder of the prepared data", group="data", metavar="DIR")
+    loss_on: str | None = option(
+        None,
+        "tokens that are targets (default: assistant for chat data, else all)",
+        choices=("assistant", "all"),
+        group="data",
+    )
+    document_mask: bool | None = option(
+        None,
+        "keep attention inside each document of a row (default: for chat data, unless mixed with text)",
+        group="data",
+    )
+
+    preset: str | None = option(
+        None, "model size (default: gpt2 on CUDA, small elsewhere)", choices=tuple(PRESETS), group="model"
+    )
+    n_layer: int | None = option(None, "layers (default: the preset's)", at_least=1, group="model", metavar="N")
+    n_head: int | None = option(None, "attention heads (default: the preset's)", at_least=1, group="model", metavar="N")
+    n_embd: int | None = option(None, "width (default: the preset's)", at_least=1, group="model", metavar="N")
+    block_size: int | None = option(
+        None, "context length in tokens (default: the preset's)", at_least=1, group="model", metavar="N"
+    )
+    dropout: float = option(0.0, "dropout probability", at_least=0, below=1, group="model", metavar="P")
+    init_from: str | None = option(
+        None,
+        "start from the weights of a checkpoint, of a folder in the Hugging Face layout, or of gpt2, gpt2-medium, "
+        "gpt2-large or gpt2-xl from the hub",
+        group="model",
+        metavar="CHECKPOINT",
+    )
+
+    batch_size: int | str | None = option(
+        None,
+        "sequences per micro-batch; auto: the largest micro-batch that fits, tokens per iteration stay the same "
+        "(default: 16, on CUDA fewer if 16 do not fit)",
+        type=number_or_auto,
+        at_least=1,
+        group="batch",
+        metavar="N",
+    )
+    gradient_accumulation_steps: int | None = option(
+        None, "micro-batches per iteration (default: 8 on CUDA, else 1)", at_least=1, group="batch", metavar="N"
+    )
+    activation_checkpointing: bool = option(
+        False, "recompute activations in the backward pass: less memory, up to a third more work", group="batch"
+    )
+
+    max_iters: int = option(5000, "total iterations; the schedule scales with them", at_least=1, group="optimizer")
+    optimizer: str = option(
+        "muon", "muon (hidden matrices; AdamW for the rest) or adamw", choices=("muon", "adamw"), group="optimizer"
+    )
+    learning_rate: float | None = option(
+        None,
+        "AdamW's peak learning rate (default: 3e-3 up to a width of 384, else 6e-4)",
+        at_least=0,
+        group="optimizer",
+        metavar="LR",
+    )
+    muon_learning_rate: float = option(0.02, "Muon's peak learning rate", at_least=0, group="optimizer", metavar="LR")
+    min_lr: float | None = option(
+        None,
+        "learning rate at the end (default: learning_rate / 10); Muon's falls by the same factor",
+        at_least=0,
+        group="optimizer",
+        metavar="LR",
+    )
+    schedule: str | None = option(
+        None,
+        "how the learning rates fall after the warm-up (default: cosine for chat data, else wsd)",
+        choices=("wsd", "cosine"),
+        group="optimizer",
+    )
+    warmup_iters: int | None = option(
+        None, "iterations of linear warm-up (default: max_iters / 20)", at_least=0, group="optimizer", metavar="N"
+    )
+    weight_decay: float = option(
+        0.1,
+        "weight decay of the matrices under adamw; muon's AdamW part has none",
+        at_least=0,
+        group="optimizer",
+        metavar="X",
+    )
+    muon_weight_decay: float = option(
+        0.01, "weight decay of the matrices under muon", at_least=0, group="optimizer", metavar="X"
+    )
+    grad_clip: float = option(
+        1.0, "largest gradient norm; 0 turns clipping off", at_least=0, group="optimizer", metavar="X"
+    )
+
+    eval_interval: int | None = option(
+        None,
+        "iterations between evaluations (default: max_iters / 4, at most 250)",
+        at_least=1,
+        group="evaluation",
+        metavar="N",
+    )
+    eval_iters: int = option(
+        20, "validation batches, the same at every evaluation", at_least=1, group="evaluation", metavar="N"
+    )
+    log_interval: int = option(10, "iterations between log lines", at_least=1, group="evaluation", metavar="N")
+    tensorboard: bool = option(
+        False, "also write the metrics for TensorBoard (pip install tensorboard)", group="evaluation"
+    )
+
+    device: str | None = option(
+        None, "cpu, mps, cuda or cuda:N (default: asks, or takes the best one)", group="device", metavar="NAME"
+    )
+    dtype: str | None = option(
+        None,
+        "precision of the matrix products; float32 is TF32 on CUDA (default: the device's best)",
+        choices=("float32", "bfloat16", "float16"),
+        group="device",
+    )
+    compile: bool | None = option(
+        None,
+        "use torch.compile (default: on CUDA, and from 200 iterations on a CPU with a C++ compiler)",
+        group="device",
+    )
+    plain: bool = option(False, "leave out all of fast/: the plain code alone, slower", group="device")
+    parallel: str = option(
+        "ddp",
+        "under torchrun: ddp (each process holds the whole model) or fsdp (a shard of it)",
+        choices=("ddp", "fsdp"),
+        group="device",
+    )
+    seed: int = option(
+        1337, "seed of the weights and of the data's order", at_least=0, below=2**63, group="device", metavar="N"
+    )
+    deterministic: bool = option(False, "make CUDA repeat its results exactly, at some cost in speed", group="device")
+
+    out_dir: str = option("models", "folder of the checkpoints", group="files", metavar="DIR")
+    keep: int = option(0, "also keep the last N checkpoints of evaluations", at_least=0, group="files", metavar="N")
+    resume: str | None = option(
+        None,
+        "continue a run from its checkpoint (default: that of --dataset and --max_iters)",
+        nargs="?",
+        const="",
+        group="files",
+        metavar="PATH",
+    )
+
+    def __post_init__(self) -> None:
+        check_options(self)
+        parse_mixture(self.dataset)  # raises ValueError
+        if self.init_from == "":
+            raise ValueError("--init_from must name a checkpoint, not be empty")
+        if self.resume is not None and self.init_from is not None:
+            raise ValueError("give --resume, which continues a run, or --init_from, which starts one, not both")
+
+    @property
+    def checkpoint_path(self) -> str:
+        """The checkpoint that --resume means."""
+        return self.resume or f"{self.out_dir}/{mixture_name(self.dataset)}{self.max_iters}.pt"
+
+
+@dataclasses.dataclass(frozen=True)
+class RunConfig:
+    """What a run does, completely. Made by `make_config`; the fields are explained in TrainOptions."""
+
+    dataset: str
+    max_iters: int
+    seed: int
+    preset: str
+    n_layer: int
+    n_head: int
+    n_embd: int
+    block_size: int
+    dropout: float
+    batch_size: int
+    gradient_accumulation_steps: int
+    loss_on: str
+    document_mask: bool
+    optimizer: str
+    learning_rate: float
+    muon_learning_rate: float
+    min_lr: float
+    schedule: str
+    warmup_iters: int
+    weight_decay: float
+    muon_weight_decay: float
+    grad_clip: float
+    eval_interval: int
+    eval_iters: int
+    log_interval: int
+    keep: int
+    tensorboard: bool
+    device: str
+    dtype: str
+    compile: bool
+    activation_checkpointing: bool
+    parallel: str
+    deterministic: bool
+    data_dir: str
+    out_dir: str
+    resume: str | None  # the checkpoint that the run continues; None for a new run
+    init_from: str | None  # where a new run takes its weights from; None: new weights
+    val_rows: int  # rows of an evaluation; they stay the same if a resumed run changes its batch_size
+
+    @property
+    def name(self) -> str:
+        """What the run's files are called."""
+        return f"{mixture_name(self.dataset)}{self.max_iters}"
+
+    @property
+    def tokens_per_iter(self) -> int:
+        return self.batch_size * self.gradient_accumulation_steps * self.block_size
+
+
+# --- from options to a configuration ---
+
+
+def make_config(
+    options: TrainOptions,
+    given: Mapping[str, Any],
+    device: str,
+    data: Mapping[str, Any],
+    checkpoint: dict | None = None,
+    speed_up: SpeedUp | None = None,
+    logits_rows: int | None = None,
+) -> RunConfig:
+    """The configuration of a run on `device` with the data set that `data` describes (see `mixture_facts`).
+
+    `checkpoint` is loaded from what --resume or --init_from names, and `given` holds the options on the command line.
+    `speed_up` replaces parts of a model by faster ones, None under --plain; `logits_rows` are the rows whose logits
+    then exist at once. Raises UserError for options that exclude each other.
+    """
+    info = checkpoint["info"] if checkpoint else {}
+    formats = {part["format"] for part in data.get("parts") or [data]}
+    _check_combinations(options, given, formats, is_plain=speed_up is None)
+    shape = _shape(options, device, info)
+    chosen = {**shape, **_choices(options, device, formats, shape["n_embd"], has_fast_parts=speed_up is not None)}
+
+    # The micro-batch: the default or the largest that fits, while the sequences per iteration stay the same.
+    saved = info["config"] if options.resume is not None else {}
+    wanted = options.batch_size if isinstance(options.batch_size, int) else saved.get("batch_size", DEFAULT_BATCH_SIZE)
+    steps = options.gradient_accumulation_steps or (8 if device.startswith("cuda") else 1)
+    micro_batch_size(wanted, steps)  # raises UserError if the processes cannot share the rows
+    step = StepMemory(
+        model=model_config(shape, checkpoint),
+        device=device,
+        dtype=chosen["dtype"],
+        document_mask=chosen["document_mask"],
+        activation_checkpointing=chosen["activation_checkpointing"],
+        compile=chosen["compile"],
+        is_sharded=options.parallel == "fsdp",
+        logits_rows=logits_rows,
+    )
+    batch_size, steps = find_micro_batch(step, options.batch_size, wanted, steps, speed_up)
+    chosen |= {"batch_size": batch_size, "gradient_accumulation_steps": steps}
+
+    # A resumed run keeps its validation rows, so that its losses stay comparable.
+    is_same = saved.get("val_rows") and options.eval_iters == saved["eval_iters"]
+    chosen["val_rows"] = saved["val_rows"] if is_same else options.eval_iters * wanted
+    given_names = {field.name for field in dataclasses.fields(RunConfig)} - chosen.keys()
+    return RunConfig(**{name: getattr(options, name) for name in given_names}, **chosen)
+
+
+def _choices(
+    options: TrainOptions, device: str, formats: set[str], n_embd: int, has_fast_parts: bool
+) -> dict[str, Any]:
+    """The value of every option that may be None, except the model's shape and the micro-batch."""
+    on_cuda, is_chat = device.startswith("cuda"), "chat" in formats
+    # Rates that suit the width: a narrow model bears, and needs, larger steps.
+    learning_rate = _or(options.learning_rate, 3e-3 if n_embd <= 384 else 6e-4)
+    # On a CPU compiling takes up to a minute, which a short run does not earn back.
+    pays_off = on_cuda or (device == "cpu" and options.max_iters >= 200 and has_cpp_compiler())
+    return {
+        "preset": options.preset or _default_preset(device),
+        "loss_on": options.loss_on or ("assistant" if is_chat else "all"),
+        # Conversations in a row have nothing to do with each other, and in chat a reply must not see its neighbours.
+        "document_mask": _or(options.document_mask, formats == {"chat"}),
+        "learning_rate": learning_rate,
+        "min_lr": _or(options.min_lr, learning_rate / 10),
+        "schedule": options.schedule or ("cosine" if is_chat else "wsd"),
+        "warmup_iters": _or(options.warmup_iters, max(1, options.max_iters // 20)),
+        "eval_interval": options.eval_interval or max(1, min(250, options.max_iters // 4)),
+        "device": device,
+        "dtype": choose_dtype(options.dtype, device),
+        "compile": has_fast_parts and _or(options.compile, pays_off),
+        "activation_checkpointing": has_fast_parts and options.activation_checkpointing,
+    }
+
+
+def _default_preset(device: str) -> str:
+    return "gpt2" if device.startswith("cuda") else "small"
+
+
+def _or(value: Any, default: Any) -> Any:
+    return default if value is None else value
+
+
+def _shape(options: TrainOptions, device: str, info: Mapping[str, Any]) -> dict[str, Any]:
+    """The model's SHAPE: with --init_from the checkpoint's, else the options, else the preset's."""
+    preset = PRESETS[options.preset or _default_preset(device)]
+    names = ("n_layer", "n_head", "n_embd", "block_size")
+    shape = {name: getattr(options, name) or getattr(preset, name) for name in names}
+    if options.init_from is not None:
+        shape = {name: info["model"][name] for name in names}
+        # Fewer positions than the checkpoint's are fine: those beyond are left out.
+        shape["block_size"] = min(options.block_size or shape["block_size"], shape["block_size"])
+        for name, value in shape.items():
+            by_preset = getattr(preset, name) if options.preset and name != "block_size" else value
+            if (getattr(options, name) or by_preset) != value:
+                option_name = name if getattr(options, name) else "preset"
+                raise UserError(
+                    f"--{option_name} {getattr(options, option_name)} contradicts {options.init_from}, whose {name} is "
+                    f"{value}; leave it out"
+                )
+    return {**shape, "dropout": options.dropout}
+
+
+def _check_combinations(options: TrainOptions, given: Mapping[str, Any], formats: set[str], is_plain: bool) -> None:
+    """Raise UserError for an option that would have no effect beside the others."""
+    if options.optimizer == "muon" and "weight_decay" in given:
+        raise UserError("--weight_decay is for --optimizer adamw; with muon use --muon_weight_decay")
+    if options.loss_on == "assistant" and "chat" not in formats:
+        raise UserError(f"--loss_on assistant: {options.dataset} is text, which has no assistant; leave it out")
+    for name in ("compile", "activation_checkpointing"):
+        if is_plain and given.get(name):
+            raise UserError(f"--{name} needs the folder fast/ and no --plain; leave --{name} out")

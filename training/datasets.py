@@ -1,0 +1,64 @@
+"""The data of a run: one prepared data set, or the parts of a mixture."""
+
+from __future__ import annotations
+
+import dataclasses
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+from training.batches import ChatRows, TextRows, fixed_batches, open_dataset, require_length
+from training.config import RunConfig
+from training.mixture import MixedRows, data_parts, mixture_facts, parse_mixture
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingData:
+    """The opened data sets of --dataset, with their shares of the rows."""
+
+    parts: dict[str, tuple[dict, dict]]  # each part's streams and facts, as open_dataset returns them
+    shares: dict[str, Fraction]
+    facts: dict[str, Any]  # what a checkpoint keeps of them, see mixture_facts
+
+    @property
+    def formats(self) -> list[str]:
+        """ "text", "chat" or both, in the order of the parts."""
+        return list(dict.fromkeys(part["format"] for part in data_parts(self.facts)))
+
+    def require_length(self, block_size: int) -> None:
+        """Raise UserError if a split is too short for one row."""
+        for streams, _ in self.parts.values():
+            require_length(streams, block_size)
+
+    def mean_loss(self, losses: dict[str, float]) -> float:
+        """The parts' losses weighted with their shares."""
+        return sum(float(self.shares[name]) * loss for name, loss in losses.items())
+
+
+def open_data(dataset: str, data_dir: str) -> TrainingData:
+    """Open and check the data sets that --dataset names. Raises UserError, see `open_dataset`."""
+    shares = parse_mixture(dataset)
+    parts = {name: open_dataset(Path(data_dir), name) for name in shares}
+    return TrainingData(parts, shares, mixture_facts({name: facts for name, (_, facts) in parts.items()}, shares))
+
+
+def make_rows(data: TrainingData, config: RunConfig) -> tuple[TextRows | ChatRows | MixedRows, dict[str, list]]:
+    """The rows to train on, mixed if there are several parts, and each part's validation batches."""
+    rows, val_batches = [], {}
+    for name, (streams, facts) in data.parts.items():
+        train_rows, val_rows = (_rows_of(streams[split], facts["format"], config) for split in ("train", "val"))
+        if isinstance(train_rows, ChatRows):
+            n_rows, share = train_rows.start_epoch(0), train_rows.real_token_share()
+            print(f"rows: {name}'s conversations fill {n_rows:,} rows; {share:.1%} of the tokens are not padding")
+        rows.append(train_rows)
+        val_batches[name] = fixed_batches(val_rows, config.batch_size, config.val_rows)
+    if len(rows) == 1:
+        return rows[0], val_batches
+    return MixedRows(rows, list(data.shares.values()), config.seed), val_batches
+
+
+def _rows_of(stream, kind: str, config: RunConfig) -> TextRows | ChatRows:
+    """How a stream is cut into rows: chat by whole conversations, text by pieces of block_size."""
+    if kind == "chat":
+        return ChatRows(stream, config.block_size, config.seed, config.loss_on, end_pieces=config.document_mask)
+    return TextRows(stream, config.block_size, config.seed)

@@ -1,0 +1,117 @@
+"""What --resume takes from a checkpoint, what it may change, and when it refuses."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from common.cli import UserError
+from training.config import TrainOptions
+from training.mixture import data_parts, mixture_name, parse_mixture
+from training.parallel import broadcast, job_name, n_restarts
+
+# What --resume may change. Everything else belongs to the run.
+CHANGEABLE = {
+    *("max_iters", "batch_size", "gradient_accumulation_steps", "data_dir", "out_dir"),
+    *("learning_rate", "muon_learning_rate", "min_lr", "warmup_iters", "weight_decay", "muon_weight_decay"),
+    *("grad_clip", "eval_interval", "eval_iters", "log_interval", "keep", "tensorboard", "device", "dtype", "compile"),
+    *("deterministic", "activation_checkpointing", "parallel", "plain"),
+}
+# What runs did before there was the option, so that their checkpoints continue as they began.
+DEFAULTS_OF_OLDER_RUNS = {"document_mask": False, "schedule": "cosine", "muon_weight_decay": 0.01}
+
+
+def require_resumable(checkpoint: Mapping[str, Any], path: str) -> None:
+    """Raise UserError for a checkpoint that holds only weights."""
+    if checkpoint["training"] is None:
+        raise UserError(f"{path} holds only weights and cannot be resumed; start from them with --init_from {path}")
+
+
+def is_complete(info: Mapping[str, Any], max_iters: int) -> bool:
+    """Whether a run has done all iterations and its last evaluation."""
+    return info["iter_num"] >= max_iters and info["record"] is None
+
+
+def resumed_options(
+    options: TrainOptions, given: Mapping[str, Any], path: str, info: Mapping[str, Any]
+) -> TrainOptions:
+    """The options of a resumed run: those that it was started with, except what the command line changes.
+
+    `given` holds the options on the command line, `info` is that part of the checkpoint at `path`. Prints each change;
+    raises UserError for one that CHANGEABLE does not list, or that changes the sequences per iteration. If min_lr was
+    derived from learning_rate, it is derived again.
+    """
+    names = {field.name for field in dataclasses.fields(options)}
+    before = {key: value for key, value in {**DEFAULTS_OF_OLDER_RUNS, **info["config"]}.items() if key in names}
+    wanted = {key: value for key, value in given.items() if key not in ("resume", "plain")}
+    if "dataset" in wanted and parse_mixture(wanted["dataset"]) == parse_mixture(before["dataset"]):
+        del wanted["dataset"]  # 7 to 3 is 0.7 to 0.3
+    changes = {key: value for key, value in wanted.items() if value != before.get(key)}
+    for key, value in changes.items():
+        if key not in CHANGEABLE:
+            raise UserError(
+                f"--{key} {value} contradicts {path}, which was made with {before.get(key)}; leave the option out, or "
+                "start a new run without --resume"
+            )
+    resumed = dataclasses.replace(options, **{**before, **changes, "resume": path, "init_from": None})
+    if "learning_rate" in changes and "min_lr" not in given and before["min_lr"] == before["learning_rate"] / 10:
+        resumed = dataclasses.replace(resumed, min_lr=None)
+    _require_same_sequences(resumed, before, path)
+    for key, value in changes.items():
+        if value != "auto":  # the size that is found is printed later
+            print(f"resume: {key} {before.get(key)} -> {value}")
+    return resumed
+
+
+def _require_same_sequences(resumed: TrainOptions, before: Mapping[str, Any], path: str) -> None:
+    """Raise UserError if an iteration would have other sequences: the position in the data counts these."""
+    sequences = before["batch_size"] * before["gradient_accumulation_steps"]
+    batch_size = before["batch_size"] if resumed.batch_size == "auto" else resumed.batch_size
+    if batch_size * resumed.gradient_accumulation_steps != sequences:
+        raise UserError(
+            f"--batch_size {batch_size} x --gradient_accumulation_steps {resumed.gradient_accumulation_steps} "
+            f"contradict {path}, which was made with {sequences} sequences per iteration; choose numbers with that "
+            "product"
+        )
+
+
+def options_after_restart(
+    options: TrainOptions, given: dict[str, Any], read_info: Callable[[str], Mapping[str, Any]]
+) -> tuple[TrainOptions, dict[str, Any]]:
+    """The options of processes that torchrun has restarted: they resume the checkpoint that the same job has written.
+
+    Without such a checkpoint they start as before. A resumed run may have continued under another name.
+    """
+    job, restarts = broadcast((job_name(), n_restarts()))
+    if not restarts:
+        return options, given
+    names = {"dataset": options.dataset, "max_iters": options.max_iters, "out_dir": options.out_dir}
+    if options.resume is not None:
+        saved = read_info(options.checkpoint_path)["config"]
+        names = {key: given.get(key, saved[key]) for key in names}
+    path = Path(names["out_dir"]) / f"{mixture_name(names['dataset'])}{names['max_iters']}.pt"
+    if not path.is_file() or read_info(str(path)).get("job") != job:
+        return options, given
+    print(f"restart {restarts} by torchrun: resuming {path}")
+    given = {key: value for key, value in given.items() if key != "init_from"}
+    return dataclasses.replace(options, resume=str(path), init_from=None), {**given, "resume": str(path)}
+
+
+def require_same_data(facts: Mapping[str, Any], info: Mapping[str, Any], path: str) -> None:
+    """Raise UserError if the data is not what the checkpoint was trained and validated on."""
+    if facts["tokenizer"] != info["tokenizer"]["name"]:
+        raise UserError(
+            f"{path} uses the tokenizer {info['tokenizer']['name']} and the data {facts['tokenizer']}; give the data "
+            "set that the run was started with"
+        )
+    for part, saved_part in zip(data_parts(facts), data_parts(info["data"]), strict=True):
+        for split in ("train", "val"):
+            now, then = ([file["sha256"] for file in data["splits"][split]["files"]] for data in (part, saved_part))
+            if now != then:
+                raise UserError(
+                    f"the data set {part['name']} has changed since {path} was made ({split}: sha256 "
+                    f"{now[0][:12]} instead of {then[0][:12]}); prepare it again as it was, or start from the weights "
+                    f"with --init_from {path}"
+                )

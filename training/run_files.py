@@ -1,0 +1,176 @@
+"""The files of a run: `<name>.pt`, `<name>-best.pt`, `<name>.jsonl`, `<name>.png`, `<name>.lock`.
+
+Nothing that another run wrote is ever overwritten, and a checkpoint is complete or not there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+import re
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from common.checkpoint import copy_checkpoint, prune_kept, read_info, save_checkpoint
+from common.cli import UserError
+from common.files import FileLock, remove_stale_temporaries, require_free_space, write_error
+from model import GPT
+from training.config import RunConfig
+from training.metrics import MetricsLog, TensorBoard, draw_curves, read_metrics, require_tensorboard
+from training.parallel import on_first
+
+
+class RunFiles:
+    """The files of the run `config.name` in `config.out_dir`, which `claim` locks. The first process alone has them.
+
+    `resumed` is the info of the checkpoint that the run continues, if it does. `draw` draws the loss curves.
+    """
+
+    def __init__(
+        self, config: RunConfig, resumed: Mapping[str, Any] | None = None, draw: Callable[..., object] = draw_curves
+    ):
+        self.config, self.resumed, self.draw = config, resumed, draw
+        self.folder = Path(config.out_dir)
+        self.path = self._file(".pt")
+        self.log: MetricsLog | None = None
+
+    def _file(self, kind: str) -> Path:
+        return self.folder / f"{self.config.name}{kind}"
+
+    # --- at the start ---
+
+    @contextlib.contextmanager
+    def claim(self, checkpoint_bytes: int) -> Iterator[None]:
+        """Make the folder, lock the run, check the free space, remove what dead runs left, and open the metrics log.
+
+        Raises UserError if another run has these files, or if the folder cannot be written or has too little space.
+        """
+        with contextlib.ExitStack() as stack:
+            self.log = on_first(lambda: stack.enter_context(self._claim(checkpoint_bytes)))
+            yield
+
+    @contextlib.contextmanager
+    def _claim(self, checkpoint_bytes: int) -> Iterator[MetricsLog]:
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise write_error(self.folder, error) from error
+        with FileLock(self._file(".lock"), str(self.path)):
+            self._remove_stale_temporaries()
+            # The last and the best checkpoint, the kept ones, and one while it is written.
+            require_free_space(self.folder, checkpoint_bytes * (3 + self.config.keep), f"the run {self.config.name}")
+            self._require_unchanged()
+            records = self._records_so_far() if self.resumed else []
+            if self.config.tensorboard:
+                require_tensorboard()
+            self._set_aside()
+            board = TensorBoard(self._file("-tensorboard"), records) if self.config.tensorboard else None
+            if self.resumed:
+                self._inherit_best()
+            with contextlib.closing(MetricsLog(self._file(".jsonl"), records, board)) as log:
+                yield log
+
+    def _remove_stale_temporaries(self) -> None:
+        ours = re.compile(re.escape(self.config.name) + r"(-best|-iter\d+)?\.(pt|png|jsonl)\.\d+\.tmp")
+        for path in self.folder.glob(f"{self.config.name}*.tmp"):
+            if ours.fullmatch(path.name):
+                remove_stale_temporaries(path.with_suffix("").with_suffix(""))
+
+    def _require_unchanged(self) -> None:
+        """Raise UserError if another process continued the checkpoint after this one had loaded it."""
+        if self.path.is_file() and self._is_source() and read_info(self.path)["iter_num"] != self._resumed_iter:
+            raise UserError(f"{self.path} was changed by another run in the meantime; run the command again")
+
+    def _records_so_far(self) -> list[dict]:
+        """The metrics up to the checkpoint that the run continues; later steps are done again."""
+        record = self.resumed and self.resumed["record"]
+        done = self._resumed_iter if record is None else self._resumed_iter - 1
+        source = self._source()
+        for path in (source.with_suffix(".jsonl"), source.with_name(f"{self._resumed_name()}.jsonl")):
+            if path.is_file():
+                return [record for record in read_metrics(path) if record["iter_num"] <= done]
+        print(f"{source}: no metrics of the first {self._resumed_iter} iterations next to it")
+        return []
+
+    def _set_aside(self) -> None:
+        """Rename the files of another run with this name."""
+        if not self.path.is_file() or self._is_source() or _is_untrained(self.path):
+            return
+        names = (f"{self.config.name}-previous{number}" for number in itertools.chain([""], itertools.count(2)))
+        aside = next(self.folder / name for name in names if not (self.folder / f"{name}.pt").exists())
+        if (best := self._file("-best.pt")).is_file():
+            copy_checkpoint(best, f"{aside}-best.pt")
+        kept = [path.name.removeprefix(self.config.name) for path in self.folder.glob(f"{self.config.name}-iter*.pt")]
+        # The checkpoint last: a run killed before that starts over with renaming.
+        for kind in (*kept, "-tensorboard", ".jsonl", ".png", ".pt"):
+            with contextlib.suppress(FileNotFoundError):
+                os.replace(self._file(kind), f"{aside}{kind}")
+        print(f"{self.path} belongs to another run (--resume would continue it): kept as {aside}.pt")
+
+    def _inherit_best(self) -> None:
+        """A run that continues under another name takes its best checkpoint along."""
+        best = self._source().with_name(f"{self._resumed_name()}-best.pt")
+        if best.is_file() and best.resolve() != self._file("-best.pt").resolve():
+            copy_checkpoint(best, self._file("-best.pt"))
+
+    @property
+    def _resumed_iter(self) -> int:
+        return self.resumed["iter_num"] if self.resumed else 0
+
+    def _resumed_name(self) -> str:
+        """What the run was called that this one continues."""
+        info = self.resumed or {}
+        return f"{info['dataset']}{info['config']['max_iters']}"
+
+    def _source(self) -> Path:
+        return Path(self.config.resume or "")
+
+    def _is_source(self) -> bool:
+        """Whether the run continues the checkpoint that it writes."""
+        return self.resumed is not None and os.path.samefile(self.path, self._source())
+
+    # --- while it runs ---
+
+    def write_record(self, record: Mapping[str, Any]) -> None:
+        """Append a record to the metrics log."""
+        if self.log:
+            self.log.write(dict(record))
+
+    def write_checkpoint(
+        self, model: GPT, info: Mapping[str, Any], training: Mapping, weights: Mapping, is_best: bool, keep: bool
+    ) -> None:
+        """Write the run's checkpoint and, before it, the log and the copies that are asked for.
+
+        The checkpoint itself comes last: a run killed before that writes the rest again when it is resumed. Raises
+        UserError if a file cannot be written.
+        """
+        if self.log:
+            self.log.sync()
+        names = [f"-iter{info['iter_num']:08d}"] * keep + ["-best"] * is_best + [""]
+        paths = [self._file(f"{name}.pt") for name in names]
+        save_checkpoint(paths[0], model, info, training, weights)
+        for path in paths[1:-1]:
+            copy_checkpoint(paths[0], path)
+        if keep:
+            prune_kept(self.folder, f"{self.config.name}-iter*.pt", self.config.keep)
+        if paths[0] != self.path:
+            copy_checkpoint(paths[0], self.path)
+
+    def draw_curves(self) -> None:
+        """Draw the logged losses; if the disk refuses them, print a warning."""
+        if self.log is None:
+            return
+        try:
+            self.draw(self._file(".png"), read_metrics(self.log.path), self.config.name)
+        except UserError as error:
+            print(f"warning: {error}; training continues")
+
+
+def _is_untrained(path: Path) -> bool:
+    """Whether a checkpoint was made before the first step, so that nothing is lost with it."""
+    try:
+        return read_info(path).get("iter_num") == 0
+    except UserError:  # unreadable, and all the more not ours to overwrite
+        return False
