@@ -24,6 +24,7 @@ import struct
 import warnings
 from collections.abc import Collection, Mapping
 from pathlib import Path
+from typing import IO, Any, cast
 
 import torch
 from torch import Tensor
@@ -56,7 +57,7 @@ def save_checkpoint(
     with atomic_write(path) as file:
         writer = _RememberError(file)
         try:
-            torch.save({"format": FORMAT, **parts, "digests": digests}, writer)
+            torch.save({"format": FORMAT, **parts, "digests": digests}, cast(IO[bytes], writer))
         except RuntimeError:  # torch hides the error of the file system
             if writer.error:
                 raise writer.error from None
@@ -66,11 +67,11 @@ def save_checkpoint(
 class _RememberError:
     """A file that keeps its last write error, which torch replaces by a RuntimeError of its own."""
 
-    def __init__(self, file):
+    def __init__(self, file: IO[bytes]):
         self._file = file
         self.error: OSError | None = None
 
-    def write(self, data) -> int:
+    def write(self, data: Any) -> int:
         try:
             return self._file.write(data)
         except OSError as error:
@@ -81,7 +82,7 @@ class _RememberError:
         self._file.flush()
 
 
-def digest(part) -> str:
+def digest(part: Any) -> str:
     """The sha256 of nested dicts, lists, tuples, tensors and plain values, in hexadecimal.
 
     It depends neither on the order of a dict's keys nor on the device of a tensor.
@@ -91,7 +92,7 @@ def digest(part) -> str:
     return sha256.hexdigest()
 
 
-def _feed(sha256, part) -> None:
+def _feed(sha256: Any, part: Any) -> None:
     if isinstance(part, Tensor):
         flat = part.detach().to("cpu").contiguous().reshape(-1)
         sha256.update(f"tensor {part.dtype} {tuple(part.shape)}:".encode())
@@ -251,7 +252,8 @@ def random_states(device: str) -> dict:
     import numpy as np
 
     version, words, gauss = random.getstate()
-    name, keys, position, has_gauss, cached = np.random.get_state()
+    numpy_state = cast(tuple[str, np.ndarray, int, int, float], np.random.get_state())
+    name, keys, position, has_gauss, cached = numpy_state
     states = {
         "python": [version, list(words), gauss],
         "numpy": [name, keys.tolist(), int(position), int(has_gauss), float(cached)],

@@ -9,6 +9,7 @@ Skipped: with --plain, on a CPU in float32 without 8-bit weights, and on a proce
 from __future__ import annotations
 
 import dataclasses
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 from common.cli import UserError
 from fast.cuda_graphs import CapturedDecode
-from fast.packed_linear import FewRowsLinear, Int8Linear, PackedLinear, RowLinear, is_exact
+from fast.packed_linear import Int8Linear, PackedLinear, RowLinear, is_exact
 from fast.row_kernels import attend, build
 from generation.decoding import DecodeStep, decode_step
 from model import GPT, Block, KVCache
@@ -36,9 +37,9 @@ def speed_up_generation(model: GPT, quantize: str | None = None, streams: int = 
     `quantize` is "int8" or None, `streams` the number of texts generated at a time. Raises UserError if there is no
     kernel for 8-bit weights.
     """
-    weight = model.h[0].attn.c_attn.weight
+    weight = cast(Block, model.h[0]).attn.c_attn.weight
     on_cpu, dtype = weight.device.type == "cpu", weight.dtype
-    layer: type[PackedLinear | FewRowsLinear]
+    layer: type[PackedLinear | RowLinear | Int8Linear]
     if quantize == "int8":
         if not on_cpu or not is_exact(Int8Linear, dtype, tolerance=0.02):
             raise UserError("--quantize int8 has no kernel for this processor; leave it out, or add --device cpu")
@@ -56,14 +57,14 @@ def speed_up_generation(model: GPT, quantize: str | None = None, streams: int = 
     packed_head = layer(model.wte.weight[: model.config.n_vocab], None)
     model.__class__ = PackedGPT
     model.packed_head = packed_head
-    model.h = nn.ModuleList(PackedBlock(block, layer) for block in model.h)
+    model.h = nn.ModuleList(PackedBlock(cast(Block, block), layer) for block in model.h)
     return SpeedUps(description)
 
 
 class PackedGPT(GPT):
     """GPT with a packed head."""
 
-    packed_head: PackedLinear | FewRowsLinear
+    packed_head: PackedLinear | RowLinear | Int8Linear
 
     def logits(self, hidden: Tensor) -> Tensor:
         return self.packed_head(hidden).float()
@@ -72,7 +73,7 @@ class PackedGPT(GPT):
 class PackedBlock(nn.Module):
     """A block of packed layers, in as few calls as possible: for a single token each call takes time of its own."""
 
-    def __init__(self, block: Block, layer: type[PackedLinear | FewRowsLinear]):
+    def __init__(self, block: Block, layer: type[PackedLinear | RowLinear | Int8Linear]):
         super().__init__()
         self.layer, self.n_head = block.attn.layer, block.attn.n_head
         self.ln_1, self.ln_2 = block.ln_1, block.ln_2
@@ -86,8 +87,9 @@ class PackedBlock(nn.Module):
         B, T, C = x.shape
         x = x.reshape(B * T, C)  # the shape the products work on; from any other they convert there and back
         qkv = self.c_attn.forward(normed(x, self.ln_1))
-        if T == 1 and mask is None and cache is not None and self._has_kernel_for(cache):
-            y = attend(qkv, cache.keys_values[self.layer], cache.positions.start)
+        position = None if cache is None or T > 1 or mask is not None else self._position_for_kernel(cache)
+        if cache is not None and position is not None:
+            y = attend(qkv, cache.keys_values[self.layer], position)
         else:
             qkv = qkv.view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)  # (3, B, H, T, D)
             q, kv = qkv[0], qkv[1:]
@@ -97,8 +99,11 @@ class PackedBlock(nn.Module):
         x = self.attn_proj.added_to(x, y)
         return self.mlp_proj.added_to(x, self.c_fc.with_gelu(normed(x, self.ln_2))).view(B, T, C)
 
-    def _has_kernel_for(self, cache: KVCache) -> bool:
-        return self.has_kernel and cache.rows == slice(None) and isinstance(cache.positions, slice)
+    def _position_for_kernel(self, cache: KVCache) -> int | None:
+        """The position of a new token that the attention kernel can process; None if it cannot."""
+        if self.has_kernel and cache.rows == slice(None) and isinstance(cache.positions, slice):
+            return cache.positions.start
+        return None
 
 
 def normed(x: Tensor, layer: nn.LayerNorm) -> Tensor:

@@ -114,5 +114,7 @@ def attend(qkv: Tensor, keys_values: Tensor, position: int, processor: str = "na
     _, rows, heads, room, size = keys_values.shape
     y = torch.empty(rows, heads * size, dtype=torch.bfloat16)
     pointers = qkv.data_ptr(), keys_values.data_ptr(), y.data_ptr()
-    build(processor).row_attention(*pointers, rows, heads, size, room, position)
+    library = build(processor)
+    assert library is not None, "call it only where the kernel serves the heads"
+    library.row_attention(*pointers, rows, heads, size, room, position)
     return y

@@ -55,7 +55,7 @@ class TiedHead:
         self.counts = self.targets != IGNORED
         self.on_cpu = weight.device.type == "cpu"
         chunk = LOSS_CHUNK_ROWS_CUDA if weight.is_cuda else LOSS_CHUNK_ROWS
-        self.chunks: list[Tensor] | list[slice]
+        self.chunks: list[Tensor | slice]
         if self.on_cpu:
             rows = torch.arange(len(self.counts))[self.counts]
             self.chunks, longest = list(rows.split(chunk)), min(chunk, len(rows))

@@ -9,7 +9,7 @@ An engine continues ids as text; gen.py has the real one.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import ClassVar, Protocol
 
@@ -24,7 +24,7 @@ class Engine(Protocol):
     block_size: int  # the longest context, in tokens
     temperature: float
 
-    def stream(self, ids: list[int], max_tokens: int | None) -> Iterator[str]:
+    def stream(self, ids: list[int], max_tokens: int | None) -> Generator[str]:
         """The text that follows `ids`, in pieces, as it is made."""
 
     def statistics(self) -> str:
@@ -52,7 +52,7 @@ class PromptSession:
         self.notify = notify
         self.last_prompt: str | None = None
 
-    def reply(self, text: str) -> Iterator[str]:
+    def reply(self, text: str) -> Generator[str]:
         """What the model makes of `text`, in pieces. Raises UserError for a text that does not fit."""
         ids = [ENDOFTEXT_ID, *encode_text(text)]
         if len(ids) > self.engine.block_size:
@@ -62,13 +62,13 @@ class PromptSession:
         self.last_prompt = text
         return self.engine.stream(ids, self.max_tokens)
 
-    def retry(self) -> Iterator[str]:
+    def retry(self) -> Generator[str]:
         """Another reply to the last prompt."""
         if self.last_prompt is None:
             raise UserError("there is nothing to retry yet; type a prompt first")
         return self.reply(self.last_prompt)
 
-    def command(self, line: str) -> str | Iterator[str]:
+    def command(self, line: str) -> str | Generator[str]:
         """Do what a line such as "/temp 0.5" says: a sentence about it, or a reply in pieces.
 
         Raises UserError for a command that does not exist or cannot be done, and Quit.
@@ -82,7 +82,7 @@ class PromptSession:
         lines = [f"/{name:<7}{meaning}" for name, meaning in self.commands.items()]
         return "\n".join([*lines, 'A line ending in \\ goes on in the next; lines between two """ are one message.'])
 
-    def _retry(self, argument: str) -> Iterator[str]:
+    def _retry(self, argument: str) -> Generator[str]:
         return self.retry()
 
     def _temp(self, argument: str) -> str:
@@ -147,7 +147,7 @@ class ChatSession(PromptSession):
         quarter = max(1, self.engine.block_size // 4)
         return quarter if self.max_tokens is None else min(quarter, self.max_tokens)
 
-    def reply(self, text: str) -> Iterator[str]:
+    def reply(self, text: str) -> Generator[str]:
         """The assistant's reply to `text`, in pieces; both become part of the chat, the reply as far as it came.
 
         Raises UserError, and changes nothing, for a text that does not fit the window.
@@ -157,7 +157,7 @@ class ChatSession(PromptSession):
         self.messages = messages
         return self._answer(ids)
 
-    def _answer(self, ids: list[int]) -> Iterator[str]:
+    def _answer(self, ids: list[int]) -> Generator[str]:
         room = self.engine.block_size - len(ids)
         message = {"role": "assistant", "content": ""}
         self.messages.append(message)
@@ -170,6 +170,7 @@ class ChatSession(PromptSession):
         system = [message for message in messages[:1] if message["role"] == "system"]
         starts = [index for index, message in enumerate(messages) if message["role"] == "user"]
         capacity = self.engine.block_size - self.room_for_reply
+        ids: list[int] = []
         for number, start in enumerate(starts):
             first = len(system) if number == 0 else start
             ids = chat_ids([*system, *messages[first:]])
@@ -185,7 +186,7 @@ class ChatSession(PromptSession):
             "shorten it" + (" or the system message" if system else "")
         )
 
-    def retry(self) -> Iterator[str]:
+    def retry(self) -> Generator[str]:
         """Another reply to the last message, in place of the one given."""
         start = self._last_user_message("retry")
         messages = self.messages[: start + 1]

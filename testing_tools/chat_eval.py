@@ -15,6 +15,7 @@ import re
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -191,7 +192,7 @@ def main() -> None:
     answers = evaluate(model_reply(model))
     print_report(answers, options.verbose)
     if options.json:
-        content = {"checkpoint": options.checkpoint, "scores": scores(answers)}
+        content: dict[str, Any] = {"checkpoint": options.checkpoint, "scores": scores(answers)}
         content["answers"] = [dataclasses.asdict(answer) for answer in answers]
         with atomic_write(options.json, "w", encoding="utf-8") as file:
             json.dump(content, file, ensure_ascii=False, indent=1)

@@ -255,6 +255,7 @@ def open_streams(options: CheckOptions) -> tuple[dict[str, TokenStream], dict]:
     """The streams to check by their names, and what the .json says of them ({} where there is none)."""
     if options.dataset:
         return open_dataset(Path(options.data_dir), options.dataset)
+    assert options.bin is not None, "the caller gives one of the two"
     path = Path(options.bin)
     if not path.is_file():
         found = prepared_datasets(path.parent) if path.parent.is_dir() else []

@@ -51,7 +51,8 @@ class ExtendedTokenizerWrapper:
 
     def decode(self, ids: list[int]) -> str:
         """The text of `ids`. Raises KeyError for an id outside the vocabulary."""
-        text, ordinary = "", []
+        text = ""
+        ordinary: list[int] = []
         for token in ids:
             if token in self._spellings:
                 text += self.base.decode(ordinary) + self._spellings[token]

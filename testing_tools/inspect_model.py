@@ -15,6 +15,7 @@ import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -25,7 +26,7 @@ from common.cli import UserError, option, parse_options, run_script
 from common.device import choose_device
 from common.files import atomic_write
 from exchange.loading import load_model
-from model import GPT
+from model import GPT, Block
 from setup_tokenizer import ENDOFTEXT_ID, encode_chat, encode_text, get_extended_tokenizer, token_text
 
 MOST_LABELS = 32  # tokens that are named at the axes; the places of longer texts are numbered
@@ -74,7 +75,7 @@ def look(model: GPT, ids: Sequence[int]) -> tuple[Tensor, Tensor]:
     """
     projections: list[Tensor] = []
     hooks = [
-        block.attn.c_attn.register_forward_hook(lambda module, inputs, output: projections.append(output))
+        cast(Block, block).attn.c_attn.register_forward_hook(lambda module, inputs, output: projections.append(output))
         for block in model.h
     ]
     try:
@@ -137,11 +138,12 @@ def draw_attention(path: Path, maps: Tensor, ids: Sequence[int], title: str, fir
     figure = Figure(figsize=(n_head * panel + 2.5, n_layer * panel + 1.7), layout="constrained", dpi=100)
     is_later = torch.ones(T, T, dtype=torch.bool).triu(1)
     grid = figure.subplots(n_layer, n_head, squeeze=False, sharex=True, sharey=True)
+    images = []
     for layer, row in enumerate(grid):
         for head, axes in enumerate(row):
             # The square root spreads the small weights, of which a long text has many.
             weights = maps[layer, head].masked_fill(is_later, math.nan).numpy()  # what comes later stays white
-            image = axes.imshow(weights, norm=PowerNorm(0.5, 0, 1), cmap="viridis")
+            images.append(axes.imshow(weights, norm=PowerNorm(0.5, 0, 1), cmap="viridis"))
             axes.set_title(f"layer {first_layer + layer}, head {head}", fontsize=9)
             if is_labelled:
                 names = [axis_label(token_id) for token_id in ids]
@@ -151,7 +153,7 @@ def draw_attention(path: Path, maps: Tensor, ids: Sequence[int], title: str, fir
     figure.supxlabel(f"{what} that is looked at{unit}", fontsize=10)
     figure.supylabel(f"{what} that looks{unit}", fontsize=10)
     figure.suptitle(title, fontsize=11, parse_math=False)
-    bar = figure.colorbar(image, ax=grid, fraction=0.03, aspect=30, ticks=[0, 0.01, 0.05, 0.1, 0.25, 0.5, 1])
+    bar = figure.colorbar(images[-1], ax=grid, fraction=0.03, aspect=30, ticks=[0, 0.01, 0.05, 0.1, 0.25, 0.5, 1])
     bar.set_label("attention weight", fontsize=10)
     bar.ax.set_yticklabels(["0", "0.01", "0.05", "0.1", "0.25", "0.5", "1"], fontsize=8)
     with atomic_write(path) as file:
@@ -176,7 +178,8 @@ def loss_colour(loss: float) -> tuple[int, int, int]:
     place = min(max(loss, 0.0), TOP_LOSS) / TOP_LOSS * (len(COLOURS) - 1)
     index = min(int(place), len(COLOURS) - 2)
     share = place - index
-    return tuple(round(a + (b - a) * share) for a, b in zip(COLOURS[index], COLOURS[index + 1], strict=True))
+    red, green, blue = (round(a + (b - a) * share) for a, b in zip(COLOURS[index], COLOURS[index + 1], strict=True))
+    return red, green, blue
 
 
 def luminance(colour: tuple[int, int, int]) -> float:

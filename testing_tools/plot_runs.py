@@ -90,7 +90,8 @@ def draw_runs(path: Path, runs: dict[str, list[dict]], by: str) -> None:
         from matplotlib.ticker import LogLocator, NullLocator
     except ImportError as error:
         raise UserError("drawing needs matplotlib; run: pip install -r requirements.txt") from error
-    palette = matplotlib.colormaps["tab10"].colors if len(runs) <= 10 else matplotlib.colormaps["tab20"].colors
+    colormap = matplotlib.colormaps["tab10" if len(runs) <= 10 else "tab20"]
+    palette = [colormap(number) for number in range(colormap.N)]
     figure = Figure(figsize=(10, 6), layout="constrained", dpi=110)
     axes = figure.subplots()
     for number, (name, records) in enumerate(runs.items()):

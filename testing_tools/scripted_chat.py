@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from common.cli import option, parse_options, run_script
 from common.device import choose_device, choose_dtype
-from fast.allocator import keep_freed_memory
+from common.speedups import load_speedups
 from generation.chat import ChatSession
 from setup_tokenizer import ENDOFTEXT_ID, IM_END_ID, IM_START_ID
 
@@ -31,13 +31,15 @@ class ScriptedChatOptions:
 
 def main() -> None:
     options = parse_options(ScriptedChatOptions, __doc__)
-    keep_freed_memory()
+    if (fast := load_speedups(plain=False)) is not None:
+        fast.keep_freed_memory()
     from exchange.loading import load_model
     from generation.engine import Settings, TextEngine
+    from generation.sampling import Sampling
 
     device = choose_device(options.device)
     model, _ = load_model(options.checkpoint, device, choose_dtype(None, device))
-    settings = Settings(temperature=0, stop_ids=(IM_END_ID, IM_START_ID, ENDOFTEXT_ID))
+    settings = Settings(Sampling(temperature=0), stop_ids=(IM_END_ID, IM_START_ID, ENDOFTEXT_ID))
     session = ChatSession(TextEngine(model, settings))
     for line in options.lines or LINES:
         print(f"you:  {line}")
