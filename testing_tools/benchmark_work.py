@@ -72,11 +72,11 @@ def train_ours(options, config) -> Work:
     keep_freed_memory()
     import numpy as np
     import torch
+    from training.start import make_model
 
     import train
     from training.memory import move_model
     from training.optimizers import init_optimizer_states, make_optimizers
-    from training.start import make_model
 
     allow_tf32()
     seed_everything(config.seed)
