@@ -13,7 +13,7 @@ import sys
 
 
 def keep_freed_memory() -> None:
-    """Make the C library keep freed memory for the next tensor, in huge pages. Call it before the first large tensor."""
+    """Make the C library keep freed memory for the next tensor, in huge pages; call it before the first tensor."""
     import ctypes
 
     libc = _glibc()

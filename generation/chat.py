@@ -56,9 +56,7 @@ class PromptSession:
         """The continuation of `text`, in pieces. Raises UserError for a text that does not fit."""
         ids = [ENDOFTEXT_ID, *encode_text(text)]
         if len(ids) > self.engine.block_size:
-            raise UserError(
-                f"the prompt has {len(ids) - 1} tokens and the model's window holds {self.engine.block_size}; shorten it"
-            )
+            raise UserError(f"the prompt has {len(ids) - 1} tokens and the window {self.engine.block_size}; shorten it")
         self.last_prompt = text
         return self.engine.stream(ids, self.max_tokens)
 
@@ -75,9 +73,7 @@ class PromptSession:
         """
         name, _, argument = line[1:].partition(" ")
         if name not in self.commands:
-            raise UserError(
-                f"unknown command /{name}; /help lists the commands, and a message that starts with // is sent with one slash"
-            )
+            raise UserError(f"unknown command /{name}; /help lists the commands, and // at the start sends a slash")
         return getattr(self, f"_{name}")(argument.strip())
 
     def _help(self, argument: str) -> str:
