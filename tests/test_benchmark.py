@@ -30,7 +30,7 @@ import device_limits  # noqa: E402
 sys.path.remove(str(TOOLS))
 
 from common.cli import UserError  # noqa: E402
-from common.device import n_cores  # noqa: E402
+from common.device import choose_dtype, n_cores  # noqa: E402
 from model import GPT  # noqa: E402
 
 KEYS = {
@@ -193,7 +193,8 @@ def test_the_loops_as_nanogpts_differ_in_precision_and_compilation(monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda function: compiled.append(function) or function)
     monkeypatch.setattr(torch.nn.functional, "cross_entropy", lambda *a: dtypes.append(a[0].dtype) or real(*a))
     assert [benchmark_work.WORKS["train"][peer](None, config).step() for peer in ("plain", "compiled")] == [32, 32]
-    assert len(compiled) == 1 and dtypes == [torch.float32] * 2 + [torch.bfloat16] * 2
+    best = getattr(torch, choose_dtype(None, "cpu"))
+    assert len(compiled) == 1 and dtypes == [torch.float32] * 2 + [best] * 2
 
 
 def test_a_simple_loop_clips_the_gradient_steps_and_keeps_the_last_logits():
@@ -325,7 +326,7 @@ def test_prepare_beside_one_thread_of_tiktoken(tmp_path):
             "compared with transformers or plain or compiled, not tiktoken",
         ),
         (("train", "--quantize", "int8"), 2, "--quantize is only for generate"),
-        (("train", "--json", "nowhere/x.json"), 1, "there is no folder nowhere; make it with mkdir -p"),
+        (("train", "--json", "nowhere/x.json"), 1, "there is no folder nowhere; run: mkdir -p nowhere"),
         (("prepare", "--input", "nowhere.txt"), 1, "nowhere.txt not found; check the path given to --input"),
     ],
 )
