@@ -9,6 +9,7 @@ Skipped: with --plain, on a CPU in float32 without 8-bit weights, and on a proce
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -30,26 +31,28 @@ class SpeedUps:
     decode: DecodeStep = decode_step
 
 
-def speed_up_generation(model: GPT, quantize: str | None = None, streams: int = 1) -> SpeedUps:
+def speed_up_generation(
+    model: GPT, quantize: str | None = None, streams: int = 1, has_kernel: Callable[..., bool] = is_exact
+) -> SpeedUps:
     """Replace the parts of `model`, in place, whose plain versions generate slower; afterwards it only generates.
 
-    `quantize` is "int8" or None, `streams` the number of texts generated at a time. Raises UserError if there is no
-    kernel for 8-bit weights.
+    `quantize` is "int8" or None, `streams` the number of texts generated at a time. `has_kernel` says whether this
+    processor has the kernel of a layer. Raises UserError if it has none for 8-bit weights.
     """
     weight = model.h[0].attn.c_attn.weight
     on_cpu, dtype = weight.device.type == "cpu", weight.dtype
     layer: type[PackedLinear | FewRowsLinear]
     if quantize == "int8":
-        if not on_cpu or not is_exact(Int8Linear, dtype, tolerance=0.02):
+        if not on_cpu or not has_kernel(Int8Linear, dtype, tolerance=0.02):
             raise UserError("--quantize int8 has no kernel for this processor; leave it out, or add --device cpu")
         layer, description = Int8Linear, "8-bit weights"
     elif weight.is_cuda:
         return SpeedUps("plain layers, CUDA graphs", CapturedDecode())
     elif not on_cpu or dtype != torch.bfloat16:
         return SpeedUps("plain layers")
-    elif is_exact(RowLinear, dtype, tolerance=0.02) and streams <= RowLinear(weight, None).most_rows:
+    elif has_kernel(RowLinear, dtype, tolerance=0.02) and streams <= RowLinear(weight, None).most_rows:
         layer, description = RowLinear, "a kernel for few rows"
-    elif is_exact(PackedLinear, dtype, tolerance=0.02):
+    elif has_kernel(PackedLinear, dtype, tolerance=0.02):
         layer, description = PackedLinear, "weights packed for the processor"
     else:
         return SpeedUps("plain layers")
