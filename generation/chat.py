@@ -9,13 +9,15 @@ An engine continues ids as text; generation/engine.py has the real one.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import ClassVar, Protocol
 
 from common.cli import UserError
 from common.files import atomic_write
 from setup_tokenizer import ENDOFTEXT_ID, check_messages, encode_chat, encode_text
+
+Pieces = Generator[str, None, None]  # of a text, as it is generated; a generator, so that it can be closed
 
 
 class Engine(Protocol):
@@ -24,7 +26,7 @@ class Engine(Protocol):
     block_size: int  # the longest context, in tokens
     temperature: float
 
-    def stream(self, ids: list[int], max_tokens: int | None) -> Iterator[str]:
+    def stream(self, ids: list[int], max_tokens: int | None) -> Pieces:
         """The text that follows `ids`, in pieces, as it is generated."""
 
     def statistics(self) -> str:
@@ -52,7 +54,7 @@ class PromptSession:
         self.notify = notify
         self.last_prompt: str | None = None
 
-    def reply(self, text: str) -> Iterator[str]:
+    def reply(self, text: str) -> Pieces:
         """The continuation of `text`, in pieces. Raises UserError for a text that does not fit."""
         ids = [ENDOFTEXT_ID, *encode_text(text)]
         if len(ids) > self.engine.block_size:
@@ -60,13 +62,13 @@ class PromptSession:
         self.last_prompt = text
         return self.engine.stream(ids, self.max_tokens)
 
-    def retry(self) -> Iterator[str]:
+    def retry(self) -> Pieces:
         """Another reply to the last prompt."""
         if self.last_prompt is None:
             raise UserError("there is nothing to retry yet; type a prompt first")
         return self.reply(self.last_prompt)
 
-    def command(self, line: str) -> str | Iterator[str]:
+    def command(self, line: str) -> str | Pieces:
         """Run a command such as "/temp 0.5"; returns a sentence about it, or a reply in pieces.
 
         Raises UserError for a command that does not exist or fails, and Quit.
@@ -82,7 +84,7 @@ class PromptSession:
             [*lines, 'A line that ends in \\ continues on the next; lines between two """ are one message.']
         )
 
-    def _retry(self, argument: str) -> Iterator[str]:
+    def _retry(self, argument: str) -> Pieces:
         return self.retry()
 
     def _temp(self, argument: str) -> str:
@@ -147,7 +149,7 @@ class ChatSession(PromptSession):
         quarter = max(1, self.engine.block_size // 4)
         return quarter if self.max_tokens is None else min(quarter, self.max_tokens)
 
-    def reply(self, text: str) -> Iterator[str]:
+    def reply(self, text: str) -> Pieces:
         """The assistant's reply to `text`, in pieces; both are added to the chat, the reply as far as it was generated.
 
         Raises UserError, and changes nothing, for a text that does not fit the window.
@@ -157,7 +159,7 @@ class ChatSession(PromptSession):
         self.messages = messages
         return self._answer(ids)
 
-    def _answer(self, ids: list[int]) -> Iterator[str]:
+    def _answer(self, ids: list[int]) -> Pieces:
         room = self.engine.block_size - len(ids)
         message = {"role": "assistant", "content": ""}
         self.messages.append(message)
@@ -179,13 +181,13 @@ class ChatSession(PromptSession):
                     self._said_that_it_forgets = True
                 return ids
         message_tokens = len(encode_text(messages[-1]["content"]))
-        fixed_tokens = len(ids) - message_tokens
+        fixed_tokens = len(chat_ids([*system, messages[-1]])) - message_tokens
         raise UserError(
             f"the message has {message_tokens} tokens and the window has room for {max(0, capacity - fixed_tokens)}; "
             "shorten it" + (" or the system message" if system else "")
         )
 
-    def retry(self) -> Iterator[str]:
+    def retry(self) -> Pieces:
         """Another reply to the last message, which replaces the previous one."""
         start = self._last_user_message("retry")
         messages = self.messages[: start + 1]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import sys
 import time
 from collections.abc import Iterable, Iterator
@@ -25,7 +26,7 @@ class Console:
         if self.is_terminal:
             with contextlib.suppress(ImportError):  # Windows has none
                 import readline  # noqa: F401  gives input() line editing and history
-        else:
+        elif isinstance(sys.stdin, io.TextIOWrapper):
             sys.stdin.reconfigure(encoding="utf-8-sig", errors="replace")  # -sig: skips a byte order mark
 
     def messages(self) -> Iterator[str]:
