@@ -362,8 +362,8 @@ def main() -> None:
     signal.signal(signal.SIGTERM, _terminate)
     engine = load_engine(options)
     console = Console("you" if options.chat else "prompt", delay=not options.no_delay)
-    session: PromptSession
     try:
+        session: PromptSession
         if options.chat:
             session = ChatSession(engine, options.max_tokens, console.notice, options.system)
         else:

@@ -22,6 +22,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from training.start import make_model
 
 import model
 import train
@@ -33,7 +34,6 @@ from training import measurements, memory, optimizers, progress, start
 from training import run as run_module
 from training.optimizers import init_optimizer_states, make_optimizers
 from training.parallel import World
-from training.start import make_model
 
 ROOT = Path(train.__file__).parent
 
