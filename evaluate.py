@@ -17,7 +17,7 @@ trained with --document_mask is scored in the same way: of a text it then also s
 Bits per byte is the sum of nats / ln 2 / bytes of UTF-8 text, so that models with other tokenizers compare ("The
 Pile", Gao et al. 2020, section 3.1). The numerator holds every scored id, control tokens and ChatML's role lines too;
 the bytes are those of the documents, for chat of the messages' contents. "assistant" counts only what
-`batches.assistant_targets` marks, contents and the `<|im_end|>` behind each, over the bytes of these contents.
+`targets.assistant_targets` marks, contents and the `<|im_end|>` behind each, over the bytes of these contents.
 """
 
 from __future__ import annotations
@@ -38,13 +38,15 @@ from common.checkpoint import load_model, read_info
 from common.cli import UserError, option, parse_options, run_script
 from common.device import autocast, choose_device, choose_dtype
 from common.files import atomic_write, require_target
+from data.dataset import DatasetInfo, open_dataset
+from data.token_stream import TokenStream
 from fast.allocator import keep_freed_memory
 from generation.packed_linear import pack_linears
 from generation.stories import N_COPIED, STORY_SETTINGS, STORY_TOKENS, judge_stories, readable_stories, write_stories
 from model import GPT
-from setup_tokenizer import ENDOFTEXT_ID, IM_END_ID, IM_START_ID, get_extended_tokenizer
-from training.batches import TokenStream, assistant_targets, open_dataset
+from setup_tokenizer import ENDOFTEXT_ID, get_extended_tokenizer, message_spans
 from training.mixture import trained_on
+from training.targets import assistant_targets
 
 HEAD_CHUNK = 1024  # rows whose logits exist at the same time
 RESAMPLES = 2000  # of the bootstrap
@@ -123,7 +125,7 @@ def read_split(name: str, stream: TokenStream, is_chat: bool, limit: int | None 
     if is_chat:
         is_assistant = assistant_targets(ids) & is_scored
         counted = {
-            "all": (is_scored, content_bytes(ids)),
+            "all": (is_scored, content_bytes(ids, byte_lengths)),
             "assistant": (is_assistant, int(byte_lengths[ids[is_assistant]].sum())),
         }
     else:
@@ -144,15 +146,16 @@ def id_bytes() -> np.ndarray:
     return np.array(sizes)
 
 
-def content_bytes(ids: np.ndarray) -> int:
-    """The bytes of all messages' contents in ChatML ids, without the roles and the line ends behind them."""
-    enc = get_extended_tokenizer()
-    total = 0
-    for message in np.split(ids, np.flatnonzero(ids == IM_START_ID))[1:]:
-        ends = np.flatnonzero((message == IM_END_ID) | (message == ENDOFTEXT_ID))
-        text = enc.decode_bytes(message[1 : ends[0] if len(ends) else None].tolist())
-        total += len(text.partition(b"\n")[2])
-    return total
+def content_bytes(ids: np.ndarray, byte_lengths: np.ndarray) -> int:
+    """The bytes of all messages' contents in ChatML ids, without the roles and the line end after each role."""
+    messages = message_spans(ids)
+    steps = np.zeros(len(ids) + 1, dtype=int)  # +1 where a content begins, -1 after it; control tokens have no bytes
+    steps[messages.content] += 1
+    steps[messages.end] -= 1
+    in_content = np.cumsum(steps[:-1]) > 0
+    # The id with the role's line end may also hold white space with which the content begins.
+    shared = byte_lengths[ids[messages.content - 1]] - 1
+    return int(byte_lengths[ids[in_content]].sum() + shared.clip(min=0).sum())
 
 
 def windows(start: int, end: int, block_size: int, stride: int) -> Iterator[tuple[int, int, int]]:
@@ -273,18 +276,18 @@ def dataset_names(options: EvaluateOptions, infos: list[dict]) -> list[str]:
     return names
 
 
-def check_fit(path: str, info: dict, facts: dict) -> None:
+def check_fit(path: str, info: dict, data: DatasetInfo) -> None:
     """Raise UserError where model and data have different tokenizers; say where a model saw another version of it."""
-    tokenizer = info.get("tokenizer", {}).get("name", facts["tokenizer"])  # nanoGPT's checkpoints do not say
-    if tokenizer != facts["tokenizer"]:
+    tokenizer = info.get("tokenizer", {}).get("name", data.tokenizer)  # nanoGPT's checkpoints do not say
+    if tokenizer != data.tokenizer:
         raise UserError(
-            f"{path} uses the tokenizer {tokenizer} and {facts['name']} was prepared with {facts['tokenizer']}; name "
+            f"{path} uses the tokenizer {tokenizer} and {data.name} was prepared with {data.tokenizer}; name "
             "another data set with --dataset"
         )
-    if trained := trained_on(info).get(facts["name"]):
-        digests = [[file["sha256"] for file in data["splits"]["train"]["files"]] for data in (trained, facts)]
-        if digests[0] != digests[1]:
-            print(f"note: {facts['name']} has changed since {path} was made, which may have trained on what is now val")
+    if trained := trained_on(info).get(data.name):
+        digests = [file["sha256"] for file in trained["splits"]["train"]["files"]]
+        if digests != [file.sha256 for file in data.splits["train"].files]:
+            print(f"note: {data.name} has changed since {path} was made, which may have trained on what is now val")
 
 
 def measure(options: EvaluateOptions) -> dict:
@@ -295,12 +298,12 @@ def measure(options: EvaluateOptions) -> dict:
     datasets = {name: open_dataset(data_dir, name) for name in names}
     story_data = [stories_of(info, names[0]) for info in infos]
     for path, info in zip(options.checkpoints, infos, strict=True):
-        for _, facts in datasets.values():
-            check_fit(path, info, facts)
+        for _, data in datasets.values():
+            check_fit(path, info, data)
     if options.samples:
         datasets |= {name: open_dataset(data_dir, name) for name in set(story_data) - set(names)}
     splits = {
-        name: read_split(name, datasets[name][0]["val"], datasets[name][1]["format"] == "chat", options.limit)
+        name: read_split(name, datasets[name][0]["val"], datasets[name][1].format == "chat", options.limit)
         for name in names
     }
     device = choose_device(options.device)

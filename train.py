@@ -24,23 +24,17 @@ import torch
 from common.checkpoint import checkpoint_bytes, random_states, set_random_states
 from common.cli import UserError, given_options, option, parse_options, run_script
 from common.device import allow_tf32, autocast, choose_dtype, has_cpp_compiler, seed_everything, set_determinism
+from data.dataset import open_dataset, require_length
 from fast.allocator import give_back_freed_memory, keep_freed_memory
 from model import GPT, IGNORED, PRESETS
-from training.batches import (
-    Batches,
-    ChatRows,
-    TextRows,
-    document_numbers,
-    fixed_batches,
-    open_dataset,
-    require_length,
-)
+from training.batches import Batches, fixed_batches
 from training.measurements import Measurements, needed_at_once, not_finite_error
 from training.memory import check_memory, fit_batch_size, is_out_of_memory, move_model, out_of_memory_error
 from training.mixture import MixedRows, data_parts, mixture_facts, mixture_name, parse_mixture
 from training.optimizers import init_optimizer_states, make_optimizers, set_rates
 from training.parallel import ALONE, World, averaging, full_tensor, join_job, shard_model
 from training.progress import Clock, describe_data, describe_parts, print_sample
+from training.rows import ChatRows, TextRows
 from training.run import Run, StopSignal
 from training.start import (
     after_restart,
@@ -51,6 +45,7 @@ from training.start import (
     resume_config,
     shape_of_checkpoint,
 )
+from training.targets import document_numbers
 
 
 def number_or_auto(word: str) -> int | str:
@@ -279,11 +274,11 @@ def make_rows(stream, config: TrainConfig, is_chat: bool) -> TextRows | ChatRows
 def rows_and_batches(parts: dict, shares: dict, config: TrainConfig) -> tuple[TextRows | ChatRows | MixedRows, dict]:
     """The rows to train on, mixed where there are several parts, and each part's validation batches by its name."""
     rows, val_batches = [], {}
-    for name, (streams, facts) in parts.items():
-        is_chat = facts["format"] == "chat"
+    for name, (streams, info) in parts.items():
+        is_chat = info.format == "chat"
         train_rows, val_rows = (make_rows(streams[split], config, is_chat) for split in streams)
         if is_chat:
-            n_rows, share = train_rows.start_epoch(0), train_rows.real_token_share()
+            n_rows, share = train_rows.start_epoch(0), train_rows.real_token_fraction()
             print(f"rows: {name}'s conversations make {n_rows:,}; {share:.1%} of their places are no padding")
         rows.append(train_rows)
         val_batches[name] = fixed_batches(val_rows, config.batch_size, config.val_rows)
@@ -394,7 +389,7 @@ def train(config: TrainConfig, given: dict, world: World = ALONE) -> int:
         raise UserError("--weight_decay is for --optimizer adamw; with muon use --muon_weight_decay")
     shares = parse_mixture(config.dataset)
     parts = {name: open_dataset(Path(config.data_dir), name) for name in shares}
-    facts = mixture_facts({name: facts for name, (_, facts) in parts.items()}, shares)
+    facts = mixture_facts({name: info.to_json() for name, (_, info) in parts.items()}, shares)
     is_chat = facts["format"] == "chat"
     formats = dict.fromkeys(part["format"] for part in data_parts(facts))  # each once, in order
     if config.loss_on == "assistant" and "chat" not in formats:

@@ -14,9 +14,9 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 import torch
 
+from data.token_stream import TokenStream
 from model import GPT
 from setup_tokenizer import ENDOFTEXT_ID, IM_END_ID, encode_text, get_extended_tokenizer
-from training.batches import TokenStream
 
 N_COPIED = 8  # ids in a row that count as copied
 SCAN_CHUNK = 1 << 20  # ids of the training data that are looked at together

@@ -295,7 +295,7 @@ def random_prompts(options, n_vocab: int) -> Iterator[list[int]]:
 
 def prepare_ours(options, config) -> Work:
     """data/prepare-story.py from its start to its end, cleaning and deduplication included; the file is read before."""
-    from data.sources import read_text_documents
+    from data.readers.text import read_text_documents
 
     text_bytes = sum(len(document.encode()) for document in read_text_documents(options.input))
     peak = PeakMemory()
@@ -320,7 +320,7 @@ def prepare_ours(options, config) -> Work:
 
 def prepare_tiktoken(options, config) -> Work:
     """One thread of tiktoken over the same documents, or over the first of many; reading them is not counted."""
-    from data.sources import read_text_documents
+    from data.readers.text import read_text_documents
     from setup_tokenizer import get_base_tokenizer
 
     documents, characters = [], 0

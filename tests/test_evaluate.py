@@ -14,13 +14,15 @@ import evaluate
 from common.checkpoint import save_checkpoint
 from common.cli import UserError
 from common.files import sha256_file
+from data.dataset import open_dataset
+from data.pipeline import Corpus, Dataset, PrepareOptions, prepare
 from evaluate import EvaluateOptions, measure, paired_bootstrap, read_split, score, windows
 from generation import stories
 from generation.packed_linear import Int8Linear, is_exact
 from model import GPT, GPTConfig
 from setup_tokenizer import ENDOFTEXT_ID, encode_chat, encode_document, encode_text
-from training.batches import assistant_targets, open_dataset
 from training.mixture import mixture_facts, parse_mixture
+from training.targets import assistant_targets
 
 BLOCK_SIZE = 16
 DOCUMENTS = [
@@ -72,8 +74,8 @@ def write_checkpoint(path: Path, model: GPT, dataset: str, **info) -> str:
 
 
 def val_split(folder: Path, name: str, limit: int | None = None):
-    streams, facts = open_dataset(folder, name)
-    return read_split(name, streams["val"], facts["format"] == "chat", limit)
+    streams, info = open_dataset(folder, name)
+    return read_split(name, streams["val"], info.format == "chat", limit)
 
 
 def brute_force(model: GPT, context_start: int, ids: list[int], place: int) -> tuple[float, bool]:
@@ -154,18 +156,15 @@ def test_windows_score_each_place_once_with_enough_context(length, stride):
 
 def test_the_prepared_bytes_are_the_counted_ones(tmp_path):
     """What the preparation writes into the .json and what evaluate.py counts from the ids is the same number."""
-    from data import corpus
-
     for name, documents in (("story", DOCUMENTS * 30), ("chat", CONVERSATIONS * 30)):
         kind = "text" if name == "story" else "chat"
-        options = corpus.PrepareOptions(output_dir=str(tmp_path), workers=1)
+        options = PrepareOptions(output_dir=str(tmp_path), workers=1)
         numbered = [f"{n} {d}" for n, d in enumerate(documents)]
         if kind == "chat":
             numbered = [[{**m, "content": f"{m['content']} {n}"} for m in d] for n, d in enumerate(documents)]
-        facts = corpus.prepare(
-            corpus.Dataset(name, kind, "the test", "none"), options, iter(numbered[10:]), iter(numbered[:10])
-        )
-        assert val_split(tmp_path, name).counted["all"][1] == facts["splits"]["val"]["text_bytes"]
+        corpus = Corpus(iter(numbered[10:]), iter(numbered[:10]))
+        info = prepare(Dataset(name, kind, "the test", "none"), options, corpus)
+        assert val_split(tmp_path, name).counted["all"][1] == info.splits["val"].text_bytes
 
 
 def test_limit_takes_the_beginning_and_whole_conversations(tmp_path):
@@ -265,7 +264,7 @@ def test_what_cannot_be_measured_is_said_in_a_sentence(tmp_path, model, info, se
 
 def test_a_broken_model_is_refused_and_changed_data_is_mentioned(tmp_path, capsys):
     write_dataset(tmp_path, "story", DOCUMENTS)
-    _, facts = open_dataset(tmp_path, "story")
+    facts = open_dataset(tmp_path, "story")[1].to_json()
     model = tiny_model()
     model.wte.weight[11] = math.nan
     path = write_checkpoint(tmp_path / "x.pt", model, "story", data=facts)
@@ -279,7 +278,7 @@ def test_a_mixtures_parts_are_measured_each_on_its_own(tmp_path, monkeypatch, ca
     monkeypatch.setattr(stories, "STORY_TOKENS", 4)
     write_dataset(tmp_path, "talk", CONVERSATIONS)
     write_dataset(tmp_path, "story", DOCUMENTS)
-    facts = {name: open_dataset(tmp_path, name)[1] for name in ("talk", "story")}
+    facts = {name: open_dataset(tmp_path, name)[1].to_json() for name in ("talk", "story")}
     data = mixture_facts(facts, parse_mixture("talk=0.3,story=0.7"))
     mixed = write_checkpoint(tmp_path / "talk+story1.pt", tiny_model(), "talk+story", format="chat", data=data)
     write_dataset(tmp_path, "story", DOCUMENTS[::-1])
