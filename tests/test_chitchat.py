@@ -246,7 +246,7 @@ class FakeAssistant:
 
     def __init__(self, questions, replies, name_reply="Your name is {name}."):
         self.kinds = {opener: category for category, opener, _ in chat_eval.openers(questions)}
-        self.names = {introduction: name for name, introduction in chat_eval.name_tries(questions)}
+        self.names = {introduction: name for name, introduction in chat_eval.introductions(questions)}
         self.replies, self.name_reply = replies, name_reply
 
     def __call__(self, messages):

@@ -1,4 +1,4 @@
-"""The tools in testing_tools and the demo: what they report is true, whatever the file holds."""
+"""The tools in testing_tools and the demo: their reports are true, whatever a file contains."""
 
 from __future__ import annotations
 
@@ -132,16 +132,16 @@ def test_a_good_text_file_is_counted(tmp_path):
         ([IM_START_ID, 7220, 198, IM_START_ID, 7220, 198, IM_END_ID, 198, ENDOFTEXT_ID], "before the last message", 3),
         ([17250, IM_END_ID, 198, ENDOFTEXT_ID], "<|im_end|> without <|im_start|>", 1),
         ([IM_START_ID, 7220, 198, IM_END_ID, IM_END_ID, 198, ENDOFTEXT_ID], "<|im_end|> without <|im_start|>", 4),
-        ([IM_START_ID, 7220, 198, IM_END_ID, ENDOFTEXT_ID], "no line end after <|im_end|>", 4),
-        ([IM_START_ID, 7220, 198, IM_END_ID, 220, ENDOFTEXT_ID], "no line end after <|im_end|>", 5),
+        ([IM_START_ID, 7220, 198, IM_END_ID, ENDOFTEXT_ID], "no newline after <|im_end|>", 4),
+        ([IM_START_ID, 7220, 198, IM_END_ID, 220, ENDOFTEXT_ID], "no newline after <|im_end|>", 5),
         ([17250, IM_START_ID, 7220, 198, IM_END_ID, 198, ENDOFTEXT_ID], "text outside messages", 1),
         ([17250, ENDOFTEXT_ID], "text outside messages", 1),
         ([IM_START_ID, 17250, 198, IM_END_ID, 198, ENDOFTEXT_ID], "without a known role", 0),
         ([IM_START_ID, 7220, 17250, IM_END_ID, 198, ENDOFTEXT_ID], "without a known role", 0),
         ([IM_START_ID, 562, 198, IM_END_ID, 198, ENDOFTEXT_ID], "without a known role", 0),
         ([IM_START_ID, 7220, IM_END_ID, 198, ENDOFTEXT_ID], "without a known role", 0),
-        ([*encode_chat(CONVERSATIONS[0]), ENDOFTEXT_ID, ENDOFTEXT_ID], "document without any token", -1),
-        ([ENDOFTEXT_ID], "document without any token", 0),
+        ([*encode_chat(CONVERSATIONS[0]), ENDOFTEXT_ID, ENDOFTEXT_ID], "empty document", -1),
+        ([ENDOFTEXT_ID], "empty document", 0),
         (encode_chat(CONVERSATIONS[0]), "last document without <|endoftext|>", -1),
         ([IM_START_ID, 7220, 198], "message not closed at the end", 0),
         ([IM_START_ID], "without a known role", 0),
