@@ -20,7 +20,8 @@ from tests.test_batches import conversations, joined, stream_of
 from tests.tiny import StopAfter, differences, load_checkpoint, losses, prepare, run
 from training import run as run_module
 from training.batches import ChatRows, TextRows, document_numbers
-from training.start import DEFAULTS_OF_OLDER_RUNS
+from training.config import TrainOptions
+from training.resume import DEFAULTS_OF_OLDER_RUNS
 
 SHAPE = GPTConfig(block_size=24, vocab_size=96, n_vocab=90, n_layer=2, n_head=2, n_embd=32)
 LENGTHS = [(5, 1, 9, 1, 1, 7), (24,), (1, 22, 1)]  # of each row's documents

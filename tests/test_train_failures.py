@@ -73,9 +73,12 @@ def test_the_device_is_waited_for_when_a_line_an_evaluation_or_a_save_needs_it(d
 @pytest.mark.parametrize("ends", ["stopped", "interrupted"])
 def test_a_run_that_ends_saves_nothing_it_has_not_read(data, tmp_path, ends):
     stop_after, interrupted = (7, None) if ends == "stopped" else (None, fail(KeyboardInterrupt()))
-    with in_step(6, nan_loss), in_step(8 if interrupted else 99, interrupted):
-        with pytest.raises(UserError, match="the loss is nan in iteration 6"):
-            run(data, tmp_path, stop_after=stop_after, adjust=read_rarely, log_interval=20, eval_interval=5)
+    with (
+        in_step(6, nan_loss),
+        in_step(8 if interrupted else 99, interrupted),
+        pytest.raises(UserError, match="the loss is nan in iteration 6"),
+    ):
+        run(data, tmp_path, stop_after=stop_after, adjust=read_rarely, log_interval=20, eval_interval=5)
     assert load_checkpoint(tmp_path / "text10.pt")["info"]["iter_num"] == 5
 
 
@@ -134,6 +137,6 @@ def test_out_of_memory_names_a_setting_of_half_the_size(data, tmp_path, error):
 def test_memory_that_ran_out_is_not_a_lost_process(data, tmp_path):
     """NCCL's error says both."""
     error = RuntimeError("NCCL Error 1: unhandled cuda error, Cuda failure 2 'out of memory'")
-    with fake_job(rank=0, size=2), in_step(3, fail(error)):
-        with pytest.raises(UserError, match="out of memory with --batch_size 1; use a smaller"):
-            run(data, tmp_path)
+    found = pytest.raises(UserError, match="out of memory with --batch_size 1; use a smaller")
+    with fake_job(rank=0, size=2), in_step(1, fail(error)), found:
+        run(data, tmp_path)

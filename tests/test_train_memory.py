@@ -14,7 +14,15 @@ from model import GPT, GPTConfig
 from tests.fake_job import fake_job
 from tests.tiny import OPTIONS, load_checkpoint, run
 from training import memory
-from training.memory import StepMemory, fits, largest_by_trying, out_of_memory_error, smaller_micro_batch, step_bytes
+from training.memory import (
+    StepMemory,
+    fits,
+    largest_by_trying,
+    out_of_memory_error,
+    sizes_to_try,
+    smaller_micro_batch,
+    step_bytes,
+)
 
 SHAPE = GPTConfig(n_layer=1, n_head=1, n_embd=8, block_size=16)
 OUT_OF_MEMORY = torch.OutOfMemoryError("CUDA out of memory")
@@ -45,7 +53,7 @@ def test_one_sequence_that_does_not_fit_needs_a_smaller_model():
 
 
 class Card:
-    """Stands for a GPU on which micro-batches of more than `most` rows do not fit: the meta device, which is any size."""
+    """A GPU on which micro-batches of more than `most` rows do not fit; the meta device stands for its memory."""
 
     def __init__(self, most: int):
         self.most, self.tried = most, []
@@ -78,22 +86,28 @@ def test_the_first_size_that_fits_is_taken(sizes, most, expected):
     assert largest_by_trying(STEP, sizes, Card(most).speed_up) == expected
 
 
-@pytest.mark.gpu
 @pytest.mark.parametrize(
-    ("requested", "most", "expected"),
+    ("device", "requested", "sizes"),
     [
-        (None, 64, (16, 8)),  # the default, if it fits
-        (None, 5, (4, 32)),
-        (12, 5, (12, 8)),  # a number is the user's
-        ("auto", 64, (64, 2)),
+        ("cuda:0", None, [16, 8, 4, 2, 1]),  # the default, or what a small card can do
+        ("cuda:0", 16, []),  # a number is the user's
+        ("cuda:0", "auto", [128, 64, 32, 16, 8, 4, 2, 1]),
+        ("mps", None, []),
+        ("mps", "auto", [128, 64, 32, 16, 8, 4, 2, 1]),
+        ("cpu", None, []),
     ],
 )
-def test_a_first_run_on_a_small_card_finds_its_micro_batch(capsys, requested, most, expected):
+def test_sizes_are_tried_by_default_on_cuda_and_with_auto(device, requested, sizes):
+    assert sizes_to_try(device, requested, 16, 128) == sizes
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_a_first_run_on_a_small_card_finds_its_micro_batch(capsys):
     step = StepMemory(SHAPE, "cuda:0", "float32")
-    default = requested if isinstance(requested, int) else 16
-    assert memory.find_micro_batch(step, requested, default, 8, Card(most).speed_up) == expected
-    printed = capsys.readouterr().out
-    assert ("the default of 16 does not fit): 4 x 32 sequences, 2,048 tokens" in printed) == (expected == (4, 32))
+    assert memory.find_micro_batch(step, None, 16, 8, Card(5).speed_up) == (4, 32)
+    assert "the default of 16 does not fit): 4 x 32 sequences, 2,048 tokens" in capsys.readouterr().out
+    assert memory.find_micro_batch(step, None, 16, 8) == (16, 8)
 
 
 class Taken(torch.overrides.TorchFunctionMode):

@@ -241,5 +241,3 @@ def test_init_from_with_a_shorter_block_takes_the_first_positions(data, half, tm
     assert ours["info"]["model"]["block_size"] == half_block
     assert torch.equal(ours["model"]["wpe.weight"], theirs["model"]["wpe.weight"][:half_block])
     assert torch.equal(ours["model"]["wte.weight"], theirs["model"]["wte.weight"])
-
-
