@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from training.start import DEFAULTS_OF_OLDER_RUNS
 
 import model
 import train
@@ -17,9 +16,10 @@ from common.cli import UserError, given_options
 from common.device import has_cpp_compiler
 from model import GPT, IGNORED, GPTConfig, block_mask, dense_mask
 from setup_tokenizer import ENDOFTEXT_ID, IM_START_ID
-from tests.test_batches import conversations, joined, stream_of
+from tests.test_rows import conversations, joined, stream_of
 from tests.tiny import StopAfter, differences, load_checkpoint, losses, prepare, run
 from training import run as run_module
+from training.resume import DEFAULTS_OF_OLDER_RUNS
 from training.rows import ChatRows, TextRows
 from training.targets import document_numbers
 
