@@ -87,7 +87,8 @@ class _Attention(torch.autograd.Function):
         T, scale, key_block = q.shape[2], 1 / math.sqrt(q.shape[3]), ctx.key_block
         y_grad = y_grad.contiguous()
         delta = (y_grad.float() * y.float()).sum(3)  # (B, H, T), the mean of a query's weight gradients
-        q_grad, k_grads, v_grads = None, [], []
+        q_grad: Tensor | None = None
+        k_grads, v_grads = [], []
         for start in range(0, T, key_block):  # queries before the block do not attend to it
             keys, values = k[:, :, start : start + key_block], v[:, :, start : start + key_block]
             queries, y_grads = q[:, :, start:], y_grad[:, :, start:]
@@ -102,5 +103,5 @@ class _Attention(torch.autograd.Function):
             k_grads.append(scores_grad @ queries)
             v_grads.append(weights.to(q.dtype) @ y_grads)
             part = scores_grad.transpose(2, 3) @ keys  # (B, H, T - start, D)
-            q_grad = part if start == 0 else torch.cat([q_grad[:, :, :start], q_grad[:, :, start:] + part], 2)
+            q_grad = part if q_grad is None else torch.cat([q_grad[:, :, :start], q_grad[:, :, start:] + part], 2)
         return q_grad, torch.cat(k_grads, 2), torch.cat(v_grads, 2), None, None

@@ -56,10 +56,10 @@ class TiedHead:
         self.counts = self.targets != IGNORED
         self.on_cpu = weight.device.type == "cpu"
         chunk = chunk_rows or (LOSS_CHUNK_ROWS_CUDA if weight.is_cuda else LOSS_CHUNK_ROWS)
-        self.chunks: list[Tensor] | list[slice]
+        self.chunks: list[Tensor | slice]
         if self.on_cpu:
             rows = torch.arange(len(self.counts))[self.counts]
-            self.chunks, longest = list(rows.split(chunk)), min(chunk, len(rows))
+            self.chunks, longest = [*rows.split(chunk)], min(chunk, len(rows))
         else:
             self.chunks = [slice(first, first + chunk) for first in range(0, len(self.counts), chunk)]
             longest = min(chunk, len(self.counts))

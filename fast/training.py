@@ -42,7 +42,7 @@ def speed_up_training(model: GPT, activation_checkpointing: bool = False) -> Non
     with Sublinear Memory Cost", Chen et al. 2016).
     """
     model.__class__ = FastGPT
-    for block in model.h:
+    for block in (cast(FastBlock, block) for block in model.h):
         block.__class__ = FastBlock
         block.activation_checkpointing = activation_checkpointing
         block.attn.__class__ = FastAttention

@@ -56,19 +56,12 @@ TABLE: dict[str, set[str]] = {
 # Imports outside the table, with the reason.
 EXCEPTIONS = {
     ("common.speedups", "fast"),  # the one loader of the package
-    ("testing_tools.benchmark_work", "train"),  # the benchmark times the loop's own functions, not a copy of them
 }
 # These are being removed; the set must end up empty.
 TEMPORARY = {
-    ("common.checkpoint", "exchange.hugging_face"),
-    ("generation.stories", "training.batches"),
     ("training.memory", "fast.tied_head"),
-    ("training.start", "exchange.loading"),
     ("evaluation.splits", "training.batches"),
     ("evaluation.stories", "training.batches"),
-    ("testing_tools.benchmark_work", "fast"),
-    ("testing_tools.benchmark_work", "fast.allocator"),
-    ("testing_tools.scripted_chat", "fast.allocator"),
 }
 
 # Modules that load without torch, so that --help and data preparation start at once.

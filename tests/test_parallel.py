@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from training.start import after_restart
 
 import train
 from common.cli import UserError
@@ -20,7 +21,6 @@ from model import GPT, GPTConfig
 from tests.tiny import differences, load_checkpoint, losses, prepare, run
 from training import memory, parallel
 from training import run as run_module
-from training.start import after_restart
 
 ROOT = Path(train.__file__).parent
 PROCESSES = 2
