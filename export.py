@@ -65,9 +65,8 @@ def export(options: ExportOptions) -> list[str]:
     n_bytes = sum(tensor.nbytes for tensor in weights.values())
     with appearing_folder(folder, (2 if options.gguf else 1) * n_bytes + (16 << 20)) as staging:
         write_safetensors(staging / "model.safetensors", to_hugging_face(weights))
-        gguf_file = None
-        if options.gguf:
-            gguf_file = f"model-{options.gguf}.gguf"
+        gguf_file = f"model-{options.gguf}.gguf" if options.gguf else None
+        if options.gguf and gguf_file:
             write_gguf(staging / gguf_file, weights, config, options.gguf, is_chat, Path(options.checkpoint).stem)
             (staging / "Modelfile").write_text(modelfile(gguf_file, config.block_size, is_chat, sampling), "utf-8")
         card = model_card(info, Path(options.checkpoint).stem, folder.resolve().name, gguf_file, sampling)

@@ -24,7 +24,7 @@ import struct
 import warnings
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import IO, cast
 
 import torch
 from torch import Tensor
@@ -67,11 +67,11 @@ def save_checkpoint(
 class _RememberError:
     """A file that keeps its last write error, which torch replaces by a RuntimeError of its own."""
 
-    def __init__(self, file: IO[bytes]):
+    def __init__(self, file):
         self._file = file
         self.error: OSError | None = None
 
-    def write(self, data: Any) -> int:
+    def write(self, data) -> int:
         try:
             return self._file.write(data)
         except OSError as error:
@@ -82,7 +82,7 @@ class _RememberError:
         self._file.flush()
 
 
-def digest(part: Any) -> str:
+def digest(part) -> str:
     """The sha256 of nested dicts, lists, tuples, tensors and plain values, in hexadecimal.
 
     It depends neither on the order of a dict's keys nor on the device of a tensor.
@@ -92,7 +92,7 @@ def digest(part: Any) -> str:
     return sha256.hexdigest()
 
 
-def _feed(sha256: Any, part: Any) -> None:
+def _feed(sha256, part) -> None:
     if isinstance(part, Tensor):
         flat = part.detach().to("cpu").contiguous().reshape(-1)
         sha256.update(f"tensor {part.dtype} {tuple(part.shape)}:".encode())
@@ -252,8 +252,7 @@ def random_states(device: str) -> dict:
     import numpy as np
 
     version, words, gauss = random.getstate()
-    numpy_state = cast(tuple[str, np.ndarray, int, int, float], np.random.get_state())
-    name, keys, position, has_gauss, cached = numpy_state
+    name, keys, position, has_gauss, cached = np.random.get_state()
     states = {
         "python": [version, list(words), gauss],
         "numpy": [name, keys.tolist(), int(position), int(has_gauss), float(cached)],

@@ -2,7 +2,7 @@
 
     python testing_tools/scripted_chat.py models/chitchat1700.pt "Hello!" "My name is Priya." "What is my name?"
 
-Expect a line for each side of each exchange. Replies take the likeliest token, so a model always says the same.
+Prints one line per message. The model always takes the likeliest token, so its replies are the same every time.
 """
 
 from __future__ import annotations
@@ -25,13 +25,14 @@ LINES = ("Hello!", "My name is Priya.", "How are you today?", "What is my name?"
 @dataclasses.dataclass(frozen=True)
 class ScriptedChatOptions:
     checkpoint: str = option("models/chitchat1700.pt", "chat model to talk to", positional=True)
-    lines: tuple[str, ...] = option(LINES, "what the user says, a line an argument", positional=True, nargs="*")
+    lines: tuple[str, ...] = option(LINES, "what the user says, one message per argument", positional=True, nargs="*")
     device: str = option("cpu", "device to run on")
 
 
 def main() -> None:
     options = parse_options(ScriptedChatOptions, __doc__)
-    if (fast := load_speedups(plain=False)) is not None:
+    fast = load_speedups(plain=False)
+    if fast:
         fast.keep_freed_memory()
     from exchange.loading import load_model
     from generation.engine import Settings, TextEngine
