@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from common.cli import option, parse_options, run_script
 from common.device import choose_device, choose_dtype
 from common.files import atomic_write
-from data.chitchat import assistant_words, words_of
+from data.chitchat.templates import assistant_words, words_of
 from setup_tokenizer import ENDOFTEXT_ID, IM_END, IM_END_ID, encode_chat, get_extended_tokenizer
 
 if TYPE_CHECKING:

@@ -25,6 +25,8 @@ import numpy as np
 from tqdm import tqdm
 
 from common.cli import UserError, check_options, option, parse_options, run_script, shows_colour
+from data.dataset import DatasetInfo, open_dataset, prepared_datasets
+from data.token_stream import TokenStream
 from setup_tokenizer import (
     ENDOFTEXT_ID,
     IM_END_ID,
@@ -37,9 +39,10 @@ from setup_tokenizer import (
     encode_text,
     get_base_tokenizer,
     get_extended_tokenizer,
+    message_spans,
     token_text,
 )
-from training.batches import TokenStream, assistant_targets, open_dataset, prepared_datasets
+from training.targets import assistant_targets
 
 DATA_FOLDER = Path(__file__).resolve().parent.parent / "data"
 CHUNK_TOKENS = 1 << 19
@@ -203,24 +206,17 @@ def _inspect_messages(ids: np.ndarray, offset: int, findings: Findings) -> None:
     report("text outside messages", (previous_kinds == ENDOFTEXT_ID) & (between > 0))
     if len(positions) and kinds[-1] == IM_START_ID:
         report("message not closed at the end", np.arange(len(positions)) == len(positions) - 1)
-    _inspect_roles(ids, positions[kinds == IM_START_ID], offset, findings)
+    _inspect_roles(ids, offset, findings)
 
 
-def _inspect_roles(ids: np.ndarray, starts: np.ndarray, offset: int, findings: Findings) -> None:
-    """Count the messages of each role; `starts` are the positions of `<|im_start|>`."""
-    padded = np.append(ids, [ENDOFTEXT_ID] * 4)
-    begins_with_newline = _begins_with_newline()
-    unknown = np.ones(len(starts), dtype=bool)
-    for role in ROLES:
-        role_ids = encode_text(role)
-        is_role = np.ones(len(starts), dtype=bool)
-        for index, token in enumerate(role_ids, 1):
-            is_role &= padded[starts + index] == token
-        # The newline after the role may share a token with newlines and spaces at the start of the content.
-        is_role &= begins_with_newline[np.minimum(padded[starts + len(role_ids) + 1], N_VOCAB - 1)]
-        findings.messages[role] += int(is_role.sum())
-        unknown &= ~is_role
-    findings.report("message without a known role", offset + starts[unknown])
+def _inspect_roles(ids: np.ndarray, offset: int, findings: Findings) -> None:
+    """Count the messages of each role, which a newline follows."""
+    messages = message_spans(ids)
+    # The newline may share a token with newlines and spaces at the start of the content.
+    has_newline = _begins_with_newline()[np.minimum(ids[messages.content - 1], N_VOCAB - 1)]
+    for index, role in enumerate(ROLES):
+        findings.messages[role] += int((has_newline & (messages.role == index)).sum())
+    findings.report("message without a known role", offset + messages.start[~has_newline | (messages.role < 0)])
 
 
 @functools.cache
@@ -252,8 +248,8 @@ def _printable(ids: np.ndarray) -> str:
 # --- the command ---
 
 
-def open_streams(options: CheckOptions) -> tuple[dict[str, TokenStream], dict]:
-    """The streams to check by name, and the content of their .json ({} if there is none)."""
+def open_streams(options: CheckOptions) -> tuple[dict[str, TokenStream], DatasetInfo | None]:
+    """The streams to check by their names, and what the .json says about them, if there is one."""
     if options.dataset:
         return open_dataset(Path(options.data_dir), options.dataset)
     path = Path(options.bin or "")
@@ -265,13 +261,13 @@ def open_streams(options: CheckOptions) -> tuple[dict[str, TokenStream], dict]:
         raise UserError(f"{path} not found{there}")
     name = re.fullmatch(r"(.+)-(train|val)(-\d{5})?\.bin", path.name)
     if name and (path.parent / f"{name[1]}.json").is_file():
-        streams, facts = open_dataset(path.parent, name[1])
-        return {name[2]: streams[name[2]]}, facts
+        streams, info = open_dataset(path.parent, name[1])
+        return {name[2]: streams[name[2]]}, info
     size = path.stat().st_size
     if size == 0 or size % 2:
         fault = "is empty" if size == 0 else f"has {size:,} bytes, an odd number, so it does not contain uint16 ids"
         raise UserError(f"{path} {fault}; prepare the data again")
-    return {path.name: TokenStream([path])}, {}
+    return {path.name: TokenStream([path])}, None
 
 
 def print_findings(name: str, stream: TokenStream, findings: Findings, is_chat: bool) -> None:
@@ -297,13 +293,16 @@ def print_findings(name: str, stream: TokenStream, findings: Findings, is_chat: 
         print("  every control token is well formed")
 
 
-def disagreements(findings: Findings, facts: dict, split: str) -> list[str]:
-    """Where the .json and the file contradict each other."""
-    described = facts.get("splits", {}).get(split, {})
+def disagreements(findings: Findings, info: DatasetInfo | None, split: str) -> list[str]:
+    """Where the .json and the file disagree."""
+    if info is None:
+        return []
+    described = info.splits[split]
+    counts = {"tokens": described.tokens, "documents": described.documents}
     return [
-        f"{facts['name']}.json says {described[what]:,} {what}, but the file has {getattr(findings, what):,}"
-        for what in ("tokens", "documents")
-        if described.get(what, getattr(findings, what)) != getattr(findings, what)
+        f"{info.name}.json says {count:,} {what}, the file contains {getattr(findings, what):,}"
+        for what, count in counts.items()
+        if count not in (None, getattr(findings, what))
     ]
 
 
@@ -316,13 +315,13 @@ def main() -> int:
         print("to check prepared data too, give a .bin file or --dataset NAME")
         return 0
     n_problems = 0
-    streams, facts = open_streams(options)
+    streams, info = open_streams(options)
     for name, stream in streams.items():
         head = stream.read(0, min(len(stream), CHUNK_TOKENS))
-        is_chat = facts["format"] == "chat" if facts else bool((head == IM_START_ID).any())
-        findings = inspect(stream, is_chat, facts.get("n_vocab", N_VOCAB))
+        is_chat = info.format == "chat" if info else bool((head == IM_START_ID).any())
+        findings = inspect(stream, is_chat, info.n_vocab if info else N_VOCAB)
         print_findings(name, stream, findings, is_chat)
-        disagreeing = disagreements(findings, facts, name)
+        disagreeing = disagreements(findings, info, name)
         print("".join(f"  MALFORMED: {sentence}\n" for sentence in disagreeing), end="")
         n_problems += len(findings.problems) + len(disagreeing)
         if is_chat and options.sample:

@@ -24,9 +24,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from wrapped_tokenizer import ExtendedTokenizerWrapper
 
 from common.cli import UserError, check_options, option, parse_options, run_script
-from data.corpus import DATA_FOLDER
-from data.prepared import read_description, read_prepared
-from data.sources import read_documents, recognise
+from data.dataset import prepare_command, read_info
+from data.documents import read_prepared
+from data.pipeline import DATA_FOLDER
+from data.readers.recognize import read_documents, recognize
 from setup_tokenizer import (
     ENDOFTEXT,
     IM_END_ID,
@@ -36,7 +37,6 @@ from setup_tokenizer import (
     get_extended_tokenizer,
     render_chat,
 )
-from training.batches import prepare_command
 
 EXAMPLES = [
     [
@@ -98,19 +98,19 @@ def read_conversations(options: CompareOptions) -> tuple[str, list[list[dict]]]:
     """(name, conversations) of the chosen source, or the built-in examples."""
     documents: Iterator
     if options.input:
-        found = recognise(options.input)
+        found = recognize(options.input)
         if found.kind != "chat":
             raise UserError(f"{found} contains no conversations; give --input a chat file")
         name, documents = options.input, read_documents(found)
     elif options.dataset:
-        description = read_description(Path(options.data_dir), options.dataset)
-        if description is None:
+        info = read_info(Path(options.data_dir), options.dataset)
+        if info is None:
             command = prepare_command(options.dataset)
             raise UserError(f"{options.dataset}.json not found in {options.data_dir}; run: {command}")
-        if description.get("format") != "chat":
-            raise UserError(f"{options.dataset} is text, not chat; use --dataset chitchat or another chat data set")
+        if info.format != "chat":
+            raise UserError(f"{options.dataset} is text, not chat; give --dataset a chat data set such as chitchat")
         name = f"{options.dataset}, {options.split}"
-        documents = read_prepared(Path(options.data_dir), description, options.split)
+        documents = read_prepared(Path(options.data_dir), info, options.split)
     else:
         return "built-in examples", EXAMPLES
     conversations = list(itertools.islice(documents, options.limit))

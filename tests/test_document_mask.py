@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from training.start import DEFAULTS_OF_OLDER_RUNS
 
 import model
 import train
@@ -17,10 +16,12 @@ from common.cli import UserError, given_options
 from common.device import has_cpp_compiler
 from model import GPT, IGNORED, GPTConfig, block_mask, dense_mask
 from setup_tokenizer import ENDOFTEXT_ID, IM_START_ID
-from tests.test_batches import conversations, joined, stream_of
+from tests.test_rows import conversations, joined, stream_of
 from tests.tiny import StopAfter, differences, load_checkpoint, losses, prepare, run
 from training import run as run_module
-from training.batches import ChatRows, TextRows, document_numbers
+from training.resume import DEFAULTS_OF_OLDER_RUNS
+from training.rows import ChatRows, TextRows
+from training.targets import document_numbers
 
 SHAPE = GPTConfig(block_size=24, vocab_size=96, n_vocab=90, n_layer=2, n_head=2, n_embd=32)
 LENGTHS = [(5, 1, 9, 1, 1, 7), (24,), (1, 22, 1)]  # of each row's documents

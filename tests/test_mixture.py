@@ -15,11 +15,13 @@ import torch
 
 import train
 from common.cli import UserError
+from data.dataset import open_dataset
 from tests.tiny import OPTIONS, StopAfter, differences, load_checkpoint, losses, prepare, run
 from training import run as run_module
-from training.batches import Batches, ChatRows, TextRows, open_dataset
+from training.batches import Batches
 from training.metrics import draw_curves, read_metrics
 from training.mixture import MixedRows, mixture_name, parse_mixture, trained_on
+from training.rows import ChatRows, TextRows
 
 MIXED = "text=0.6,chat=0.4"
 

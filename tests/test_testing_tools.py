@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from data.token_stream import TokenStream
 from setup_tokenizer import (
     ENDOFTEXT_ID,
     IM_END_ID,
@@ -24,7 +25,6 @@ from setup_tokenizer import (
     get_base_tokenizer,
     get_extended_tokenizer,
 )
-from training.batches import TokenStream
 
 ROOT = Path(__file__).resolve().parent.parent
 TOOLS = ROOT / "testing_tools"
@@ -247,7 +247,7 @@ def test_one_file_of_a_data_set_is_checked_against_the_json(tmp_path):
     write_dataset(tmp_path, "mine", documents=5)
     done = run_tool(TOOLS / "check_special_tokens.py", tmp_path / "mine-train-00001.bin", "--sample", 0)
     assert done.returncode == 1
-    assert "mine.json says 5 documents, but the file has 3" in done.stdout
+    assert "mine.json says 5 documents, the file contains 3" in done.stdout
     assert "mine-val.bin" not in done.stdout and "[[" not in done.stdout
 
 
