@@ -1,22 +1,27 @@
-# make demo: from nothing to a short conversation with a model of your own.   make test: the test suite.
-# make check: what a developer runs before a commit.
+# Run `make` to list the commands. Every command installs what it needs into .venv first.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check -c requirements.lock
 
-.PHONY: demo test check
+.DEFAULT_GOAL := help
+.PHONY: help demo test check lint format types lock clean
 
-$(VENV)/.installed: requirements.txt
+help: ## list these commands
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+$(VENV)/.installed: requirements.txt requirements.lock
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --disable-pip-version-check -r requirements.txt
+	$(PIP_INSTALL) -r requirements.txt
 	touch $@
 
 $(VENV)/.installed-dev: requirements-dev.txt $(VENV)/.installed
-	$(BIN)/python -m pip install --disable-pip-version-check -r requirements-dev.txt
+	$(PIP_INSTALL) -r requirements-dev.txt
 	touch $@
 
-# 1,700 iterations take six to seven minutes on two CPU cores with AMX, twice that without. Without a terminal to ask on, train.py takes the best device.
-demo: $(VENV)/.installed
+# 1,700 iterations take six to seven minutes on two CPU cores with AMX, and twice that without. The redirection from
+# /dev/null keeps train.py from asking which GPU to use; it chooses the one with the most free memory.
+demo: $(VENV)/.installed ## train a small chat model from nothing and talk to it
 	$(BIN)/python data/prepare-chitchat.py
 	$(BIN)/python train.py --dataset chitchat --preset tiny --max_iters 1700 \
 		--learning_rate 2e-3 --min_lr 6e-5 --eval_iters 10 < /dev/null
@@ -26,10 +31,27 @@ demo: $(VENV)/.installed
 	@echo "Talk to it yourself:       $(BIN)/python gen.py --chat"
 	@echo "Train it on stories next:  $(BIN)/python data/prepare-story.py && $(BIN)/python train.py"
 
-test: $(VENV)/.installed-dev
+test: $(VENV)/.installed-dev ## run the tests
 	$(BIN)/python -m pytest
 
-check: $(VENV)/.installed-dev
+lint: $(VENV)/.installed-dev ## report suspicious code and misplaced imports
 	$(BIN)/ruff check .
+
+format: $(VENV)/.installed-dev ## format the code and fix what can be fixed automatically
+	$(BIN)/ruff check --fix-only .
+	$(BIN)/ruff format .
+
+types: $(VENV)/.installed-dev ## check the types
+	$(BIN)/mypy
+
+check: lint ## run everything that CI runs: lint, format, types, tests
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 	$(BIN)/python -m pytest
+
+lock: $(VENV)/.installed-dev ## update requirements.lock after a change of a requirements file
+	$(BIN)/python .ci/make_lock.py
+
+clean: ## remove caches and temporary files; data, models and .venv stay
+	rm -rf .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	find . -path ./$(VENV) -prune -o \( -name __pycache__ -o -name '*.tmp' \) -print0 | xargs -0 rm -rf

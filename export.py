@@ -3,7 +3,8 @@
     python export.py models/chitchat5000.pt exported/chitchat
     python export.py models/chitchat5000.pt exported/chitchat --gguf q8_0
 
-AutoModelForCausalLM and AutoTokenizer load the folder. It appears when it is complete; nothing is sent anywhere.
+transformers' AutoModelForCausalLM and AutoTokenizer load the folder. It appears only when it is complete, and nothing
+is uploaded.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from common.files import TEMPORARY_SUFFIX, atomic_files, require_free_space, wri
 from exchange.model_card import model_card, modelfile
 
 STAGING_NAME = "{}.export"
-# What another model in the same folder would leave behind for a program to read instead of this one's files.
+# Files of a model exported earlier into the same folder, which a program could read instead of this model's.
 SUPERSEDED = ("model*.gguf", "Modelfile", "model*.safetensors*", "pytorch_model*.bin", "chat_template.jinja")
 SUPERSEDED += ("vocab.json", "merges.txt", "added_tokens.json", "special_tokens_map.json")
 
@@ -30,19 +31,22 @@ SUPERSEDED += ("vocab.json", "merges.txt", "added_tokens.json", "special_tokens_
 class ExportOptions:
     """What to export and where to."""
 
-    checkpoint: str = option(None, "model to export: what train.py or gen.py take", positional=True, nargs=None)
-    out_dir: str = option(None, "folder to write, which must be new or empty", positional=True, nargs=None)
-    gguf: str | None = option(
-        None, "also write a GGUF file with weights of this kind, and a Modelfile", choices=("f32", "bf16", "q8_0")
+    checkpoint: str = option(
+        None, "the model: a checkpoint, a Hugging Face folder, or gpt2", positional=True, nargs=None
     )
-    force: bool = option(False, "write into a folder that has files, over those of the same names")
+    out_dir: str = option(None, "the folder to write, new or empty", positional=True, nargs=None)
+    gguf: str | None = option(
+        None, "also write a GGUF file in this precision, and a Modelfile", choices=("f32", "bf16", "q8_0")
+    )
+    force: bool = option(False, "write into a folder that is not empty, and overwrite files of the same names")
 
 
 def export(options: ExportOptions) -> list[str]:
-    """Write the export; returns the names of its files. Raises UserError, with the folder left as it was."""
-    from common.checkpoint import load_checkpoint
+    """Write the export; returns the names of its files. After a UserError the folder is unchanged."""
     from exchange.gguf_file import require_gguf, write_gguf
     from exchange.hugging_face import check_exportable, complete_weights, to_hugging_face, write_safetensors
+    from exchange.loading import load_checkpoint
+    from generation.sampling import CHAT_SAMPLING, TEXT_SAMPLING
     from model import GPTConfig
 
     folder = Path(options.out_dir)
@@ -54,6 +58,7 @@ def export(options: ExportOptions) -> list[str]:
     if options.gguf:
         require_gguf(options.gguf, config)
     is_chat = info["format"] == "chat"
+    sampling = CHAT_SAMPLING if is_chat else TEXT_SAMPLING
     weights = complete_weights(checkpoint["model"], config)
     n_bytes = sum(tensor.nbytes for tensor in weights.values())
     with appearing_folder(folder, (2 if options.gguf else 1) * n_bytes + (16 << 20)) as staging:
@@ -61,19 +66,20 @@ def export(options: ExportOptions) -> list[str]:
         gguf_file = f"model-{options.gguf}.gguf" if options.gguf else None
         if gguf_file:
             write_gguf(staging / gguf_file, weights, config, options.gguf, is_chat, Path(options.checkpoint).stem)
-            (staging / "Modelfile").write_text(modelfile(gguf_file, config.block_size, is_chat), "utf-8")
-        card = model_card(info, Path(options.checkpoint).stem, folder.resolve().name, gguf_file)
+            (staging / "Modelfile").write_text(modelfile(gguf_file, config.block_size, is_chat, sampling), "utf-8")
+        card = model_card(info, Path(options.checkpoint).stem, folder.resolve().name, gguf_file, sampling)
         (staging / "README.md").write_text(card, "utf-8")
         for name, content in settings_files(config, is_chat).items():
             (staging / name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", "utf-8")
-        shutil.copymode(staging / "README.md", staging / "model.safetensors")  # which its library makes private
+        # The safetensors library makes its file readable by the owner only.
+        shutil.copymode(staging / "README.md", staging / "model.safetensors")
         names = sorted(path.name for path in staging.iterdir())
     remove_superseded(folder, names)
     return names
 
 
 def settings_files(config, is_chat: bool) -> dict[str, dict]:
-    """The JSON files by name; config.json, without which nothing loads the folder, last."""
+    """The JSON files by name. config.json comes last: without it no program loads the folder."""
     from exchange.hugging_face import config_json
     from exchange.tokenizer_files import tokenizer_config, tokenizer_json
     from setup_tokenizer import ENDOFTEXT_ID, IM_END_ID
@@ -92,20 +98,20 @@ def settings_files(config, is_chat: bool) -> dict[str, dict]:
 
 
 def check_folder(folder: Path, force: bool) -> None:
-    """Raise UserError for a file, and for a folder that has files, unless `force` is set."""
+    """Raise UserError for a file, and for a folder that is not empty unless `force` is set."""
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder} is a file; name a folder to export to")
     of_a_killed_export = f".{STAGING_NAME.format(folder.name)}{TEMPORARY_SUFFIX}"
     if not force and folder.is_dir() and any(path.name != of_a_killed_export for path in folder.iterdir()):
-        raise UserError(f"{folder} is not empty; choose another folder, or write over it with --force")
+        raise UserError(f"{folder} is not empty; choose another folder, or overwrite its files with --force")
 
 
 @contextlib.contextmanager
 def appearing_folder(folder: Path, needed_bytes: int) -> Iterator[Path]:
-    """A folder to fill, whose files stand in `folder` when the block ends, and not before.
+    """A folder to fill; its files appear in `folder` when the block ends, and not before.
 
-    A new folder appears as a whole; one that exists gets the files one by one and keeps its others. Raises UserError
-    where the disk is full or read-only.
+    A new folder appears as a whole. An existing one gets the files one by one and keeps its other files. Raises
+    UserError if the disk is full or read-only.
     """
     exists = folder.is_dir()
     parent = folder if exists else folder.parent
@@ -124,7 +130,7 @@ def appearing_folder(folder: Path, needed_bytes: int) -> Iterator[Path]:
 
 
 def remove_superseded(folder: Path, names: list[str]) -> None:
-    """Remove what an earlier export, or another model, left in the folder under names that programs look for."""
+    """Remove files of an earlier export or another model that a program could load by mistake."""
     for pattern in SUPERSEDED:
         for path in folder.glob(pattern):
             if path.name not in names:
@@ -138,7 +144,7 @@ def main() -> None:
     folder = Path(options.out_dir)
     total = sum((folder / name).stat().st_size for name in names)
     print(f"wrote {folder} ({total / 2**20:.1f} MiB): {', '.join(names)}")
-    print(f"next: read {folder / 'README.md'}, which says how to load the model and how to publish it")
+    print(f"next: {folder / 'README.md'} explains how to load and publish the model")
 
 
 if __name__ == "__main__":

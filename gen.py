@@ -154,7 +154,8 @@ class GenOptions:
 
 def choose_checkpoint(options: GenOptions) -> str:
     """The checkpoint to load. Raises UserError if --chat finds none that was trained on chat data."""
-    from common.checkpoint import find_checkpoints, read_info
+    from common.checkpoint import find_checkpoints
+    from exchange.loading import read_info
 
     if options.checkpoint is not None or not options.chat:
         return options.checkpoint or DEFAULT_CHECKPOINT
@@ -175,7 +176,7 @@ def load_engine(options: GenOptions) -> TextEngine:
     fast = load_speedups(options.plain)
     if fast:
         fast.keep_freed_memory()  # before the first tensor is allocated
-    from common.checkpoint import load_model, read_info
+    from exchange.loading import load_model, read_info
     from generation.decoding import decode_step
     from generation.engine import TextEngine
 
@@ -362,6 +363,7 @@ def main() -> None:
     engine = load_engine(options)
     console = Console("you" if options.chat else "prompt", delay=not options.no_delay)
     try:
+        session: PromptSession
         if options.chat:
             session = ChatSession(engine, options.max_tokens, console.notice, options.system)
         else:

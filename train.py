@@ -22,10 +22,11 @@ from typing import Any
 
 import torch
 
-from common.checkpoint import checkpoint_bytes, load_checkpoint, random_states, read_info, set_random_states
+from common.checkpoint import checkpoint_bytes, random_states, set_random_states
 from common.cli import given_options, parse_options, run_script
 from common.device import allow_tf32, autocast, seed_everything, set_determinism
 from common.speedups import load_speedups
+from exchange.loading import load_checkpoint, read_info
 from model import GPT
 from training import parallel
 from training.batches import Batches

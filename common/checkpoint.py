@@ -1,14 +1,16 @@
-"""Save and load a run: atomic, plain types, never pickled code, with a digest over every part.
+"""Save and load Jojo's own checkpoints: written atomically, plain types only, a digest for every part.
 
 A checkpoint is one file written by `torch.save`:
 
     format    "jojo-1"
     info      plain facts: model (GPTConfig as a dict), config (train.py's options), dataset, format ("text" or "chat"),
-              data (the data set's .json; of a mixture, its "parts" are), tokenizer, iter_num, tokens_seen, elapsed_s,
-              train_loss, val_loss, ...
+              data (the data set's .json; for a mixture, one entry per data set under "parts"), tokenizer, iter_num,
+              tokens_seen, elapsed_s, train_loss, val_loss, ...
     model     the weights in float32, by name
-    training  what a resume needs besides: optimizers, scaler, data position, random states; None in a weights file
-    digests   sha256 of each of info, model and training
+    training  what else is needed to resume: optimizers, scaler, data position, random states; None in a weights file
+    digests   the sha256 of info, model and training
+
+`exchange/loading.py` also loads models in other layouts (nanoGPT, Hugging Face).
 """
 
 from __future__ import annotations
@@ -20,8 +22,7 @@ import os
 import shutil
 import struct
 import warnings
-import zipfile
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 import torch
@@ -30,21 +31,20 @@ from torch.overrides import TorchFunctionMode
 
 from common.cli import UserError
 from common.files import TEMPORARY_SUFFIX, atomic_write, fsync_folder, write_error
-from exchange.hugging_face import is_hugging_face, load_folder
 from model import GPT, GPTConfig
+from setup_tokenizer import N_GPT2_VOCAB
 
 FORMAT = "jojo-1"
 PARTS = ("info", "model", "training")
-GPT2_VOCAB = 50257  # ids of the vocabulary without ChatML's
 
 
 def save_checkpoint(
     path: str | os.PathLike, model: GPT, info: Mapping, training: Mapping | None = None, weights: Mapping | None = None
 ) -> None:
-    """Write a run to `path`, whole or not at all. Raises UserError where the disk is full or read-only.
+    """Write a run to `path` atomically. Raises UserError if the disk is full or read-only.
 
-    `info` and `training` hold plain types and tensors alone; the model's configuration is added to `info`.
-    `weights` are the model's where it holds them in pieces.
+    `info` and `training` may hold only plain types and tensors; the model's configuration is added to `info`.
+    `weights` replaces the model's own state dict, for a model that is sharded over several processes.
     """
     weights = model.state_dict() if weights is None else weights
     parts = {
@@ -57,14 +57,14 @@ def save_checkpoint(
         writer = _RememberError(file)
         try:
             torch.save({"format": FORMAT, **parts, "digests": digests}, writer)
-        except RuntimeError:  # torch hides what the file system said
+        except RuntimeError:  # torch hides the error of the file system
             if writer.error:
                 raise writer.error from None
             raise
 
 
 class _RememberError:
-    """A file whose write error can be asked for after torch has turned it into one of its own."""
+    """A file that keeps its last write error, which torch replaces by a RuntimeError of its own."""
 
     def __init__(self, file):
         self._file = file
@@ -84,7 +84,7 @@ class _RememberError:
 def digest(part) -> str:
     """The sha256 of nested dicts, lists, tuples, tensors and plain values, in hexadecimal.
 
-    Independent of the order of a dict's keys and of the device that a tensor lies on.
+    It depends neither on the order of a dict's keys nor on the device of a tensor.
     """
     sha256 = hashlib.sha256()
     _feed(sha256, part)
@@ -113,29 +113,33 @@ def _feed(sha256, part) -> None:
         raise TypeError(f"a checkpoint holds plain types and tensors, not {type(part).__name__}")
 
 
-def load_checkpoint(path: str | os.PathLike, parts: tuple[str, ...] = PARTS) -> dict:
+def load_checkpoint(path: str | os.PathLike, parts: Collection[str] = PARTS) -> dict:
     """The named parts of a checkpoint, on the CPU and checked against their digests.
 
-    Memory-mapped: a part that is not asked for is not read. Raises UserError, in one sentence, for a file that is
-    missing, damaged, of other software or holding pickled code. nanoGPT's own checkpoints load as weights, with
-    "training" None, and so do folders in the Hugging Face layout and OpenAI's models by their names ("gpt2").
+    The file is memory-mapped, so a part that is not requested is not read. Raises UserError for a file that is missing,
+    damaged, not written by train.py, or contains pickled code.
     """
+    return checked_parts(path, read_file(path), parts)
+
+
+def read_file(path: str | os.PathLike) -> object:
+    """What `torch.save` wrote, memory-mapped and not yet checked. Raises UserError for an unreadable or unsafe file."""
     path = Path(path)
-    if is_hugging_face(path):
-        return load_folder(path, parts)
     if not path.is_file():
         raise UserError(f"{path} not found; {_what_exists(path.parent)}")
     try:
-        # No unsafe fallback, ever: a pickle that needs more than plain types and tensors is refused.
+        # weights_only, always: unpickling anything but plain types and tensors can run code from the file.
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about a damaged pickle: the error says enough
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:  # a damaged file can make the unpickler raise anything at all
+            warnings.simplefilter("ignore")  # about a damaged pickle; our error message is clearer
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # a damaged file can make the unpickler raise anything
         raise UserError(_unreadable(path, error)) from error
-    if isinstance(content, dict) and {"model", "model_args"} <= content.keys():
-        return _from_nanogpt(path, content)
+
+
+def checked_parts(path: str | os.PathLike, content: object, parts: Collection[str]) -> dict:
+    """The named parts of what `read_file` returned. Raises UserError if a part does not match its digest."""
     if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise UserError(f"{path} is a checkpoint of other software; give one that train.py made")
+        raise UserError(f"{path} was written by other software; use a checkpoint made by train.py")
     digests = content.get("digests")
     for name in parts:
         if name not in content or not isinstance(digests, dict) or digests.get(name) != _digest_or_none(content[name]):
@@ -146,61 +150,34 @@ def load_checkpoint(path: str | os.PathLike, parts: tuple[str, ...] = PARTS) -> 
 def _digest_or_none(part) -> str | None:
     try:
         return digest(part)
-    except (TypeError, RuntimeError):  # a damaged file can hold anything
+    except (TypeError, RuntimeError):  # a damaged file can contain anything
         return None
 
 
 def _unreadable(path: Path, error: Exception) -> str:
     if "Unsupported global" in str(error) or "Unsupported operand" in str(error):
-        return f"{path} holds pickled code and was not loaded; give a checkpoint that train.py made"
-    return (
-        f"{path} is not a readable checkpoint ({type(error).__name__}); it is damaged or of another kind, use another"
-    )
+        return f"{path} contains pickled code and was not loaded; use a checkpoint made by train.py"
+    return f"{path} is not a readable checkpoint ({type(error).__name__}); use another file"
 
 
 def _what_exists(folder: Path) -> str:
     found = find_checkpoints(folder)
     if not found:
         return "make one with: python train.py"
-    return "there are " + ", ".join(str(path) for path in found[:8]) + "; make another with: python train.py"
-
-
-def _from_nanogpt(path: Path, content: dict) -> dict:
-    """A checkpoint in nanoGPT's layout as ours, weights alone: the names lose their prefixes."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()  # it has no digest, but the CRC of each tensor
-    except (zipfile.BadZipFile, NotImplementedError, OSError) as error:
-        damaged = str(error)
-    if damaged:
-        raise UserError(f"{path} is damaged ({damaged}); use another checkpoint")
-    try:
-        names = ("n_layer", "n_head", "n_embd", "block_size", "vocab_size", "bias")
-        settings = {name: content["model_args"][name] for name in names}
-        state = {}
-        for name, tensor in content["model"].items():
-            name = name.removeprefix("_orig_mod.").removeprefix("transformer.")
-            if name != "lm_head.weight" and not name.endswith(".attn.bias"):  # tied head, causal mask
-                state[name] = tensor.float()
-        settings["n_vocab"] = min(GPTConfig.n_vocab, settings["vocab_size"])
-        config = GPTConfig(**settings)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise UserError(f"{path} looks like a nanoGPT checkpoint, but is incomplete ({error}); use another") from error
-    info = {"model": dataclasses.asdict(config), "dataset": "unknown", "format": "text", "config": {}, "data": {}}
-    return {"info": {**info, "origin": "nanoGPT"}, "model": state, "training": None}
+    return f"there are {', '.join(str(path) for path in found[:8])}; make another with: python train.py"
 
 
 def load_weights(model: GPT, weights: Mapping, path: str | os.PathLike) -> None:
-    """Copy a loaded checkpoint's weights into `model`; ids that they lack keep the model's new embeddings.
+    """Copy a loaded checkpoint's weights into `model`. Ids that the checkpoint lacks keep the model's own embeddings.
 
-    A model with a shorter block takes the first positions. Raises UserError where the shapes differ otherwise, or the
+    A model with a shorter block size takes the first positions. Raises UserError if other shapes differ or if the
     vocabulary is not GPT-2's.
     """
     fitted = dict(weights)
     if "wte.weight" in weights:
         known = weights["wte.weight"]
-        if len(known) < GPT2_VOCAB:
-            raise UserError(f"{path} has a vocabulary of {len(known)} ids, not GPT-2's; use another checkpoint")
+        if len(known) < N_GPT2_VOCAB:
+            raise UserError(f"{path} has a vocabulary of {len(known)} ids instead of GPT-2's; use another checkpoint")
         fitted["wte.weight"] = torch.cat([known.to(model.wte.weight), model.wte.weight[len(known) :].detach()])
     if "wpe.weight" in weights:
         fitted["wpe.weight"] = weights["wpe.weight"][: model.config.block_size]
@@ -215,7 +192,7 @@ def _one_line(error: Exception) -> str:
 
 
 class _NoRandomValues(TorchFunctionMode):
-    """Leaves out `init.normal_`: a meta tensor has no values, and torch's stand-in costs a second of imports."""
+    """Skips `init.normal_`: a meta tensor has no values, and torch's implementation for it takes a second to import."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -223,7 +200,7 @@ class _NoRandomValues(TorchFunctionMode):
 
 
 def build_model(path: str | os.PathLike, checkpoint: Mapping) -> GPT:
-    """A model on the CPU with a loaded checkpoint's weights (shared, not copied)."""
+    """A model on the CPU that shares (does not copy) the weights of a loaded checkpoint."""
     try:
         with torch.device("meta"), _NoRandomValues():
             model = GPT(GPTConfig(**checkpoint["info"]["model"]))
@@ -235,15 +212,8 @@ def build_model(path: str | os.PathLike, checkpoint: Mapping) -> GPT:
     return model
 
 
-def load_model(path: str | os.PathLike, device: str = "cpu", dtype: str = "float32") -> tuple[GPT, dict]:
-    """A checkpoint's model in evaluation mode on `device` in `dtype`, and its info. Raises as `load_checkpoint`."""
-    checkpoint = load_checkpoint(path, ("info", "model"))
-    model = build_model(path, checkpoint).to(device=device, dtype=getattr(torch, dtype))
-    return model.eval().requires_grad_(False), checkpoint["info"]
-
-
 def read_info(path: str | os.PathLike) -> dict:
-    """A checkpoint's plain facts, without reading its weights. Raises as `load_checkpoint`."""
+    """A checkpoint's plain facts, without reading its weights. Raises UserError as `load_checkpoint` does."""
     return load_checkpoint(path, ("info",))["info"]
 
 
@@ -253,15 +223,15 @@ def find_checkpoints(folder: str | os.PathLike = "models") -> list[Path]:
 
 
 def copy_checkpoint(path: str | os.PathLike, copy: str | os.PathLike) -> None:
-    """Give a complete checkpoint a second name that later writes of the first leave alone; whole or not at all.
+    """Give a complete checkpoint a second name, atomically; later writes to the first name do not change the copy.
 
-    Raises UserError where the folder cannot be written.
+    Raises UserError if the folder is not writable.
     """
     temporary = Path(copy).with_name(f"{Path(copy).name}.{os.getpid()}{TEMPORARY_SUFFIX}")
     try:
         temporary.unlink(missing_ok=True)
-        os.link(path, temporary)  # no copying: atomic_write replaces the first name, never its content
-    except OSError:  # a file system without hard links
+        os.link(path, temporary)  # no data is copied: atomic_write replaces files and never changes one in place
+    except OSError:  # the file system has no hard links
         with open(path, "rb") as source, atomic_write(copy) as file:  # noqa: PTH123
             shutil.copyfileobj(source, file)
         return
@@ -271,11 +241,11 @@ def copy_checkpoint(path: str | os.PathLike, copy: str | os.PathLike) -> None:
     except OSError as error:
         raise write_error(copy, error) from error
     finally:
-        temporary.unlink(missing_ok=True)  # a rename between two names of one file does nothing
+        temporary.unlink(missing_ok=True)  # os.replace does nothing if both names are the same file
 
 
 def random_states(device: str) -> dict:
-    """The states of Python's, NumPy's and torch's generators and of the device's own, as plain types."""
+    """The states of the random generators of Python, NumPy, torch and the device, as plain types."""
     import random
 
     import numpy as np
@@ -295,7 +265,7 @@ def random_states(device: str) -> dict:
 
 
 def set_random_states(states: Mapping, device: str) -> None:
-    """Put the generators into states that `random_states` gave; that of a device of another kind is left out."""
+    """Restore the states from `random_states`. A state for another kind of device is ignored."""
     import random
 
     import numpy as np
@@ -307,7 +277,7 @@ def set_random_states(states: Mapping, device: str) -> None:
     torch.set_rng_state(states["torch"])
     if "cuda" in states and device.startswith("cuda"):
         state = states["cuda"]
-        if isinstance(state, list):  # an older checkpoint has a state for each of its machine's devices
+        if isinstance(state, list):  # older checkpoints hold one state per device of the machine
             state = state[min(torch.device(device).index or 0, len(state) - 1)]
         torch.cuda.set_rng_state(state, device)
     if "mps" in states and device == "mps":
@@ -315,13 +285,13 @@ def set_random_states(states: Mapping, device: str) -> None:
 
 
 def checkpoint_bytes(model: GPT, optimizer_floats_per_weight: int = 2) -> int:
-    """About how large a training checkpoint of `model` will be, in bytes."""
+    """Estimated size in bytes of a training checkpoint of `model`."""
     return model.n_params() * 4 * (1 + optimizer_floats_per_weight) + (1 << 20)
 
 
 def prune_kept(folder: Path, pattern: str, keep: int) -> None:
-    """Remove all but the `keep` youngest files that match `pattern` in `folder`."""
+    """Remove all but the `keep` newest files in `folder` that match `pattern`."""
     paths = sorted(folder.glob(pattern), key=lambda path: (path.stat().st_mtime_ns, path.name))
     for path in paths[: max(0, len(paths) - keep)]:
-        with contextlib.suppress(OSError):  # gone, or not ours to remove: the disk stays fuller, nothing is lost
+        with contextlib.suppress(OSError):  # already gone or not removable: the only cost is disk space
             path.unlink()

@@ -1,4 +1,4 @@
-"""Files that are whole or not there: atomic writing, locks that die with their process, digests, free space."""
+"""Writing files completely or not at all, locks that end with their process, checksums, and free space."""
 
 from __future__ import annotations
 
@@ -8,8 +8,10 @@ import glob
 import hashlib
 import os
 import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import IO, Any
 
 from common.cli import UserError
 
@@ -17,15 +19,15 @@ TEMPORARY_SUFFIX = ".tmp"
 
 
 @contextlib.contextmanager
-def atomic_write(path: str | os.PathLike, mode: str = "wb", **open_settings) -> Iterator:
-    """Open a file that appears under `path` only when it is complete and on the disk.
+def atomic_write(path: str | os.PathLike, mode: str = "wb", **open_settings: Any) -> Iterator[IO[Any]]:
+    """Open a file that appears as `path` only when it is complete and on the disk.
 
-    Writes to `<path>.<process id>.tmp` beside it, flushes and fsyncs it, renames it over `path` and fsyncs the
-    folder. Any exception leaves `path` as it was and no temporary file. Raises UserError where the disk is full or
-    the folder cannot be written.
+    Writes to `<path>.<process id>.tmp` in the same folder, flushes and fsyncs it, renames it to `path` and fsyncs the
+    folder. After any exception `path` is unchanged and the temporary file is gone. Raises UserError if the disk is
+    full or the folder cannot be written.
     """
     path = Path(path)
-    if path.exists() and not path.is_file():  # a folder, or a device such as /dev/null, which a rename would replace
+    if path.exists() and not path.is_file():  # a folder, or a device such as /dev/null, which the rename would replace
         raise UserError(f"{path} not written: it is not a regular file; choose another name")
     temporary = path.with_name(f"{path.name}.{os.getpid()}{TEMPORARY_SUFFIX}")
     try:
@@ -41,19 +43,22 @@ def atomic_write(path: str | os.PathLike, mode: str = "wb", **open_settings) -> 
         fsync_folder(path.parent)
     except BaseException as error:
         temporary.unlink(missing_ok=True)
-        ours = isinstance(error, OSError) and error.filename in (None, str(temporary), temporary)
-        if ours and error.errno in _WRITE_FAULTS:  # a fault that names another file is not about this one
+        if (
+            isinstance(error, OSError)
+            and error.filename in (None, str(temporary), temporary)  # an error that names another file is not ours
+            and error.errno in _WRITE_ERRORS
+        ):
             raise write_error(path, error) from error
         raise
 
 
 @contextlib.contextmanager
 def atomic_files(folder: str | os.PathLike, name: str) -> Iterator[Path]:
-    """A folder to write a group of files into, which appear in `folder` together when the block ends.
+    """A temporary folder for a group of files that appear in `folder` together when the block ends.
 
-    Each file must be complete and on the disk by then; they are renamed in the order in which they were last
-    changed, so write the file that vouches for the others last. Any exception leaves `folder` as it was. One writer
-    at a time: what an earlier, killed writer of the same `name` left is removed.
+    Each file must be complete and on the disk by then. The files are renamed in the order in which they were last
+    changed, so write the file that vouches for the others last. After any exception `folder` is unchanged. Only one
+    writer at a time may use a `name`: the files of an earlier writer that was killed are removed.
     """
     folder = Path(folder)
     staging = folder / f".{name}{TEMPORARY_SUFFIX}"
@@ -74,18 +79,18 @@ def atomic_files(folder: str | os.PathLike, name: str) -> Iterator[Path]:
         shutil.rmtree(staging, ignore_errors=True)
 
 
-_WRITE_FAULTS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EFBIG, errno.EIO, errno.EPERM}
+_WRITE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EFBIG, errno.EIO, errno.EPERM}
 
 
 def write_error(path: str | os.PathLike, error: OSError) -> UserError:
-    """The sentence for a file that could not be written."""
+    """The UserError for a file that could not be written."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return UserError(f"{path} not written: the disk is full; free some space and run the command again")
     return UserError(f"{path} not written: {error.strerror or error}; choose a folder that can be written")
 
 
 def fsync_folder(folder: Path) -> None:
-    """Make a rename in `folder` survive a power cut, where the system can (Windows cannot open a folder)."""
+    """Make renames in `folder` survive a power failure. Does nothing on Windows, which cannot open a folder."""
     if os.name == "nt":
         return
     descriptor = os.open(folder, os.O_RDONLY)
@@ -96,9 +101,9 @@ def fsync_folder(folder: Path) -> None:
 
 
 def remove_stale_temporaries(path: str | os.PathLike) -> list[Path]:
-    """Remove what dead writers of `path` left beside it, and say which files these were.
+    """Remove the temporary files that ended processes left next to `path`; returns their paths.
 
-    A temporary file names its writer's process; that of a living process stays.
+    The name of a temporary file contains its writer's process id; the file of a running process is kept.
     """
     path = Path(path)
     removed = []
@@ -112,7 +117,7 @@ def remove_stale_temporaries(path: str | os.PathLike) -> list[Path]:
 
 def _is_alive(process_id: int) -> bool:
     if os.name == "nt":
-        return True  # os.kill(pid, 0) ends the process there; leave its files alone
+        return True  # os.kill(pid, 0) would end the process; keep its files
     try:
         os.kill(process_id, 0)
     except (ProcessLookupError, OverflowError):  # no such process, or a number that no process has
@@ -123,9 +128,9 @@ def _is_alive(process_id: int) -> bool:
 
 
 class FileLock:
-    """A lock on `path` that the operating system drops when its process ends, however it ends.
+    """A lock on `path` that the operating system releases when the process ends, however it ends.
 
-    Raises UserError when another process holds it.
+    Raises UserError if another process holds the lock.
     """
 
     def __init__(self, path: str | os.PathLike, what: str):
@@ -137,7 +142,7 @@ class FileLock:
         try:
             _lock(self._file)
         except OSError as error:
-            if error.errno not in (errno.EAGAIN, errno.EACCES):  # a file system without locks, say
+            if error.errno not in (errno.EAGAIN, errno.EACCES):  # for example a file system without locks
                 self._file.close()
                 raise write_error(self.path, error) from error
             self._file.seek(0)
@@ -154,12 +159,12 @@ class FileLock:
     def __enter__(self) -> FileLock:
         return self
 
-    def __exit__(self, *exception) -> None:
+    def __exit__(self, *exception: object) -> None:
         self.release()
 
 
-def _lock(file) -> None:
-    if os.name == "nt":
+def _lock(file: IO[str]) -> None:
+    if sys.platform == "win32":
         import msvcrt
 
         file.seek(0)
@@ -171,7 +176,7 @@ def _lock(file) -> None:
 
 
 def sha256_file(path: str | os.PathLike) -> str:
-    """The sha256 of a file's bytes, in hexadecimal."""
+    """The sha256 of a file, in hexadecimal."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:  # noqa: PTH123
         while chunk := file.read(1 << 22):
@@ -180,16 +185,16 @@ def sha256_file(path: str | os.PathLike) -> str:
 
 
 def require_target(option: str, path: str | os.PathLike) -> None:
-    """Raise UserError, before any work is done, where the file that an option names could not be written."""
+    """Raise UserError, before any work is done, if the file that an option names cannot be written."""
     path = Path(path)
     if path.is_dir():
         raise UserError(f"--{option} {path}: that is a folder; name a file")
     if not path.parent.is_dir():
-        raise UserError(f"--{option} {path}: there is no folder {path.parent}; make it with mkdir -p")
+        raise UserError(f"--{option} {path}: there is no folder {path.parent}; run: mkdir -p {path.parent}")
 
 
 def require_free_space(folder: str | os.PathLike, needed_bytes: int, what: str) -> None:
-    """Raise UserError unless `folder`'s disk has `needed_bytes` free."""
+    """Raise UserError unless the disk of `folder` has `needed_bytes` free."""
     free_bytes = shutil.disk_usage(folder).free
     if free_bytes < needed_bytes:
         raise UserError(

@@ -13,6 +13,7 @@ from collections.abc import Iterable
 import numpy as np
 
 from common.cli import UserError
+from common.ngrams import hash_ngrams, mixed
 from setup_tokenizer import ASSISTANT_IDS
 
 NEAR_NGRAM = 5
@@ -95,15 +96,10 @@ def ngram_hashes(ids: np.ndarray, n_tokens: np.ndarray, n: int, control_ids: tup
     """
     if len(ids) < n:
         return np.zeros(0, dtype=np.uint64), np.zeros(0, dtype=np.int64)
-    tokens = ids.astype(np.uint64)
-    count = len(ids) - n + 1
-    hashes = tokens[:count] + np.uint64(1)
-    for offset in range(1, n):
-        hashes *= np.uint64(0x9E3779B97F4A7C15)
-        hashes += tokens[offset : offset + count]
+    hashes = hash_ngrams(ids, n)
     barriers = np.concatenate([[0], np.cumsum(_is_control(ids, control_ids), dtype=np.int64)])
-    inside = np.flatnonzero(barriers[n:] == barriers[:count])
-    return _mixed(hashes[inside]), np.repeat(np.arange(len(n_tokens)), n_tokens)[inside]
+    inside = np.flatnonzero(barriers[n:] == barriers[: len(hashes)])
+    return mixed(hashes[inside]), np.repeat(np.arange(len(n_tokens)), n_tokens)[inside]
 
 
 def _is_control(ids: np.ndarray, control_ids: tuple[int, int, int]) -> np.ndarray:
@@ -115,13 +111,6 @@ def _is_control(ids: np.ndarray, control_ids: tuple[int, int, int]) -> np.ndarra
     is_control[starts + 1] = is_control[starts + 2] = True  # a role has one token and "assistant" two
     is_control[starts[ids[starts + 1] == ASSISTANT_IDS[0]] + 3] = True
     return is_control
-
-
-def _mixed(hashes: np.ndarray) -> np.ndarray:
-    """Hashes in which every bit depends on every bit of those given (the finaliser of SplitMix64)."""
-    hashes = (hashes ^ (hashes >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    hashes = (hashes ^ (hashes >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return hashes ^ (hashes >> np.uint64(31))
 
 
 # --- near duplicates ---
@@ -149,7 +138,7 @@ def band_keys(ids: np.ndarray, n_tokens: np.ndarray, control_ids: tuple[int, int
     signatures = np.array(digests.to_rows(), dtype=np.uint64).reshape(len(n_tokens), BANDS, ROWS)
     keys = np.broadcast_to(np.arange(1, BANDS + 1, dtype=np.uint64), signatures.shape[:2])
     for row in range(ROWS):
-        keys = _mixed(keys ^ signatures[:, :, row])
+        keys = mixed(keys ^ signatures[:, :, row])
     return np.where(counts[:, None] > 0, np.maximum(keys, np.uint64(1)), np.uint64(0))
 
 

@@ -1,8 +1,8 @@
-"""A model as one GGUF file, the format of llama.cpp and Ollama: weights, tokenizer and chat template.
+"""Write a model as one GGUF file, the format of llama.cpp and Ollama: weights, tokenizer and chat template.
 
     write_gguf(Path("model-q8_0.gguf"), weights, config, "q8_0", is_chat=True, name="story5000")
 
-The names are those of llama.cpp's gpt2 architecture, whose head is the embedding where the file has no other.
+The names are those of llama.cpp's gpt2 architecture. It uses the embedding as the output layer if the file has none.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from model import GPTConfig
 from setup_tokenizer import ENDOFTEXT_ID, IM_END_ID, SPECIAL_TOKENS
 
 KINDS = ("f32", "bf16", "q8_0")
-Q8_0_BLOCK = 32  # weights that share a scale
+Q8_0_BLOCK = 32  # weights per scale
 
 NAMES = {
     "wte": "token_embd",
@@ -34,7 +34,7 @@ NAMES = {
 
 
 def require_gguf(kind: str, config: GPTConfig) -> None:
-    """Raise UserError unless `write_gguf` can write this kind of file here, before any work is done."""
+    """Raise UserError unless `write_gguf` can write this kind of file here; call it before any work is done."""
     try:
         import gguf  # noqa: F401
     except ImportError as error:
@@ -46,22 +46,22 @@ def require_gguf(kind: str, config: GPTConfig) -> None:
 
 
 def gguf_name(name: str) -> str:
-    """The name in a GGUF file of one of our weights.
+    """One of our weights' name in a GGUF file.
 
     >>> gguf_name("h.3.attn.c_proj.weight")
     'blk.3.attn_output.weight'
     """
-    place, _, kind = name.rpartition(".")
-    if not place.startswith("h."):
-        return f"{NAMES[place]}.{kind}"
-    _, layer, part = place.split(".", 2)
+    module, _, kind = name.rpartition(".")
+    if not module.startswith("h."):
+        return f"{NAMES[module]}.{kind}"
+    _, layer, part = module.split(".", 2)
     return f"blk.{layer}.{NAMES[part]}.{kind}"
 
 
 def write_gguf(
     path: Path, weights: Mapping[str, Tensor], config: GPTConfig, kind: str, is_chat: bool, name: str
 ) -> None:
-    """Write `complete_weights` and the tokenizer. `kind`: matrices as f32, bf16, or q8_0 (8 bits and scales)."""
+    """Write `complete_weights` and the tokenizer. `kind` is the matrices' precision: f32, bf16 or q8_0 (8 bits)."""
     import gguf
 
     writer = gguf.GGUFWriter(path, gguf.MODEL_ARCH_NAMES[gguf.MODEL_ARCH.GPT2])
@@ -71,7 +71,7 @@ def write_gguf(
         quantization = gguf.GGMLQuantizationType[kind.upper()]
         for our_name, tensor in weights.items():
             data = tensor.numpy()
-            # Vectors and positions stay exact, as in llama.cpp's own converter: they are small.
+            # Vectors and positions stay in float32, as in llama.cpp's own converter: they are small.
             if tensor.dim() == 1 or our_name == "wpe.weight" or kind == "f32":
                 writer.add_tensor(gguf_name(our_name), data)
             else:

@@ -1,8 +1,8 @@
-"""GPT-2 in the Hugging Face layout (config.json and safetensors), read and written: names, orientation, vocabulary.
+"""Read and write GPT-2 in the Hugging Face layout: config.json and safetensors.
 
-    load_checkpoint("gpt2"), load_checkpoint("some/folder")     # checkpoint.py reads both through `load_folder`
+    load_checkpoint("gpt2"), load_checkpoint("some/folder")     # exchange/loading.py calls `load_folder` for both
 
-There the linear layers are stored as (in, out), here as (out, in); the rest of the weights is the same.
+Hugging Face stores GPT-2's linear layers as (in, out), Jojo as (out, in). Otherwise only the names differ.
 """
 
 from __future__ import annotations
@@ -31,23 +31,23 @@ from setup_tokenizer import (
     TOKENIZER_NAME,
 )
 
-# OpenAI's weights, by the names of the presets.
+# OpenAI's weights on the hub, by the names of our presets.
 HUB_MODELS = {name: f"openai-community/{name}" for name in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")}
 
-# Stored as (in, out) in the Hugging Face layout.
+# Stored as (in, out) in the Hugging Face layout: the original GPT-2 code used 1x1 convolutions.
 TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
 
 
 def is_hugging_face(path: Path) -> bool:
-    """Whether `path` is a folder, or the name of one of OpenAI's models where no file has that name."""
+    """Whether `path` is a folder, or the name of one of OpenAI's models (unless a file has that name)."""
     return path.is_dir() or (str(path) in HUB_MODELS and not path.exists())
 
 
 def load_folder(path: Path, parts: Collection[str]) -> dict:
-    """A folder in the Hugging Face layout, or one of HUB_MODELS, as the parts of a checkpoint; "training" is None.
+    """The named parts of a folder in the Hugging Face layout, or of one of HUB_MODELS; "training" is None.
 
-    The hub is asked for config.json alone until "model" is wanted. Raises UserError for a model that is missing,
-    damaged, or another network than ours.
+    The weights are downloaded only if "model" is requested. Raises UserError for a model that is missing, damaged, or
+    not a GPT-2.
     """
     settings = _read_json(_file(path, "config.json"))
     config = model_config(path, settings)
@@ -67,15 +67,15 @@ def load_folder(path: Path, parts: Collection[str]) -> dict:
         found["model"] = _read_weights(path, config, settings["vocab_size"], n_kept)
         if n_kept < N_VOCAB:
             print(
-                f"{path}: {IM_START} and {IM_END} are new in its vocabulary; their embeddings begin as the mean of "
-                "all others, so it knows no chat before it is trained on chat data",
+                f"note: {IM_START} and {IM_END} are new in the vocabulary of {path}; their embeddings start as the "
+                "mean of all others, so the model cannot chat before it is trained on chat data",
                 file=sys.stderr,
             )
     return {name: found[name] for name in parts}
 
 
 def _is_chat(path: Path) -> bool:
-    """Whether a local model brings a ChatML template for `apply_chat_template`."""
+    """Whether a local model has a ChatML template for `apply_chat_template`."""
     template = path / "chat_template.jinja"
     if template.is_file():
         return IM_START in template.read_text("utf-8")
@@ -87,10 +87,10 @@ def _is_chat(path: Path) -> bool:
 
 
 def model_config(path: Path, settings: Mapping) -> GPTConfig:
-    """The shape of the model that a config.json describes. Raises UserError for what GPT here does not compute."""
+    """The shape of the model that a config.json describes. Raises UserError for features that `model.GPT` lacks."""
     try:
         n_embd, vocab_size = settings["n_embd"], settings["vocab_size"]
-        accepted = {  # what a missing entry means stands first
+        accepted = {  # the first value is the one that a missing entry means
             "model_type": ("gpt2",),
             "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
             "n_inner": (None, 4 * n_embd),
@@ -117,12 +117,12 @@ def model_config(path: Path, settings: Mapping) -> GPTConfig:
         )
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(
-            f"{path}/config.json describes no GPT-2 ({type(error).__name__}: {error}); use another model"
+            f"{path}/config.json does not describe a GPT-2 ({type(error).__name__}: {error}); use another model"
         ) from error
 
 
 def config_json(config: GPTConfig, end_id: int) -> dict:
-    """The config.json of a model whose vocabulary is cut to the ids that the tokenizer has."""
+    """The config.json of a model without padding in its vocabulary."""
     return {
         "architectures": ["GPT2LMHeadModel"],
         "model_type": "gpt2",
@@ -150,11 +150,11 @@ def config_json(config: GPTConfig, end_id: int) -> dict:
 
 
 def check_exportable(path: str, config: GPTConfig) -> None:
-    """Raise UserError for a model that does not have GPT-2's vocabulary, with or without ChatML."""
+    """Raise UserError unless the model has GPT-2's vocabulary, with or without ChatML's tokens."""
     if config.n_vocab not in (N_GPT2_VOCAB, N_VOCAB):
         raise UserError(
-            f"{path} has a vocabulary of {config.n_vocab:,} ids, which is not this project's tokenizer's; export a "
-            "model that train.py made"
+            f"{path} has a vocabulary of {config.n_vocab:,} ids, which does not belong to this project's tokenizer; "
+            "export a model made by train.py"
         )
 
 
@@ -162,7 +162,7 @@ def check_exportable(path: str, config: GPTConfig) -> None:
 
 
 def complete_weights(weights: Mapping[str, Tensor], config: GPTConfig) -> dict[str, Tensor]:
-    """Our weights in float32 as other programs want them: no padding rows, and zeros for biases the model has not."""
+    """Our weights in float32 as other programs expect them: no padding rows, and zeros for missing biases."""
     with torch.device("meta"):
         shapes = GPT(dataclasses.replace(config, vocab_size=config.n_vocab, bias=True)).state_dict()
     complete = {}
@@ -183,18 +183,20 @@ def to_hugging_face(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write tensors as one safetensors file. Raises UserError where the disk is full or read-only."""
+    """Write tensors as one safetensors file. Raises UserError if the disk is full or read-only."""
     import safetensors
     from safetensors.torch import save_file
 
     try:
         save_file(dict(tensors), path, metadata={"format": "pt"})
-    except safetensors.SafetensorError as error:  # it hides what the file system said
-        raise UserError(f"{path.name} not written ({first_cause(error)}); free some space and export again") from error
+    except safetensors.SafetensorError as error:  # it hides the error of the file system
+        raise UserError(
+            f"{path.name} not written ({first_cause(error)}); free some space and run the command again"
+        ) from error
 
 
 def _read_weights(path: Path, config: GPTConfig, vocab_size: int, n_kept: int) -> dict[str, Tensor]:
-    """The weights under our names, the embedding padded to our vocabulary. Raises UserError where they do not fit."""
+    """The weights under our names, the embedding padded to our vocabulary. Raises UserError if they do not fit."""
     with torch.device("meta"):
         shapes = {name: tensor.shape for name, tensor in GPT(config).state_dict().items()}
     shapes["wte.weight"] = torch.Size([vocab_size, config.n_embd])
@@ -210,28 +212,28 @@ def _read_weights(path: Path, config: GPTConfig, vocab_size: int, n_kept: int) -
     if faults:
         raise UserError(
             f"the weights of {path} do not fit its config.json ({len(faults)} differ, such as {faults[0]}); "
-            "fetch or save the model again"
+            "download or save the model again"
         )
     if head is not None and not torch.equal(head, weights["wte.weight"]):
         raise UserError(
-            f"{path} has a head that is not tied to its embedding, which is not supported; use another model"
+            f"the output layer of {path} is not tied to its embedding, which is not supported; use another model"
         )
     weights["wte.weight"] = padded_embedding(weights["wte.weight"], n_kept, config.vocab_size)
     return weights
 
 
 def padded_embedding(embedding: Tensor, n_kept: int, vocab_size: int) -> Tensor:
-    """The first `n_kept` rows of an embedding (V, C) and, up to `vocab_size` rows, the mean of GPT-2's own.
+    """The first `n_kept` rows of an embedding (V, C), padded to `vocab_size` rows with the mean of GPT-2's own rows.
 
-    The mean row's logit is the mean of all logits; a small random row's would be near 0, which is far above a trained
-    model's ("Initializing New Word Embeddings for Pretrained Language Models", Hewitt 2021).
+    A new token's logit is then the mean of all logits. With a small random row it would be near 0, far above the logits
+    of a trained model ("Initializing New Word Embeddings for Pretrained Language Models", Hewitt 2021).
     """
     mean = embedding[:N_GPT2_VOCAB].mean(0, keepdim=True)
     return torch.cat([embedding[:n_kept], mean.expand(vocab_size - n_kept, -1)])
 
 
 def _n_kept_rows(vocab_size: int, tokenizer_ids: Mapping[str, int]) -> int:
-    """How many rows of an embedding mean what they mean here: all but ChatML's where another token has their ids."""
+    """How many rows of an embedding to keep: without ChatML's two if other tokens have their ids."""
     chatml = {IM_START: IM_START_ID, IM_END: IM_END_ID}
     if vocab_size < N_VOCAB or any(tokenizer_ids.get(token, id_) != id_ for token, id_ in chatml.items()):
         return N_GPT2_VOCAB
@@ -248,18 +250,18 @@ def _stored_tensors(path: Path) -> dict[str, Tensor]:
             with safetensors.safe_open(file, framework="pt") as content:
                 tensors |= {name: content.get_tensor(name) for name in content.keys()}  # noqa: SIM118
         except (OSError, safetensors.SafetensorError) as error:
-            raise UserError(f"{file} cannot be read ({first_cause(error)}); fetch or save the model again") from error
+            raise _unreadable(file, error) from error
     return tensors
 
 
 def _weight_files(path: Path) -> list[Path]:
-    """The safetensors file, or all those that an index names."""
+    """The safetensors file, or all files that the index of a sharded model names."""
     index = path / "model.safetensors.index.json"
     if not index.is_file():
         return [_file(path, "model.safetensors")]
     names = _read_json(index).get("weight_map")
     if not isinstance(names, dict) or not all(re.fullmatch(r"[\w.-]+", str(name)) for name in names.values()):
-        raise UserError(f"{index} does not name files beside it; fetch or save the model again")
+        raise UserError(f"{index} does not name files in its own folder; download or save the model again")
     return [_file(path, name) for name in sorted(set(names.values()))]
 
 
@@ -267,18 +269,18 @@ def _weight_files(path: Path) -> list[Path]:
 
 
 def _file(path: Path, name: str) -> Path:
-    """A file of the model: in the folder, or fetched from the hub into its cache."""
+    """A file of the model: in the folder, or downloaded from the hub into its cache."""
     if not path.is_dir():
         return _fetch(HUB_MODELS[str(path)], name)
     if (path / name).is_file():
         return path / name
     if name.endswith(".safetensors") and (path / "pytorch_model.bin").is_file():
         raise UserError(
-            f"{path} holds its weights as pickled code (pytorch_model.bin), which is not loaded; save the model as "
-            "safetensors, which transformers' save_pretrained does"
+            f"{path} contains its weights as pickled code (pytorch_model.bin), which is not loaded; save the model as "
+            "safetensors, for example with transformers' save_pretrained"
         )
     raise UserError(
-        f"{path / name} not found; give a folder with config.json and model.safetensors, or a file that train.py made"
+        f"{path / name} not found; use a folder with config.json and model.safetensors, or a file made by train.py"
     )
 
 
@@ -300,14 +302,18 @@ def _read_json(path: Path) -> dict:
     try:
         content = json.loads(path.read_bytes())
     except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read ({first_cause(error)}); fetch or save the model again") from error
+        raise _unreadable(path, error) from error
     if not isinstance(content, dict):
-        raise UserError(f"{path} holds no JSON object; fetch or save the model again")
+        raise UserError(f"{path} does not contain a JSON object; download or save the model again")
     return content
 
 
+def _unreadable(path: Path, error: Exception) -> UserError:
+    return UserError(f"{path} cannot be read ({first_cause(error)}); download or save the model again")
+
+
 def _tokenizer_ids(path: Path) -> dict[str, int]:
-    """The tokenizer of a local model, as far as it is there. Raises UserError where it is not GPT-2's."""
+    """The tokenizer of a local model, {} if it has none. Raises UserError if it is not GPT-2's."""
     ids, file = {}, path / "tokenizer.json"
     if not path.is_dir():
         return ids
@@ -320,7 +326,7 @@ def _tokenizer_ids(path: Path) -> dict[str, int]:
             ids = {**_read_json(file), **(_read_json(added) if added.is_file() else {})}
         is_gpt2 = not ids or all(ids.get(token) == id_ for id_, token in enumerate(vocabulary()[:ENDOFTEXT_ID]))
     except (KeyError, TypeError) as error:
-        raise UserError(f"{file} is no tokenizer of GPT-2's kind ({error}); use another model") from error
+        raise UserError(f"{file} is not a GPT-2 tokenizer ({error}); use another model") from error
     if not is_gpt2:
-        raise UserError(f"{path} has another tokenizer than GPT-2's ({file.name}); use another model")
+        raise UserError(f"{path} has a different tokenizer from GPT-2's ({file.name}); use another model")
     return ids

@@ -1,4 +1,4 @@
-"""What an exported model is, in words: the model card and Ollama's Modelfile."""
+"""The two text files of an export: the model card (README.md) and Ollama's Modelfile."""
 
 from __future__ import annotations
 
@@ -7,25 +7,36 @@ import math
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Protocol
 
 from training.mixture import data_parts
 
-# Licences that the hub knows, by its names for them: ours in small letters with hyphens.
+# The licences that the hub has identifiers for.
 HUB_LICENCES = {"mit", "apache-2.0", "cdla-sharing-1.0", "cdla-permissive-2.0", "cc0-1.0", "odc-by"}
 HUB_LICENCES |= {f"cc-by{kind}-{version}" for kind in ("", "-sa", "-nc", "-nc-sa") for version in ("3.0", "4.0")}
-ENGLISH = ("story", "dailydialog", "chat", "chitchat", "education")  # what the prepare scripts fetch or make
+ENGLISH = ("story", "dailydialog", "chat", "chitchat", "education")  # the data sets of the prepare scripts
 
 CHAT_EXAMPLE = """messages = [{"role": "user", "content": "Hello! How are you?"}]
 inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
-output = model.generate(**inputs, max_new_tokens=60, do_sample=True, temperature=0.5, top_k=50)
+output = model.generate(**inputs, max_new_tokens=60, do_sample=True, temperature=TEMPERATURE, top_k=TOP_K)
 print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))"""
 
 TEXT_EXAMPLE = """inputs = tokenizer("<|endoftext|>Once upon a time", return_tensors="pt")
-output = model.generate(**inputs, max_new_tokens=100, do_sample=True, temperature=0.8, top_k=200)
+output = model.generate(**inputs, max_new_tokens=100, do_sample=True, temperature=TEMPERATURE, top_k=TOP_K)
 print(tokenizer.decode(output[0], skip_special_tokens=True))"""
 
 
-def model_card(info: Mapping, name: str, folder_name: str, gguf_file: str | None) -> str:
+class Sampling(Protocol):
+    """The default settings for generating with the model (generation.sampling.Sampling)."""
+
+    @property
+    def temperature(self) -> float: ...
+
+    @property
+    def top_k(self) -> int | None: ...
+
+
+def model_card(info: Mapping, name: str, folder_name: str, gguf_file: str | None, sampling: Sampling) -> str:
     """README.md of an export: front matter for the hub, then data, training, use and limits."""
     is_chat = info["format"] == "chat"
     sections = [
@@ -33,7 +44,7 @@ def model_card(info: Mapping, name: str, folder_name: str, gguf_file: str | None
         f"# {name}\n\n{_summary(info)}",
         f"## Data\n\n{_data(info)}",
         f"## Training\n\n{_training(info)}",
-        f"## Use\n\n{_use(folder_name, is_chat, gguf_file)}",
+        f"## Use\n\n{_use(folder_name, is_chat, gguf_file, sampling)}",
         f"## Limits\n\n{_limits(info, is_chat)}",
         f"## Publish\n\n{_publish(folder_name)}",
     ]
@@ -47,7 +58,7 @@ def _front_matter(info: Mapping) -> str:
     lines = ["---", "library_name: transformers", "pipeline_tag: text-generation"]
     if known in HUB_LICENCES:
         lines.append(f"license: {known}")
-    elif licences != ["not stated"]:  # one that the hub does not know, or several, each of which holds
+    elif licences != ["not stated"]:  # a licence without an identifier, or several that all apply
         lines += ["license: other", f"license_name: {json.dumps(', '.join(licences))}"]
     if all(part.get("name") in ENGLISH for part in parts):
         lines += ["language:", "- en"]
@@ -58,7 +69,7 @@ def _front_matter(info: Mapping) -> str:
 
 
 def _hub_dataset(data: Mapping) -> str | None:
-    """The data set's name on the hub, where its source begins with one."""
+    """The data set's name on the hub, if its source begins with one."""
     first = re.split(r"[\s:]", str(data.get("source", "")), maxsplit=1)[0]
     return first if re.fullmatch(r"[\w.-]+/[\w.-]+", first) else None
 
@@ -77,18 +88,19 @@ def _summary(info: Mapping) -> str:
 def _data(info: Mapping) -> str:
     data = info.get("data") or {}
     if not data:
-        return f"Not recorded: the weights come from elsewhere ({info.get('origin', 'unknown')})."
+        return f"Not recorded: the weights were not trained here ({info.get('origin', 'unknown')})."
     return "\n\n".join("\n".join(_data_of_part(part)) for part in data_parts(data))
 
 
 def _data_of_part(part: Mapping) -> Iterator[str]:
     share = f"; {100 * part['weight']:.4g} % of the rows trained on" if "weight" in part else ""
     yield f"- Data set: {part['name']}; source: {part.get('source', 'unknown')}{share}"
-    only = " Not for commercial use, and so are models trained on it." if part.get("non_commercial") else ""
+    only = " Not for commercial use; this applies to models trained on it, too." if part.get("non_commercial") else ""
     yield f"- Licence of the data: {part.get('licence', 'not stated')}.{only}"
     for split in ("train", "val"):
         counts = part["splits"][split]
-        documents = f"{counts['documents']:,} documents, " if "documents" in counts else ""  # no .json, no count
+        # Without a .json, only the number of tokens is known.
+        documents = f"{counts['documents']:,} documents, " if "documents" in counts else ""
         yield f"- {split}: {documents}{counts['tokens']:,} tokens"
 
 
@@ -96,7 +108,7 @@ def _training(info: Mapping) -> str:
     rows = []
     config = info.get("config") or {}
     if config.get("init_from"):
-        rows.append(f"- Started from the weights of {Path(config['init_from']).name}, whose licence holds too")
+        rows.append(f"- Started from the weights of {Path(config['init_from']).name}, whose licence also applies")
     if info.get("iter_num") is not None:
         rows.append(f"- Iterations: {info['iter_num']:,}; tokens seen: {info['tokens_seen']:,}")
     if info.get("elapsed_s") is not None:
@@ -104,23 +116,25 @@ def _training(info: Mapping) -> str:
     names = {"train_loss": "Training loss of the last iteration", "val_loss": "Validation loss"}
     for key, label in {**names, "best_val_loss": "Best validation loss"}.items():
         if info.get(key) is not None:
-            rows.append(f"- {label}: {info[key]:.4f} nats a token (perplexity {math.exp(info[key]):.2f})")
+            rows.append(f"- {label}: {info[key]:.4f} nats per token (perplexity {math.exp(info[key]):.2f})")
     if info.get("val_losses"):
         own = ", ".join(f"{name} {loss:.4f}" for name, loss in info["val_losses"].items())
-        rows.append(f"- A validation loss is the mean over the data sets by their shares of the rows; last: {own}")
+        rows.append(f"- The validation loss is the mean over the data sets, weighted by their shares; last: {own}")
     if config.get("loss_on") == "assistant":
-        rows.append("- The losses on conversations are those of the assistant's tokens")
+        rows.append("- On conversations, only the assistant's tokens count for the loss")
     return "\n".join(rows) or "Not recorded."
 
 
-def _use(name: str, is_chat: bool, gguf_file: str | None) -> str:
+def _use(name: str, is_chat: bool, gguf_file: str | None, sampling: Sampling) -> str:
+    example = CHAT_EXAMPLE if is_chat else TEXT_EXAMPLE
+    example = example.replace("TEMPERATURE", str(sampling.temperature)).replace("TOP_K", str(sampling.top_k))
     python = (
         "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
         f'tokenizer = AutoTokenizer.from_pretrained("{name}")\n'
         f'model = AutoModelForCausalLM.from_pretrained("{name}")\n'
-        f"{CHAT_EXAMPLE if is_chat else TEXT_EXAMPLE}"
+        f"{example}"
     )
-    text = f"From the folder above this one:\n\n```python\n{python}\n```"
+    text = f"In the folder above this one:\n\n```python\n{python}\n```"
     if gguf_file:
         text += (
             f"\n\nllama.cpp: `llama-cli -m {gguf_file}`. Ollama, in this folder: "
@@ -131,33 +145,31 @@ def _use(name: str, is_chat: bool, gguf_file: str | None) -> str:
 
 def _publish(folder_name: str) -> str:
     return (
-        "This folder was written locally and sent nowhere. To put it on the Hugging Face Hub, from the folder above "
-        f"it:\n\n```bash\nhf auth login\nhf upload YOUR_NAME/{folder_name} {folder_name}\n```"
+        "This folder was only written locally. To upload it to the Hugging Face Hub, run in the folder above it:"
+        f"\n\n```bash\nhf auth login\nhf upload YOUR_NAME/{folder_name} {folder_name}\n```"
     )
 
 
 def _limits(info: Mapping, is_chat: bool) -> str:
-    rows = ["- A small model: it makes facts up, and repeats what its data holds, unkind things too."]
-    rows.append(f"- It sees {info['model']['block_size']:,} tokens; what is longer must be cut before it is given.")
+    rows = ["- It is a small model: it makes up facts and can repeat anything from its data, including unkind text."]
+    rows.append(f"- Its context is {info['model']['block_size']:,} tokens; shorten longer input.")
     if is_chat:
         rows.append(
-            "- A message that spells a control token, such as `<|im_end|>`, becomes that token in transformers' "
-            "`apply_chat_template`, so that a person can forge turns. Jojo's own `encode_chat` keeps such text as "
-            "text; elsewhere remove the three spellings `<|im_start|>`, `<|im_end|>` and `<|endoftext|>` from what "
-            "people type."
+            "- If a message contains the text of a control token, such as `<|im_end|>`, transformers' "
+            "`apply_chat_template` turns it into that token, so a user can forge turns. Jojo's own `encode_chat` keeps "
+            "it as text. Elsewhere, remove `<|im_start|>`, `<|im_end|>` and `<|endoftext|>` from what users type."
         )
     return "\n".join(rows)
 
 
-def modelfile(gguf_file: str, block_size: int, is_chat: bool) -> str:
-    """Ollama's recipe for a GGUF file beside it: the chat template in Go's language, where a turn ends, sampling."""
+def modelfile(gguf_file: str, block_size: int, is_chat: bool, sampling: Sampling) -> str:
+    """Ollama's Modelfile for a GGUF file in the same folder: chat template (in Go's syntax), stop tokens, sampling."""
     lines = [f"FROM ./{gguf_file}"]
     if is_chat:
         turns = "{{ range .Messages }}<|im_start|>{{ .Role }}\n{{ .Content }}<|im_end|>\n{{ end }}"
         lines += [f'TEMPLATE """{turns}<|im_start|>assistant\n"""', 'PARAMETER stop "<|im_end|>"']
     else:
         lines.append('TEMPLATE """<|endoftext|>{{ .Prompt }}"""')
-    temperature, top_k = (0.5, 50) if is_chat else (0.8, 200)
     lines += ['PARAMETER stop "<|endoftext|>"', f"PARAMETER num_ctx {block_size}"]
-    lines += [f"PARAMETER temperature {temperature}", f"PARAMETER top_k {top_k}"]
+    lines += [f"PARAMETER temperature {sampling.temperature}", f"PARAMETER top_k {sampling.top_k}"]
     return "\n".join(lines) + "\n"

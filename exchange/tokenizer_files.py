@@ -1,4 +1,4 @@
-"""The extended tokenizer as other programs read it: tokens as printable text, merges, tokenizer.json, chat template.
+"""The extended tokenizer in the formats of other programs: vocabulary, merges, tokenizer.json, chat template.
 
 >>> vocabulary()[15496], merges()[0]
 ('Hello', ('Ġ', 't'))
@@ -13,7 +13,7 @@ import tiktoken
 
 from setup_tokenizer import ENDOFTEXT, IM_END, IM_START, SPECIAL_TOKENS, get_extended_tokenizer
 
-# What encode_chat does, for transformers and llama.cpp.
+# The layout that encode_chat writes, as a Jinja template for transformers and llama.cpp.
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
     f"{{{{ '{IM_START}' + message['role'] + '\\n' + message['content'] + '{IM_END}' + '\\n' }}}}"
@@ -24,7 +24,7 @@ CHAT_TEMPLATE = (
 
 @functools.cache
 def byte_characters() -> dict[int, str]:
-    """GPT-2's picture of each byte: itself where Latin-1 prints it, else the next character from U+0100 on.
+    """The printable character that GPT-2 writes for each byte: the byte's own in Latin-1, or one from U+0100 up.
 
     As in the code released with "Language Models are Unsupervised Multitask Learners" (Radford et al. 2019).
     """
@@ -33,30 +33,30 @@ def byte_characters() -> dict[int, str]:
     return {byte: chr(byte) for byte in printable} | {byte: chr(0x100 + n) for n, byte in enumerate(others)}
 
 
-def _picture(token: bytes) -> str:
+def _printable(token: bytes) -> str:
     return "".join(byte_characters()[byte] for byte in token)
 
 
 def vocabulary(enc: tiktoken.Encoding | None = None) -> list[str]:
-    """Every token by its id, bytes as `byte_characters` draws them and control tokens as they are."""
+    """All tokens in the order of their ids, as text: bytes through `byte_characters`, control tokens as they are."""
     enc = enc or get_extended_tokenizer()
-    tokens = {rank: _picture(token) for token, rank in enc._mergeable_ranks.items()}
+    tokens = {rank: _printable(token) for token, rank in enc._mergeable_ranks.items()}
     tokens |= {id_: token for token, id_ in enc._special_tokens.items()}
     return [tokens[id_] for id_ in range(enc.n_vocab)]
 
 
 def merges(enc: tiktoken.Encoding | None = None) -> list[tuple[str, str]]:
-    """The two tokens that each token of more than one byte is merged from, in the order of the merges.
+    """The two parts that each token of more than one byte is merged from, in the order of the merges.
 
-    tiktoken keeps only the results. A token's parts are what byte pair encoding makes of it one merge before the end.
+    tiktoken stores only the merged tokens. The parts of a token are what byte pair encoding gets one merge earlier.
     """
     ranks = (enc or get_extended_tokenizer())._mergeable_ranks
     tokens = sorted((token for token in ranks if len(token) > 1), key=ranks.__getitem__)
-    return [tuple(map(_picture, _last_merge(token, ranks))) for token in tokens]
+    return [tuple(map(_printable, _last_merge(token, ranks))) for token in tokens]
 
 
 def _last_merge(token: bytes, ranks: dict[bytes, int]) -> list[bytes]:
-    parts = [token[place : place + 1] for place in range(len(token))]
+    parts = [token[index : index + 1] for index in range(len(token))]
     while len(parts) > 2:
         pairs = [ranks.get(left + right, len(ranks)) for left, right in itertools.pairwise(parts)]
         first = pairs.index(min(pairs))
@@ -65,7 +65,7 @@ def _last_merge(token: bytes, ranks: dict[bytes, int]) -> list[bytes]:
 
 
 def tokenizer_json(n_vocab: int) -> dict:
-    """tokenizer.json of Hugging Face's tokenizers, with those control tokens whose ids are below `n_vocab`."""
+    """tokenizer.json for Hugging Face's tokenizers, with the control tokens whose ids are below `n_vocab`."""
     tokens = vocabulary()
     control = [token for token, id_ in SPECIAL_TOKENS.items() if id_ < n_vocab]
     settings = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
@@ -94,7 +94,7 @@ def tokenizer_json(n_vocab: int) -> dict:
 
 
 def tokenizer_config(n_vocab: int, block_size: int, is_chat: bool) -> dict:
-    """tokenizer_config.json: which control token ends a turn (chat) or a text, and the chat template."""
+    """tokenizer_config.json: the control token that ends a turn (chat) or a text, and the chat template."""
     chatml = [token for token in (IM_START, IM_END) if SPECIAL_TOKENS[token] < n_vocab]
     config = {
         "tokenizer_class": "GPT2Tokenizer",

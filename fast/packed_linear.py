@@ -112,13 +112,15 @@ class TorchInt8Product:
 
 
 def quantize_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """A weight (M, K) as int8 from -127 to 127, and its scale (M,) in the same precision: each row's largest value / 127."""
+    """A weight (M, K) as int8, and its scale (M,) in the weight's precision: each row's largest magnitude / 127."""
     tiny = torch.finfo(weight.dtype).tiny
     scale = (weight.abs().amax(1).float() / 127).to(weight.dtype).clamp(min=tiny)
     return (weight.float() / scale.float()[:, None]).round_().to(torch.int8), scale
 
 
-def is_exact(layer: type[PackedLinear | FewRowsLinear], dtype: torch.dtype, tolerance: float) -> bool:
+def is_exact(
+    layer: type[PackedLinear] | type[RowLinear] | type[Int8Linear], dtype: torch.dtype, tolerance: float
+) -> bool:
     """Whether a layer's kernels exist in this torch, run on this processor and compute right results."""
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(CHECK_SHAPE, generator=generator).to(dtype)

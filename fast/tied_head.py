@@ -4,9 +4,9 @@
     x = head.embed(idx)                      # (B, T, C)
     loss = head.loss(blocks(x), n_targets)   # (B, T, C) -> mean cross entropy in nats
 
-Replaces: the embedding, the head's product and F.cross_entropy in GPT.forward. All logits of a batch are most of a small
-model's memory and time. Here they exist for one chunk of rows at a time, and their gradient, computed in the forward
-pass, overwrites them.
+Replaces: the embedding, the head's product and F.cross_entropy in GPT.forward. All logits of a batch are most of a
+small model's memory and time. Here they exist for one chunk of rows at a time, and their gradient, computed in the
+forward pass, overwrites them.
 Gains: see docs/performance.md, "What each fast part gains".
 Skipped: with --plain, and without targets.
 
@@ -40,8 +40,8 @@ class TiedHead:
 
     Its buffers, a copy of the weight in `dtype` and the logits of one chunk, are allocated before the blocks run:
     later there is no gap that large among the activations, and the process would grow. `transpose` is `transposed`,
-    compiled or not. On a CPU, rows whose target is IGNORED are left out; on other devices counting them would make the
-    program wait for the device.
+    compiled or not. `chunk_rows` is LOSS_CHUNK_ROWS, or on CUDA LOSS_CHUNK_ROWS_CUDA, by default. On a CPU, rows whose
+    target is IGNORED are left out; on other devices counting them would make the program wait for the device.
     """
 
     def __init__(
@@ -50,15 +50,16 @@ class TiedHead:
         targets: Tensor,
         dtype: torch.dtype,
         transpose: Callable[[Tensor, torch.dtype], Tensor] | None = None,
+        chunk_rows: int | None = None,
     ):
         self.weight, self.targets = weight, targets.flatten()
         self.counts = self.targets != IGNORED
         self.on_cpu = weight.device.type == "cpu"
-        chunk = LOSS_CHUNK_ROWS_CUDA if weight.is_cuda else LOSS_CHUNK_ROWS
-        self.chunks: list[Tensor] | list[slice]
+        chunk = chunk_rows or (LOSS_CHUNK_ROWS_CUDA if weight.is_cuda else LOSS_CHUNK_ROWS)
+        self.chunks: list[Tensor | slice]
         if self.on_cpu:
             rows = torch.arange(len(self.counts))[self.counts]
-            self.chunks, longest = list(rows.split(chunk)), min(chunk, len(rows))
+            self.chunks, longest = [*rows.split(chunk)], min(chunk, len(rows))
         else:
             self.chunks = [slice(first, first + chunk) for first in range(0, len(self.counts), chunk)]
             longest = min(chunk, len(self.counts))

@@ -1,7 +1,7 @@
 """The decode loop: prompts into the key-value cache in one pass, then one id per row and step.
 
-    for ids in generate(model, [[50256, 7454]], max_tokens=100, sampling=TEXT_SAMPLING):
-        ...    # (B,) the next id of each row
+for ids in generate(model, [[50256, 7454]], max_tokens=100, sampling=TEXT_SAMPLING):
+    ...    # (B,) the next id of each row
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def decode_step(model: GPT, ids: Tensor, lengths: list[int], cache: KVCache) -> 
 
 
 def decode_at(model: GPT, ids: Tensor, positions: Tensor, end: int, cache: KVCache) -> Tensor:
-    """`decode_step` for rows of different lengths: positions (B,) are a tensor, and all shapes depend on `end` alone."""
+    """`decode_step` for rows of different lengths: positions (B,) are a tensor, and shapes depend on `end` alone."""
     cache.select(positions, end)
     mask = torch.arange(end, device=ids.device) <= positions[:, None, None, None]  # (B, 1, 1, end)
     return model.logits(model.hidden(ids[:, None], cache, positions[:, None], mask)[:, 0])
@@ -133,7 +133,7 @@ def common_prefix(first: list[int], second: list[int]) -> int:
 
 
 def _fill(model: GPT, rows: slice, contexts: list[list[int]], start: int, cache: KVCache) -> Tensor:
-    """Make the cache's `rows` hold `contexts`, of which they hold `start` ids already; the output (rows, C) at each end.
+    """Make the cache's `rows` hold `contexts`, of which `start` ids are held already; the output (rows, C) at each end.
 
     Shorter rows are padded on the right: the causal mask hides the padding, and later ids overwrite it.
     """

@@ -1,6 +1,6 @@
 """How the next id is drawn from a model's logits.
 
-    ids = sample(logits, Sampling(temperature=0.8, top_k=200), generator)
+ids = sample(logits, Sampling(temperature=0.8, top_k=200), generator)
 """
 
 from __future__ import annotations

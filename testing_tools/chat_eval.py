@@ -22,6 +22,8 @@ from common.cli import option, parse_options, run_script
 from common.device import choose_device, choose_dtype
 from common.files import atomic_write
 from data.chitchat import assistant_words, words_of
+from generation.decoding import generate, new_cache
+from generation.sampling import Sampling
 from setup_tokenizer import ENDOFTEXT_ID, IM_END, IM_END_ID, encode_chat, get_extended_tokenizer
 
 QUESTIONS_FILE = Path(__file__).with_name("chat_eval_questions.json")
@@ -180,7 +182,7 @@ def model_reply(model) -> Reply:
 
 def main() -> None:
     options = parse_options(EvalOptions, __doc__)
-    from common.checkpoint import load_model
+    from exchange.loading import load_model
 
     device = choose_device(options.device)
     model, info = load_model(options.checkpoint, device, choose_dtype(options.dtype, device))

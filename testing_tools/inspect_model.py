@@ -21,10 +21,10 @@ from torch import Tensor
 
 sys.path.append(str(Path(__file__).resolve().parent.parent))
 
-from common.checkpoint import load_model
 from common.cli import UserError, option, parse_options, run_script
 from common.device import choose_device
 from common.files import atomic_write
+from exchange.loading import load_model
 from model import GPT
 from setup_tokenizer import ENDOFTEXT_ID, encode_chat, encode_text, get_extended_tokenizer, token_text
 

@@ -32,7 +32,7 @@ class ScriptedChatOptions:
 def main() -> None:
     options = parse_options(ScriptedChatOptions, __doc__)
     keep_freed_memory()
-    from common.checkpoint import load_model
+    from exchange.loading import load_model
     from generation.engine import Settings, TextEngine
 
     device = choose_device(options.device)

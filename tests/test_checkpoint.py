@@ -1,4 +1,4 @@
-"""Checkpoints: what is saved is loaded, damage is found, code is never run, other software's files are recognised."""
+"""Checkpoints: they load as saved, damage is detected, code is never run, files of other software are recognized."""
 
 from __future__ import annotations
 
@@ -21,16 +21,14 @@ from common.checkpoint import (
     build_model,
     copy_checkpoint,
     digest,
-    load_checkpoint,
-    load_model,
     load_weights,
     prune_kept,
     random_states,
-    read_info,
     save_checkpoint,
     set_random_states,
 )
 from common.cli import UserError
+from exchange.loading import load_checkpoint, load_model, read_info
 from model import GPT, GPTConfig
 
 TINY = GPTConfig(block_size=8, vocab_size=64, n_vocab=60, n_layer=2, n_head=2, n_embd=16)
@@ -231,12 +229,12 @@ def test_code_in_a_pickle_is_never_run(tmp_path, monkeypatch, gpt):
     for path in tmp_path.glob("*.pt"):
         for load in (load_checkpoint, read_info, load_model):
             with pytest.raises(
-                UserError, match=f"{path.name} (holds pickled code|is not a readable checkpoint)"
+                UserError, match=f"{path.name} (contains pickled code|is not a readable checkpoint)"
             ) as error:
                 load(path)
             assert "\n" not in str(error.value)
     assert not (tmp_path / "exploded").exists()
-    with pytest.raises(UserError, match="holds pickled code and was not loaded"):
+    with pytest.raises(UserError, match="contains pickled code and was not loaded"):
         load_checkpoint(tmp_path / "zip.pt")
 
 
@@ -255,7 +253,7 @@ def test_code_in_a_pickle_is_never_run(tmp_path, monkeypatch, gpt):
 def test_files_of_another_kind_are_one_sentence(tmp_path, content):
     path = tmp_path / "a.pt"
     path.write_bytes(content)
-    with pytest.raises(UserError, match=r"a.pt is (not a readable checkpoint|a checkpoint of other software)"):
+    with pytest.raises(UserError, match=r"a.pt (is not a readable checkpoint|was written by other software)"):
         load_checkpoint(path)
 
 
@@ -263,7 +261,7 @@ def test_checkpoints_of_other_software_are_named_so(tmp_path):
     for number, content in enumerate([{"state_dict": {"w": torch.zeros(2)}}, [torch.zeros(2)], torch.zeros(2), None]):
         torch.save(content, tmp_path / f"{number}.pt")
         with pytest.raises(
-            UserError, match=f"{number}.pt is a checkpoint of other software; give one that train.py made"
+            UserError, match=f"{number}.pt was written by other software; use a checkpoint made by train.py"
         ):
             load_checkpoint(tmp_path / f"{number}.pt")
 
@@ -312,6 +310,8 @@ def test_nanogpts_checkpoints_load_as_weights(tmp_path, prefix, bias):
     assert loaded.config == theirs.config and info["format"] == "text"
     saved = load_checkpoint(tmp_path / "ckpt.pt")
     assert saved["training"] is None
+    with pytest.raises(UserError, match="written by other software"):
+        checkpoint.load_checkpoint(tmp_path / "ckpt.pt")
 
     wider = GPT(GPTConfig(block_size=8, n_layer=1, n_head=2, n_embd=8, bias=bias))
     fresh = wider.wte.weight.detach().clone()
@@ -333,12 +333,12 @@ def test_a_damaged_nanogpt_checkpoint_is_refused(tmp_path):
     for missing in ("n_head", "bias"):
         incomplete = {**content, "model_args": {k: v for k, v in content["model_args"].items() if k != missing}}
         torch.save(incomplete, path)
-        with pytest.raises(UserError, match="looks like a nanoGPT checkpoint, but is incomplete"):
+        with pytest.raises(UserError, match="is an incomplete nanoGPT checkpoint"):
             load_checkpoint(path)
 
 
 def test_another_vocabulary_is_refused(gpt, path):
-    with pytest.raises(UserError, match=r"a.pt has a vocabulary of 64 ids, not GPT-2's"):
+    with pytest.raises(UserError, match=r"a.pt has a vocabulary of 64 ids instead of GPT-2's"):
         load_weights(GPT(TINY), gpt.state_dict(), "a.pt")
 
 

@@ -1,4 +1,4 @@
-"""evaluate.py against brute force: every id once, with the context it should have, and honest comparisons."""
+"""evaluate.py against brute force: every token once, in the right context, and honest comparisons."""
 
 from __future__ import annotations
 
@@ -14,11 +14,16 @@ import evaluate
 from common.checkpoint import save_checkpoint
 from common.cli import UserError
 from common.files import sha256_file
-from evaluate import EvaluateOptions, measure, paired_bootstrap, read_split, score, windows
-from generation import stories
-from generation.packed_linear import Int8Linear, is_exact
+from common.speedups import load_speedups
+from evaluate import EvaluateOptions, measure
+from evaluation import stories
+from evaluation.bootstrap import paired_bootstrap
+from evaluation.printing import print_report, verdict_line
+from evaluation.scoring import score, summarize, windows
+from evaluation.splits import read_split
+from fast.packed_linear import Int8Linear, is_exact
 from model import GPT, GPTConfig
-from setup_tokenizer import ENDOFTEXT_ID, encode_chat, encode_document, encode_text
+from setup_tokenizer import ENDOFTEXT_ID, encode_chat, encode_document
 from training.batches import assistant_targets, open_dataset
 from training.mixture import mixture_facts, parse_mixture
 
@@ -99,7 +104,7 @@ def test_text_is_scored_as_brute_force_does(tmp_path, stride, shards):
     assert math.isnan(losses[0])
     np.testing.assert_allclose(losses[1:], [loss for loss, _ in expected], atol=2e-4)
     assert is_right[1:].tolist() == [right for _, right in expected]
-    numbers = evaluate.summarise(split, "all", losses, is_right)
+    numbers = summarize(split, "all", losses, is_right)
     nats = math.fsum(loss for loss, _ in expected)
     text_bytes = sum(len(document.encode()) for document in DOCUMENTS)
     assert numbers["tokens"] == len(ids) - 1 and numbers["text_bytes"] == text_bytes
@@ -122,7 +127,7 @@ def test_each_conversation_is_scored_alone(tmp_path):
         place += len(ids)
     scored = losses[~np.isnan(losses)]
     np.testing.assert_allclose(scored, expected, atol=2e-4)
-    everything, assistant = (evaluate.summarise(split, scope, losses, is_right) for scope in ("all", "assistant"))
+    everything, assistant = (summarize(split, scope, losses, is_right) for scope in ("all", "assistant"))
     contents = [(m["role"], len(m["content"].encode())) for c in CONVERSATIONS for m in c]
     assert everything["text_bytes"] == sum(size for _, size in contents)
     assert assistant["text_bytes"] == sum(size for role, size in contents if role == "assistant")
@@ -199,9 +204,22 @@ def test_the_bootstrap_sees_a_real_difference_and_no_false_one(tmp_path):
 def test_few_documents_are_resampled_in_blocks(tmp_path):
     split = val_split(write_dataset(tmp_path, "book", ["word " * 2600]), "book")
     bootstrap = paired_bootstrap(split, "all", np.ones(len(split.ids)), np.ones(len(split.ids)))
-    assert bootstrap["units"] == "11 blocks of 256 ids" and not bootstrap["excludes_zero"]
+    assert bootstrap["units"] == "11 blocks of 256 tokens" and not bootstrap["excludes_zero"]
     short = val_split(write_dataset(tmp_path, "short", ["A word. " * 600]), "short")
     assert paired_bootstrap(short, "all", np.ones(len(short.ids)), np.ones(len(short.ids))) is None
+
+
+def test_a_verdict_claims_no_more_than_the_interval_allows():
+    verdict = {"scope": "all", "best": "b.pt", "second": "a.pt"}
+    clear = {"difference": 0.12345, "interval": [0.1, 0.15], "excludes_zero": True, "units": "90 documents"}
+    line = verdict_line("story", {**verdict, "bootstrap": clear})
+    assert "b.pt is better than a.pt by 0.123 nats per token (95 % interval 0.100 to 0.150)" in line
+    assert line.endswith("its perplexity is 12 % lower")  # 1 - exp(-0.12345) is 0.1161
+    unclear = {**clear, "interval": [-0.01, 0.2], "excludes_zero": False}
+    assert "no clear difference between b.pt and a.pt (0.12 nats" in verdict_line(
+        "story", {**verdict, "bootstrap": unclear}
+    )
+    assert "too short to tell" in verdict_line("story", {**verdict, "bootstrap": None})
 
 
 def test_two_checkpoints_on_their_own_data_sets(tmp_path, capsys, monkeypatch):
@@ -215,15 +233,25 @@ def test_two_checkpoints_on_their_own_data_sets(tmp_path, capsys, monkeypatch):
     evaluate.main()
     report, printed = json.loads(out.read_text()), capsys.readouterr().out
     assert list(report["datasets"]) == ["story", "chat"]
-    for name, scopes in (("story", ["all"]), ("chat", ["all", "assistant"])):
+    for name, scopes in (("story", ["all"]), ("chat", ["assistant", "all"])):
         results = report["datasets"][name]["results"]
         assert [(r["checkpoint"], r["block_size"], r["stride"]) for r in results] == [(one, 16, 8), (two, 12, 6)]
         for comparison, scope in zip(report["datasets"][name]["comparisons"], scopes, strict=True):
             assert comparison["scope"] == scope and comparison["baseline"] == one
             difference = results[1][scope]["loss"] - results[0][scope]["loss"]
             assert comparison["bootstrap"]["difference"] == pytest.approx(difference, abs=1e-5)
-            assert f"loss {comparison['bootstrap']['difference']:+.4f}, 95 % interval" in printed
+            line = next(line for line in printed.splitlines() if line.startswith(f"{two} - {one}: "))
+            assert "nats per token, 95 % interval" in line
+        means = {result["checkpoint"]: result[scopes[0]]["loss"] for result in results}
+        verdict = report["datasets"][name]["verdict"]
+        assert verdict["scope"] == scopes[0] and [verdict["best"], verdict["second"]] == sorted(means, key=means.get)
+        assert verdict["bootstrap"]["difference"] == pytest.approx(abs(means[one] - means[two]), abs=1e-5)
+        assert verdict_line(name, verdict) in printed
         assert f"{results[0]['all']['loss']:.4f}" in printed
+    lines = printed.splitlines()
+    assert lines[-1].startswith("Verdict on chat (what the assistant says): ")
+    tables = [line.partition(":")[0] for line in lines if "bytes of text" in line]
+    assert tables == ["all tokens", "what the assistant says", "all tokens"], "for chat, the assistant comes first"
     options = EvaluateOptions((one, two), data_dir=str(tmp_path), device="cpu", dtype="float32")
     again = measure(options)
     for name in ("story", "chat"):
@@ -252,7 +280,7 @@ def test_8_bit_weights_cost_a_little_and_not_nothing(tmp_path, monkeypatch, caps
         ({}, {"dataset": "unknown"}, {}, "name a data set with --dataset"),
         ({}, {"tokenizer": {"name": "char"}}, {}, "uses the tokenizer char"),
         ({"n_vocab": 50257, "vocab_size": 50257}, {"dataset": "chat"}, {}, "the model has 50257 ids"),
-        ({}, {}, {"stride": BLOCK_SIZE + 1}, "is more than the block size 16"),
+        ({}, {}, {"stride": BLOCK_SIZE + 1}, "exceeds the block size 16"),
     ],
 )
 def test_what_cannot_be_measured_is_said_in_a_sentence(tmp_path, model, info, settings, words):
@@ -275,8 +303,7 @@ def test_a_broken_model_is_refused_and_changed_data_is_mentioned(tmp_path, capsy
     assert "story has changed since" in capsys.readouterr().out
 
 
-def test_a_mixtures_parts_are_measured_each_on_its_own(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(stories, "STORY_TOKENS", 4)
+def test_a_mixtures_parts_are_measured_each_on_its_own(tmp_path, capsys):
     write_dataset(tmp_path, "talk", CONVERSATIONS)
     write_dataset(tmp_path, "story", DOCUMENTS)
     facts = {name: open_dataset(tmp_path, name)[1] for name in ("talk", "story")}
@@ -284,7 +311,7 @@ def test_a_mixtures_parts_are_measured_each_on_its_own(tmp_path, monkeypatch, ca
     mixed = write_checkpoint(tmp_path / "talk+story1.pt", tiny_model(), "talk+story", format="chat", data=data)
     write_dataset(tmp_path, "story", DOCUMENTS[::-1])
     options = EvaluateOptions((mixed,), data_dir=str(tmp_path), device="cpu", dtype="float32", samples=True)
-    report = measure(options)
+    report = measure(options, story_tokens=4)
     assert list(report["datasets"]) == ["talk", "story"]
     assert "assistant" in report["datasets"]["talk"]["results"][0]
     assert report["samples"][0]["dataset"] == "story", "stories are compared with the text among the parts"
@@ -292,60 +319,33 @@ def test_a_mixtures_parts_are_measured_each_on_its_own(tmp_path, monkeypatch, ca
     assert "note: story has changed since" in output and "talk has changed" not in output
 
 
-def test_copied_runs_are_found_wherever_they_stand(tmp_path, monkeypatch):
-    rng = np.random.default_rng(0)
-    ids = rng.integers(0, 50, 1000).astype("<u2")
-    for n, part in enumerate(np.split(ids, [333, 340])):  # the second shard is shorter than a run
-        part.tofile(tmp_path / f"x-{n}.bin")
-    stream = stories.TokenStream([tmp_path / f"x-{n}.bin" for n in range(3)])
-    monkeypatch.setattr(stories, "SCAN_CHUNK", 100)
-    present = {tuple(ids[start : start + 8].tolist()) for start in (0, 95, 99, 100, 330, 335, 992)}
-    absent = {tuple((ids[start : start + 8] + 100).tolist()) for start in range(10)}
-    absent.add((*ids[5:12].tolist(), 49 - int(ids[12])))
-    everything = set(stories.ngrams(ids.tolist(), 8))
-    assert present <= everything and not absent & everything
-    assert stories.found_in(stream, present | absent, 8) == present
-    assert stories.found_in(stream, everything, 8) == everything
-    assert stories.found_in(stream, set(), 8) == set()
-
-
-def test_variety_and_repetition_are_the_published_counts():
-    assert stories.distinct([[1, 2, 1, 2], [1, 2]], 1) == 2 / 6
-    assert stories.distinct([[1, 2, 1, 2], [1, 2]], 2) == 2 / 4  # (1, 2) three times, (2, 1)
-    assert stories.repetition([[1] * 7, [1, 2, 3, 4, 5]], 4) == (0.75 + 0) / 2
-    assert stories.repetition([[1]], 4) == 0 and stories.distinct([], 2) == 0
-
-
-def test_a_model_that_recites_is_told_from_one_that_does_not(tmp_path):
-    recited = encode_text("The fox went home and the bear went home and the cat stayed where it was all night.")
-    folder = write_dataset(
-        tmp_path,
-        "story",
-        [*DOCUMENTS, "The fox went home and the bear went home and the cat stayed where it was all night."],
-    )
-    streams, _ = open_dataset(folder, "story")
-    judged = stories.judge_stories([recited, recited], streams)
-    assert judged["copied_8"] == 1 and judged["copied_8_of_real_text"] == 1  # train and val are the same here
-    assert judged["distinct_1"] < 0.5 and judged["tokens"] == 2 * len(recited)
-    assert stories.judge_stories([recited[::-1]], streams)["copied_8"] == 0
-    assert stories.judge_stories([[], []], streams)["copied_8"] == 0
-
-
-def test_samples_are_the_models_own_and_repeat_themselves(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(stories, "STORY_TOKENS", 12)
+def test_samples_are_the_models_own_and_repeat_themselves(tmp_path, capsys):
     write_dataset(tmp_path, "story", DOCUMENTS)
     path = write_checkpoint(tmp_path / "x.pt", tiny_model(block_size=64), "story")
     options = EvaluateOptions((path,), data_dir=str(tmp_path), device="cpu", dtype="float32", samples=True)
-    first, second = measure(options)["samples"], measure(options)["samples"]
+    first, second = (measure(options, story_tokens=12)["samples"] for _ in range(2))
     assert first == second and len(first[0]["stories"]) == len(stories.STORY_PROMPTS)
     assert 0 < first[0]["tokens"] <= 12 * len(stories.STORY_PROMPTS)
-    evaluate.print_report({"datasets": {}, "samples": first, "limit": None, "quantize": None})
+    print_report({"datasets": {}, "samples": first, "limit": None, "quantize": None})
     printed = capsys.readouterr().out
     assert all(f"> {prompt}\n" in printed for prompt in stories.STORY_PROMPTS)
-    assert "8-grams that stand in the training split of story" in printed
+    assert "8-grams that occur in the training split of story" in printed
 
 
 def test_options_are_checked():
     for name in ("stride", "batch_size", "limit"):
-        with pytest.raises(ValueError, match=f"{name} must be at least 1"):
+        with pytest.raises(ValueError, match=f"--{name} must be at least 1"):
             EvaluateOptions(("x.pt",), **{name: 0})
+    with pytest.raises(ValueError, match="leave out --plain"):
+        EvaluateOptions(("x.pt",), plain=True, quantize="int8")
+
+
+def test_plain_gives_the_same_numbers_and_8_bit_weights_need_the_fast_parts(tmp_path):
+    write_dataset(tmp_path, "story", DOCUMENTS)
+    path = write_checkpoint(tmp_path / "x.pt", tiny_model(), "story")
+    settings = {"data_dir": str(tmp_path), "device": "cpu", "dtype": "float32"}
+    plain, fast = (measure(EvaluateOptions((path,), **settings), module) for module in (None, load_speedups(False)))
+    losses = [report["datasets"]["story"]["results"][0]["all"]["loss"] for report in (plain, fast)]
+    assert losses[0] == losses[1]
+    with pytest.raises(UserError, match="needs the folder fast/"):
+        measure(EvaluateOptions((path,), quantize="int8", **settings), None)

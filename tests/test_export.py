@@ -14,12 +14,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import export as export_module
-from common.checkpoint import load_model, save_checkpoint
+from common.checkpoint import save_checkpoint
 from common.cli import UserError
 from exchange import gguf_file
 from exchange.hugging_face import complete_weights
+from exchange.loading import load_model
 from exchange.tokenizer_files import merges, vocabulary
 from export import ExportOptions, export
+from generation.decoding import generate
+from generation.sampling import CHAT_SAMPLING, TEXT_SAMPLING, Sampling
 from model import GPT, GPTConfig
 from setup_tokenizer import (
     ENDOFTEXT_ID,
@@ -114,7 +117,7 @@ def test_logits_in_transformers_are_ours(tmp_path, bias):
 
 def test_greedy_text_in_transformers_is_ours(chat):
     prompt = encode_chat(CHATS[0], add_generation_prompt=True)
-    ours = [int(ids[0]) for ids in random_model().generate([prompt], 40, temperature=0)]
+    ours = [int(ids[0]) for ids in generate(random_model(), [prompt], 40, Sampling(temperature=0))]
     theirs = load_in_transformers(chat).generate(
         torch.tensor([prompt]), max_new_tokens=40, min_new_tokens=40, do_sample=False, eos_token_id=None
     )
@@ -159,7 +162,7 @@ def test_the_card_is_right_that_spelled_control_tokens_become_control_ids(chat, 
     theirs = tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False)
     assert theirs.count(IM_END_ID) == 2
     assert encode_chat(messages).count(IM_END_ID) == 1
-    assert "spells a control token" in (chat / "README.md").read_text("utf-8")
+    assert "contains the text of a control token" in (chat / "README.md").read_text("utf-8")
 
 
 def test_a_chat_model_ends_its_turn_and_a_text_model_its_text(chat, tokenizer, tmp_path):
@@ -198,7 +201,7 @@ def test_the_card_tells_data_licence_and_losses_and_the_hub_reads_it(chat):
         "56,789 tokens",
         "CDLA-Sharing-1.0",
         "tokens seen: 2,867,200",
-        "1.0764 nats",
+        "1.0764 nats per token",
         "hf upload YOUR_NAME/mine",
     ):
         assert fact in card.text
@@ -219,11 +222,11 @@ def test_a_card_says_what_is_not_known_and_what_is_not_free():
     from exchange.model_card import model_card
 
     shape = dataclasses.asdict(CONFIG)
-    unknown = model_card({"model": shape, "format": "text", "origin": "nanoGPT"}, "old", "old", None)
-    assert "the weights come from elsewhere (nanoGPT)" in unknown
+    unknown = model_card({"model": shape, "format": "text", "origin": "nanoGPT"}, "old", "old", None, TEXT_SAMPLING)
+    assert "the weights were not trained here (nanoGPT)" in unknown
     assert "license" not in ModelCard(unknown).data.to_dict()
     data = DATA | {"name": "mine", "source": "a.txt", "licence": "my: own", "non_commercial": True}
-    own = model_card({"model": shape, "format": "text", "data": data}, "own", "own", None)
+    own = model_card({"model": shape, "format": "text", "data": data}, "own", "own", None, TEXT_SAMPLING)
     front = ModelCard(own).data.to_dict()
     assert (front["license"], front["license_name"]) == ("other", "my: own")
     assert "datasets" not in front
@@ -241,20 +244,22 @@ def test_the_card_of_a_mixture_tells_every_part():
     talks["licence"] = "CC BY-NC-SA 4.0"
     data = mixture_facts({"story": story, "dailydialog": talks}, parse_mixture("story=1,dailydialog=3"))
     info = {"model": dataclasses.asdict(CONFIG), "format": "chat", "data": data, **FACTS}
-    card = ModelCard(model_card(info | {"val_losses": {"story": 2.5, "dailydialog": 3.25}}, "mixed", "mixed", None))
+    card = ModelCard(
+        model_card(info | {"val_losses": {"story": 2.5, "dailydialog": 3.25}}, "mixed", "mixed", None, CHAT_SAMPLING)
+    )
     front = card.data.to_dict()
     assert (front["license"], front["license_name"]) == ("other", "CDLA-Sharing-1.0, CC BY-NC-SA 4.0")
     assert front["datasets"] == ["roneneldan/TinyStories"] and front["language"] == ["en"]
     for fact in (
         "Data set: story; source: roneneldan/TinyStories (TinyStories V2); 25 % of the rows trained on",
         "Data set: dailydialog; source: DailyDialog; 75 % of the rows trained on",
-        "Licence of the data: CC BY-NC-SA 4.0. Not for commercial use, and so are models trained on it.",
+        "Licence of the data: CC BY-NC-SA 4.0. Not for commercial use; this applies to models trained on it, too.",
         "story 2.5000, dailydialog 3.2500",
     ):
         assert fact in card.text
     del talks["licence"]
     data = mixture_facts({"story": story, "dailydialog": talks}, parse_mixture("story=1,dailydialog=3"))
-    front = ModelCard(model_card(info | {"data": data}, "mixed", "mixed", None)).data.to_dict()
+    front = ModelCard(model_card(info | {"data": data}, "mixed", "mixed", None, CHAT_SAMPLING)).data.to_dict()
     assert front["license_name"] == "CDLA-Sharing-1.0, not stated", "the one that is known is not all"
 
 
@@ -263,7 +268,7 @@ def test_a_card_of_data_without_a_json_counts_tokens_alone():
 
     splits = {split: {"tokens": 5000} for split in ("train", "val")}
     info = {"model": dataclasses.asdict(CONFIG), "format": "text", "data": {"name": "mine", "splits": splits}}
-    assert "- train: 5,000 tokens" in model_card(info, "mine", "mine", None)
+    assert "- train: 5,000 tokens" in model_card(info, "mine", "mine", None, TEXT_SAMPLING)
 
 
 def test_a_folder_with_files_needs_force_and_keeps_its_others(tmp_path, capsys):
@@ -449,7 +454,7 @@ def test_llama_cpp_decodes_the_same_ids(tmp_path, monkeypatch, kind):
     monkeypatch.setattr(llama_cpp, "llama_model_default_params", without_amx)
     export(ExportOptions(save(tmp_path, "chat"), str(tmp_path / "out"), gguf=kind))
     prompt = encode_chat(CHATS[0], add_generation_prompt=True)
-    ours = [int(ids[0]) for ids in random_model().generate([prompt], 50 - 1, temperature=0)]
+    ours = [int(ids[0]) for ids in generate(random_model(), [prompt], 50 - 1, Sampling(temperature=0))]
     llama = llama_cpp.Llama(str(tmp_path / "out" / f"model-{kind}.gguf"), n_ctx=64, n_threads=1, verbose=False)
     llama.eval(prompt)
     theirs = []

@@ -7,14 +7,14 @@ import math
 
 import pytest
 import torch
+from generation.cuda_decode import CapturedDecode
+from generation.packed_linear import Int8Linear, PackedLinear, RowLinear, is_exact, pack_linears, quantize_rows
+from generation.row_kernels import RowProduct, attend
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from common.cli import UserError
 from generation import cuda_decode, packed_linear, row_kernels
-from generation.cuda_decode import CapturedDecode
-from generation.packed_linear import Int8Linear, PackedLinear, RowLinear, is_exact, pack_linears, quantize_rows
-from generation.row_kernels import RowProduct, attend
 from model import (
     ENDED,
     GPT,

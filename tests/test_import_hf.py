@@ -15,8 +15,8 @@ import torch
 from hub_server import HubServer
 from safetensors.torch import load_file, save_file
 
-from common.checkpoint import load_checkpoint, load_model, read_info
 from common.cli import UserError
+from exchange.loading import load_checkpoint, load_model, read_info
 from setup_tokenizer import IM_END_ID, IM_START_ID, N_VOCAB
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -140,7 +140,7 @@ def test_rows_of_another_vocabulary_are_kept_only_where_they_mean_chatml(tmp_pat
         ({"tie_word_embeddings": False}, "tie_word_embeddings false"),
         ({"vocab_size": 32000}, "a vocabulary of 32,000 ids"),
         ({"n_head": 5}, "n_embd (32) must be a multiple of n_head (5)"),
-        ({"n_embd": "wide"}, "describes no GPT-2"),
+        ({"n_embd": "wide"}, "does not describe a GPT-2"),
         ({"n_layer": 3}, "do not fit its config.json"),
         ({"vocab_size": 50258}, "do not fit its config.json (1 differ, such as wte.weight)"),
     ],
@@ -159,7 +159,7 @@ def test_damaged_and_incomplete_folders_are_refused_in_a_sentence(saved, copy, t
         assert "\n" not in str(caught.value)
 
     change_weights(copy, lambda tensors: tensors | {"lm_head.weight": tensors["transformer.wte.weight"] + 1})
-    refused("not tied")
+    refused("is not tied")
     change_weights(copy, lambda tensors: {n: t for n, t in tensors.items() if not n.endswith("ln_f.bias")})
     refused("such as ln_f.bias")
     content = (saved / "model.safetensors").read_bytes()
@@ -170,9 +170,9 @@ def test_damaged_and_incomplete_folders_are_refused_in_a_sentence(saved, copy, t
     (copy / "pytorch_model.bin").unlink()
     refused("model.safetensors not found")
     (copy / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "../x"}}), "utf-8")
-    refused("does not name files beside it")
+    refused("does not name files in its own folder")
     (copy / "vocab.json").write_text(json.dumps({"ein": 0, "anderes": 1}), "utf-8")
-    refused("another tokenizer")
+    refused("a different tokenizer")
     (copy / "config.json").write_text("{", "utf-8")
     refused("config.json cannot be read")
     (copy / "config.json").unlink()
@@ -222,7 +222,7 @@ def test_scripts_take_a_folder_or_a_published_name_as_a_checkpoint(saved, tmp_pa
     from_hub, not_there, trained = json.loads(done.stdout)
     assert from_hub[0] == 0, from_hub
     assert from_hub[1].startswith("Once")
-    assert "are new in its vocabulary" in from_hub[2]
+    assert "are new in the vocabulary of gpt2" in from_hub[2]
     assert not_there[0] == 1
     assert re.fullmatch(
         r"(?s)(.*\n)?error: config.json of openai-community/gpt2-medium not downloaded \(.*404.*\); fetch "

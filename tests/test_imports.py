@@ -1,106 +1,88 @@
-"""Who may import whom, read from the syntax trees; and importing a module does nothing else."""
+"""Which module may import which, read from the syntax trees; and importing a module has no side effects."""
 
 from __future__ import annotations
 
 import ast
+import graphlib
+import json
 import subprocess
 import sys
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-ROOMS = {
-    "common",
-    "data",
-    "training",
-    "generation",
-    "exchange",
-    "fast",
-}  # folders whose modules are imported as room.module
-FOLDERS = (ROOT, ROOT / "testing_tools", *(ROOT / room for room in sorted(ROOMS)))
-PATHS = sorted(path for folder in FOLDERS for path in folder.glob("*.py"))
-OWN = {path.stem for path in PATHS}
-EVERYWHERE = {"cli", "device", "files"}
+LAYERS = ("common", "data", "training", "generation", "evaluation", "exchange", "serving", "fast", "testing_tools")
+PATHS = sorted([*ROOT.glob("*.py"), *(path for room in LAYERS for path in (ROOT / room).rglob("*.py"))])
 
-# Beside the standard library and EVERYWHERE: what a module imports when it is imported, and what only inside its
-# functions. A module that is missing here may import any own module that is no script, and any installed package.
-TABLE = {
-    "output": (set(), set()),
-    "cli": ({"output"}, set()),
-    "device": (set(), {"torch", "numpy"}),
-    "speedups": (set(), set()),
-    "allocator": (set(), set()),
-    "files": (set(), set()),
-    "setup_tokenizer": ({"tiktoken"}, {"numpy"}),
-    "tied_head": ({"torch"}, set()),
-    "cpu_backward": ({"torch"}, set()),
-    "cuda_decode": ({"torch"}, set()),
-    "model": ({"torch", "tied_head", "cpu_backward", "cuda_decode"}, set()),
-    "tokenizer_files": ({"tiktoken", "setup_tokenizer"}, set()),
-    "hugging_face": ({"torch", "model", "setup_tokenizer", "tokenizer_files"}, {"safetensors", "huggingface_hub"}),
-    "checkpoint": ({"torch", "model", "hugging_face"}, {"numpy"}),
-    "model_card": ({"mixture"}, set()),
-    "gguf_file": ({"torch", "model", "setup_tokenizer", "tokenizer_files"}, {"gguf"}),
-    "export": (
-        {"model_card"},
-        {"checkpoint", "hugging_face", "gguf_file", "model", "setup_tokenizer", "tokenizer_files"},
-    ),
-    "batches": ({"numpy", "setup_tokenizer"}, set()),
-    "metrics": (set(), {"matplotlib", "torch"}),
-    "mixture": ({"numpy"}, set()),
-    "parallel": ({"torch", "numpy", "model"}, set()),
-    "muon": ({"torch", "parallel"}, set()),
-    "optimizers": ({"torch", "model", "muon"}, set()),
-    "memory": ({"torch", "numpy", "model", "parallel", "tied_head"}, set()),
-    "run": ({"torch", "model", "checkpoint", "metrics", "mixture", "parallel"}, set()),
-    "measurements": ({"torch", "run"}, set()),
-    "progress": ({"torch", "model", "mixture"}, {"setup_tokenizer"}),
-    "start": ({"model", "checkpoint", "mixture", "parallel"}, set()),
-    "train": (
-        {
-            "allocator",
-            *("torch", "numpy", "model", "checkpoint", "batches", "measurements", "memory", "mixture", "optimizers"),
-            *("parallel", "progress", "run", "start"),
-        },
-        set(),
-    ),
-    "row_kernels": ({"torch"}, set()),
-    "packed_linear": ({"torch", "model", "row_kernels"}, set()),
-    "engine": ({"torch", "tiktoken", "model", "setup_tokenizer"}, set()),
-    "chat": ({"setup_tokenizer"}, set()),
-    "terminal": (set(), set()),
-    "gen": ({"allocator", "setup_tokenizer", "chat", "terminal"}, {"checkpoint", "engine", "packed_linear", "mixture"}),
+
+def module_name(path: Path) -> str:
+    """The dotted name under which a file is imported; a package's name for its __init__.py."""
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+MODULES = {module_name(path): path for path in PATHS}
+SOURCES = {name: path.read_text("utf-8") for name, path in MODULES.items()}
+SCRIPTS = {
+    name
+    for name, source in SOURCES.items()
+    if any(isinstance(node, ast.If) and "__main__" in ast.dump(node.test) for node in ast.parse(source).body)
 }
-# Data is prepared without torch, directly or through another module.
+
+# The modules outside its own row that a room may import: whole rooms or single modules. The order is the direction:
+# a row names only earlier ones. common.checkpoint has a row of its own because it is above the network.
+TABLE: dict[str, set[str]] = {
+    "common": set(),
+    "setup_tokenizer": {"common"},
+    "model": set(),
+    "common.checkpoint": {"common", "setup_tokenizer", "model"},
+    "data": {"common", "setup_tokenizer"},
+    "generation": {"common", "setup_tokenizer", "model"},
+    "training": {
+        *("common", "setup_tokenizer", "model", "data.dataset", "data.token_stream"),
+        *("generation.decoding", "generation.sampling"),  # for the sample that is printed at each evaluation
+    },
+    "exchange": {"common", "setup_tokenizer", "model", "training.mixture"},
+    "evaluation": {
+        *("common", "setup_tokenizer", "model", "data.dataset", "data.token_stream", "generation"),
+        *("training.targets", "training.mixture"),
+    },
+    "serving": {"common", "setup_tokenizer", "model", "generation"},
+    "fast": {"common", "setup_tokenizer", "model", "generation"},
+    "testing_tools": {*LAYERS, "setup_tokenizer", "model"} - {"testing_tools", "fast"},
+    "scripts": {*LAYERS, "setup_tokenizer", "model"} - {"testing_tools", "fast"},
+}
+# Imports outside the table, with the reason.
+EXCEPTIONS = {
+    ("common.speedups", "fast"),  # the one loader of the package
+}
+# These are being removed; the set must end up empty.
+TEMPORARY = {
+    ("training.memory", "fast.tied_head"),
+    ("evaluation.splits", "training.batches"),
+    ("evaluation.stories", "training.batches"),
+}
+
+# Modules that load without torch, so that --help and data preparation start at once.
+NO_TORCH_ROOMS = ("data",)
 NO_TORCH = {
-    "cli",
-    "device",
-    "allocator",
-    "files",
-    "setup_tokenizer",
-    "gen",
-    "chat",
-    "terminal",
-    "tokenizer_demo",
-    "prepare_with_extended_tokenizer",
-    "tokenizer_files",
-    "model_card",
-    "mixture",
-    "export",
+    *("common.cli", "common.output", "common.device", "common.files", "common.hub", "common.ngrams"),
+    *("common.speedups", "setup_tokenizer", "training.mixture", "exchange.tokenizer_files", "exchange.model_card"),
+    *("generation.chat", "generation.terminal", "gen", "export", "tokenizer_demo", "prepare_with_extended_tokenizer"),
 }
-NO_TORCH |= {path.stem for path in PATHS if path.parent.name == "data"}
 
 
-@dataclass(frozen=True)
-class Imports:
-    at_import: frozenset[str]
-    in_functions: frozenset[str]
+def room_of(module: str) -> str:
+    """The row of TABLE that a module belongs to."""
+    first = module.partition(".")[0]
+    return next((row for row in (module, first) if row in TABLE), "scripts")
 
 
 class _Collector(ast.NodeVisitor):
-    def __init__(self):
+    """The dotted names that a module imports: at import time under False, inside functions under True."""
+
+    def __init__(self) -> None:
         self.depth, self.found = 0, {False: set(), True: set()}
 
     def visit_FunctionDef(self, node):
@@ -111,86 +93,132 @@ class _Collector(ast.NodeVisitor):
     visit_AsyncFunctionDef = visit_Lambda = visit_FunctionDef
 
     def visit_If(self, node):
-        if "TYPE_CHECKING" not in ast.dump(node.test):
+        if "TYPE_CHECKING" in ast.dump(node.test):  # what only the type checker reads
+            for child in node.orelse:
+                self.visit(child)
+        else:
             self.generic_visit(node)
 
     def visit_Import(self, node):
-        self.found[self.depth > 0].update(alias.name.split(".")[0] for alias in node.names)
+        self.found[self.depth > 0].update(alias.name for alias in node.names)
 
     def visit_ImportFrom(self, node):
-        assert node.level == 0, "relative imports have no place among scripts"
-        first, *rest = node.module.split(".")
-        names = rest[:1] or {alias.name for alias in node.names} if first in ROOMS else [first]
-        self.found[self.depth > 0].update(names)
+        assert node.level == 0, "modules are imported by their full name"
+        self.found[self.depth > 0].update(f"{node.module}.{alias.name}" for alias in node.names)
+
+    def visit_Call(self, node):
+        if ast.unparse(node.func) == "importlib.import_module" and isinstance(node.args[0], ast.Constant):
+            self.found[self.depth > 0].add(node.args[0].value)
+        self.generic_visit(node)
 
 
-def imports_of(source: str) -> Imports:
-    """The top-level names that a module imports, without the standard library."""
+def imports_of(source: str) -> tuple[set[str], set[str]]:
+    """The dotted names that a module imports at import time, and those that its functions import."""
     collector = _Collector()
     collector.visit(ast.parse(source))
-    at_import, in_functions = (names - set(sys.stdlib_module_names) for names in collector.found.values())
-    return Imports(frozenset(at_import), frozenset(in_functions))
+    return collector.found[False], collector.found[True]
 
 
-def is_script(path: Path) -> bool:
-    """Whether a file is run rather than imported: it has an `if __name__ == "__main__"`."""
-    return any(
-        isinstance(node, ast.If) and "__main__" in ast.dump(node.test)
-        for node in ast.parse(path.read_text("utf-8")).body
-    )
+def own_module(name: str, importer: str) -> str | None:
+    """The module of this project that a dotted name is in; None for an installed package.
+
+    A script in testing_tools/ imports the modules of its own folder without the folder's name.
+    """
+    if importer.startswith("testing_tools.") and f"testing_tools.{name.partition('.')[0]}" in MODULES:
+        return f"testing_tools.{name.partition('.')[0]}"
+    parts = name.split(".")
+    return next((known for n in range(len(parts), 0, -1) if (known := ".".join(parts[:n])) in MODULES), None)
 
 
-SCRIPTS = {path.stem for path in PATHS if is_script(path)}
-MEASURED = {"benchmark_work": {"train"}}  # the benchmark times the functions of the loop itself, not a copy
+GRAPH = {
+    importer: {found for name in set.union(*imports_of(source)) if (found := own_module(name, importer))} - {importer}
+    for importer, source in SOURCES.items()
+}
+
+
+def edges() -> Iterator[tuple[str, str]]:
+    for importer, imported in sorted(GRAPH.items()):
+        for module in sorted(imported):
+            yield importer, module
+
+
+def is_allowed(importer: str, imported: str) -> bool:
+    """Whether the table lets `importer` import `imported`."""
+    room = room_of(importer)
+    if room == room_of(imported) and room != "scripts":
+        return imported not in SCRIPTS
+    allowed = TABLE[room]
+    return imported not in SCRIPTS and any(imported == name or imported.startswith(f"{name}.") for name in allowed)
 
 
 def test_the_reader_of_imports_sees_all_of_them():
     source = (
         "import os, torch.nn as nn\nfrom numpy import array\n"
-        "if TYPE_CHECKING:\n    import tiktoken\n"
+        "if TYPE_CHECKING:\n    import tiktoken\nelse:\n    import json\n"
         "try:\n    import tqdm\nexcept ImportError:\n    pass\n"
         "class A:\n    import ftfy\n    def f(self):\n        import datasets\n"
-        "g = lambda: __import__('os')\n"
+        "g = lambda: importlib.import_module('fast')\n"
     )
-    assert imports_of(source) == Imports(frozenset({"torch", "numpy", "tqdm", "ftfy"}), frozenset({"datasets"}))
+    at_import, in_functions = imports_of(source)
+    assert at_import == {"os", "torch.nn", "numpy.array", "json", "tqdm", "ftfy"}
+    assert in_functions == {"datasets", "fast"}
+    assert own_module("common.cli.UserError", "gen") == "common.cli"
+    assert own_module("device_limits.n_cores", "testing_tools.benchmark") == "testing_tools.device_limits"
+    assert own_module("numpy.array", "gen") is None
 
 
-@pytest.mark.parametrize("path", PATHS, ids=lambda path: str(path.relative_to(ROOT)))
-def test_a_module_imports_what_its_room_allows(path):
-    imports = imports_of(path.read_text("utf-8"))
-    if path.stem in TABLE:
-        at_import, in_functions = TABLE[path.stem]
-        assert imports.at_import - EVERYWHERE == at_import
-        assert imports.in_functions - EVERYWHERE - at_import == in_functions
-    if path.stem in NO_TORCH:
-        assert "torch" not in imports.at_import
-    if path.parent.name == "data":
-        assert not {"torch", "model", "checkpoint", "train", "gen"} & (imports.at_import | imports.in_functions)
-    imported_scripts = SCRIPTS & (imports.at_import | imports.in_functions)
-    assert imported_scripts <= MEASURED.get(path.stem, set()), "scripts never import scripts"
+def test_imports_follow_the_table():
+    unexpected = {edge for edge in edges() if not is_allowed(*edge)}
+    assert unexpected - EXCEPTIONS - TEMPORARY == set()
+    assert unexpected >= EXCEPTIONS, "an exception that nothing needs any more"
+
+
+def test_the_table_points_downward():
+    order = list(TABLE)
+    for room, allowed in TABLE.items():
+        if room not in ("testing_tools", "scripts"):  # at the top
+            assert all(order.index(room_of(name)) < order.index(room) for name in allowed), room
+
+
+def test_no_module_imports_itself_in_a_circle():
+    try:
+        list(graphlib.TopologicalSorter(GRAPH).static_order())
+    except graphlib.CycleError as error:
+        pytest.fail(f"circular import: {' -> '.join(error.args[1])}")
+
+
+def test_the_network_imports_torch_alone():
+    packages = {name.partition(".")[0] for name in set.union(*imports_of(SOURCES["model"]))}
+    assert packages - set(sys.stdlib_module_names) == {"torch"}
+
+
+def test_data_never_imports_torch():
+    for name, source in SOURCES.items():
+        if name.partition(".")[0] in NO_TORCH_ROOMS:
+            assert "torch" not in {found.partition(".")[0] for found in set.union(*imports_of(source))}, name
 
 
 def test_files_that_are_run_are_guarded():
     unguarded = []
-    for path in PATHS:
-        for node in ast.parse(path.read_text("utf-8")).body:
+    for name, source in SOURCES.items():
+        for node in ast.parse(source).body:
             call = node.value if isinstance(node, ast.Expr) else None
             if isinstance(call, ast.Call) and not ast.unparse(call).startswith("sys.path."):
-                unguarded.append(f"{path.name}: {ast.unparse(call)}")
+                unguarded.append(f"{name}: {ast.unparse(call)}")
     assert not unguarded
 
 
-def test_the_search_path_is_changed_once_and_only_where_folders_meet():
-    for path in PATHS:
-        changes = path.read_text("utf-8").count("sys.path.")
-        if path.parent.name == "testing_tools":
-            assert changes <= 1, path.name
+def test_the_search_path_is_changed_once_and_only_by_scripts_in_a_folder():
+    for name, source in SOURCES.items():
+        changes = source.count("sys.path.")
+        if name.startswith("testing_tools."):
+            assert changes <= 1, name
         else:
-            assert changes == (path.parent.name == "data" and path.stem.startswith("prepare-")), path.name
+            assert changes == name.startswith("data.prepare-"), name
 
 
-# Imports each file under a name of its own and reports what that did beside defining names. The packages are imported
-# first, so that what they do is not counted.
+# Imports each file under a new name and reports what that did besides defining names. Installed packages are imported
+# first, so that their own side effects are not counted.
 OBSERVER = """
 import argparse, contextlib, importlib, importlib.util, io, json, os, random, sys, warnings
 root, packages, paths = json.loads(sys.argv[1])
@@ -227,11 +255,14 @@ print(json.dumps(report))
 
 
 def test_importing_prints_nothing_reads_nothing_and_seeds_nothing():
-    import json
-
-    used = set().union(*(imports_of(path.read_text("utf-8")).at_import for path in PATHS)) - OWN
     paths = [str(path) for path in PATHS]
-    arguments = json.dumps([str(ROOT), sorted(used - {"pytest"}), paths])
+    packages = {
+        name.partition(".")[0]
+        for importer, source in SOURCES.items()
+        for name in imports_of(source)[0]
+        if own_module(name, importer) is None
+    } - set(LAYERS)
+    arguments = json.dumps([str(ROOT), sorted(packages - set(sys.stdlib_module_names) - {"pytest"}), paths])
     done = subprocess.run([sys.executable, "-c", OBSERVER, arguments], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
@@ -241,7 +272,7 @@ def test_importing_prints_nothing_reads_nothing_and_seeds_nothing():
 
 
 def test_torch_is_not_loaded_where_it_is_not_needed():
-    paths = [path for path in PATHS if path.stem in NO_TORCH]
+    names = sorted(name for name in MODULES if name in NO_TORCH or name.partition(".")[0] in NO_TORCH_ROOMS)
     program = (
         "import importlib.util, sys\n"
         f"sys.path[:0] = {[str(ROOT)]!r}\n"
@@ -251,5 +282,6 @@ def test_torch_is_not_loaded_where_it_is_not_needed():
         "    spec.loader.exec_module(module)\n"
         "    assert 'torch' not in sys.modules, path\n"
     )
-    done = subprocess.run([sys.executable, "-c", program, *map(str, paths)], capture_output=True, text=True)
+    paths = [str(MODULES[name]) for name in names]
+    done = subprocess.run([sys.executable, "-c", program, *paths], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

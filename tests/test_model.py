@@ -13,11 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
+from training.tied_head import TiedHead
 
 import model
 from model import GPT, IGNORED, PRESETS, GPTConfig
 from training import batches, cpu_backward, tied_head
-from training.tied_head import TiedHead
 
 TINY = GPTConfig(block_size=16, vocab_size=96, n_vocab=90, n_layer=3, n_head=4, n_embd=32)
 PUBLISHED = {

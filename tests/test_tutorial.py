@@ -1,7 +1,7 @@
-"""The tutorial is true: its commands run in order, its outputs look as shown, its names, links and pictures exist.
+"""The tutorial's commands run in order and print what it shows; the names and pictures that it mentions exist.
 
-The commands run in a copy of the project, as they stand but for STAND_INS: what would take minutes or a download is
-made small. Nothing else is left out, and a stand-in that no command needs fails.
+The commands run unchanged in a copy of the project, except for STAND_INS, which replace what would take minutes or need
+a download. Nothing else is left out, and a stand-in that no command needs is an error.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ TUTORIAL = ROOT / "docs" / "tutorial.md"
 MOST_PICTURE_BYTES = 150_000
 SHAPE = "--n_layer 3 --n_head 2 --n_embd 16 --block_size 64 --batch_size 2 --eval_interval 4 --log_interval 1"
 
-# What the tutorial says (a pattern), and what runs in its place.
+# Patterns in the tutorial's commands, and what the test runs instead.
 STAND_INS = {
     r"python data/prepare-chitchat\.py": "python data/prepare-chitchat.py --conversations 300",
     r"python data/prepare-story\.py": "python data/prepare-story.py --input stories.txt",  # it downloads 2.2 GB
@@ -54,13 +54,13 @@ def tutorial() -> str:
 
 
 def commands() -> list[str]:
-    """Every command of the bash blocks, a line each."""
+    """Every command of the bash blocks, one per line."""
     lines = [line for block in blocks() if block.language == "bash" for line in block.text.splitlines()]
     return [line for line in lines if line.strip()]
 
 
 def small(text: str) -> str:
-    """A command or a Python block with the stand-ins put in.
+    """A command or a Python block after replacing what STAND_INS names.
 
     >>> small("python gen.py models/chitchat900.pt")
     'python gen.py models/chitchat4.pt'
@@ -71,7 +71,7 @@ def small(text: str) -> str:
 
 
 def masked(line: str) -> str:
-    """A line of output with its numbers, bars, spaces and the device's precision made alike.
+    """A line of output in which all numbers, progress bars, spaces and precisions are the same.
 
     >>> masked("iter  10/900 [##......] loss 10.6217") == masked("iter 2/4 [####....] loss 9.9")
     True
@@ -84,8 +84,9 @@ def masked(line: str) -> str:
 def sandbox(tmp_path_factory) -> Path:
     """A copy of the project without data and models."""
     folder = tmp_path_factory.mktemp("tutorial")
-    names = ("data", "training", "generation", "exchange", "testing_tools", "docs")
-    files = [path for name in names for path in (ROOT / name).rglob("*") if path.suffix in (".py", ".md")]
+    rooms = {path.parent.name for path in ROOT.glob("*/*.py")} | {"docs"}
+    suffixes = (".py", ".md", ".c", ".h")
+    files = [path for room in rooms for path in (ROOT / room).rglob("*") if path.suffix in suffixes]
     files += [*ROOT.glob("*.py"), ROOT / "data" / "chitchat-phrases.json", *ROOT.glob("testing_tools/*.json")]
     for path in files:
         target = folder / path.relative_to(ROOT)
@@ -100,7 +101,7 @@ def sandbox(tmp_path_factory) -> Path:
 
 
 def run(sandbox: Path, command: list[str]) -> str:
-    """What a command prints. It runs without a terminal, on the CPU, and finds this Python as `python`."""
+    """The output of a command that runs without a terminal, on the CPU, with this Python as `python`."""
     env = {**os.environ, "PATH": f"{sandbox / 'bin'}{os.pathsep}{os.environ['PATH']}", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(
         command, cwd=sandbox, env=env, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=240
@@ -142,7 +143,7 @@ def test_the_tokens_shown_are_those_of_the_tokenizer(sandbox):
 
 
 def defined_names(path: Path) -> set[str]:
-    """The functions, classes and methods (Class.method) of a file."""
+    """The functions, classes and methods (Class.method) that a file defines."""
     names = set()
     for node in ast.parse(path.read_text(encoding="utf-8")).body:
         if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
@@ -161,15 +162,13 @@ def test_the_lines_of_code_that_it_points_to_exist():
         assert not missing, f"{file} has no {missing}"
 
 
-def test_its_files_links_and_pictures_exist():
+def test_its_scripts_and_pictures_exist():
+    """Links are checked by test_readme.py, for every page."""
     for file in re.findall(r"`([\w/-]+\.py)`", tutorial()):
         assert (ROOT / file).is_file(), file
-    links = re.findall(r"\]\(([^)#]+)[^)]*\)", tutorial())
-    assert links
-    for link in links:
-        target = TUTORIAL.parent / link
-        assert target.is_file(), link
-        if target.suffix == ".png":
-            assert target.stat().st_size < MOST_PICTURE_BYTES
+    shown = {link for link in re.findall(r"\]\(([^)#]+)[^)]*\)", tutorial()) if link.endswith(".png")}
+    assert shown
+    for link in shown:
+        assert (TUTORIAL.parent / link).stat().st_size < MOST_PICTURE_BYTES
     pictures = {path.name for path in (TUTORIAL.parent / "pictures").glob("tutorial-*.png")}
-    assert pictures == {Path(link).name for link in links if link.endswith(".png")}
+    assert pictures == {Path(link).name for link in shown}

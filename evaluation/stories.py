@@ -1,10 +1,10 @@
-"""Let a model write short stories, and measure how varied they are and how much the training data holds of them.
+"""Let a model write short stories; measure how varied they are and how much is copied from the training data.
 
     model, info = load_model("models/story5000.pt")
-    stories = write_stories(model, seed=1337)
+    stories = write_stories(model, seed=1337, max_tokens=STORY_TOKENS)
     judge_stories(stories, open_dataset(Path("data"), "story")[0])
 
-A share of copied runs that is no larger than that of real, unseen stories says: this model writes, it does not recite.
+A copied share no larger than that of real, unseen stories means that the model writes rather than recites.
 """
 
 from __future__ import annotations
@@ -14,17 +14,18 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 import torch
 
-from generation.decoding import generate
+from common.ngrams import hash_ngrams
+from generation.decoding import DecodeStep, decode_step, generate
 from generation.sampling import TEXT_SAMPLING
 from model import GPT
 from setup_tokenizer import ENDOFTEXT_ID, IM_END_ID, encode_text, get_extended_tokenizer
 from training.batches import TokenStream
 
-N_COPIED = 8  # ids in a row that count as copied
-SCAN_CHUNK = 1 << 20  # ids of the training data that are looked at together
+N_COPIED = 8  # a run of this many tokens counts as copied
+SCAN_TOKENS = 1 << 20  # tokens of the training data in memory at a time
+FILTER_BITS = 20
 
 STORY_TOKENS = 200  # the longest story
-STORY_SETTINGS = {"temperature": 0.8, "top_k": 200}  # gen.py's
 STOP_IDS = (ENDOFTEXT_ID, IM_END_ID)
 STORY_PROMPTS = (
     "Once upon a time, there was a little girl named Mia. She had a red kite",
@@ -50,17 +51,22 @@ STORY_PROMPTS = (
 )
 
 
-def write_stories(model: GPT, seed: int) -> list[list[int]]:
-    """The ids that `model` writes after each of STORY_PROMPTS, without the prompt, up to the end of the document."""
+def write_stories(
+    model: GPT, seed: int, max_tokens: int = STORY_TOKENS, decode: DecodeStep = decode_step
+) -> list[list[int]]:
+    """The ids that `model` writes after each of STORY_PROMPTS, without the prompt, up to the end of the document.
+
+    They are drawn with gen.py's default settings for text.
+    """
     prompts = [[ENDOFTEXT_ID, *encode_text(prompt)] for prompt in STORY_PROMPTS]
     generator = torch.Generator(model.wte.weight.device).manual_seed(seed)
-    steps = generate(model, prompts, STORY_TOKENS, TEXT_SAMPLING, generator=generator, stop_ids=STOP_IDS)
+    steps = generate(model, prompts, max_tokens, TEXT_SAMPLING, generator=generator, stop_ids=STOP_IDS, decode=decode)
     rows = torch.stack(list(steps), 1).tolist()
     return [[i for i in row if i >= 0 and i not in STOP_IDS] for row in rows]
 
 
 def ngrams(ids: Sequence[int], n: int) -> list[tuple[int, ...]]:
-    """All runs of n ids.
+    """All runs of n consecutive ids.
 
     >>> ngrams([1, 2, 3], 2)
     [(1, 2), (2, 3)]
@@ -69,13 +75,16 @@ def ngrams(ids: Sequence[int], n: int) -> list[tuple[int, ...]]:
 
 
 def distinct(texts: Iterable[Sequence[int]], n: int) -> float:
-    """Different n-grams of ids over all of them ("A Diversity-Promoting Objective Function", Li et al. 2016)."""
+    """The number of distinct n-grams divided by that of all n-grams: distinct-n, Li et al. 2016.
+
+    "A Diversity-Promoting Objective Function for Neural Conversation Models", section 5.
+    """
     found = [gram for text in texts for gram in ngrams(text, n)]
     return len(set(found)) / max(1, len(found))
 
 
 def repetition(texts: Iterable[Sequence[int]], n: int = 4) -> float:
-    """The share of a text's n-grams that stood in it before, the mean over texts.
+    """The share of a text's n-grams that occur earlier in it, averaged over the texts.
 
     seq-rep-4 of "Neural Text Generation with Unlikelihood Training" (Welleck et al. 2020, section 6.1).
     """
@@ -83,42 +92,39 @@ def repetition(texts: Iterable[Sequence[int]], n: int = 4) -> float:
     return sum(shares) / max(1, len(shares))
 
 
-def found_in(stream: TokenStream, wanted: set[tuple[int, ...]], n: int) -> set[tuple[int, ...]]:
-    """Which of the `wanted` n-grams stand in a stream; read SCAN_CHUNK ids at a time, in memory of that size.
+def found_in(
+    stream: TokenStream, wanted: set[tuple[int, ...]], n: int, scan_tokens: int = SCAN_TOKENS
+) -> set[tuple[int, ...]]:
+    """Which of the `wanted` n-grams occur in a stream, read `scan_tokens` ids at a time.
 
-    Only the wanted n-grams are kept, by a hash that each place of the stream is looked up with; a hit is compared id
-    by id, so that none counts by accident.
+    Every position of the stream is looked up by its hash. A hit is compared id by id, so a collision does not count.
     """
-    by_hash = {_hashes(np.array(gram), n)[0].item(): gram for gram in wanted}
-    hit_bits = np.zeros(1 << 20, dtype=bool)  # a first sieve, by the hash's highest 20 bits
-    hit_bits[[key >> 44 for key in by_hash]] = True
+    by_hash = {hash_ngrams(np.array(gram), n)[0].item(): gram for gram in wanted}
     keys = np.array(sorted(by_hash), dtype=np.uint64)
+    # A table of the hashes' highest bits rules out nearly all positions, much faster than np.isin.
+    is_candidate = np.zeros(1 << FILTER_BITS, dtype=bool)
+    is_candidate[_high_bits(keys)] = True
     found: set[tuple[int, ...]] = set()
-    for start in range(0, len(stream) - n + 1, SCAN_CHUNK):
-        ids = stream.read(start, min(start + SCAN_CHUNK + n - 1, len(stream)))
-        hashes = _hashes(ids, n)
-        places = np.flatnonzero(hit_bits[(hashes >> np.uint64(44)).astype(np.int64)])
-        places = places[np.isin(hashes[places], keys)]
-        for key, first in zip(*np.unique(hashes[places], return_index=True), strict=True):
-            place = places[first]
-            if tuple(ids[place : place + n].tolist()) == by_hash[int(key)]:
+    for start in range(0, len(stream) - n + 1, scan_tokens):
+        ids = stream.read(start, min(start + scan_tokens + n - 1, len(stream)))
+        hashes = hash_ngrams(ids, n)
+        positions = np.flatnonzero(is_candidate[_high_bits(hashes)])
+        positions = positions[np.isin(hashes[positions], keys)]
+        for key, first in zip(*np.unique(hashes[positions], return_index=True), strict=True):
+            position = positions[first]
+            if tuple(ids[position : position + n].tolist()) == by_hash[int(key)]:
                 found.add(by_hash[int(key)])
     return found
 
 
-def _hashes(ids: np.ndarray, n: int) -> np.ndarray:
-    """A 64-bit hash of each run of n ids: a polynomial modulo 2**64."""
-    hashes = np.zeros(len(ids) - n + 1, dtype=np.uint64)
-    for offset in range(n):
-        hashes *= np.uint64(0x9E3779B97F4A7C15)  # odd, so that no id is lost
-        hashes += ids[offset : len(ids) - n + 1 + offset].astype(np.uint64) + np.uint64(1)
-    return hashes
+def _high_bits(hashes: np.ndarray) -> np.ndarray:
+    return (hashes >> np.uint64(64 - FILTER_BITS)).astype(np.int64)
 
 
 def judge_stories(stories: list[list[int]], streams: dict[str, TokenStream]) -> dict:
-    """How varied stories are, and how much of them the training data holds, beside the same share of real text.
+    """How varied the stories are, and how much of them occurs in the training data, compared with real text.
 
-    The real text is as many documents of the validation split, from all over it, each cut to STORY_TOKENS ids.
+    The real text is as many documents from all over the validation split, each cut to STORY_TOKENS ids.
     """
     real = real_texts(streams["val"], len(stories))
     grams = [[gram for text in texts for gram in ngrams(text, N_COPIED)] for texts in (stories, real)]
@@ -134,7 +140,7 @@ def judge_stories(stories: list[list[int]], streams: dict[str, TokenStream]) -> 
 
 
 def real_texts(stream: TokenStream, n_texts: int) -> list[list[int]]:
-    """The beginnings of `n_texts` documents from all over a stream (fewer where it has fewer)."""
+    """The beginnings of `n_texts` documents, evenly spread over a stream (fewer if it has fewer)."""
     starts = np.concatenate([[0], stream.positions_of(ENDOFTEXT_ID) + 1])
     starts = starts[starts < len(stream)]
     chosen = starts[np.unique(np.linspace(0, len(starts) - 1, n_texts).astype(int))]

@@ -1,0 +1,111 @@
+"""Which tokens of a validation split are scored, in which context, and how many bytes of text they are.
+
+Text is one stream: every token is scored exactly once, `<|endoftext|>` included. The first token follows an
+`<|endoftext|>`. Chat is scored per conversation: its first token, `<|im_start|>`, is given, as in gen.py's chat; all
+others are scored, up to and including the final `<|endoftext|>`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from common.cli import UserError
+from setup_tokenizer import ENDOFTEXT_ID, IM_END_ID, IM_START_ID, get_extended_tokenizer
+from training.batches import TokenStream, assistant_targets
+
+FEWEST_DOCUMENTS = 50  # with fewer, the bootstrap resamples blocks of tokens instead of documents
+BLOCK_TOKENS = 256
+
+
+@dataclass(frozen=True)
+class Split:
+    """A validation split: its ids (N + 1,), which of them are scored, and what they count for.
+
+    `ids` begins with an additional `<|endoftext|>`, the context of the first token. Each span (start, end) is a range
+    of positions that share a context. `counted` maps "all", and for chat "assistant", to the positions that count,
+    (N + 1,) bool, and the bytes of text that they stand for. `unit` (N + 1,) is what the bootstrap resamples: the index
+    of each position's document or block.
+    """
+
+    name: str
+    ids: np.ndarray
+    spans: list[tuple[int, int]]
+    counted: dict[str, tuple[np.ndarray, int]]
+    unit: np.ndarray
+    unit_name: str
+
+    @property
+    def main_scope(self) -> str:
+        """What decides between two models: what the assistant says in chat, everything in text."""
+        return next(iter(self.counted))
+
+
+def read_split(name: str, stream: TokenStream, is_chat: bool, limit: int | None = None) -> Split:
+    """The first `limit` tokens of a split (None: all), ready to be scored; for chat, only whole conversations.
+
+    Raises UserError if nothing is left to score.
+    """
+    ids = stream.read(-1, min(limit or len(stream), len(stream)))
+    if is_chat:
+        ids, spans = _whole_conversations(ids, ends_the_stream=len(ids) == len(stream) + 1)
+    else:
+        spans = [(1, len(ids))]
+    is_scored = np.zeros(len(ids), dtype=bool)
+    for start, end in spans:
+        is_scored[start:end] = True
+    if not is_scored.any():
+        raise UserError(f"{name}: --limit {limit} is shorter than the first conversation; use a larger --limit")
+    unit, unit_name = _units(ids, "conversations" if is_chat else "documents")
+    return Split(name, ids, spans, _counted(ids, is_scored, is_chat), unit, unit_name)
+
+
+def _whole_conversations(ids: np.ndarray, ends_the_stream: bool) -> tuple[np.ndarray, list[tuple[int, int]]]:
+    """The ids up to the end of the last whole conversation, and the scored positions of each conversation."""
+    ends = np.flatnonzero(ids == ENDOFTEXT_ID)[1:] + 1
+    if ends_the_stream and (not len(ends) or ends[-1] < len(ids)):
+        ends = np.append(ends, len(ids))  # the last conversation has no <|endoftext|>
+    ids = ids[: ends[-1] if len(ends) else 1]
+    starts = [1, *ends[:-1].tolist()]
+    spans = [(start + 1, end) for start, end in zip(starts, ends.tolist(), strict=False) if end - start > 1]
+    return ids, spans
+
+
+def _counted(ids: np.ndarray, is_scored: np.ndarray, is_chat: bool) -> dict[str, tuple[np.ndarray, int]]:
+    """`Split.counted`; the scope that matters most comes first."""
+    byte_lengths = id_bytes()
+    if not is_chat:
+        return {"all": (is_scored, int(byte_lengths[ids[1:]].sum()))}
+    is_assistant = assistant_targets(ids) & is_scored
+    return {
+        "assistant": (is_assistant, int(byte_lengths[ids[is_assistant]].sum())),
+        "all": (is_scored, content_bytes(ids)),
+    }
+
+
+def _units(ids: np.ndarray, documents_name: str) -> tuple[np.ndarray, str]:
+    """The index of each position's document, or of its block if there are few documents; and what these are called."""
+    document = np.cumsum(ids == ENDOFTEXT_ID) - (ids == ENDOFTEXT_ID)
+    if document[-1] >= FEWEST_DOCUMENTS:
+        return document, documents_name
+    return np.arange(len(ids)) // BLOCK_TOKENS, f"blocks of {BLOCK_TOKENS} tokens"
+
+
+def id_bytes() -> np.ndarray:
+    """How many bytes of text each id stands for, (n_vocab,); 0 for a control token."""
+    enc = get_extended_tokenizer()
+    control_ids = {enc.encode_single_token(token) for token in enc.special_tokens_set}
+    sizes = [0 if i in control_ids else len(enc.decode_single_token_bytes(i)) for i in range(enc.n_vocab)]
+    return np.array(sizes)
+
+
+def content_bytes(ids: np.ndarray) -> int:
+    """The bytes of all message contents in ChatML ids, without the roles and the newlines after them."""
+    enc = get_extended_tokenizer()
+    total = 0
+    for message in np.split(ids, np.flatnonzero(ids == IM_START_ID))[1:]:
+        ends = np.flatnonzero((message == IM_END_ID) | (message == ENDOFTEXT_ID))
+        text = enc.decode_bytes(message[1 : ends[0] if len(ends) else None].tolist())
+        total += len(text.partition(b"\n")[2])  # a role and its newline may share a token with the content
+    return total
