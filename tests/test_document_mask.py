@@ -11,14 +11,14 @@ import torch
 import torch.nn.functional as F
 
 import model
-import train
+from common import checkpoint
 from common.cli import UserError, given_options
 from common.device import has_cpp_compiler
 from model import GPT, IGNORED, GPTConfig, block_mask, dense_mask
 from setup_tokenizer import ENDOFTEXT_ID, IM_START_ID
 from tests.test_rows import conversations, joined, stream_of
-from tests.tiny import StopAfter, differences, load_checkpoint, losses, prepare, run
-from training import run as run_module
+from tests.tiny import differences, load_checkpoint, losses, prepare, run
+from training.config import TrainOptions
 from training.resume import DEFAULTS_OF_OLDER_RUNS
 from training.rows import ChatRows, TextRows
 from training.targets import document_numbers
@@ -268,24 +268,16 @@ def data(tmp_path):
     return prepare(folder, "chat")
 
 
-@pytest.fixture
-def quiet(monkeypatch):
-    monkeypatch.setattr(run_module, "draw_curves", lambda *arguments: False)
-    monkeypatch.setattr(train, "print_sample", lambda *arguments: None)
-
-
 @pytest.mark.parametrize(
     "options",
     [{"dataset": "text"}, {"dataset": "chat", "dropout": 0.2, "gradient_accumulation_steps": 2, "dtype": "bfloat16"}],
     ids=["text", "chat"],
 )
-def test_a_masked_run_resumes_bit_by_bit(data, tmp_path, monkeypatch, quiet, options):
+def test_a_masked_run_resumes_bit_by_bit(data, tmp_path, options):
     name = f"{options['dataset']}10"
     straight, stopped = tmp_path / "a" / name, tmp_path / "b" / name
     assert run(data, straight, document_mask=True, **options) == 0
-    with monkeypatch.context() as patch:
-        patch.setattr(train, "StopSignal", lambda: StopAfter(5))
-        assert run(data, stopped, document_mask=True, **options) == 130
+    assert run(data, stopped, stop_after=5, document_mask=True, **options) == 130
     assert run(data, stopped, resume=True, dataset=options["dataset"]) == 0
     for folder in (straight, stopped):
         folder.with_suffix(".txt").touch()
@@ -293,44 +285,35 @@ def test_a_masked_run_resumes_bit_by_bit(data, tmp_path, monkeypatch, quiet, opt
     assert load_checkpoint(stopped / f"{name}.pt")["info"]["config"]["document_mask"] is True
 
 
-def test_the_mask_belongs_to_the_run(data, tmp_path, monkeypatch, quiet):
-    monkeypatch.setattr(train, "StopSignal", lambda: StopAfter(2))
-    run(data, tmp_path / "a")
+def test_the_mask_belongs_to_the_run(data, tmp_path):
+    run(data, tmp_path / "a", stop_after=2)
     with pytest.raises(UserError, match=r"--document_mask True contradicts .*text10.pt, which was made with False"):
         run(data, tmp_path / "a", resume=True, document_mask=True)
 
 
 @pytest.mark.parametrize(("dataset", "is_masked"), [("text", False), ("chat", True), ("text=1,chat=1", False)])
-def test_chat_by_itself_is_masked_unless_told_otherwise(data, tmp_path, quiet, dataset, is_masked):
+def test_chat_by_itself_is_masked_unless_told_otherwise(data, tmp_path, dataset, is_masked):
     name = dataset.replace("=1,chat=1", "+chat")
     for folder, given, expected in (("a", {}, is_masked), ("b", {"document_mask": not is_masked}, not is_masked)):
         assert run(data, tmp_path / folder, dataset=dataset, max_iters=1, **given) == 0
         saved = load_checkpoint(tmp_path / folder / f"{name}1.pt")
         assert saved["info"]["config"]["document_mask"] is expected
-    assert given_options(train.TrainConfig, ["--no-document_mask"]) == {"document_mask": False}
+    assert given_options(TrainOptions, ["--no-document_mask"]) == {"document_mask": False}
 
 
 @pytest.mark.parametrize(
     ("dataset", "name", "other"),
     [("chat", "document_mask", True), ("text", "schedule", "wsd"), ("text", "muon_weight_decay", None)],
 )
-def test_a_run_from_before_there_was_an_option_goes_on_as_it_began(
-    data, tmp_path, monkeypatch, quiet, dataset, name, other
-):
+def test_a_run_from_before_there_was_an_option_goes_on_as_it_began(data, tmp_path, dataset, name, other):
     straight, older = tmp_path / "a", tmp_path / "b"
     options = {"dataset": dataset, name: DEFAULTS_OF_OLDER_RUNS[name]}
     assert run(data, straight, **options) == 0
-    with monkeypatch.context() as patch:
-        patch.setattr(train, "StopSignal", lambda: StopAfter(5))
-        assert run(data, older, **options) == 130
-    real = train.load_resumable
-
-    def load_older(path):
-        saved = real(path)
-        del saved["info"]["config"][name]
-        return saved
-
-    monkeypatch.setattr(train, "load_resumable", load_older)
+    assert run(data, older, stop_after=5, **options) == 130
+    path = older / f"{dataset}10.pt"
+    saved = load_checkpoint(path)
+    del saved["info"]["config"][name]
+    checkpoint.save_checkpoint(path, checkpoint.build_model(path, saved), saved["info"], saved["training"])
     if other is not None:
         refusal = f"--{name} {other} contradicts .*10.pt, which was made with {options[name]}"
         with pytest.raises(UserError, match=refusal):
@@ -339,22 +322,22 @@ def test_a_run_from_before_there_was_an_option_goes_on_as_it_began(
     assert losses(older / f"{dataset}10.jsonl") == losses(straight / f"{dataset}10.jsonl")
 
 
-def test_micro_batches_add_up_under_the_mask(data, tmp_path, quiet):
+def test_micro_batches_add_up_under_the_mask(data, tmp_path):
     run(data, tmp_path / "a", batch_size=8, document_mask=True)
     run(data, tmp_path / "b", batch_size=2, gradient_accumulation_steps=4, eval_iters=8, document_mask=True)
     first, second = (np.array([row[1] for row in losses(tmp_path / x / "text10.jsonl")[1:]]) for x in "ab")
     np.testing.assert_allclose(first, second, rtol=1e-4)
 
 
-def test_training_and_validation_use_the_mask_and_without_it_none_is_made(data, tmp_path, monkeypatch, quiet):
+def test_training_and_validation_use_the_mask_and_without_it_none_is_made(data, tmp_path, monkeypatch):
     made = []
-    real = model.dense_mask
+    real = GPT.document_mask
 
-    def noted(numbers, dtype):
+    def noted(gpt, numbers):
         made.append(numbers)
-        return real(numbers, dtype)
+        return real(gpt, numbers)
 
-    monkeypatch.setattr(model, "dense_mask", noted)
+    monkeypatch.setattr(GPT, "document_mask", noted)
     run(data, tmp_path / "off", max_iters=2, eval_interval=1)
     assert made == []
     run(data, tmp_path / "on", max_iters=2, eval_interval=1, document_mask=True)
