@@ -18,6 +18,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from common.cli import UserError, option, parse_options, run_script
 from data.cleaning import CHAT_PASSES, TEXT_PASSES
@@ -37,19 +38,31 @@ SAMPLE_CHARACTERS = 300
 @dataclasses.dataclass(frozen=True)
 class ExtendedOptions(PrepareOptions):
     dataset: str | None = option(
-        None, "prepared data set to encode again: story, dailydialog, chat, chitchat, one of your own, or all"
+        None,
+        "prepared data set to encode again: story, dailydialog, chat, chitchat, one of your own, or all",
+        metavar="NAME",
+        group="data",
     )
-    name: str = option("mine", "name of the data set made from --input")
-    field: str = option("text", "field with the text, in records that are not conversations")
-    divide_within_lines: bool = option(False, "let <|endoftext|> divide texts within a line, not only as a line")
-    licence: str = option("not stated (--licence)", "licence of the --input files, recorded with the data set")
-    dry_run: bool = option(False, "print what the files contain and a sample, then stop")
+    name: str = option("mine", "name of the data set made from --input", metavar="NAME", group="output")
+    field: str = option(
+        "text", "field with the text, in records that are not conversations", metavar="NAME", group="data"
+    )
+    divide_within_lines: bool = option(
+        False, "let <|endoftext|> divide texts within a line, not only as a line", group="data"
+    )
+    licence: str = option(
+        "not stated (--licence)",
+        "licence of the --input files, kept with the data set",
+        metavar="TEXT",
+        group="data",
+    )
+    dry_run: bool = option(False, "print what the files contain and a sample, then stop", group="output")
 
     def __post_init__(self):
         super().__post_init__()
         for name in (self.name, self.dataset):
             if name is not None and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name):
-                raise ValueError(f"a data set's name consists of letters, digits, - and _, not {name!r}")
+                raise ValueError(f"the name of a data set consists of letters, digits, - and _, not {name!r}")
 
 
 def main() -> None:
@@ -147,7 +160,7 @@ def encode_again(name: str, options: ExtendedOptions) -> None:
     recorded = old.options or {}
     shard_tokens = options.shard_tokens or recorded.get("shard_tokens")
     seed = options.seed if old.seed is None else old.seed
-    keep = {"options": {**recorded, "shard_tokens": shard_tokens}, "input_digest": old.input_digest}
+    keep: dict[str, Any] = {"options": {**recorded, "shard_tokens": shard_tokens}, "input_digest": old.input_digest}
     keep |= {"report_files": old.report_files} | ({} if old.report is None else {"report": old.report})
     again = dataclasses.replace(options, force=True, shard_tokens=shard_tokens, seed=seed)
     report_saving(folder, prepare(dataset, again, Corpus(train, val), keep=keep))

@@ -84,7 +84,8 @@ def _packaged_gpt2_ranks() -> dict[bytes, int] | None:
     if spec is None or not spec.submodule_search_locations:
         return None
     folder = Path(next(iter(spec.submodule_search_locations)), "data")
-    expected = {folder / "vocab.bpe": _VOCAB_BPE_SHA256, folder / "encoder.json": _ENCODER_JSON_SHA256}
+    vocab, encoder = folder / "vocab.bpe", folder / "encoder.json"
+    expected = {vocab: _VOCAB_BPE_SHA256, encoder: _ENCODER_JSON_SHA256}
     try:
         if any(hashlib.sha256(path.read_bytes()).hexdigest() != sha256 for path, sha256 in expected.items()):
             return None
@@ -93,7 +94,7 @@ def _packaged_gpt2_ranks() -> dict[bytes, int] | None:
     cache_dir = os.environ.get("TIKTOKEN_CACHE_DIR")
     os.environ["TIKTOKEN_CACHE_DIR"] = ""  # the files are local: tiktoken need not copy them into its cache
     try:
-        return data_gym_to_mergeable_bpe_ranks(*map(str, expected), *expected.values())
+        return data_gym_to_mergeable_bpe_ranks(str(vocab), str(encoder), _VOCAB_BPE_SHA256, _ENCODER_JSON_SHA256)
     finally:
         del os.environ["TIKTOKEN_CACHE_DIR"]
         if cache_dir is not None:

@@ -18,7 +18,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import itertools
-import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -27,7 +26,8 @@ from typing import Any
 
 from tqdm import tqdm
 
-from common.cli import UserError, option
+from common.cli import UserError, check_options, option
+from common.device import n_cores
 from common.files import FileLock, atomic_files, require_free_space, write_error
 from data.dataset import SPLITS, DatasetInfo, SplitInfo, info_bytes
 from data.dedup import Repeats, require_minhash
@@ -55,27 +55,39 @@ MAX_DEFAULT_WORKERS = 8  # the one process that reads and writes cannot feed mor
 class PrepareOptions:
     """The options that every prepare script has."""
 
-    input: tuple[str, ...] = option((), "local files instead of the download", nargs="+", metavar="PATH")
-    output_dir: str | None = option(None, "folder for the prepared files (default: the data folder)")
-    val_fraction: float = option(0.05, "fraction of the documents kept for validation, if the source has no such split")
-    seed: int = option(1337, "seed of the random split")
-    workers: int | None = option(None, "number of processes that encode (default: all cores, up to 8)")
-    limit: int | None = option(None, "use only the first N documents of each split", metavar="N")
-    shard_tokens: int | None = option(None, "divide each .bin into files of N tokens", metavar="N")
-    max_document_tokens: int | None = option(None, "drop documents of more than N tokens", metavar="N")
-    near_dedup: bool = option(False, "drop documents that nearly repeat an earlier one (MinHash)")
-    report: bool = option(False, "write a page about the data set: counts, lengths, shared text, samples")
-    force: bool = option(False, "prepare again even if the files are up to date")
+    input: tuple[str, ...] = option((), "local files instead of the download", nargs="+", metavar="PATH", group="data")
+    output_dir: str | None = option(
+        None, "folder for the prepared files (default: the data folder)", metavar="DIR", group="output"
+    )
+    val_fraction: float = option(
+        0.05,
+        "fraction of the documents kept for validation, if the source has no such split",
+        above=0,
+        below=1,
+        metavar="F",
+        group="data",
+    )
+    seed: int = option(1337, "seed of the random split", at_least=0, below=2**64, metavar="N", group="data")
+    workers: int | None = option(
+        None, "number of processes that encode (default: all cores, up to 8)", at_least=1, metavar="N", group="output"
+    )
+    limit: int | None = option(
+        None, "use only the first N documents of each split", at_least=1, metavar="N", group="data"
+    )
+    shard_tokens: int | None = option(
+        None, "divide each .bin into files of N tokens", at_least=1, metavar="N", group="output"
+    )
+    max_document_tokens: int | None = option(
+        None, "drop documents of more than N tokens", at_least=1, metavar="N", group="data"
+    )
+    near_dedup: bool = option(False, "drop documents that nearly repeat an earlier one (MinHash)", group="data")
+    report: bool = option(
+        False, "write a page about the data set: counts, lengths, shared text, samples", group="output"
+    )
+    force: bool = option(False, "prepare again even if the files are up to date", group="output")
 
-    def __post_init__(self):
-        if not 0 < self.val_fraction < 1:
-            raise ValueError(f"val_fraction must be between 0 and 1, not {self.val_fraction}")
-        if not 0 <= self.seed < 2**64:
-            raise ValueError(f"seed must be between 0 and 2**64 - 1, not {self.seed}")
-        for name in ("workers", "limit", "shard_tokens", "max_document_tokens"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1, not {value}")
+    def __post_init__(self) -> None:
+        check_options(self)
 
 
 @dataclass(frozen=True)
@@ -205,13 +217,6 @@ def _require_space(folder: Path, name: str, options: PrepareOptions, files: Sequ
 # --- the splits ---
 
 
-def _n_workers(options: PrepareOptions) -> int:
-    if options.workers:
-        return options.workers
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(cores, MAX_DEFAULT_WORKERS)
-
-
 def _write_splits(
     staging: Path,
     wanted: DatasetInfo,
@@ -222,6 +227,7 @@ def _write_splits(
 ) -> tuple[dict[str, SplitInfo], Counter]:
     """Write both splits' files into `staging`; returns their entries for the .json and the counts for its report."""
     worker = Worker(wanted.format, tuple(passes), options.seed, options.max_document_tokens, options.near_dedup)
+    n_workers = options.workers or min(n_cores(), MAX_DEFAULT_WORKERS)
     counts: Counter = Counter()
     with contextlib.ExitStack() as stack:
         # disable=None: a bar on a terminal only, so that a pipe's stderr contains nothing but errors
@@ -235,7 +241,7 @@ def _write_splits(
 
         def encoded(source: Iterable[Document]) -> Iterator[Encoded]:
             limited = itertools.islice(source, options.limit)
-            with contextlib.closing(encoded_batches(limited, worker, _n_workers(options), batch_characters)) as stream:
+            with contextlib.closing(encoded_batches(limited, worker, n_workers, batch_characters)) as stream:
                 for batch in stream:
                     counts.update(batch.counts)
                     bar.update(batch.read_characters)
@@ -272,7 +278,7 @@ def _require_documents(
 ) -> None:
     """Raise UserError, with the remedy, if a split has no documents."""
     where = ", ".join(map(str, corpus.files)) or wanted.source
-    n_train, n_val = (splits[split].documents for split in SPLITS)
+    n_train, n_val = (splits[split].documents or 0 for split in SPLITS)
     if not n_read:
         raise UserError(f"no document found in {where}; give --input a file that contains some")
     if not n_train and not n_val:

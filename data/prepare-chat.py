@@ -1,6 +1,9 @@
 """Prepare conversations of people with an assistant, from the hub or from your own files.
 
-    $ python data/prepare-chat.py
+    python data/prepare-chat.py
+
+prints:
+
     chat: HuggingFaceTB/smol-smoltalk
     licence: Apache-2.0
     train: about 460,000 documents, 400 million tokens in chat-train.bin
@@ -11,7 +14,7 @@ oasst1 (answers by people, rated by people; the best-ranked ones are used), doll
 be JSON, JSONL or parquet with `messages`, ShareGPT's `conversations`, Alpaca's or Dolly's instructions, or OASST's
 messages and trees:
 
-    $ python data/prepare-chat.py --input my-chat.jsonl
+    python data/prepare-chat.py --input my-chat.jsonl
 
 Then run: python train.py --dataset chat
 """
@@ -75,10 +78,13 @@ class ChatOptions(PrepareOptions):
         None,
         "data set of the hub (default: smol-smoltalk); with --input: the one that the files come from",
         choices=tuple(SOURCES),
+        group="data",
     )
-    all_paths: bool = option(False, "OASST: use every path of each tree instead of the best-ranked one")
-    language: str = option("en", "OASST: use only the trees in this language, or 'all'")
-    licence: str | None = option(None, "licence recorded with the data set (default: the source's)")
+    all_paths: bool = option(False, "OASST: use every path of each tree instead of the best-ranked one", group="data")
+    language: str = option("en", "OASST: use only the trees in this language, or 'all'", metavar="CODE", group="data")
+    licence: str | None = option(
+        None, "licence recorded with the data set (default: the source's)", metavar="TEXT", group="data"
+    )
 
 
 def main() -> None:
@@ -99,7 +105,8 @@ def describe(options: ChatOptions, files: Sequence[Path]) -> Dataset:
 def hub_corpus(options: ChatOptions) -> Corpus:
     """The conversations of a data set of the hub, at its current commit."""
     source = SOURCES[options.source or "smol-smoltalk"]
-    commit, skipped = hub_commit(source.repository), Counter()
+    commit = hub_commit(source.repository)
+    skipped: Counter = Counter()
 
     def split(name: str) -> Iterator[list[dict]]:
         records = stream_hub(source.repository, split=name, revision=commit, files=source.files)
@@ -111,7 +118,8 @@ def hub_corpus(options: ChatOptions) -> Corpus:
 
 def local_corpus(options: ChatOptions) -> Corpus:
     """The conversations of the files that --input names."""
-    files, skipped = input_files(options.input, RECORD_SUFFIXES), Counter()
+    files = input_files(options.input, RECORD_SUFFIXES)
+    skipped: Counter = Counter()
     train = local_conversations(files, options, skipped)
     if options.all_paths:
         return Corpus(*split_by_opening(train, options.val_fraction, options.seed), files=files, skipped=skipped)

@@ -1,6 +1,9 @@
 """Prepare chitchat: greetings, introductions, thanks and small talk, generated locally without a download.
 
-    $ python data/prepare-chitchat.py
+    python data/prepare-chitchat.py
+
+prints:
+
     chitchat: made by data/chitchat from data/chitchat-phrases.json
     licence: MIT
     train: 57,050 documents, 4,484,963 tokens in chitchat-train.bin
@@ -28,12 +31,9 @@ DATASET = Dataset("chitchat", "chat", "made by data/chitchat from data/chitchat-
 
 @dataclasses.dataclass(frozen=True)
 class ChitchatOptions(PrepareOptions):
-    conversations: int = option(60_000, "number of distinct conversations to generate", metavar="N")
-
-    def __post_init__(self):
-        super().__post_init__()
-        if self.conversations < 2:
-            raise ValueError(f"conversations must be at least 2, not {self.conversations}")
+    conversations: int = option(
+        60_000, "number of distinct conversations to generate", at_least=2, metavar="N", group="data"
+    )
 
 
 def main() -> None:

@@ -1,6 +1,9 @@
 """Prepare DailyDialog: 13,118 everyday conversations of two people (Li et al., 2017), for non-commercial use.
 
-    $ python data/prepare-dailydialog.py
+    python data/prepare-dailydialog.py
+
+prints:
+
     dailydialog: DailyDialog (Li et al., 2017)
     licence: CC BY-NC-SA 4.0 (non-commercial use only)
     train: about 11,000 documents, 1.6 million tokens in dailydialog-train.bin
@@ -9,7 +12,7 @@
 Downloads two parquet files (4 MB). Local input may be the published archive, the archives inside it, a folder,
 dialogues_*.txt or parquet files:
 
-    $ python data/prepare-dailydialog.py --input train.zip validation.zip
+    python data/prepare-dailydialog.py --input train.zip validation.zip
 
 The first speaker is the user, the second the assistant. The corpus puts spaces between words and punctuation, which are
 removed. The official splits are used if train and validation are both given; the test split is used only on its own.
@@ -53,7 +56,7 @@ def main() -> None:
     if "train" in by_split and "validation" in by_split:
         train, val = by_split["train"], by_split["validation"]
     else:
-        name = next((name for name in ("train", "whole", "validation", "test") if name in by_split), None)
+        name = next((name for name in ("train", "whole", "validation", "test") if name in by_split), "train")
         train, val = by_split.get(name, []), None
     prepare(DATASET, options, Corpus(train, val, files), DAILYDIALOG_PASSES)
 

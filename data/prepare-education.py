@@ -1,6 +1,9 @@
 """Prepare LLM-written educational text: Cosmopedia's textbooks, lessons, articles and stories, or your own text.
 
-    $ python data/prepare-education.py --limit 100000
+    python data/prepare-education.py --limit 100000
+
+prints:
+
     education: HuggingFaceTB/cosmopedia, stories
     licence: Apache-2.0
     train: about 95,000 documents, 86 million tokens in education-train.bin
@@ -9,7 +12,7 @@
 Streams one part of Cosmopedia from the hub, so that only the prepared files are stored. The whole `stories` part has 5
 million documents; begin with a --limit. For your own files:
 
-    $ python data/prepare-education.py --input lessons.parquet --licence "CC BY-SA 3.0"
+    python data/prepare-education.py --input lessons.parquet --licence "CC BY-SA 3.0"
 
 Then run: python train.py --dataset education
 """
@@ -49,10 +52,15 @@ CONFIGS = (
 @dataclasses.dataclass(frozen=True)
 class EducationOptions(PrepareOptions):
     config: str | None = option(
-        None, "part of Cosmopedia (default: stories); with --input: the part that the files come from", choices=CONFIGS
+        None,
+        "part of Cosmopedia (default: stories); with --input: the part that the files come from",
+        choices=CONFIGS,
+        group="data",
     )
-    field: str = option("text", "field with the text, in JSON, JSONL and parquet")
-    licence: str | None = option(None, "licence recorded with the data set (default: the source's)")
+    field: str = option("text", "field with the text, in JSON, JSONL and parquet", metavar="NAME", group="data")
+    licence: str | None = option(
+        None, "licence recorded with the data set (default: the source's)", metavar="TEXT", group="data"
+    )
 
 
 def main() -> None:

@@ -1,6 +1,9 @@
 """Prepare TinyStories: short stories in simple English, written by GPT-4 (Eldan & Li, 2023).
 
-    $ python data/prepare-story.py
+    python data/prepare-story.py
+
+prints:
+
     story: roneneldan/TinyStories (TinyStories V2)
     licence: CDLA-Sharing-1.0
     train: about 2.7 million documents, 540 million tokens in story-train.bin
@@ -9,7 +12,7 @@
 Downloads the two files of version 2 (2.2 GB). Give local files with --input; in them, lines `<|endoftext|>` separate
 the stories. Of two files, the one with "val" in its name is for validation, otherwise the second:
 
-    $ python data/prepare-story.py --input TinyStoriesV2-GPT4-train.txt TinyStoriesV2-GPT4-valid.txt
+    python data/prepare-story.py --input TinyStoriesV2-GPT4-train.txt TinyStoriesV2-GPT4-valid.txt
 
 Then run: python train.py
 """

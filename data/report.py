@@ -15,7 +15,7 @@ import numpy as np
 
 from data.dataset import SPLITS, DatasetInfo
 from data.dedup import shared_ngrams
-from data.documents import TEXT_END, read_document_line, read_ids, read_prepared, text_path
+from data.documents import TEXT_END, Document, read_document_line, read_ids, read_prepared, text_path
 from data.encoding import encode_documents
 from data.writing import staged_file
 from setup_tokenizer import get_base_tokenizer, render_chat
@@ -33,7 +33,7 @@ def write_report(folder: Path, staging: Path, info: DatasetInfo) -> DatasetInfo:
 
     Reads only the prepared files. Raises UserError if they are damaged or the disk is full.
     """
-    shared = shared_ngrams(*(read_ids(folder, info, split) for split in SPLITS))
+    shared = shared_ngrams(read_ids(folder, info, "train"), read_ids(folder, info, "val"))
     lengths = {split: document_lengths(folder, info, split) for split in SPLITS}
     picture = f"{info.name}-lengths.png"
     with staged_file(staging / picture) as file:
@@ -177,19 +177,17 @@ def token_efficiency(folder: Path, info: DatasetInfo) -> str:
     )
 
 
-def count_tokens(
-    conversations: Iterable[list[dict]], max_characters: int = MEASURED_CHARACTERS
-) -> tuple[int, int, int]:
-    """(conversations, base tokens, extended tokens) of ChatML with `<|endoftext|>`, up to `max_characters` of text."""
+def count_tokens(documents: Iterable[Document]) -> tuple[int, int, int]:
+    """(documents, base tokens, extended tokens), each with `<|endoftext|>`, of the first MEASURED_CHARACTERS."""
     base = get_base_tokenizer()
     n_documents = n_base = n_extended = n_characters = 0
-    for messages in conversations:
-        text = render_chat(messages)
+    for document in documents:
+        text = document if isinstance(document, str) else render_chat(document)
         n_documents += 1
         n_base += len(base.encode_ordinary(text)) + 1  # <|endoftext|> is one token in both
-        n_extended += len(encode_documents([messages]))
+        n_extended += len(encode_documents([document]))
         n_characters += len(text)
-        if n_characters >= max_characters:
+        if n_characters >= MEASURED_CHARACTERS:
             break
     return n_documents, n_base, n_extended
 

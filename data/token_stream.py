@@ -6,6 +6,7 @@ import bisect
 import mmap
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 
@@ -24,6 +25,7 @@ class TokenStream:
         self.paths = list(paths)
         self._piece_tokens = piece_tokens
         self._shards = [np.memmap(path, dtype="<u2", mode="r") for path in paths]
+        self._maps = [cast(mmap.mmap, shard.base) for shard in self._shards]
         self._ends = np.cumsum([len(shard) for shard in self._shards]).tolist()
         self._mapped_bytes = 0
 
@@ -73,5 +75,5 @@ class TokenStream:
         """Release the files' pages, which count as this process's memory; the system keeps them in its cache."""
         self._mapped_bytes = 0
         if hasattr(mmap, "MADV_DONTNEED"):  # missing on Windows
-            for shard in self._shards:
-                shard.base.madvise(mmap.MADV_DONTNEED)
+            for shard_map in self._maps:
+                shard_map.madvise(mmap.MADV_DONTNEED)

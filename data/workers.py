@@ -11,7 +11,8 @@ import re
 import signal
 import threading
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
+from typing import Any, cast
 
 import numpy as np
 
@@ -25,7 +26,7 @@ from setup_tokenizer import ENDOFTEXT_ID, check_messages
 BATCH_CHARACTERS = 1 << 18  # of the documents that a worker gets at once
 MIN_BATCHES_FOR_PROCESSES = 16  # with fewer batches, starting processes takes longer than the work
 
-Pass = Callable[[Document], Document | None]
+Pass = Callable[[Any], Any]  # from a document to a document, or to None to drop it
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
@@ -50,7 +51,7 @@ class Worker:
                 continue
             if self.format == "chat":
                 try:
-                    check_messages(cleaned)
+                    check_messages(cast(list[dict], cleaned))
                 except ValueError as error:
                     raise UserError(f"conversation {index + 1}: {error}; fix or remove it") from error
             documents.append(cleaned)
@@ -109,7 +110,7 @@ def _without_surrogates(document: Document, counts: Counter) -> Document:
     if all(text.isascii() or not _SURROGATE.search(text) for text in texts):
         return document
     counts["unpaired surrogates"] += 1
-    ignored = Counter()
+    ignored: Counter = Counter()
     return [{**message, "content": _without_surrogates(message["content"], ignored)} for message in document]
 
 
@@ -131,7 +132,7 @@ def _characters(document: Document) -> int:
 
 def encoded_batches(
     documents: Iterable[Document], worker: Worker, n_workers: int, batch_characters: int = BATCH_CHARACTERS
-) -> Iterator[Encoded]:
+) -> Generator[Encoded, None, None]:
     """Every batch of `documents`, encoded, in order. A corpus of a few batches is encoded in this process."""
     batches = _batches(documents, batch_characters)
     first = list(itertools.islice(batches, MIN_BATCHES_FOR_PROCESSES))
@@ -188,6 +189,7 @@ def _start_worker(worker: Worker) -> None:
     _worker = worker
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
+    assert parent is not None
 
     def end_with_parent():
         multiprocessing.connection.wait([parent.sentinel])
@@ -197,4 +199,5 @@ def _start_worker(worker: Worker) -> None:
 
 
 def _encode_in_worker(batch: list[Document], first_index: int) -> Encoded:
+    assert _worker is not None
     return _worker.encode_batch(batch, first_index)

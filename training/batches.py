@@ -58,7 +58,7 @@ class Batches:
         epoch, row = position["epoch"], position["row"]
         n_rows = self._rows.start_epoch(epoch)
         while True:
-            made = []
+            made: list[tuple[np.ndarray, np.ndarray]] = []
             while len(made) < self._n_rows:
                 if row >= n_rows:
                     epoch, row = epoch + 1, 0

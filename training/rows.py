@@ -67,6 +67,7 @@ class ChatRows:
         self._pieces = np.concatenate(pieces)
         self._lengths = self._pieces[:, 2] - self._pieces[:, 1]
         self._epoch: int | None = None  # the epoch whose rows are packed
+        self._rows: list[list[int]] = []
         if end_pieces:
             is_cut = ~np.isin(self._pieces[:, 2], complete_ends)
             self._lengths = np.minimum(self._lengths + is_cut, block_size + 1)

@@ -51,5 +51,5 @@ def _mistype(text: str, rng: random.Random) -> str:
         return text
     word = rng.choice(words)
     at = rng.randrange(word.start() + 1, word.end() - 1)
-    here, after = text[at : at + 2]
+    here, after = text[at], text[at + 1]
     return text[:at] + rng.choice([after + here, after, here + here + after]) + text[at + 2 :]

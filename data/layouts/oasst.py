@@ -22,7 +22,8 @@ def slim_row(row: Mapping) -> dict:
 
 def rows_of_tree(prompt: Mapping) -> list[dict]:
     """A nested tree as message rows, as in OASST's message files."""
-    rows, waiting = [], [(prompt, None)]
+    rows: list[dict] = []
+    waiting: list[tuple[Mapping, str | None]] = [(prompt, None)]
     while waiting:
         node, parent_id = waiting.pop()
         message_id = node.get("message_id") or f"{len(rows):08d}"  # sorts like its position in the tree

@@ -52,6 +52,7 @@ def usable_messages(turns: Sequence, skipped: Counter) -> list[Message] | None:
             if role == "system":
                 continue
             return None
+        assert role is not None and content is not None  # otherwise _fault has found a fault
         messages.append({"role": role, "content": content})
     return messages
 
@@ -85,5 +86,10 @@ def _role_and_content(turn) -> tuple[str | None, str | None]:
 
 def _joined_parts(parts: Sequence) -> str | None:
     """The text of a content given as parts, None if a part is not text."""
-    texts = [part.get("text") if isinstance(part, Mapping) else part for part in parts]
-    return "\n".join(texts) if all(isinstance(text, str) for text in texts) else None
+    texts: list[str] = []
+    for part in parts:
+        text = part.get("text") if isinstance(part, Mapping) else part
+        if not isinstance(text, str):
+            return None
+        texts.append(text)
+    return "\n".join(texts)
