@@ -103,8 +103,8 @@ def write_dataset(folder: Path, name: str, kind: str, n_tokens: int, seed: int, 
             files.append({"file": path.name, "tokens": len(shard), "sha256": sha256})
         splits[split] = {"documents": 1, "tokens": len(ids), "text_bytes": len(ids), "files": files}
     facts: dict[str, Any] = {"name": name, "format": kind, "splits": splits}
-    facts |= {"tokenizer": setup_tokenizer.TOKENIZER_NAME}
-    facts |= {"n_vocab": setup_tokenizer.N_VOCAB, "dtype": "uint16", "source": "random", "licence": "none"}
+    facts |= {"tokenizer": setup_tokenizer.TOKENIZER_NAME, "n_vocab": setup_tokenizer.N_VOCAB, "dtype": "uint16"}
+    facts |= {"source": "random", "licence": "none"}
     (folder / f"{name}.json").write_text(json.dumps(facts), encoding="utf-8")
 
 
