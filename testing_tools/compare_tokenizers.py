@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -113,7 +114,7 @@ def read_conversations(options: CompareOptions) -> tuple[str, list[list[dict]]]:
         documents = read_prepared(Path(options.data_dir), info, options.split)
     else:
         return "built-in examples", EXAMPLES
-    conversations = list(itertools.islice(documents, options.limit))
+    conversations = cast(list[list[dict]], list(itertools.islice(documents, options.limit)))
     if not conversations:
         raise UserError(f"{name} contains no conversation; give --input a chat file")
     return name, conversations

@@ -55,10 +55,7 @@ EXCEPTIONS = {
     ("common.speedups", "fast"),  # the one loader of the package
 }
 # These are being removed; both sets must end up empty once data/ is divided.
-TEMPORARY = {
-    ("evaluation.splits", "training.batches"),
-    ("evaluation.stories", "training.batches"),
-}
+TEMPORARY: set[tuple[str, str]] = set()
 NOT_YET = {
     ("training", "data.dataset"),
     ("training", "data.token_stream"),
