@@ -150,6 +150,9 @@ def test_a_saved_chat_can_be_loaded_and_prepared_again(tmp_path):
     other = ChatSession(EchoEngine())
     other.command(f"/load {path}")
     assert other.messages == session.messages
+    path.write_text(path.read_text("utf-8"), "utf-8-sig")  # as some editors save it, with a byte order mark
+    other.command(f"/load {path}")
+    assert other.messages == session.messages
     joined(other.reply("And then?"))
     assert recognize(path).kind == "chat"
     assert list(read_records(path)) == [{"messages": session.messages}]

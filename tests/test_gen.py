@@ -97,6 +97,8 @@ def test_chat_from_a_pipe_uses_the_newest_chat_checkpoint_and_replies_line_by_li
     assert "2 messages" in notices and "you>" not in text + notices
     once = run("--chat", "--max_tokens", "3", "--temp", "0", "--prompt", "Hello!")[0]
     assert text.startswith(once) and len(text) > len(once)
+    # As Windows writes files: with a byte order mark and CR at the ends of lines.
+    assert run("--chat", "--max_tokens", "3", "--temp", "0", stdin="\ufeffHello!\r\n")[0] == once
 
 
 def test_a_chat_with_a_model_of_stories_prints_a_note(run):
@@ -173,7 +175,7 @@ def test_mistakes_are_errors_of_one_sentence(run, models, arguments, sentence):
 
 def test_without_a_chat_checkpoint_the_error_tells_how_to_make_one(run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match="no checkpoint in models was trained on chat data; .*: make demo"):
+    with pytest.raises(UserError, match=r"no checkpoint in models was trained on chat data; .*: make demo"):
         monkeypatch.setattr(sys, "argv", ["gen.py", "--chat"])
         gen.main()
 
