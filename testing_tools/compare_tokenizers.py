@@ -15,13 +15,13 @@ from __future__ import annotations
 import itertools
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from extended_tokenizer import ExtendedTokenizerWrapper
+from wrapped_tokenizer import ExtendedTokenizerWrapper
 
 from common.cli import UserError, check_options, option, parse_options, run_script
 from data.dataset import prepare_command, read_info
@@ -96,6 +96,7 @@ class Measured:
 
 def read_conversations(options: CompareOptions) -> tuple[str, list[list[dict]]]:
     """(name, conversations) of the chosen source, or the built-in examples."""
+    documents: Iterator
     if options.input:
         found = recognize(options.input)
         if found.kind != "chat":

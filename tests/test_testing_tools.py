@@ -281,10 +281,10 @@ def test_a_changed_bin_or_a_missing_data_set_is_one_sentence(tmp_path):
         assert sentence in done.stderr and done.stderr.count("\n") == 1
 
 
-def test_a_file_without_documents_is_given_up_in_time(tmp_path, monkeypatch):
-    monkeypatch.setattr(check, "LONGEST_DOCUMENT_TOKENS", 64)
+def test_a_file_without_documents_is_refused_before_all_of_it_is_in_memory(tmp_path):
+    stream = TokenStream([write_bin(tmp_path / "a.bin", [17250] * 1000)])
     with pytest.raises(check.UserError, match=r"no <\|endoftext\|> in"):
-        inspect_ids([17250] * 1000, tmp_path, chunk_tokens=8)
+        list(check.whole_documents(stream, chunk_tokens=8, longest=64))
 
 
 # --- compare_tokenizers.py and extended_tokenizer.py ---
