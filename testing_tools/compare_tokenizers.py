@@ -18,7 +18,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -114,7 +113,8 @@ def read_conversations(options: CompareOptions) -> tuple[str, list[list[dict]]]:
         documents = read_prepared(Path(options.data_dir), info, options.split)
     else:
         return "built-in examples", EXAMPLES
-    conversations = cast(list[list[dict]], list(itertools.islice(documents, options.limit)))  # the format is chat
+    chats = (document for document in documents if not isinstance(document, str))  # all are, in a chat file
+    conversations = list(itertools.islice(chats, options.limit))
     if not conversations:
         raise UserError(f"{name} contains no conversation; give --input a chat file")
     return name, conversations
