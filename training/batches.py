@@ -16,7 +16,7 @@ from training.rows import ChatRows, TextRows
 
 
 class Rows(Protocol):
-    """Rows in epochs, as TextRows, ChatRows and MixedRows have them."""
+    """Rows in epochs: TextRows, ChatRows or MixedRows."""
 
     def start_epoch(self, epoch: int) -> int: ...
 
@@ -26,8 +26,8 @@ class Rows(Protocol):
 class Batches:
     """Endless batches of rows in epoch order, prefetched by a thread.
 
-    `position` is {"epoch", "row"} of the first row that has not been returned yet: new Batches at that position
-    continue with the same rows.
+    `position` is {"epoch", "row"} of the first row that has not been returned yet. New Batches that start at this
+    position continue with the same rows.
     """
 
     def __init__(self, rows: Rows, n_rows: int, position: dict | None = None):
@@ -83,9 +83,9 @@ class Batches:
 
 
 def fixed_batches(rows: TextRows | ChatRows, batch_size: int, max_rows: int) -> list[tuple[np.ndarray, np.ndarray]]:
-    """The first `max_rows` rows of a split's epoch 0 in batches, the same at every call: for validation.
+    """The first `max_rows` rows of a split's epoch 0 in batches, the same at every call, for validation.
 
-    The last batch is padded with rows without targets. Raises UserError if there is no target at all.
+    The last batch is padded with rows without targets. Raises UserError if no row has a target.
     """
     n_rows = min(rows.start_epoch(0), max_rows)
     batches = []
