@@ -68,7 +68,9 @@ class BenchmarkOptions:
     n_head: int | None = option(None, "attention heads (default: the preset's)", at_least=1, group="model")
     n_embd: int | None = option(None, "width (default: the preset's)", at_least=1, group="model")
     block_size: int | None = option(None, "context length in tokens (default: the preset's)", at_least=1, group="model")
-    device: str | None = option(None, "cpu, mps, cuda, cuda:N (default: asks, or takes the best one)", group="device")
+    device: str | None = option(
+        None, "cpu, mps, cuda or cuda:N (default: asks, or chooses the best one)", group="device"
+    )
     dtype: str | None = option(
         None, "precision (default: the device's best)", choices=("float32", "bfloat16", "float16"), group="device"
     )

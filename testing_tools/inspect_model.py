@@ -45,7 +45,7 @@ class InspectOptions:
     top_k: int = option(10, "next tokens in the table", at_least=1)
     layer: int | None = option(None, "draw only the heads of this layer, larger; the first is 0", at_least=0)
     output_dir: str | None = option(None, "folder of the two files (default: the checkpoint's)", metavar="DIR")
-    device: str | None = option(None, "cpu, mps, cuda, cuda:N (default: asks, or takes the best one)")
+    device: str | None = option(None, "cpu, mps, cuda or cuda:N (default: asks, or chooses the best one)")
 
     def __post_init__(self):
         check_options(self)
