@@ -35,7 +35,7 @@ class SpeedUps:
 def speed_up_generation(
     model: GPT, quantize: str | None = None, streams: int = 1, has_kernel: Callable[..., bool] = is_exact
 ) -> SpeedUps:
-    """Replace, in place, the parts of `model` whose plain versions generate more slowly; it can only generate then.
+    """Replace, in place, the parts of `model` whose plain versions generate more slowly; it cannot train after that.
 
     `quantize` is "int8" or None, `streams` the number of texts generated at a time. `has_kernel` says whether this
     processor has the kernel of a layer. Raises UserError if it has none for 8-bit weights.

@@ -7,7 +7,7 @@
 Prints a line per round and a table: tokens per second (median, minimum and maximum of the rounds), start-up (the first
 step, including compilation), peak memory, the ratio, FLOP/s and their share of the device's peak (model FLOPs
 utilization, MFU), and the limit: the speed at which the device would only do the work that no program can avoid. Each
-side runs in a process of its own, so that their memory is measured separately, and the rounds alternate (A B A B).
+side runs in its own process, so that its memory is measured separately, and the rounds alternate (A B A B).
 Weights and ids are random, which does not change the speed.
 """
 

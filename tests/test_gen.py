@@ -152,7 +152,7 @@ def test_8_bit_weights_generate_and_count_as_parameters(run, tmp_path):
         (["models/foreign.pt"], "foreign.pt"),
         (
             ["--output", "no/such/folder/x.txt"],
-            "--output no/such/folder/x.txt: the folder no/such/folder does not exist",
+            "x.txt: the folder no/such/folder does not exist",
         ),
         (["--output", "models"], "--output models is a folder; name a file"),
         (
