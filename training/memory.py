@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import gc
 from collections.abc import Callable
 from pathlib import Path
@@ -177,7 +178,7 @@ def largest_by_trying(step: StepMemory, sizes: list[int], speed_up: SpeedUp | No
         raise _no_room_error(step.model, step.device) from error
     if speed_up:
         speed_up(model, step.activation_checkpointing)
-    return next((size for size in sizes if fits(model, lambda size=size: try_step(model, step, size), step.device)), 1)
+    return next((size for size in sizes if fits(model, functools.partial(try_step, model, step, size), step.device)), 1)
 
 
 def try_step(model: GPT, step: StepMemory, batch_size: int) -> None:

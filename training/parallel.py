@@ -14,7 +14,7 @@ import datetime
 import os
 import sys
 from collections.abc import Callable, Iterator
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
@@ -248,7 +248,7 @@ def synchronizing(model: nn.Module, is_last: bool) -> Iterator[None]:
             yield
         return
     if hasattr(model, "set_requires_gradient_sync"):  # a sharded model
-        model.set_requires_gradient_sync(is_last)
+        cast(Any, model).set_requires_gradient_sync(is_last)
     yield
 
 

@@ -29,9 +29,12 @@ def require_resumable(checkpoint: Mapping[str, Any], path: str) -> None:
         raise UserError(f"{path} holds only weights and cannot be resumed; start from them with --init_from {path}")
 
 
-def is_complete(info: Mapping[str, Any], max_iters: int) -> bool:
-    """Whether a run has done all iterations and its last evaluation."""
-    return info["iter_num"] >= max_iters and info["record"] is None
+def says_complete(info: Mapping[str, Any], max_iters: int, path: str) -> bool:
+    """Whether a run has done all iterations and its last evaluation; if so, say how to continue it."""
+    if info["iter_num"] < max_iters or info["record"] is not None:
+        return False
+    print(f"{path} is complete: iteration {info['iter_num']} of {max_iters}; continue with a larger --max_iters")
+    return True
 
 
 def resumed_options(
@@ -68,12 +71,12 @@ def resumed_options(
 def _require_same_sequences(resumed: TrainOptions, before: Mapping[str, Any], path: str) -> None:
     """Raise UserError if an iteration would have other sequences: the position in the data counts these."""
     sequences = before["batch_size"] * before["gradient_accumulation_steps"]
-    batch_size = before["batch_size"] if resumed.batch_size == "auto" else resumed.batch_size
-    if batch_size * resumed.gradient_accumulation_steps != sequences:
+    batch_size = resumed.batch_size if isinstance(resumed.batch_size, int) else before["batch_size"]
+    steps = resumed.gradient_accumulation_steps or before["gradient_accumulation_steps"]
+    if batch_size * steps != sequences:
         raise UserError(
-            f"--batch_size {batch_size} x --gradient_accumulation_steps {resumed.gradient_accumulation_steps} "
-            f"contradict {path}, which was made with {sequences} sequences per iteration; choose numbers with that "
-            "product"
+            f"--batch_size {batch_size} x --gradient_accumulation_steps {steps} contradict {path}, which was "
+            f"made with {sequences} sequences per iteration; choose numbers with that product"
         )
 
 
@@ -87,7 +90,7 @@ def options_after_restart(
     job, restarts = broadcast((job_name(), n_restarts()))
     if not restarts:
         return options, given
-    names = {"dataset": options.dataset, "max_iters": options.max_iters, "out_dir": options.out_dir}
+    names: dict[str, Any] = {"dataset": options.dataset, "max_iters": options.max_iters, "out_dir": options.out_dir}
     if options.resume is not None:
         saved = read_info(options.checkpoint_path)["config"]
         names = {key: given.get(key, saved[key]) for key in names}
