@@ -181,7 +181,7 @@ def alternate(sides: Mapping[str, Callable[[], float]], rounds: int, warm_up: bo
 
     A warm-up round does not count: the caches of a side that waited for the other one to start are cold.
     """
-    found = {name: [] for name in sides}
+    found: dict[str, list[float]] = {name: [] for name in sides}
     for number in range(0 if warm_up else 1, rounds + 1):
         speeds = {name: measure() for name, measure in sides.items()}
         shown = ", ".join(f"{name} {_number(speed)}" for name, speed in speeds.items())
@@ -262,9 +262,9 @@ def measure_sides(options: BenchmarkOptions, config, make_side: type = Side) -> 
     names = ("ours", options.peer) if options.peer else ("ours",)
     sides = {name: make_side(name, options, config) for name in names}
     speeds = alternate({name: side.measure for name, side in sides.items()}, options.rounds, options.task != "prepare")
-    found = figures(speeds["ours"], speeds.get(options.peer))
+    found = figures(speeds["ours"], speeds.get(options.peer or ""))
     for prefix, name in (("", "ours"), ("peer_", options.peer)):
-        side = sides.get(name)
+        side = sides.get(name or "")
         found[f"{prefix}start_up_s"] = side and side.start_up_s
         found[f"{prefix}peak_memory_bytes"], latencies_s = side.finish() if side else (None, {})
         found |= {"latencies_s": latencies_s} if latencies_s else {}

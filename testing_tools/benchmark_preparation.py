@@ -18,7 +18,7 @@ PEER_CHARACTERS = 100_000_000  # how much of the documents one thread of tiktoke
 
 def prepare_ours(options, config) -> Work:
     """data/prepare-story.py from start to end, including cleaning and deduplication."""
-    from data.sources import read_text_documents
+    from data.readers.text import read_text_documents
 
     # Reading the file once before also puts it into the system's cache, for both sides.
     text_bytes = sum(len(document.encode()) for document in read_text_documents(options.input))
@@ -44,7 +44,7 @@ def prepare_ours(options, config) -> Work:
 
 def prepare_tiktoken(options, config) -> Work:
     """One thread of tiktoken over the first PEER_CHARACTERS of the same documents; reading is not timed."""
-    from data.sources import read_text_documents
+    from data.readers.text import read_text_documents
     from setup_tokenizer import get_base_tokenizer
 
     documents, characters = [], 0

@@ -119,8 +119,13 @@ def simple_loop(model, logits_and_loss: Callable, config: RunConfig, tuned: bool
     """
     import torch
 
-    rates = {"lr": config.learning_rate, "betas": (0.9, 0.95), "weight_decay": config.weight_decay}
-    optimizer = torch.optim.AdamW(model.parameters(), **rates, fused=True if tuned else None)
+    optimizer = torch.optim.AdamW(
+        model.parameters(),
+        lr=config.learning_rate,
+        betas=(0.9, 0.95),
+        weight_decay=config.weight_decay,
+        fused=True if tuned else None,
+    )
     forward = torch.compile(logits_and_loss) if tuned else logits_and_loss
     dtype = choose_dtype(None, config.device) if tuned else "float32"
     scaler = torch.amp.GradScaler(config.device.partition(":")[0], enabled=dtype == "float16")

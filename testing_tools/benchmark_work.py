@@ -7,10 +7,12 @@ seconds, tokens = timed(work, steps=10)
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from benchmark_generation import GenerationConfig, generate_ours, generate_transformers
 from benchmark_preparation import prepare_ours, prepare_tiktoken
+from benchmark_timing import Work
 from benchmark_training import train_compiled, train_ours, train_plain, train_transformers
 
 from common.cli import UserError
@@ -20,7 +22,7 @@ from common.speedups import load_speedups
 if TYPE_CHECKING:
     from training.config import RunConfig
 
-WORKS = {
+WORKS: dict[str, dict[str, Callable[..., Work]]] = {
     "train": {
         "ours": train_ours,
         "transformers": train_transformers,

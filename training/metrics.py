@@ -37,9 +37,7 @@ class MetricsLog:
         try:
             self._flush()
         except OSError as error:
-            print(
-                f"warning: {write_error(self.path, error)}; training continues, and the missing records are written later"
-            )
+            print(f"warning: {write_error(self.path, error)}; training continues, and the records are written later")
 
     def _flush(self) -> None:
         while self._unwritten:
@@ -130,13 +128,13 @@ def draw_curves(path: Path, records: list[dict], title: str) -> bool:
     losses, rates, norms = figure.subplots(3, 1, sharex=True, height_ratios=[3, 1, 1])
     parts = dict.fromkeys(key for record in records for key in record if key.startswith(PART_LOSS))
     dashed: dict[str, Any] = {"linestyle": "--", "marker": "o", "markersize": 3}
-    curves: list[tuple[Any, str, str | None, dict[str, Any]]] = [
+    curves: tuple[tuple[Any, str, str | None, dict[str, Any]], ...] = (
         (losses, "loss", "training", {"color": "tab:blue", "alpha": 0.7, "linewidth": 1}),
         (losses, "val_loss", "validation", {"color": "tab:orange", "marker": "o", "markersize": 3}),
         *((losses, key, f"validation, {key.removeprefix(PART_LOSS)}", dashed) for key in parts),
         (rates, "learning_rate", None, {"color": "tab:green"}),
         (norms, "grad_norm", None, {"color": "tab:red", "linewidth": 1}),
-    ]
+    )
     for axes, key, label, style in curves:
         points = [(record["iter_num"], record[key]) for record in records if record.get(key) is not None]
         if points:

@@ -14,7 +14,7 @@ import datetime
 import os
 import sys
 from collections.abc import Callable, Iterator
-from typing import Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import numpy as np
 import torch
@@ -23,6 +23,9 @@ from torch import Tensor, nn
 
 from common.cli import UserError
 from common.device import choose_device, n_cuda_devices
+
+if TYPE_CHECKING:
+    from torch.distributed.fsdp import FSDPModule
 
 T = TypeVar("T")
 
@@ -248,7 +251,7 @@ def synchronizing(model: nn.Module, is_last: bool) -> Iterator[None]:
             yield
         return
     if hasattr(model, "set_requires_gradient_sync"):  # a sharded model
-        cast(Any, model).set_requires_gradient_sync(is_last)
+        cast(FSDPModule, model).set_requires_gradient_sync(is_last)
     yield
 
 
