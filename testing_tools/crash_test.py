@@ -1,11 +1,11 @@
-"""Kill training with SIGKILL at random moments, resume, and compare the end with an uninterrupted run, bit by bit.
+"""Kill training with SIGKILL at random moments, resume it, and compare the result with an uninterrupted run.
 
     python testing_tools/crash_test.py --kills 200
 
 Trains tiny models on random data, text and chat in turn, in processes forked from one that has imported torch. Half of
 the kills are aimed at saves, which are slowed down: while the file is written, at fsync, at the rename. Prints a line
-for each run and the counts at the end; exit status 0 says that every checkpoint was readable after every kill, and
-that weights, optimizers, data position, random states, metrics, samples and the best checkpoint came out identical.
+per run and the counts at the end. Exit status 0 means that every checkpoint could be read after every kill, and that
+weights, optimizers, data position, random states, metrics, samples and the best checkpoint are identical bit by bit.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ import time
 import traceback
 from collections import Counter
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -56,17 +57,17 @@ VARIANTS = (
 
 @dataclasses.dataclass(frozen=True)
 class CrashOptions:
-    """What the campaign is made of."""
+    """The settings of the test."""
 
-    kills: int = option(200, "how many times training is killed")
+    kills: int = option(200, "number of times that training is killed")
     max_iters: int = option(100, "iterations of each run")
-    seed: int = option(1, "seed of the moments")
+    seed: int = option(1, "seed of the moments at which it is killed")
     json: str | None = option(None, "also write the counts to this file", metavar="FILE")
 
 
 @dataclasses.dataclass
 class Counts:
-    """What the campaign saw."""
+    """The results of the test."""
 
     runs: int = 0
     kills: int = 0
@@ -81,14 +82,14 @@ class Counts:
         return not (self.unreadable or self.went_back or self.differences)
 
     def as_dict(self) -> dict:
-        """The counts as JSON takes them."""
+        """The counts for the JSON file."""
         counts = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         in_saves = self.kills - self.kills_by_phase["training"]
         return {**counts, "kills_inside_saves": in_saves, "identical": not self.differences}
 
 
 def write_dataset(folder: Path, name: str, kind: str, n_tokens: int, seed: int, n_shards: int = 1) -> None:
-    """A prepared data set of random ids in the project's layout, `kind` text or chat, its val split a quarter of it."""
+    """Write a prepared data set of random ids, `kind` "text" or "chat"; the val split is a quarter as long."""
     rng = np.random.default_rng(seed)
     splits = {}
     for split, size in (("train", n_tokens), ("val", n_tokens // 4)):
@@ -101,7 +102,12 @@ def write_dataset(folder: Path, name: str, kind: str, n_tokens: int, seed: int, 
             sha256 = hashlib.sha256(shard.tobytes()).hexdigest()
             files.append({"file": path.name, "tokens": len(shard), "sha256": sha256})
         splits[split] = {"documents": 1, "tokens": len(ids), "text_bytes": len(ids), "files": files}
-    facts = {"name": name, "format": kind, "tokenizer": setup_tokenizer.TOKENIZER_NAME, "splits": splits}
+    facts: dict[str, Any] = {
+        "name": name,
+        "format": kind,
+        "tokenizer": setup_tokenizer.TOKENIZER_NAME,
+        "splits": splits,
+    }
     facts |= {"n_vocab": setup_tokenizer.N_VOCAB, "dtype": "uint16", "source": "random", "licence": "none"}
     (folder / f"{name}.json").write_text(json.dumps(facts), encoding="utf-8")
 
@@ -151,17 +157,17 @@ def start_training(arguments: list[str], output: Path, phase: mmap.mmap) -> int:
 
 def _slow_down_saves(phase: mmap.mmap) -> None:
     """Make each step of a save take a while and show in `phase` which one it is; draw no curves, which takes long."""
-    sys.modules["matplotlib.figure"] = None  # as if matplotlib were not installed
+    cast(dict[str, Any], sys.modules)["matplotlib.figure"] = None  # as if matplotlib were not installed
     os.fsync = _slowly(os.fsync, phase, "fsync")
     os.replace = _slowly(os.replace, phase, "rename")
     os.link = _slowly(os.link, phase, "rename")
-    save = torch.save
+    save: Any = torch.save
 
     def save_slowly(content, file):
         with _in_phase(phase, "writing"):
             save(content, _SlowFile(file))
 
-    torch.save = save_slowly
+    cast(Any, torch).save = save_slowly
 
 
 def _slowly(function, phase: mmap.mmap, name: str):
@@ -239,7 +245,7 @@ def read_samples(output: Path) -> dict[int, set[str]]:
 
 
 def differences(folder: Path, reference: Path) -> list[str]:
-    """What a run's files hold that those of the uninterrupted run do not, beside times and names."""
+    """The differences between a run's files and those of the uninterrupted run, apart from times and names."""
     found = []
     names = {path.name for path in reference.iterdir()} ^ {path.name for path in folder.iterdir()}
     if names:
@@ -259,11 +265,11 @@ def differences(folder: Path, reference: Path) -> list[str]:
         keys = ours.keys() | theirs.keys()
         found += [f"{path.name}: {key}" for key in sorted(keys) if digest(ours.get(key)) != digest(theirs.get(key))]
     for path in reference.glob("*.jsonl"):
-        ours, theirs = (
+        our_log, their_log = (
             [{k: v for k, v in record.items() if k not in ("tokens_per_s", "elapsed_s")} for record in read_metrics(p)]
             for p in (folder / path.name, path)
         )
-        if ours != theirs:
+        if our_log != their_log:
             found.append(path.name)
     if read_samples(folder.with_suffix(".txt")) != read_samples(reference.with_suffix(".txt")):
         found.append("samples")
@@ -288,7 +294,7 @@ def campaign_run(folder: Path, number: int, kills: int, options: CrashOptions, c
     interval_s = (time.perf_counter() - start) / (options.max_iters / 5)
 
     arguments += ["--out_dir", str(killed)]
-    iter_num, hits = -1, Counter()
+    iter_num, hits = -1, Counter[str]()
     while True:
         resume = ["--resume"] if (killed / f"{name}.pt").exists() else []
         counts.resumes += len(resume)
