@@ -4,8 +4,8 @@
 
 Trains tiny models on random data, text and chat in turn, in processes forked from one that has imported torch. Half of
 the kills are aimed at saves, which are slowed down: while the file is written, at fsync, at the rename. Prints a line
-per run and the counts at the end. Exit status 0 means that every checkpoint could be read after every kill, and that
-weights, optimizers, data position, random states, metrics, samples and the best checkpoint are identical bit by bit.
+for each run and the counts at the end; exit status 0 says that every checkpoint was readable after every kill, and
+that weights, optimizers, data position, random states, metrics, samples and the best checkpoint came out identical.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ import time
 import traceback
 from collections import Counter
 from pathlib import Path
-from typing import Any, cast
+from typing import IO, Any, cast
 
 import numpy as np
 import torch
@@ -61,7 +61,7 @@ class CrashOptions:
 
     kills: int = option(200, "number of times that training is killed")
     max_iters: int = option(100, "iterations of each run")
-    seed: int = option(1, "seed of the moments at which it is killed")
+    seed: int = option(1, "seed of the moments")
     json: str | None = option(None, "also write the counts to this file", metavar="FILE")
 
 
@@ -82,32 +82,28 @@ class Counts:
         return not (self.unreadable or self.went_back or self.differences)
 
     def as_dict(self) -> dict:
-        """The counts for the JSON file."""
+        """The counts as JSON takes them."""
         counts = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         in_saves = self.kills - self.kills_by_phase["training"]
         return {**counts, "kills_inside_saves": in_saves, "identical": not self.differences}
 
 
 def write_dataset(folder: Path, name: str, kind: str, n_tokens: int, seed: int, n_shards: int = 1) -> None:
-    """Write a prepared data set of random ids, `kind` "text" or "chat"; the val split is a quarter as long."""
+    """A prepared data set of random ids in the project's layout, `kind` text or chat, its val split a quarter of it."""
     rng = np.random.default_rng(seed)
-    splits = {}
+    splits: dict[str, dict[str, Any]] = {}
     for split, size in (("train", n_tokens), ("val", n_tokens // 4)):
         ids = np.concatenate(list(_random_documents(rng, kind, size)))[:size].astype("<u2")
         shards = np.array_split(ids, n_shards)
         paths = [folder / f"{name}-{split}{f'-{n:05d}' if n_shards > 1 else ''}.bin" for n in range(n_shards)]
-        files = []
+        files: list[dict[str, Any]] = []
         for path, shard in zip(paths, shards, strict=True):
             path.write_bytes(shard.tobytes())
             sha256 = hashlib.sha256(shard.tobytes()).hexdigest()
             files.append({"file": path.name, "tokens": len(shard), "sha256": sha256})
         splits[split] = {"documents": 1, "tokens": len(ids), "text_bytes": len(ids), "files": files}
-    facts: dict[str, Any] = {
-        "name": name,
-        "format": kind,
-        "tokenizer": setup_tokenizer.TOKENIZER_NAME,
-        "splits": splits,
-    }
+    facts: dict[str, Any] = {"name": name, "format": kind, "splits": splits}
+    facts |= {"tokenizer": setup_tokenizer.TOKENIZER_NAME}
     facts |= {"n_vocab": setup_tokenizer.N_VOCAB, "dtype": "uint16", "source": "random", "licence": "none"}
     (folder / f"{name}.json").write_text(json.dumps(facts), encoding="utf-8")
 
@@ -157,17 +153,17 @@ def start_training(arguments: list[str], output: Path, phase: mmap.mmap) -> int:
 
 def _slow_down_saves(phase: mmap.mmap) -> None:
     """Make each step of a save take a while and show in `phase` which one it is; draw no curves, which takes long."""
-    cast(dict[str, Any], sys.modules)["matplotlib.figure"] = None  # as if matplotlib were not installed
+    sys.modules["matplotlib.figure"] = cast(Any, None)  # as if matplotlib were not installed
     os.fsync = _slowly(os.fsync, phase, "fsync")
     os.replace = _slowly(os.replace, phase, "rename")
     os.link = _slowly(os.link, phase, "rename")
-    save: Any = torch.save
+    save = torch.save
 
     def save_slowly(content, file):
         with _in_phase(phase, "writing"):
-            save(content, _SlowFile(file))
+            save(content, cast(IO[bytes], _SlowFile(file)))
 
-    cast(Any, torch).save = save_slowly
+    setattr(torch, "save", save_slowly)  # noqa: B010  an assignment would need the exact signature
 
 
 def _slowly(function, phase: mmap.mmap, name: str):
@@ -216,7 +212,7 @@ def kill_at(process_id: int, phase: mmap.mmap, delay_s: float, aim: str | None) 
     _, status = os.waitpid(process_id, os.WUNTRACED)
     if not os.WIFSTOPPED(status):
         return None
-    hit = PHASES[phase[0]]  # it is stopped, so it is killed in this phase
+    hit = PHASES[phase[0]]  # it stands still, so this is the phase that it is killed in
     os.kill(process_id, signal.SIGKILL)
     os.waitpid(process_id, 0)
     return hit
@@ -245,7 +241,7 @@ def read_samples(output: Path) -> dict[int, set[str]]:
 
 
 def differences(folder: Path, reference: Path) -> list[str]:
-    """The differences between a run's files and those of the uninterrupted run, apart from times and names."""
+    """What a run's files hold that those of the uninterrupted run do not, beside times and names."""
     found = []
     names = {path.name for path in reference.iterdir()} ^ {path.name for path in folder.iterdir()}
     if names:
@@ -265,11 +261,11 @@ def differences(folder: Path, reference: Path) -> list[str]:
         keys = ours.keys() | theirs.keys()
         found += [f"{path.name}: {key}" for key in sorted(keys) if digest(ours.get(key)) != digest(theirs.get(key))]
     for path in reference.glob("*.jsonl"):
-        our_log, their_log = (
+        our_records, their_records = (
             [{k: v for k, v in record.items() if k not in ("tokens_per_s", "elapsed_s")} for record in read_metrics(p)]
             for p in (folder / path.name, path)
         )
-        if our_log != their_log:
+        if our_records != their_records:
             found.append(path.name)
     if read_samples(folder.with_suffix(".txt")) != read_samples(reference.with_suffix(".txt")):
         found.append("samples")
@@ -294,7 +290,8 @@ def campaign_run(folder: Path, number: int, kills: int, options: CrashOptions, c
     interval_s = (time.perf_counter() - start) / (options.max_iters / 5)
 
     arguments += ["--out_dir", str(killed)]
-    iter_num, hits = -1, Counter[str]()
+    iter_num = -1
+    hits: Counter[str] = Counter()
     while True:
         resume = ["--resume"] if (killed / f"{name}.pt").exists() else []
         counts.resumes += len(resume)
