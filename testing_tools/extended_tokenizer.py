@@ -4,7 +4,7 @@
     python testing_tools/extended_tokenizer.py "Hello <|im_start|>user text <|im_end|>"
 
 Prints the tokens that the wrapper adds, the ids of a text, and whether `setup_tokenizer` gives the same ids. The
-wrapper itself is in wrapped_tokenizer.py.
+wrapper is in wrapped_tokenizer.py.
 """
 
 from __future__ import annotations
