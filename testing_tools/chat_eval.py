@@ -108,7 +108,7 @@ def opener_fault(reply: str, fits: tuple[str, ...], never: tuple[str, ...], know
     if matched := [pattern for pattern in never if re.search(pattern, text, re.IGNORECASE)]:
         return f"unfitting: matches {matched[0]}"
     if not any(re.search(pattern, text, re.IGNORECASE) for pattern in fits):
-        return "a reply of another kind"
+        return "not a reply to this kind of opener"
     return None
 
 
