@@ -49,11 +49,11 @@ from data.knowledge.prompts import Prompts, read_prompts
 from data.knowledge.topics import Question, Topic, read_questions, read_topics, text_lines
 from data.pipeline import DATA_FOLDER, Corpus, Dataset, PrepareOptions, output_folder, prepare
 from data.readers.files import input_files, is_text
-from data.readers.hub import fetch_data_file
+from data.readers.hub import fetch_data_files
 from data.readers.records import read_records
+from data.sources import SOURCES
 
 PROMPTS, TOPICS = DATA_FOLDER / "knowledge-prompts.json", DATA_FOLDER / "knowledge-topics.json"
-SQUAD, SQUAD_FILE = "rajpurkar/squad", "plain_text/train-00000-of-00001.parquet"
 N_SHOWN = 3
 
 
@@ -133,7 +133,9 @@ def main(first_wait_s: float = Retries.first_wait_s) -> None:
 def read_sources(options: KnowledgeOptions, prompts: Prompts) -> Sequence[Topic] | Sequence[Question]:
     """The topics or questions that the options name."""
     if options.source == "squad":
-        questions = list(read_questions(read_records(fetch_data_file(SQUAD, SQUAD_FILE))))
+        questions = [
+            question for file in fetch_data_files(SOURCES["squad"]) for question in read_questions(read_records(file))
+        ]
     elif options.questions is None:
         return read_topics(Path(options.topics or TOPICS), prompts.readers)
     else:
@@ -141,7 +143,7 @@ def read_sources(options: KnowledgeOptions, prompts: Prompts) -> Sequence[Topic]
         records = ({"question": line} for line in text_lines(file)) if is_text(file) else read_records(file)
         questions = list(read_questions(records))
     if not questions:
-        raise UserError(f"{options.questions or SQUAD_FILE} contains no question; give --questions one per line")
+        raise UserError(f"{options.questions or 'SQuAD'} contains no question; give --questions one per line")
     return questions
 
 
@@ -235,7 +237,11 @@ def collect(options: KnowledgeOptions, client: Client, journal: Journal, request
 
 def prepare_documents(options: KnowledgeOptions, client: Client, journal: Journal, selection: Selection) -> None:
     """Run the documents through the pipeline of every prepare script."""
-    origin = f"SQuAD questions ({SQUAD})" if options.source == "squad" else "topics of data/knowledge-topics.json"
+    origin = (
+        f"SQuAD questions ({SOURCES['squad'][0].repository})"
+        if options.source == "squad"
+        else "topics of data/knowledge-topics.json"
+    )
     own_file = options.topics or options.questions
     source = f"written by {client.model} from {Path(own_file).name if own_file else origin}"
     licence = options.licence or "not stated: see the terms of the model (state it with --licence)"
