@@ -224,7 +224,7 @@ def loop(training: Training, model: torch.nn.Module, stop: StopSignal) -> int:
 
         # Reading a number waits for the device, so it is done only when the number is needed.
         is_logged = step % config.log_interval == 0 or step in (1, config.max_iters)
-        is_sound = True
+        is_sound, loss, grad_norm = True, math.nan, math.nan
         if is_logged or step % config.eval_interval == 0 or measurements.every_step:
             loss, grad_norm = measurements.read()  # raises UserError if the loss is not finite
             is_sound = math.isfinite(grad_norm)

@@ -252,7 +252,7 @@ def random_states(device: str) -> dict:
     import numpy as np
 
     version, words, gauss = random.getstate()
-    name, keys, position, has_gauss, cached = np.random.get_state()
+    name, keys, position, has_gauss, cached = cast(tuple, np.random.get_state())
     states = {
         "python": [version, list(words), gauss],
         "numpy": [name, keys.tolist(), int(position), int(has_gauss), float(cached)],

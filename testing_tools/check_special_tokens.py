@@ -151,7 +151,9 @@ def inspect(stream: TokenStream, is_chat: bool, n_vocab: int = N_VOCAB, chunk_to
     return findings
 
 
-def whole_documents(stream: TokenStream, chunk_tokens: int) -> Iterator[tuple[int, np.ndarray]]:
+def whole_documents(
+    stream: TokenStream, chunk_tokens: int, longest: int = LONGEST_DOCUMENT_TOKENS
+) -> Iterator[tuple[int, np.ndarray]]:
     """(position, ids) of consecutive parts of the stream, each about `chunk_tokens` long, ending with a document."""
     start, size = 0, chunk_tokens
     while start < len(stream):
@@ -161,7 +163,7 @@ def whole_documents(stream: TokenStream, chunk_tokens: int) -> Iterator[tuple[in
             ends = np.flatnonzero(ids == ENDOFTEXT_ID)
             if not len(ends):
                 size *= 2
-                if size > LONGEST_DOCUMENT_TOKENS:
+                if size > longest:
                     raise UserError(
                         f"{stream.paths[0]} has no <|endoftext|> in {end - start:,} tokens from position {start:,}, so "
                         "the prepare scripts did not write it; prepare the data again"

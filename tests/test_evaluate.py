@@ -82,15 +82,15 @@ def val_split(folder: Path, name: str, limit: int | None = None):
     return read_split(name, streams["val"], facts["format"] == "chat", limit)
 
 
-def brute_force(model: GPT, context_start: int, ids: list[int], place: int) -> tuple[float, bool]:
+def brute_force(model: GPT, context_start: int, ids: list[int], position: int) -> tuple[float, bool]:
     """Loss and correctness of one id from one forward pass over exactly its context."""
-    logits = model(torch.tensor([ids[context_start:place]]))[0][0, -1, : model.config.n_vocab].double()
-    return -logits.log_softmax(-1)[ids[place]].item(), int(logits.argmax()) == ids[place]
+    logits = model(torch.tensor([ids[context_start:position]]))[0][0, -1, : model.config.n_vocab].double()
+    return -logits.log_softmax(-1)[ids[position]].item(), int(logits.argmax()) == ids[position]
 
 
-def context_start(span_start: int, place: int, stride: int) -> int:
-    """Where the context of `place` begins: the first window, starting every `stride`, that reaches to it."""
-    window = max(0, math.ceil((place - span_start - BLOCK_SIZE + 1) / stride))
+def context_start(span_start: int, position: int, stride: int) -> int:
+    """Where the context of `position` begins: the first window, starting every `stride`, that reaches to it."""
+    window = max(0, math.ceil((position - span_start - BLOCK_SIZE + 1) / stride))
     return span_start + window * stride - 1
 
 
@@ -101,7 +101,9 @@ def test_text_is_scored_as_brute_force_does(tmp_path, stride, shards):
     split, model = val_split(tmp_path, "story"), tiny_model()
     losses, is_right = score(model, split, stride, batch_size=3)
     ids = [ENDOFTEXT_ID, *(i for document in DOCUMENTS for i in encode_document(document))]
-    expected = [brute_force(model, context_start(1, place, stride), ids, place) for place in range(1, len(ids))]
+    expected = [
+        brute_force(model, context_start(1, position, stride), ids, position) for position in range(1, len(ids))
+    ]
     assert math.isnan(losses[0])
     np.testing.assert_allclose(losses[1:], [loss for loss, _ in expected], atol=2e-4)
     assert is_right[1:].tolist() == [right for _, right in expected]
@@ -118,14 +120,14 @@ def test_each_conversation_is_scored_alone(tmp_path):
     write_dataset(tmp_path, "chat", CONVERSATIONS)
     split, model, stride = val_split(tmp_path, "chat"), tiny_model(), 4
     losses, is_right = score(model, split, stride, batch_size=2)
-    expected, said, place = [], [], 1
+    expected, said, position = [], [], 1
     for conversation in CONVERSATIONS:
         ids = encode_chat(conversation, end_of_conversation=True)
         assert len(ids) > BLOCK_SIZE or conversation is not CONVERSATIONS[0]
-        assert math.isnan(losses[place])  # <|im_start|> is given
+        assert math.isnan(losses[position])  # <|im_start|> is given
         expected += [brute_force(model, context_start(1, n, stride), ids, n)[0] for n in range(1, len(ids))]
         said += assistant_targets(np.array(ids))[1:].tolist()
-        place += len(ids)
+        position += len(ids)
     scored = losses[~np.isnan(losses)]
     np.testing.assert_allclose(scored, expected, atol=2e-4)
     everything, assistant = (summarize(split, scope, losses, is_right) for scope in ("all", "assistant"))

@@ -117,15 +117,6 @@ def test_without_gradients_only_the_loss_is_computed():
     assert products == ["aten.mm.out"]
 
 
-@pytest.fixture
-def one_thread():
-    """Each thread of torch's kernels needs some memory of its own."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def test_the_head_needs_little_more_than_logits_in_low_precision_and_a_copy_of_its_weight(tmp_path, one_thread):
     """With its gradients, 4 + 4 MiB; the logits, or the weight's gradient, in float32 would be 8 each."""
     hidden, weight = torch.randn(128, 128, requires_grad=True), torch.randn(16384, 128, requires_grad=True)

@@ -195,9 +195,9 @@ def test_damage_is_found_exactly_where_the_slow_reference_finds_it(tmp_path):
     for _ in range(400):
         ids = chat_ids(rng.sample(CONVERSATIONS, rng.randint(1, 3)))
         for _ in range(rng.randint(0, 2)):
-            place = rng.randrange(len(ids))
+            position = rng.randrange(len(ids))
             change = rng.choice(["replace", "insert", "delete"])
-            ids[place : place + (change != "insert")] = [] if change == "delete" else [rng.choice(tokens)]
+            ids[position : position + (change != "insert")] = [] if change == "delete" else [rng.choice(tokens)]
         if not ids:
             continue
         expected = is_well_formed(ids)
@@ -210,8 +210,8 @@ def test_damage_is_found_exactly_where_the_slow_reference_finds_it(tmp_path):
 def test_the_size_of_the_chunks_changes_nothing(tmp_path):
     rng = random.Random(7)
     ids = chat_ids(CONVERSATIONS * 3)
-    for place in rng.sample(range(len(ids)), 5):
-        ids[place] = rng.choice([IM_START_ID, IM_END_ID, 17250])
+    for position in rng.sample(range(len(ids)), 5):
+        ids[position] = rng.choice([IM_START_ID, IM_END_ID, 17250])
     whole = inspect_ids(ids, tmp_path)
     assert whole.problems
     for chunk_tokens in (1, 5, 33):
@@ -281,10 +281,10 @@ def test_a_changed_bin_or_a_missing_data_set_is_one_sentence(tmp_path):
         assert sentence in done.stderr and done.stderr.count("\n") == 1
 
 
-def test_a_file_without_documents_is_given_up_in_time(tmp_path, monkeypatch):
-    monkeypatch.setattr(check, "LONGEST_DOCUMENT_TOKENS", 64)
+def test_a_file_without_documents_is_refused_before_all_of_it_is_in_memory(tmp_path):
+    stream = TokenStream([write_bin(tmp_path / "a.bin", [17250] * 1000)])
     with pytest.raises(check.UserError, match=r"no <\|endoftext\|> in"):
-        inspect_ids([17250] * 1000, tmp_path, chunk_tokens=8)
+        list(check.whole_documents(stream, chunk_tokens=8, longest=64))
 
 
 # --- compare_tokenizers.py and extended_tokenizer.py ---

@@ -15,7 +15,7 @@ import torch
 
 import train
 from common.cli import UserError
-from tests.tiny import OPTIONS, fail, in_step, load_checkpoint, run, same_as
+from tests.tiny import OPTIONS, fail, failing_at, in_step, load_checkpoint, run, same_as
 from training.signals import StopSignal
 
 ROOT = Path(train.__file__).parent
@@ -100,19 +100,6 @@ def test_an_error_in_a_step_saves_the_state_before_it(data, tmp_path, straight, 
     assert load_checkpoint(folder / "text10.pt")["info"]["iter_num"] == 6
     assert run(data, folder, resume=True) == 0
     assert same_as(folder, straight) == []
-
-
-def failing_at(call: int, real):
-    """A function that raises at the given call, counted from here."""
-    calls = [0]
-
-    def function(*arguments, **settings):
-        calls[0] += 1
-        if calls[0] == call:
-            raise RuntimeError("a bug")
-        return real(*arguments, **settings)
-
-    return function
 
 
 @pytest.mark.parametrize("where", ["evaluation", "sample", "save"])

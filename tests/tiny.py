@@ -21,7 +21,7 @@ from training.signals import StopSignal
 sys.path.append(str(Path(train.__file__).parent / "testing_tools"))
 from crash_test import differences, write_dataset
 
-__all__ = ["OPTIONS", "differences", "in_step", "load_checkpoint", "losses", "prepare", "run", "same_as"]
+__all__ = ["OPTIONS", "differences", "load_checkpoint", "losses", "prepare", "run", "same_as"]
 
 OPTIONS = {
     "dataset": "text",
@@ -121,6 +121,19 @@ def fail(error: BaseException) -> Callable:
         raise error
 
     return action
+
+
+def failing_at(call: int, real: Callable) -> Callable:
+    """`real`, except that the given call of it, counted from here, raises a RuntimeError."""
+    calls = [0]
+
+    def function(*arguments, **settings):
+        calls[0] += 1
+        if calls[0] == call:
+            raise RuntimeError("a bug")
+        return real(*arguments, **settings)
+
+    return function
 
 
 def losses(path: Path) -> list[tuple]:

@@ -113,6 +113,8 @@ def join_job() -> Iterator[None]:
     if missing := [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]:
         raise UserError(f"WORLD_SIZE is set but {missing[0]} is not; start several processes with torchrun")
     store, rank, size = next(iter(dist.rendezvous("env://", timeout=PATIENCE)))
+    # After a restart torchrun's store still holds the addresses of the dead processes (PyTorch issue 135712).
+    store = dist.PrefixStore(f"restart {n_restarts()}", store)
     with_nccl = torch.cuda.is_available() and dist.is_nccl_available()
     backend = "cpu:gloo,cuda:nccl" if with_nccl else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=PATIENCE)
