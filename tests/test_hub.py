@@ -277,6 +277,23 @@ def test_a_branch_that_moved_is_another_input_and_a_pinned_revision_is_not_asked
     assert read_info(tmp_path / "out", "chat").input_digest == hub.commit
 
 
+def test_all_data_sets_in_one_go_and_what_is_missing_is_said(tmp_path):
+    served = {name: files for name, files in repositories().items() if name != "OpenRL/daily_dialog"}
+    command = [sys.executable, str(ROOT / "data" / "prepare-all.py"), "dailydialog", "story", "--limit", "20"]
+    with HubServer(served) as hub:
+        done = subprocess.run(
+            [*command, "--output_dir", str(tmp_path / "out")],
+            capture_output=True,
+            text=True,
+            stdin=subprocess.DEVNULL,
+            env=os.environ | hub.environment(tmp_path / "cache"),
+        )
+    assert done.returncode == 1
+    lines = done.stdout.strip().splitlines()
+    assert lines[-3:-1] == ["prepared: story", "missing: dailydialog"] and "prepare-dailydialog.py" in lines[-1]
+    assert read_info(tmp_path / "out", "story").splits["train"].documents == 20, "a failure does not stop the others"
+
+
 def test_check_sources_asks_for_every_file_and_names_the_missing_ones(tmp_path, run_scripts):
     def an_existing_name(pattern: str) -> str:
         return pattern.replace("*", "00000-of-00001")
