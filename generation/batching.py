@@ -5,8 +5,8 @@ engine.submit([Stream(Request(prompt, max_tokens=100), print)])
 while engine.step():
     ...
 
-The idea is that of "Orca" (Yu et al. 2022, section 3.1): the batch is chosen anew for each step. Prompts are prefilled in
-pieces between the steps ("Sarathi", Agrawal et al. 2023, section 4), so that running texts continue meanwhile.
+The batch is chosen anew for each step ("Orca", Yu et al. 2022, section 3.1). Between the steps prompts are prefilled in
+pieces ("Sarathi", Agrawal et al. 2023, section 4), so that running texts continue meanwhile.
 """
 
 from __future__ import annotations
@@ -27,7 +27,9 @@ from generation.stream import Stream, TokenLogprob
 from model import GPT
 
 PIECE_TOKENS = 128  # of a prompt per prefill pass; fixed, so that rounding does not depend on who else is served
-PREFILL_SHARE = 2.2  # time for prefilling between two decode steps, in decode steps: first tokens are soon, others go on
+PREFILL_SHARE = (
+    2.2  # time for prefilling between two decode steps, in decode steps: first tokens are soon, others go on
+)
 PREFILL_ALONE_S = 0.25  # the same while nothing is decoded
 
 

@@ -158,7 +158,4 @@ class Stream:
         n_begun = sum(start < self._n_released_bytes for start, _ in self._held_logprobs)
         begun, self._held_logprobs = self._held_logprobs[:n_begun], self._held_logprobs[n_begun:]
         prompt_logprobs, self.prompt_logprobs = tuple(self.prompt_logprobs), []
-        return Output(
-            piece, tuple(one for _, one in begun), prompt_logprobs, self.n_tokens, self.cached_tokens or 0
-        )
-
+        return Output(piece, tuple(one for _, one in begun), prompt_logprobs, self.n_tokens, self.cached_tokens or 0)

@@ -25,7 +25,8 @@ class Worker(threading.Thread):
     def run(self) -> None:
         while not self._is_stopping:
             self._wake.clear()
-            if not any([self._step(engine) for engine in list(self.engines)]):
+            are_busy = [self._step(engine) for engine in list(self.engines)]
+            if not any(are_busy):
                 self._wake.wait()
 
     def _step(self, engine: BatchEngine) -> bool:
