@@ -353,6 +353,7 @@ def main() -> None:
     engine = load_engine(options)
     console = Console("you" if options.chat else "prompt", delay=not options.no_delay)
     try:
+        session: PromptSession
         if options.chat:
             session = ChatSession(engine, options.max_tokens, console.notice, options.system)
         else:
