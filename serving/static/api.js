@@ -119,6 +119,7 @@ export async function* streamEvents(path, body, options) {
   const response = await request(path, body, options);
   const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
   let rest = "";
+  let complete = false;
   try {
     for (;;) {
       const { value, done } = await reader.read();
@@ -129,7 +130,8 @@ export async function* streamEvents(path, body, options) {
         if (line.startsWith(":")) yield null;
         if (!line.startsWith("data:")) continue;
         const data = line.slice(5).trim();
-        if (data === "[DONE]") return;
+        if (data === "[DONE]") complete = true;
+        if (complete) return;
         const event = JSON.parse(data);
         if (event.error) throw new ApiError(event.error.message, { advice: ADVICE[500], code: event.error.code });
         yield event;
@@ -139,7 +141,7 @@ export async function* streamEvents(path, body, options) {
     if (error.name === "AbortError" || error instanceof ApiError) throw error;
     // Everything else (a TypeError or a cut line) means that the connection ended in the middle.
   } finally {
-    reader.cancel().catch(() => {}); // tells the server that nobody reads any more
+    if (!complete) reader.cancel().catch(() => {}); // tells the server that nobody reads any more
   }
   throw new ApiError("The connection was lost before the reply was complete.", { advice: UNREACHABLE, code: "lost" });
 }

@@ -198,7 +198,11 @@ export class ChatPage {
   /** Make a reply, or the rest of one. A reply that is being made in the same chat is stopped first. */
   async #run(message, reply) {
     const { chat, model } = this;
-    if (!model) return;
+    if (!model) {
+      Object.assign(reply, { finish: "error", error: { message: "There is no model.", advice: "Start the server with a chat model and reload the page." } });
+      this.views.get(message.id).update(reply);
+      return;
+    }
     const previous = this.running.get(chat.id);
     previous?.controller.abort();
     const controller = new AbortController();
@@ -243,7 +247,7 @@ export class ChatPage {
     if (!usage || !size) return;
     const text = `${usage.total_tokens.toLocaleString("en")} of ${size.toLocaleString("en")} tokens`;
     byId("window-text").textContent = text;
-    Object.assign(byId("window-meter"), { max: size, high: 0.85 * size, value: usage.total_tokens, title: text });
+    Object.assign(byId("window-meter"), { max: size, low: 0.85 * size, high: 0.95 * size, value: usage.total_tokens, title: text });
   }
 
   /** Keep the end in view, unless the person has scrolled up to read. */

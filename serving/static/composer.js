@@ -9,7 +9,7 @@ export class Composer {
     this.sendButton = form.querySelector(".send");
     this.stopButton = form.querySelector(".stop");
     this.running = false;
-    this.enabled = true;
+    this.enabled = false; // until there is a model
     this.grow = growWithText(this.area);
     const send = () => {
       const text = this.area.value;

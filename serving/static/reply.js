@@ -38,12 +38,13 @@ export function showTokens(tokens) {
 
 const bytesOf = (token) => (token.bytes ? new Uint8Array(token.bytes) : encoder.encode(token.text));
 
-/** OpenAI's completions spell bytes that are no text as "bytes:\xe2\x80". */
+/** The tokens of a completion are strings, in which bytes that are no whole character are written as \xe2. */
 function parseToken(string) {
-  const escaped = /^bytes:((?:\\x[0-9a-f]{2})+)$/i.exec(string);
-  if (!escaped) return { text: string };
-  const bytes = escaped[1].slice(2).split("\\x").map((hex) => Number.parseInt(hex, 16));
-  return { text: "\ufffd", bytes };
+  const text = string.replace(/^bytes:/, "");
+  const parts = text.split(/\\x([89a-f][0-9a-f])/i); // every second part is a byte; none of ASCII is ever escaped
+  if (parts.length === 1) return { text: string };
+  const bytes = parts.flatMap((part, i) => (i % 2 === 1 ? Number.parseInt(part, 16) : [...encoder.encode(part)]));
+  return { text: new TextDecoder().decode(new Uint8Array(bytes)), bytes };
 }
 
 function chatToken({ id, token, bytes, logprob, top_logprobs: top }) {
@@ -56,9 +57,11 @@ function chatToken({ id, token, bytes, logprob, top_logprobs: top }) {
 
 function* completionTokens({ tokens, token_logprobs: logprobs, top_logprobs: tops, ids, top_ids: topIds }) {
   for (const [i, string] of tokens.entries()) {
+    // By probability, as ids in a list are: JavaScript moves keys like "7" of an object to its front.
+    const known = topIds?.[i] ?? {};
     const top = Object.entries(tops?.[i] ?? {})
-      .map(([name, logprob]) => ({ ...parseToken(name), id: topIds?.[i]?.[name], logprob }))
-      .sort((one, other) => other.logprob - one.logprob);
+      .sort(([, one], [, other]) => other - one)
+      .map(([name, logprob], rank) => ({ ...parseToken(name), id: Array.isArray(known) ? known[rank] : known[name], logprob }));
     yield { ...parseToken(string), id: ids?.[i], logprob: logprobs[i], top };
   }
 }

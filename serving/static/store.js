@@ -133,6 +133,7 @@ const importedReply = (text) => ({ ...newReply("imported", { text }), finish: "s
 /** Keep the conversations of a JSONL file. Returns how many were read, skipped, and found no room. */
 export function importChats(text) {
   const counts = { read: 0, skipped: 0, noRoom: 0 };
+  const now = Date.now();
   const lines = text.split("\n").filter((line) => line.trim() !== "");
   for (const [i, line] of lines.entries()) {
     let chat;
@@ -142,7 +143,7 @@ export function importChats(text) {
       counts.skipped += 1;
       continue;
     }
-    chat.updated = Date.now() - i; // the file's order, its first line on top
+    chat.updated = now - i; // the file's order, its first line on top
     if (saveChat(chat)) counts.read += 1;
     else counts.noRoom += 1;
   }
