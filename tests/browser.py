@@ -111,7 +111,7 @@ UNNAMED = """() => {
     return node.getAttribute("aria-label") || (by && document.getElementById(by)?.textContent)
       || [...(node.labels ?? [])].some((label) => label.textContent.trim()) || (node.tagName !== "SELECT" && node.textContent.trim());
   };
-  const controls = "button, a[href], input, select, textarea, meter, [role=button], [role=group], [role=dialog], dialog, summary, nav, aside, section, [role=log]";
+  const controls = "button, a[href], input, select, textarea, meter, [role=button], [role=group], [role=dialog], dialog[open], summary, nav, aside, section, [role=log]";
   const unnamed = [...document.querySelectorAll(controls)].filter((node) => !named(node)).map((node) => node.outerHTML.slice(0, 80));
   const ids = [...document.querySelectorAll("[id]")].map((node) => node.id);
   return unnamed.concat(ids.filter((id, i) => ids.indexOf(id) !== i));

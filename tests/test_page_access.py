@@ -124,8 +124,10 @@ def test_names_contrast_and_width(visit, scheme, viewport):  # noqa: F811
             button(page, "Open the list of chats").click()
             page.wait_for_timeout(300)  # it slides
             check("list of chats")
+            assert page.evaluate("document.activeElement.id") == "new-chat"
             page.keyboard.press("Escape")
-            assert not button(page, "New chat").is_visible()
+            button(page, "New chat").wait_for(state="hidden")
+            assert page.evaluate("document.activeElement.id") == "open-sidebar"
         for name, label in (("Compare", "Message to both models"), ("Complete", "Text to continue")):
             page.get_by_role("link", name=name).click()
             page.get_by_label(label).fill("Hi")
