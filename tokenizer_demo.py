@@ -1,9 +1,9 @@
-"""What the extended tokenizer does, shown step by step; no model and no data set are needed.
+"""Show step by step what the extended tokenizer does; needs no model and no data set.
 
     python tokenizer_demo.py
     python tokenizer_demo.py --text "Any text of your own."
 
-Expect five short sections: text as numbered pieces, control tokens, a chat, a forgery that fails, the saving.
+Prints five short sections: text as numbered pieces, control tokens, a chat, a forgery that fails, and the saving.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class DemoOptions:
 
 
 def show_pieces(ids: list[int]) -> str:
-    """The pieces of text that ids stand for, one after another: on colours, or in brackets where there are none.
+    """The pieces of text that ids stand for: on coloured backgrounds, or in brackets without colours.
 
     >>> show_pieces([7454, 2402])
     '[Once][ upon]'
@@ -65,7 +65,7 @@ def show_pieces(ids: list[int]) -> str:
     pieces = [token_text(token) for token in ids]
     if not shows_colour():
         return "".join(f"[{piece}]" for piece in pieces)
-    backgrounds = (44, 45)  # blue and magenta in turn; control tokens on green
+    backgrounds = (44, 45)  # blue and magenta alternate; control tokens are green
     return "".join(
         f"\x1b[97;{42 if token in SPECIAL_TOKENS.values() else backgrounds[n % 2]}m{piece}\x1b[0m"
         for n, (token, piece) in enumerate(zip(ids, pieces, strict=True))
@@ -73,7 +73,7 @@ def show_pieces(ids: list[int]) -> str:
 
 
 def show_ids(ids: list[int]) -> str:
-    """Ids on one line, the middle ones left out where there are many."""
+    """Ids on one line; if there are many, the middle ones are left out."""
     words = [str(token) for token in ids]
     return " ".join(words if len(words) <= 24 else [*words[:16], "...", *words[-7:]])
 
@@ -83,16 +83,16 @@ def title(text: str) -> None:
 
 
 def show_text(text: str) -> None:
-    title("1. A model reads numbers: text is cut into pieces, and each piece has an id")
+    title("1. A model reads numbers: text is split into pieces, and each piece has an id")
     ids = encode_text(text)
     print(f"{show_pieces(ids)}\n{show_ids(ids)}")
-    print(f"{len(text)} characters are {len(ids)} tokens. Frequent words are one piece, with the space before them;")
-    print("rare ones are several, and a rare character may be several bytes, shown as \\xNN. Nothing is lost:")
+    print(f"{len(text)} characters are {len(ids)} tokens. A frequent word is one piece, with the space before it.")
+    print("A rare word is several pieces, and a rare character several bytes, shown as \\xNN. Nothing is lost:")
     print(f"Decoded again: {get_extended_tokenizer().decode(ids)}")
 
 
 def show_control_tokens() -> None:
-    title("2. Control tokens mark who speaks: each one is a single id")
+    title("2. Control tokens mark who speaks: each is a single id")
     base = get_base_tokenizer()
     print("                 extended tokenizer   GPT-2's own tokenizer")
     for spelling, token in SPECIAL_TOKENS.items():
@@ -100,17 +100,17 @@ def show_control_tokens() -> None:
         print(
             f"{spelling:<16} {token:<20} {show_ids(pieces)}   {show_pieces(pieces) if len(pieces) > 1 else ''}".rstrip()
         )
-    print("GPT-2 knows <|endoftext|>; the two that open and close a message are new here.")
+    print("GPT-2 knows <|endoftext|>. The two that open and close a message are new.")
 
 
 def show_chat() -> None:
-    title("3. A chat is messages between control tokens (the ChatML layout)")
+    title("3. A chat is a list of messages between control tokens (the ChatML layout)")
     messages = EXAMPLES["a short greeting"][:1]
     print("Messages:", messages)
-    print(f"As text, with the opening of the answer that the model is to write:\n{show_chatml(messages)}")
+    print(f"As text, with the start of the answer that the model will write:\n{show_chatml(messages)}")
     ids = encode_chat(messages, add_generation_prompt=True)
     print(f"As pieces: {show_pieces(ids)}\nAs ids:    {show_ids(ids)}")
-    print("The model continues from there, and <|im_end|> (50258) says that its answer is complete.")
+    print("The model continues from there. With <|im_end|> (50258) it ends its answer.")
 
 
 def show_chatml(messages: list[dict]) -> str:
@@ -122,18 +122,19 @@ def show_forgery() -> None:
     typed = "Hi<|im_end|>"
     ids = encode_chat([{"role": "user", "content": typed}])
     print(f"A user types: {typed}\nAs pieces: {show_pieces(ids)}\nAs ids:    {show_ids(ids)}")
-    print(f"The typed one is ordinary text; the message ends once, at the real one: {ids.count(50258)} id 50258.")
+    n_ends = ids.count(SPECIAL_TOKENS["<|im_end|>"])
+    print(f"What the user typed is ordinary text. The real <|im_end|>, id 50258, occurs {n_ends} time, at the end.")
 
 
 def show_saving() -> None:
-    title("5. What single ids save, measured on three conversations")
+    title("5. How many tokens that saves, measured on three conversations")
     print(f"{'':<32} {'GPT-2':>6} {'extended':>9} {'saving':>7}")
     for name, messages in EXAMPLES.items():
         n_base = len(get_base_tokenizer().encode_ordinary(render_chat(messages)))
         n_extended = len(encode_chat(messages))
         print(f"{name:<32} {n_base:>6} {n_extended:>9} {1 - n_extended / n_base:>7.0%}")
-    print("Every message saves about the same number of tokens, so short messages save the larger share.")
-    print("On a data set of your own: python testing_tools/compare_tokenizers.py --input FILE.jsonl")
+    print("Every message saves about the same number of tokens, so short messages save a larger fraction.")
+    print("For your own data: python testing_tools/compare_tokenizers.py --input FILE.jsonl")
 
 
 def main() -> None:

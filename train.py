@@ -211,8 +211,9 @@ def loop(training: Training, model: torch.nn.Module, stop: StopSignal) -> int:
             clock.restart(run.iter_num)
         elif run.record:
             run.write_record()
-        if is_last or parallel.any_process(stop.number > 0):  # all processes stop, whichever got the signal
-            return int(parallel.reduce("max", stop.number)[0])
+        stopped_by = int(parallel.reduce("max", stop.number)[0])  # all processes stop, whichever got the signal
+        if is_last or stopped_by:
+            return stopped_by
 
         # Forward and backward over the iteration's rows. Batches are made ahead of time, in a thread.
         ids, targets = batches.next()

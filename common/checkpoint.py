@@ -24,6 +24,7 @@ import struct
 import warnings
 from collections.abc import Collection, Mapping
 from pathlib import Path
+from typing import IO, cast
 
 import torch
 from torch import Tensor
@@ -56,7 +57,7 @@ def save_checkpoint(
     with atomic_write(path) as file:
         writer = _RememberError(file)
         try:
-            torch.save({"format": FORMAT, **parts, "digests": digests}, writer)
+            torch.save({"format": FORMAT, **parts, "digests": digests}, cast(IO[bytes], writer))
         except RuntimeError:  # torch hides the error of the file system
             if writer.error:
                 raise writer.error from None
@@ -251,7 +252,7 @@ def random_states(device: str) -> dict:
     import numpy as np
 
     version, words, gauss = random.getstate()
-    name, keys, position, has_gauss, cached = np.random.get_state()
+    name, keys, position, has_gauss, cached = cast(tuple, np.random.get_state())
     states = {
         "python": [version, list(words), gauss],
         "numpy": [name, keys.tolist(), int(position), int(has_gauss), float(cached)],

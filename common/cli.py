@@ -281,7 +281,7 @@ def _argparse_settings(field: dataclasses.Field, spec: Option, kind: Any) -> dic
         return settings
     settings.setdefault("type", _word_parser(kind))
     if spec.choices and spec.positional:  # choices are checked by `_check_values`, as values from code are
-        settings["help"] += f": {_alternatives(spec.choices)}"
+        settings["help"] += f": {alternatives(spec.choices)}"
     elif settings["metavar"] is None and spec.choices:
         settings["metavar"] = f"{{{','.join(map(str, spec.choices))}}}"
     elif settings["metavar"] is None and not spec.positional:
@@ -310,9 +310,9 @@ def _check_values(cls: type, values: dict[str, Any]) -> None:
         shown_name = name if spec.positional else f"--{name}"
         for item in value if isinstance(value, tuple) else (value,):
             if spec.choices and item is not None and item not in spec.choices:
-                raise ValueError(f"{shown_name} must be {_alternatives(spec.choices)}, not {item!r}")
+                raise ValueError(f"{shown_name} must be {alternatives(spec.choices)}, not {item!r}")
             if spec.bounds and _is_number(item) and not _is_within(item, spec.bounds):
-                raise ValueError(f"{shown_name} must be {_range_in_words(spec.bounds, item)}, not {item}")
+                raise ValueError(f"{shown_name} must be {range_in_words(spec.bounds, item)}, not {item}")
 
 
 def _is_number(value: Any) -> bool:
@@ -329,12 +329,23 @@ def _is_within(value: float, bounds: dict[str, float]) -> bool:
     return all(tests.values()) and math.isfinite(value)  # NaN fails every comparison
 
 
-def _range_in_words(bounds: dict[str, float], value: float) -> str:
-    words = [f"{name.replace('_', ' ')} {bound}" for name, bound in bounds.items()]
+def range_in_words(bounds: dict[str, float], value: float = 0) -> str:
+    """The bounds of an option in words; for an infinite `value` also that it must be finite."""
+    words = [f"{name.replace('_', ' ')} {_bound_in_words(bound)}" for name, bound in bounds.items()]
     return " and ".join([*words, *(["finite"] if math.isinf(value) else [])])
 
 
-def _alternatives(choices: Sequence[Any]) -> str:
+def _bound_in_words(bound: float) -> str:
+    is_power = isinstance(bound, int) and bound >= 2**31 and bound.bit_count() == 1
+    return f"2**{int(bound).bit_length() - 1}" if is_power else str(bound)
+
+
+def alternatives(choices: Sequence[Any]) -> str:
+    """The choices as part of a sentence.
+
+    >>> alternatives(["ddp", "fsdp"])
+    'ddp or fsdp'
+    """
     *first, last = map(str, choices)
     return f"{', '.join(first)} or {last}" if first else last
 

@@ -1,4 +1,4 @@
-"""Cleaning passes: pure functions from text to text, which the prepare scripts give to `corpus.prepare`.
+"""Cleaning passes: pure functions from text to text, which the prepare scripts pass to `pipeline.prepare`.
 
 >>> fix_mojibake("Itâ€™s late")
 'It’s late'
@@ -25,7 +25,7 @@ class EachMessage:
     text_pass: Callable[[str], str]
 
     @property
-    def __name__(self) -> str:  # the name under which the report counts what the pass changed
+    def __name__(self) -> str:  # the name under which the report counts the changed documents
         return self.text_pass.__name__
 
     def __call__(self, messages: list[dict]) -> list[dict]:
@@ -33,7 +33,7 @@ class EachMessage:
 
 
 def normalise(text: str) -> str:
-    """Unicode NFC, line ends as line feeds, no byte order mark, nothing blank at either end."""
+    """Unicode NFC, line ends as line feeds, no byte order mark, no white space at either end."""
     if "\r" in text:
         text = text.replace("\r\n", "\n").replace("\r", "\n")
     if not text.isascii():
@@ -43,32 +43,32 @@ def normalise(text: str) -> str:
 
 # --- mojibake: UTF-8 that was decoded as Windows-1252 ---
 
-# What Windows-1252 shows for the bytes 0x80 to 0xBF, which continue a character in UTF-8.
+# The characters that Windows-1252 shows for the bytes 0x80 to 0xBF, which continue a character in UTF-8.
 _CONTINUATIONS = "".join(bytes([byte]).decode("cp1252", "ignore") or chr(byte) for byte in range(0x80, 0xC0))
 _PUNCTUATION = re.compile(f"â€([{re.escape(_CONTINUATIONS)}]?)")
-# A lead byte's letter before a continuation; the same quotes read as Windows-1251 and as Mac Roman.
+# The letter of a lead byte before a continuation; the same quotes decoded as Windows-1251 and as Mac Roman.
 _SUSPICIOUS = re.compile(f"[Â-ô][{re.escape(_CONTINUATIONS)}]|вЂ|‚Ä")
 
 
 def fix_mojibake(text: str) -> str:
-    """Repair text that was decoded with the wrong encoding; correct text beside it stays.
+    """Repair text that was decoded with the wrong encoding; correct text around it is unchanged.
 
-    TinyStories' closing quotation mark `â€` lost its third character (0x9D is none in Windows-1252), and ftfy takes
-    the space behind it for that character; so the `â€` family is mended here, and the rest by ftfy.
+    TinyStories' closing quotation mark `â€` lost its third character (0x9D is undefined in Windows-1252), and ftfy
+    takes the space after it for that character; so the `â€` family is fixed here, and the rest by ftfy.
     """
     if text.isascii() or not _SUSPICIOUS.search(text):
         return text
-    text = _PUNCTUATION.sub(_mend_punctuation, text)
+    text = _PUNCTUATION.sub(_fix_punctuation, text)
     if not _SUSPICIOUS.search(text):
         return text
     import ftfy
 
     return "\n".join(
         ftfy.fix_encoding(line) if _SUSPICIOUS.search(line) else line for line in text.split("\n")
-    )  # ftfy guesses one encoding a call
+    )  # ftfy guesses one encoding per call
 
 
-def _mend_punctuation(match: re.Match) -> str:
+def _fix_punctuation(match: re.Match) -> str:
     third = match[1]
     if not third:
         return "”"
@@ -76,7 +76,7 @@ def _mend_punctuation(match: re.Match) -> str:
     return (b"\xe2\x80" + byte).decode()
 
 
-# --- DailyDialog: tokens with spaces between them, as a reader would write them ---
+# --- DailyDialog: spaces between all words and punctuation marks ---
 
 _CHARACTERS = str.maketrans({**dict.fromkeys("’‘`´′", "'"), "。": " . ", "、": " , ", "\x7f": None, "\u3000": " "})
 
@@ -135,7 +135,7 @@ _PUNCTUATION_STEPS = [
 
 
 def undo_spacing(text: str) -> str:
-    """A DailyDialog turn as a reader would write it: spaces undone, apostrophes straight, quotations kept.
+    """A DailyDialog turn in normal spacing, with straight apostrophes; quotation marks are kept.
 
     >>> undo_spacing("He said , “ I don ’ t know Mr . Li . ”")
     "He said, “I don't know Mr. Li.”"
@@ -151,7 +151,7 @@ def undo_spacing(text: str) -> str:
 
 
 def _join_initials(chain: str) -> str:
-    """`U . S .` as `U.S.`; a last I or A that ends no abbreviation starts the next sentence."""
+    """`U . S .` as `U.S.`; a last I or A that is not part of an abbreviation starts the next sentence."""
     sentence = re.fullmatch(r"(.*) \. ([IA])", chain)
     if sentence and (chain.count(".") == 1 or sentence[2] == "I"):
         return f"{sentence[1].replace(' ', '')}. {sentence[2]}"
@@ -164,7 +164,7 @@ _NOT_PLURAL = re.compile(r"\b(?:says|is|was|as|this|does|means|goes|sings|needs|
 
 
 def _attach_quotes(text: str, mark: re.Pattern, opens: Callable[[str, str, str, int], bool]) -> str:
-    """The text with each opening mark attached to what follows it and each closing one to what stands before."""
+    """The text with each opening mark attached to the following word, and each closing mark to the previous one."""
     marks = list(mark.finditer(text))
     if not marks:
         return text

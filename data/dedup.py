@@ -1,27 +1,29 @@
-"""Repeats: documents seen before, documents nearly seen before, and the text that validation shares with train.
+"""Find exact duplicates, near duplicates, and text that train and validation share.
 
-A document is compared by the n-grams of its token ids. Near duplicates are found as in FineWeb (Penedo et al. 2024,
-section 3.4): MinHash signatures of 5-grams, cut into bands; documents with an equal band are taken for near
-duplicates. With 16 bands of 8 values that happens to 24, 61, 95 and 100 in 100 pairs that share 60, 70, 80 and 90 %
+Documents are compared by the n-grams of their token ids. Near duplicates are found as in FineWeb (Penedo et al. 2024,
+section 3.4): MinHash signatures of 5-grams are cut into bands, and documents with an equal band count as near
+duplicates. With 16 bands of 8 values, that is so for 24, 61, 95 and 100 % of the pairs that share 60, 70, 80 and 90 %
 of their 5-grams.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 
 import numpy as np
 
 from common.cli import UserError
 from common.ngrams import hash_ngrams, mixed
-from setup_tokenizer import ASSISTANT_IDS
+from data.writing import Encoded
+from setup_tokenizer import ENDOFTEXT_ID, IM_END_ID, message_spans
 
 NEAR_NGRAM = 5
 BANDS = 16
-ROWS = 8  # values a band
+ROWS = 8  # values per band
 MINHASH_SEED = 1
 SHARED_NGRAM = 13
-MOST_SHARED_NGRAMS = 16 << 20  # of validation, kept in memory: 128 MB, and 64 MB for the filter before them
+MAX_SHARED_NGRAMS = 16 << 20  # of validation in memory: 128 MB, plus 64 MB for the filter in front of them
 FILTER_BITS = 26
 
 Batches = Iterable[tuple[np.ndarray, np.ndarray]]
@@ -31,9 +33,9 @@ Batches = Iterable[tuple[np.ndarray, np.ndarray]]
 
 
 class DigestSet:
-    """A set of digests of `words` uint64 each, filled a batch at a time: an open-addressing table.
+    """A set of digests of `words` uint64 each, filled in batches: an open-addressing hash table.
 
-    A digest's first word is not 0. A Python set of 16-byte digests takes about 120 bytes for each; this one 21 to 43.
+    The first word of a digest must not be 0. A Python set takes about 120 bytes per 16-byte digest, this one 21 to 43.
     """
 
     def __init__(self, words: int = 2):
@@ -44,7 +46,7 @@ class DigestSet:
         return self._size
 
     def add(self, digests: np.ndarray) -> np.ndarray:
-        """Add digests, (n, words) uint64, and return for each whether it was new: (n,) bool, one True among equals."""
+        """Add digests, (n, words) uint64; returns which were new, (n,) bool: of equal ones only the first."""
         while self._size + len(digests) > 0.75 * len(self._table):
             self._grow()
         new = np.zeros(len(digests), dtype=bool)
@@ -53,7 +55,7 @@ class DigestSet:
             slots = self._find(digests[pending])
             empty = self._table[slots, 0] == 0
             pending, slots = pending[empty], slots[empty]
-            taken, first = np.unique(slots, return_index=True)  # where several want a slot, the first gets it
+            taken, first = np.unique(slots, return_index=True)  # if several digests want a slot, the first gets it
             self._table[taken] = digests[pending[first]]
             new[pending[first]] = True
             pending = np.delete(pending, first)
@@ -61,11 +63,11 @@ class DigestSet:
         return new
 
     def contains(self, digests: np.ndarray) -> np.ndarray:
-        """For each digest, (n, words) uint64, whether it is in the set: (n,) bool."""
+        """Which of the digests, (n, words) uint64, are in the set: (n,) bool."""
         return self._table[self._find(digests), 0] != 0
 
     def _find(self, digests: np.ndarray) -> np.ndarray:
-        """The slot of each digest, or the empty one where it would go."""
+        """The slot of each digest, or the empty slot where it would go."""
         mask = np.uint64(len(self._table) - 1)
         slots = (digests[:, -1] & mask).astype(np.intp)
         searching = np.arange(len(digests))
@@ -85,53 +87,81 @@ class DigestSet:
             self.add(part[part[:, 0] != 0])
 
 
+class Repeats:
+    """Finds the documents that were not seen before, and counts the others by reason."""
+
+    def __init__(self, counts: Counter, near_dedup: bool):
+        self._counts = counts
+        self._near = NearDuplicates() if near_dedup else None
+        self._seen = DigestSet()
+        self._in_val: DigestSet | None = None
+
+    def begin_train(self) -> None:
+        """Everything seen so far is the validation split; the rest is train."""
+        self._seen, self._in_val = DigestSet(), self._seen
+
+    def find_new(self, batch: Encoded) -> np.ndarray:
+        """Which of the batch's documents are new: (documents,) bool."""
+        new = self._seen.add(batch.digests)
+        self._counts["duplicates"] += int((~new).sum())
+        if self._in_val is not None:
+            shared = new & self._in_val.contains(batch.digests)
+            self._counts["train documents also in validation"] += int(shared.sum())
+            new &= ~shared
+        if self._near is not None and batch.band_keys is not None:
+            is_near = self._near.find(batch.band_keys, new)
+            self._counts["near duplicates"] += int(is_near.sum())
+            new &= ~is_near
+        return new
+
+
 # --- n-grams of token ids ---
 
 
-def ngram_hashes(ids: np.ndarray, n_tokens: np.ndarray, n: int, control_ids: tuple[int, int, int]):
-    """Hashes of the n-grams within documents' text: (hashes uint64, index of the document of each).
+def ngram_hashes(ids: np.ndarray, n_tokens: np.ndarray, n: int) -> tuple[np.ndarray, np.ndarray]:
+    """Hashes of the n-grams within documents' text: (hashes in uint64, index of each one's document).
 
-    `ids` are those of the documents one after another, `n_tokens` how many each has, `control_ids` those of
-    <|endoftext|>, <|im_start|> and <|im_end|>. An n-gram crosses neither documents nor messages, nor holds a role.
+    `ids` are those of the documents one after another, `n_tokens` the number of each. An n-gram crosses neither
+    documents nor messages, and contains no role.
     """
     if len(ids) < n:
         return np.zeros(0, dtype=np.uint64), np.zeros(0, dtype=np.int64)
     hashes = hash_ngrams(ids, n)
-    barriers = np.concatenate([[0], np.cumsum(_is_control(ids, control_ids), dtype=np.int64)])
+    barriers = np.concatenate([[0], np.cumsum(~_is_text(ids), dtype=np.int64)])
     inside = np.flatnonzero(barriers[n:] == barriers[: len(hashes)])
     return mixed(hashes[inside]), np.repeat(np.arange(len(n_tokens)), n_tokens)[inside]
 
 
-def _is_control(ids: np.ndarray, control_ids: tuple[int, int, int]) -> np.ndarray:
-    """Where control tokens stand, the role and line feed behind <|im_start|>, the line feed behind <|im_end|>."""
-    is_control = np.isin(ids, np.array(control_ids, dtype=ids.dtype))
-    _, im_start, im_end = control_ids
-    is_control[np.flatnonzero(ids == im_end) + 1] = True
-    starts = np.flatnonzero(ids == im_start)
-    is_control[starts + 1] = is_control[starts + 2] = True  # a role has one token and "assistant" two
-    is_control[starts[ids[starts + 1] == ASSISTANT_IDS[0]] + 3] = True
-    return is_control
+def _is_text(ids: np.ndarray) -> np.ndarray:
+    """Which ids of whole documents are text, rather than control tokens, roles or the line ends after these."""
+    messages = message_spans(ids)
+    is_text = ids < ENDOFTEXT_ID
+    is_text[np.flatnonzero(ids == IM_END_ID) + 1] = False
+    for offset in (1, 2, 3):  # the role and its line end are two or three ids
+        in_header = messages.start + offset < messages.content
+        is_text[messages.start[in_header] + offset] = False
+    return is_text
 
 
 # --- near duplicates ---
 
 
 def require_minhash() -> None:
-    """Raise UserError unless the package that makes MinHash signatures is installed."""
+    """Raise UserError unless the package that computes MinHash signatures is installed."""
     try:
         import rensa  # noqa: F401
     except ImportError as error:
         raise UserError("--near_dedup needs the package rensa; run: pip install rensa==0.5.0") from error
 
 
-def band_keys(ids: np.ndarray, n_tokens: np.ndarray, control_ids: tuple[int, int, int]) -> np.ndarray:
+def band_keys(ids: np.ndarray, n_tokens: np.ndarray) -> np.ndarray:
     """Each document's MinHash signature as the hashes of its bands: (documents, BANDS) uint64.
 
-    A document without a 5-gram has zeros.
+    `ids` and `n_tokens` are as for `ngram_hashes`. A document without a 5-gram has zeros.
     """
     import rensa
 
-    hashes, document = ngram_hashes(ids, n_tokens, NEAR_NGRAM, control_ids)
+    hashes, document = ngram_hashes(ids, n_tokens, NEAR_NGRAM)
     counts = np.bincount(document, minlength=len(n_tokens))
     row_offsets = np.concatenate([[0], np.cumsum(counts)]).tolist()
     digests = rensa.RMinHash.digest_matrix_from_flat_token_hashes(hashes, row_offsets, BANDS * ROWS, MINHASH_SEED)
@@ -143,15 +173,16 @@ def band_keys(ids: np.ndarray, n_tokens: np.ndarray, control_ids: tuple[int, int
 
 
 class NearDuplicates:
-    """The bands of every document kept so far: 170 to 340 bytes of memory a document."""
+    """The bands of every document kept so far: 170 to 340 bytes of memory per document."""
 
     def __init__(self):
         self._seen = DigestSet(words=1)
 
     def find(self, keys: np.ndarray, candidates: np.ndarray) -> np.ndarray:
-        """Which candidates, (documents,) bool, share a band with a document kept before, in this batch or earlier.
+        """Which candidates share a band with a document kept earlier, in this batch or a previous one.
 
-        `keys`, (documents, BANDS), come from `band_keys`. The candidates that are not found are kept from now on.
+        `keys`, (documents, BANDS), come from `band_keys`; `candidates` and the result are (documents,) bool. The
+        candidates that are not near duplicates are kept.
         """
         is_near = self._seen.contains(keys.reshape(-1, 1)).reshape(keys.shape).any(axis=1) & candidates
         in_batch: set[int] = set()
@@ -165,27 +196,27 @@ class NearDuplicates:
         return is_near
 
 
-# --- what validation shares with train ---
+# --- text that train and validation share ---
 
 
-def shared_ngrams(train: Batches, val: Batches, control_ids: tuple[int, int, int]) -> dict[str, int]:
-    """Counts of the 13-grams of token ids that validation shares with train, and of the documents that hold them.
+def shared_ngrams(train: Batches, val: Batches, max_ngrams: int = MAX_SHARED_NGRAMS) -> dict[str, int]:
+    """Counts of the 13-grams of token ids that validation shares with train, and of the documents that contain them.
 
-    `train` and `val` are batches of (ids, tokens of each document). 13 words in a row are what GPT-3's authors took
-    for a repeat (Brown et al. 2020, appendix C); 13 tokens are about ten words. Of a large validation split the first
-    MOST_SHARED_NGRAMS are looked at. Memory stays under half a GB.
+    `train` and `val` are batches of (ids, number of tokens of each document). GPT-3's authors counted 13 words in a row
+    as a repeat (Brown et al. 2020, appendix C); 13 tokens are about ten words. Of a large validation split only the
+    first `max_ngrams` are compared, so that memory stays below half a gigabyte.
     """
-    known = _distinct_ngrams(val, control_ids)
-    in_filter = np.zeros(1 << FILTER_BITS, dtype=bool)  # spares most 13-grams of train the search
+    known = _distinct_ngrams(val, max_ngrams)
+    in_filter = np.zeros(1 << FILTER_BITS, dtype=bool)  # spares most 13-grams of train the binary search
     in_filter[known >> np.uint64(64 - FILTER_BITS)] = True
     in_train = np.zeros(len(known), dtype=bool)
     n_some = n_half = 0
     for ids, n_tokens in train:
-        hashes, document = ngram_hashes(ids, n_tokens, SHARED_NGRAM, control_ids)
+        hashes, document = ngram_hashes(ids, n_tokens, SHARED_NGRAM)
         maybe = np.flatnonzero(in_filter[hashes >> np.uint64(64 - FILTER_BITS)])
-        place = np.minimum(np.searchsorted(known, hashes[maybe]), max(len(known) - 1, 0))
-        is_shared = known[place] == hashes[maybe]
-        in_train[place[is_shared]] = True
+        index = np.minimum(np.searchsorted(known, hashes[maybe]), max(len(known) - 1, 0))
+        is_shared = known[index] == hashes[maybe]
+        in_train[index[is_shared]] = True
         n_shared = np.bincount(document[maybe[is_shared]], minlength=len(n_tokens))
         n_all = np.bincount(document, minlength=len(n_tokens))
         n_some += int((n_shared > 0).sum())
@@ -198,13 +229,14 @@ def shared_ngrams(train: Batches, val: Batches, control_ids: tuple[int, int, int
     }
 
 
-def _distinct_ngrams(batches: Batches, control_ids: tuple[int, int, int]) -> np.ndarray:
-    """The distinct 13-grams' hashes, sorted, of the first MOST_SHARED_NGRAMS."""
-    parts, count = [], 0
+def _distinct_ngrams(batches: Batches, max_ngrams: int) -> np.ndarray:
+    """The hashes of the first `max_ngrams` distinct 13-grams, sorted."""
+    parts: list[np.ndarray] = []
+    count = 0
     for ids, n_tokens in batches:
-        part = np.unique(ngram_hashes(ids, n_tokens, SHARED_NGRAM, control_ids)[0])
-        parts.append(part[: MOST_SHARED_NGRAMS - count])
+        part = np.unique(ngram_hashes(ids, n_tokens, SHARED_NGRAM)[0])
+        parts.append(part[: max_ngrams - count])
         count += len(parts[-1])
-        if count == MOST_SHARED_NGRAMS:
+        if count == max_ngrams:
             break
     return np.unique(np.concatenate(parts)) if parts else np.zeros(0, dtype=np.uint64)

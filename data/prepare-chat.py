@@ -1,36 +1,47 @@
-"""Prepare conversations of people with an assistant, from the hub or from files of your own.
+"""Prepare conversations of people with an assistant, from the hub or from your own files.
 
     python data/prepare-chat.py
-    python data/prepare-chat.py --source everyday
+
+prints:
+
+    chat: HuggingFaceTB/smol-smoltalk
+    licence: Apache-2.0
+    train: about 460,000 documents, 400 million tokens in chat-train.bin
+    val: about 24,000 documents, 20 million tokens in chat-val.bin
+
+Streams smol-smoltalk; try --limit 20000 first. The other sources are smaller: everyday (2,000 short conversations),
+oasst1 (answers by people, rated by people; the best-ranked ones are used), dolly (15,000 instructions). Local files may
+be JSON, JSONL or parquet with `messages`, ShareGPT's `conversations`, Alpaca's or Dolly's instructions, or OASST's
+messages and trees:
+
     python data/prepare-chat.py --input my-chat.jsonl
 
-Streams smol-smoltalk (Apache-2.0; 460,000 conversations, about 400 million tokens; try --limit 20000 first) and
-writes data/chat-train.bin, chat-val.bin, their messages as .jsonl and chat.json. The other sources are smaller:
-everyday (2,000 short talks), oasst1 (people rating people's answers; its best-ranked answers), dolly (15,000
-instructions). Local files may be JSON, JSONL or parquet with `messages`, ShareGPT's `conversations`, Alpaca's or
-Dolly's instructions, or OASST's messages and trees. Then: python train.py --dataset chat
+Then run: python train.py --dataset chat
 """
 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the project's own modules, from any working directory
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that the project's modules are found anywhere
 
 from common.cli import UserError, option, parse_options, run_script
 from data.cleaning import CHAT_PASSES
-from data.corpus import Dataset, PrepareOptions, prepare
-from data.sources import RECORD_SUFFIXES, conversations, hub_commit, input_files, read_records, stream_hub
+from data.layouts.chat import conversations
+from data.pipeline import Corpus, Dataset, PrepareOptions, prepare
+from data.readers.files import RECORD_SUFFIXES, input_files
+from data.readers.hub import hub_commit, stream_hub
+from data.readers.records import read_records
+from data.splitting import split_by_opening
 
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """A data set of the hub: its repository, the splits to take, the files that hold them, its licence."""
+    """A data set of the hub: its repository, the splits to use, the files that contain them, its licence."""
 
     repository: str
     train: str
@@ -65,41 +76,25 @@ SOURCES = {
 class ChatOptions(PrepareOptions):
     source: str | None = option(
         None,
-        "data set of the hub (default: smol-smoltalk); with --input: where the files come from",
+        "data set of the hub (default: smol-smoltalk); with --input: the one that the files come from",
         choices=tuple(SOURCES),
+        group="data",
     )
-    all_paths: bool = option(False, "OASST: every path of each tree instead of the best-ranked one")
-    language: str = option("en", "OASST: keep only the trees in this language; 'all' keeps every one")
-    licence: str | None = option(None, "licence kept with the data set (default: the source's)")
+    all_paths: bool = option(False, "OASST: use every path of each tree instead of the best-ranked one", group="data")
+    language: str = option("en", "OASST: use only the trees in this language, or 'all'", metavar="CODE", group="data")
+    licence: str | None = option(
+        None, "licence recorded with the data set (default: the source's)", metavar="TEXT", group="data"
+    )
 
 
 def main() -> None:
     options = parse_options(ChatOptions, __doc__)
-    skipped, commit = Counter(), None
-    if options.input:
-        files = input_files(options.input, RECORD_SUFFIXES)
-        train, val = local_conversations(files, options, skipped), None
-        if options.all_paths:
-            train, val = divide_by_opening(train, options.val_fraction, options.seed)
-    else:
-        files, source = [], SOURCES[options.source or "smol-smoltalk"]
-        commit = hub_commit(source.repository)
-        train = hub_conversations(source, source.train, commit, options, skipped)
-        val = hub_conversations(source, source.val, commit, options, skipped) if source.val else None
-    prepare(
-        describe(options, files),
-        options,
-        train,
-        val,
-        CHAT_PASSES,
-        inputs=files,
-        skipped=skipped,
-        input_digest=commit,
-    )
+    corpus = local_corpus(options) if options.input else hub_corpus(options)
+    prepare(describe(options, corpus.files), options, corpus, CHAT_PASSES)
 
 
-def describe(options: ChatOptions, files: list[Path]) -> Dataset:
-    """What the data set is; of local files the names, and the licence as far as it is stated."""
+def describe(options: ChatOptions, files: Sequence[Path]) -> Dataset:
+    """What the data set is. For local files, the source is their names, and the licence is as far as it is known."""
     source = SOURCES.get(options.source or ("" if files else "smol-smoltalk"))
     origin = [source.repository] if source else []
     names = [", ".join(file.name for file in files)] if files else []
@@ -107,11 +102,35 @@ def describe(options: ChatOptions, files: list[Path]) -> Dataset:
     return Dataset("chat", "chat", ": ".join(origin + names), licence)
 
 
+def hub_corpus(options: ChatOptions) -> Corpus:
+    """The conversations of a data set of the hub, at its current commit."""
+    source = SOURCES[options.source or "smol-smoltalk"]
+    commit = hub_commit(source.repository)
+    skipped: Counter = Counter()
+
+    def split(name: str) -> Iterator[list[dict]]:
+        records = stream_hub(source.repository, split=name, revision=commit, files=source.files)
+        return read_conversations(records, options, skipped, source.repository)
+
+    val = split(source.val) if source.val else None
+    return Corpus(split(source.train), val, digest=commit, skipped=skipped)
+
+
+def local_corpus(options: ChatOptions) -> Corpus:
+    """The conversations of the files that --input names."""
+    files = input_files(options.input, RECORD_SUFFIXES)
+    skipped: Counter = Counter()
+    train = local_conversations(files, options, skipped)
+    if options.all_paths:
+        return Corpus(*split_by_opening(train, options.val_fraction, options.seed), files=files, skipped=skipped)
+    return Corpus(train, files=files, skipped=skipped)
+
+
 def local_conversations(files: list[Path], options: ChatOptions, skipped: Counter) -> Iterator[list[dict]]:
-    """The conversations of local files, one file after another. Raises UserError where not one can be used."""
+    """The conversations of local files, one file after another. Raises UserError if none of them can be used."""
     found = 0
     for file in files:
-        for messages in as_conversations(read_records(file), options, skipped, file):
+        for messages in read_conversations(read_records(file), options, skipped, file):
             found += 1
             yield messages
     if not found:
@@ -121,43 +140,12 @@ def local_conversations(files: list[Path], options: ChatOptions, skipped: Counte
         )
 
 
-def hub_conversations(
-    source: Source, split: str, commit: str | None, options: ChatOptions, skipped: Counter
-) -> Iterator[list[dict]]:
-    """The conversations of one split of a data set of the hub, as they stand at a commit (None: at the last one)."""
-    records = stream_hub(source.repository, split=split, revision=commit, by_hand=source.files)
-    return as_conversations(records, options, skipped, source.repository)
-
-
-def as_conversations(
+def read_conversations(
     records: Iterable[dict], options: ChatOptions, skipped: Counter, where: str | Path
 ) -> Iterator[list[dict]]:
+    """The conversations of records, as the options choose them."""
     language = None if options.language == "all" else options.language
     return conversations(records, options.all_paths, skipped, language, where)
-
-
-def divide_by_opening(
-    documents: Iterable[list[dict]], val_fraction: float, seed: int
-) -> tuple[list[list[dict]], list[list[dict]] | None]:
-    """(train, val) such that conversations with the same first message, the paths of one tree, stay together.
-
-    They share most of their text, so dividing them one by one would show validation text in training. A single
-    opening cannot be divided: val is None.
-    """
-    groups: dict[str, list[list[dict]]] = {}
-    for messages in documents:
-        groups.setdefault(messages[0]["content"], []).append(messages)
-    n_val = min(max(1, round(val_fraction * len(groups))), len(groups) - 1)
-    chosen = set(sorted(groups, key=lambda opening: _digest(opening, seed))[:n_val])
-    train = [messages for opening, group in groups.items() if opening not in chosen for messages in group]
-    val = [messages for opening, group in groups.items() if opening in chosen for messages in group]
-    return train, val or None
-
-
-def _digest(text: str, seed: int) -> bytes:
-    return hashlib.blake2b(
-        text.encode("utf-8", "surrogatepass"), digest_size=16, key=seed.to_bytes(8, "little")
-    ).digest()
 
 
 if __name__ == "__main__":

@@ -1,14 +1,22 @@
 """Prepare DailyDialog: 13,118 everyday conversations of two people (Li et al., 2017), for non-commercial use.
 
     python data/prepare-dailydialog.py
-    python data/prepare-dailydialog.py --input ijcnlp_dailydialog.zip
+
+prints:
+
+    dailydialog: DailyDialog (Li et al., 2017)
+    licence: CC BY-NC-SA 4.0 (non-commercial use only)
+    train: about 11,000 documents, 1.6 million tokens in dailydialog-train.bin
+    val: about 1,000 documents, 0.16 million tokens in dailydialog-val.bin
+
+Downloads two parquet files (4 MB). Local input may be the published archive, the archives inside it, a folder,
+dialogues_*.txt or parquet files:
+
     python data/prepare-dailydialog.py --input train.zip validation.zip
 
-Downloads two parquet files (4 MB) and writes data/dailydialog-train.bin and dailydialog-val.bin (about 1.6 and 0.16
-million tokens), their messages as .jsonl and dailydialog.json. Local input: the published archive, the archives in
-it, a folder, dialogues_*.txt or parquet files. The first speaker is the user, the second the assistant; the corpus'
-spaces between words and punctuation are undone. The official splits are kept where train and validation are both
-given; the test split is used only where it is alone. Then: python train.py --dataset dailydialog
+The first speaker is the user, the second the assistant. The corpus puts spaces between words and punctuation, which are
+removed. The official splits are used if train and validation are both given; the test split is used only on its own.
+Then run: python train.py --dataset dailydialog
 """
 
 from __future__ import annotations
@@ -18,15 +26,17 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the project's own modules, from any working directory
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that the project's modules are found anywhere
 
 from common.cli import UserError, parse_options, run_script
 from data.cleaning import DAILYDIALOG_PASSES
-from data.corpus import Dataset, PrepareOptions, prepare
-from data.sources import fetch_file, input_files, not_utf8, read_blocks, read_records, split_suffix
-from data.zip_archives import zip_members
+from data.pipeline import Corpus, Dataset, PrepareOptions, prepare
+from data.readers.archives import zip_members
+from data.readers.files import input_files, not_utf8, read_blocks, split_suffix
+from data.readers.hub import fetch_data_file
+from data.readers.records import read_records
 
-# The original repository holds a loading script that `datasets` no longer runs; this copy holds parquet files.
+# The original repository has a loading script that `datasets` no longer runs; this copy has parquet files.
 REPOSITORY = "OpenRL/daily_dialog"
 FILES = (
     "data/train-00000-of-00001-f151c79abb2c1fd5.parquet",
@@ -41,49 +51,49 @@ KINDS = "a .zip, .txt or .parquet file or a folder of them"
 
 def main() -> None:
     options = parse_options(PrepareOptions, __doc__)
-    files = corpus_files(options.input) if options.input else [fetch_file(REPOSITORY, name) for name in FILES]
+    files = corpus_files(options.input) if options.input else [fetch_data_file(REPOSITORY, name) for name in FILES]
     by_split = read_splits(files)
     if "train" in by_split and "validation" in by_split:
         train, val = by_split["train"], by_split["validation"]
     else:
-        name = next((name for name in ("train", "whole", "validation", "test") if name in by_split), None)
+        name = next((name for name in ("train", "whole", "validation", "test") if name in by_split), "train")
         train, val = by_split.get(name, []), None
-    prepare(DATASET, options, train, val, clean=DAILYDIALOG_PASSES, inputs=files)
+    prepare(DATASET, options, Corpus(train, val, files), DAILYDIALOG_PASSES)
 
 
 def corpus_files(paths: Sequence[str]) -> list[Path]:
-    """The files that `--input` names; a folder stands for the archives, dialogue texts and parquet files in it."""
+    """The files that --input names. A folder means the archives, dialogue texts and parquet files in it."""
     files = []
     for path in map(Path, paths):
         found = input_files([path], SUFFIXES)
         if path.is_dir():
             found = [file for file in found if _is_of_corpus(file)]
             if not found:
-                raise UserError(f"{path} holds no dialogues_*.txt, .zip or .parquet file; give --input {KINDS}")
+                raise UserError(f"{path} contains no dialogues_*.txt, .zip or .parquet file; give --input {KINDS}")
         files += found
     return files
 
 
 def _is_of_corpus(file: Path) -> bool:
     kind, compression = split_suffix(file)
-    return kind != ".txt" or is_text(file.stem if compression else file.name)
+    return kind != ".txt" or is_dialogues(file.stem if compression else file.name)
 
 
-def is_text(name: str) -> bool:
-    """Whether a file of the corpus holds dialogues, rather than their acts, emotions or topics."""
+def is_dialogues(name: str) -> bool:
+    """Whether a file of the corpus contains dialogues, rather than their acts, emotions or topics."""
     name = name.rpartition("/")[2].lower()
     return bool(re.fullmatch(r"dialogues_(train|validation|test|text)\.txt", name))
 
 
 def read_splits(files: list[Path]) -> dict[str, list[list[dict]]]:
-    """The dialogues of the files by split; "whole" holds those of files that name no split."""
+    """The dialogues of the files by split; "whole" has those of files whose name contains no split."""
     by_split: dict[str, list[list[dict]]] = {}
     for file in files:
         kind = split_suffix(file)[0]
         if kind == ".zip":
-            found = list(zip_members(file, is_text))
+            found = list(zip_members(file, is_dialogues))
             if not found:
-                raise UserError(f"{file} holds no dialogues_*.txt; give --input {KINDS}")
+                raise UserError(f"{file} contains no dialogues_*.txt; give --input {KINDS}")
             parts = [(name, text_dialogues(content, f"{file}/{name}")) for name, content in found]
         elif kind == ".parquet":
             parts = [(file.name, record_dialogues(file))]
@@ -96,20 +106,20 @@ def read_splits(files: list[Path]) -> dict[str, list[list[dict]]]:
 
 
 def text_dialogues(content: bytes, where: str) -> Iterator[list[dict]]:
-    """The dialogues of a text of the corpus: one a line, each turn ended by `__eou__`."""
+    """The dialogues of a text of the corpus: one per line, with `__eou__` after each turn."""
     try:
         lines = content.decode("utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
         raise not_utf8(where, error.start) from error
     if any(line.strip() for line in lines) and not any(END_OF_TURN in line for line in lines):
-        raise UserError(f"{where} holds no {END_OF_TURN}, so it is no DailyDialog text; give --input {KINDS}")
+        raise UserError(f"{where} contains no {END_OF_TURN}, so it is not a DailyDialog text; give --input {KINDS}")
     for line in lines:
         if line.strip():
             yield as_messages(line.split(END_OF_TURN))
 
 
 def record_dialogues(file: Path) -> Iterator[list[dict]]:
-    """The dialogues of a parquet file: a list of turns a record."""
+    """The dialogues of a parquet file: one list of turns per record."""
     for record in read_records(file):
         turns = record.get("dialog", record.get("utterances"))
         if not isinstance(turns, list):
@@ -118,7 +128,7 @@ def record_dialogues(file: Path) -> Iterator[list[dict]]:
 
 
 def as_messages(turns: list[str]) -> list[dict]:
-    """The turns as messages, user and assistant in turn.
+    """The turns as messages, alternating between user and assistant.
 
     >>> as_messages(["Hi . ", " Hello !", ""])
     [{'role': 'user', 'content': 'Hi .'}, {'role': 'assistant', 'content': 'Hello !'}]

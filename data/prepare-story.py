@@ -1,12 +1,20 @@
 """Prepare TinyStories: short stories in simple English, written by GPT-4 (Eldan & Li, 2023).
 
     python data/prepare-story.py
-    python data/prepare-story.py --input tinystories-sample.txt
+
+prints:
+
+    story: roneneldan/TinyStories (TinyStories V2)
+    licence: CDLA-Sharing-1.0
+    train: about 2.7 million documents, 540 million tokens in story-train.bin
+    val: about 27,000 documents, 5.4 million tokens in story-val.bin
+
+Downloads the two files of version 2 (2.2 GB). Give local files with --input; in them, lines `<|endoftext|>` separate
+the stories. Of two files, the one with "val" in its name is for validation, otherwise the second:
+
     python data/prepare-story.py --input TinyStoriesV2-GPT4-train.txt TinyStoriesV2-GPT4-valid.txt
 
-Downloads the two files of version 2 (2.2 GB) and writes data/story-train.bin and story-val.bin (about 540 and 5.4
-million tokens), their text as .txt and story.json. Local files divide their documents by lines `<|endoftext|>`; of
-two, the one with "val" in its name is for validation, else the second. Then: python train.py
+Then run: python train.py
 """
 
 from __future__ import annotations
@@ -17,12 +25,14 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the project's own modules, from any working directory
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that the project's modules are found anywhere
 
 from common.cli import parse_options, run_script
 from data.cleaning import TEXT_PASSES
-from data.corpus import Dataset, PrepareOptions, prepare
-from data.sources import TEXT_SUFFIXES, fetch_file, input_files, read_text_documents
+from data.pipeline import Corpus, Dataset, PrepareOptions, prepare
+from data.readers.files import TEXT_SUFFIXES, input_files
+from data.readers.hub import fetch_data_file
+from data.readers.text import read_text_documents
 
 REPOSITORY = "roneneldan/TinyStories"
 FILES = ("TinyStoriesV2-GPT4-train.txt", "TinyStoriesV2-GPT4-valid.txt")
@@ -34,13 +44,14 @@ def main() -> None:
     if options.input:
         files = input_files(options.input, TEXT_SUFFIXES)
     else:
-        files = [fetch_file(REPOSITORY, name) for name in FILES]
+        files = [fetch_data_file(REPOSITORY, name) for name in FILES]
     train, val = divide(files)
-    prepare(DATASET, options, documents(train), documents(val) if val else None, clean=TEXT_PASSES, inputs=files)
+    corpus = Corpus(documents(train), documents(val) if val else None, files)
+    prepare(DATASET, options, corpus, TEXT_PASSES)
 
 
 def divide(files: list[Path]) -> tuple[list[Path], list[Path]]:
-    """The files for training and those for validation, by their names, or by their order where there are two."""
+    """The files for training and those for validation, by their names; two files without such names by their order."""
     val = [file for file in files if re.search(r"(?<![a-z])val(id|idation)?(?![a-z])", file.name.lower())]
     train = [file for file in files if file not in val]
     if len(files) == 2 and not (train and val):

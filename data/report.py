@@ -1,10 +1,11 @@
 """A page about a prepared data set: counts, lengths, tokens saved, text shared with validation, samples.
 
-`--report` of every prepare script writes it beside the data: `story.md` and its picture `story-lengths.png`.
+Every prepare script writes it with --report: `story.md` and its picture `story-lengths.png`, beside the data.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import re
 from collections.abc import Iterable, Mapping
@@ -12,60 +13,52 @@ from pathlib import Path
 
 import numpy as np
 
+from data.dataset import SPLITS, DatasetInfo
 from data.dedup import shared_ngrams
-from data.prepared import (
-    TEXT_END,
-    base_encoding,
-    control_ids,
-    read_document_line,
-    read_ids,
-    read_prepared,
-    text_path,
-    writing,
-)
-from setup_tokenizer import encode_documents, get_base_tokenizer, get_extended_tokenizer, render_chat
+from data.documents import TEXT_END, Document, read_document_line, read_ids, read_prepared, text_path
+from data.encoding import encode_documents
+from data.writing import staged_file
+from setup_tokenizer import get_base_tokenizer, render_chat
 
 SAMPLES = 10
 SAMPLE_CHARACTERS = 1500
 MEASURED_CHARACTERS = 20_000_000
-SPLITS = ("train", "val")
-TOTALS = ("documents", "tokens", "text_bytes")
 
-# Characters that a terminal or a browser obeys rather than shows: controls, line separators, writing directions.
-_OBEYED = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff]")
+# Characters that a terminal or browser acts on instead of showing: controls, line separators, writing directions.
+_ACTIVE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff]")
 
 
-def write_report(folder: Path, staging: Path, description: Mapping) -> dict:
-    """Write the page and its picture about the files in `folder` into `staging`; return what the description gains.
+def write_report(folder: Path, staging: Path, info: DatasetInfo) -> DatasetInfo:
+    """Write the page and its picture about the files in `folder` into `staging`; returns the extended description.
 
-    Reads the prepared files only. Raises UserError where they are damaged or the disk is full.
+    Reads only the prepared files. Raises UserError if they are damaged or the disk is full.
     """
-    name = description["name"]
-    control = control_ids(get_extended_tokenizer(base_encoding(description)))
-    shared = shared_ngrams(*(read_ids(folder, description, split) for split in SPLITS), control)
-    lengths = {split: document_lengths(folder, description, split) for split in SPLITS}
-    picture = f"{name}-lengths.png"
-    with writing(staging / picture) as file:
-        file.write(draw_lengths(lengths, name, documents_word(description)))
-    with writing(staging / f"{name}.md") as file:
-        file.write(page(folder, description, shared, lengths, picture).encode())
-    return {"report": {**description["report"], **shared}, "report_files": [f"{name}.md", picture]}
+    shared = shared_ngrams(read_ids(folder, info, "train"), read_ids(folder, info, "val"))
+    lengths = {split: document_lengths(folder, info, split) for split in SPLITS}
+    picture = f"{info.name}-lengths.png"
+    with staged_file(staging / picture) as file:
+        file.write(draw_lengths(lengths, info.name, documents_word(info)))
+    with staged_file(staging / f"{info.name}.md") as file:
+        file.write(page(folder, info, shared, lengths, picture).encode())
+    report = {**(info.report or {}), **shared}
+    return dataclasses.replace(info, report=report, report_files=(f"{info.name}.md", picture))
 
 
 def page(
-    folder: Path, description: Mapping, shared: Mapping[str, int], lengths: Mapping[str, np.ndarray], picture: str
+    folder: Path, info: DatasetInfo, shared: Mapping[str, int], lengths: Mapping[str, np.ndarray], picture: str
 ) -> str:
     """The page in Markdown; `shared` comes from `shared_ngrams`."""
-    licence = description["licence"] + (" (non-commercial use only)" if description["non_commercial"] else "")
-    documents = documents_word(description)
-    totals = [(split, *(description["splits"][split][key] for key in TOTALS)) for split in SPLITS]
+    licence = (info.licence or "") + (" (non-commercial use only)" if info.non_commercial else "")
+    documents = documents_word(info)
+    splits = [(split, info.splits[split]) for split in SPLITS]
+    totals = [(name, split.documents, split.tokens, split.text_bytes) for name, split in splits]
     quantiles = [(split, *np.percentile(lengths[split], [0, 5, 50, 95, 100]).astype(int)) for split in SPLITS]
-    passes = sorted((what, count) for what, count in description["report"].items() if what not in shared)
-    options = {key: value for key, value in description["options"].items() if value not in (None, False)}
-    options = {"seed": description["seed"], **options}
+    passes = sorted((what, count) for what, count in (info.report or {}).items() if what not in shared)
+    options = {key: value for key, value in (info.options or {}).items() if value not in (None, False)}
+    options = {"seed": info.seed, **options}
     parts = [
-        f"# {as_text(description['name'])}",
-        f"Source: {as_text(description['source'])}. Licence: {as_text(licence)}.",
+        f"# {as_text(info.name)}",
+        f"Source: {as_text(info.source or '')}. Licence: {as_text(licence)}.",
         f"Prepared with {as_text(', '.join(f'{key} {value}' for key, value in options.items()))}.",
         table(("split", documents, "tokens", "bytes of text"), totals),
         "## What each pass did",
@@ -75,23 +68,23 @@ def page(
         table(("what", "count"), shared.items()),
         f"## Lengths\n\n![Lengths of the {documents}]({picture})",
         table(("tokens of", "shortest", "5 %", "median", "95 %", "longest"), quantiles),
-        f"## Tokens\n\n{token_efficiency(folder, description)}",
+        f"## Tokens\n\n{token_efficiency(folder, info)}",
         f"## Samples\n\nUp to {SAMPLES} of the train {documents}, drawn at random.",
-        *(fenced(sample) for sample in draw_samples(folder, description)),
+        *(fenced(sample) for sample in draw_samples(folder, info)),
     ]
     return "\n\n".join(parts) + "\n"
 
 
-def documents_word(description: Mapping) -> str:
+def documents_word(info: DatasetInfo) -> str:
     """What the documents of a data set are called."""
-    return "conversations" if description["format"] == "chat" else "documents"
+    return "conversations" if info.format == "chat" else "documents"
 
 
 # --- pieces of Markdown ---
 
 
 def table(header: Iterable[str], rows: Iterable[tuple]) -> str:
-    """A table; numbers stand at the right, and their thousands are set apart."""
+    """A table; numbers are right-aligned, with thousands separators."""
     rows = [tuple(f"{cell:,}" if isinstance(cell, int | np.integer) else as_text(cell) for cell in row) for row in rows]
     header = tuple(map(as_text, header))
     rule = ("---", *("---:" for _ in header[1:]))
@@ -99,7 +92,7 @@ def table(header: Iterable[str], rows: Iterable[tuple]) -> str:
 
 
 def as_text(text: str) -> str:
-    r"""Text on one line in which Markdown finds nothing to obey.
+    r"""Text on one line, in which all Markdown is escaped.
 
     >>> as_text("a|b *c*")
     'a\\|b \\*c\\*'
@@ -109,28 +102,28 @@ def as_text(text: str) -> str:
 
 
 def fenced(text: str) -> str:
-    """Text as a block of code, whose fence is longer than any that the text holds."""
+    """Text as a code block, whose fence is longer than any in the text."""
     longest = max((len(run) for run in re.findall("`+", text)), default=0)
     fence = "`" * max(3, longest + 1)
     return f"{fence}text\n{_shown(text)}\n{fence}"
 
 
 def _shown(text: str) -> str:
-    """Text in which characters that would be obeyed stand as escapes."""
-    return _OBEYED.sub(lambda match: f"\\u{ord(match[0]):04x}", text.replace("\r\n", "\n"))
+    """Text in which active characters are shown as escapes."""
+    return _ACTIVE.sub(lambda match: f"\\u{ord(match[0]):04x}", text.replace("\r\n", "\n"))
 
 
 # --- lengths ---
 
 
-def document_lengths(folder: Path, description: Mapping, split: str) -> np.ndarray:
-    """The number of tokens of each document, without <|endoftext|>: 4 bytes of memory a document."""
-    parts = [(n_tokens - 1).astype(np.uint32) for _, n_tokens in read_ids(folder, description, split)]
+def document_lengths(folder: Path, info: DatasetInfo, split: str) -> np.ndarray:
+    """The number of tokens of each document, without <|endoftext|>: 4 bytes of memory per document."""
+    parts = [(n_tokens - 1).astype(np.uint32) for _, n_tokens in read_ids(folder, info, split)]
     return np.concatenate(parts)
 
 
 def draw_lengths(lengths: Mapping[str, np.ndarray], title: str, documents: str = "documents") -> bytes:
-    """A PNG of the histogram of the documents' lengths, one line a split."""
+    """A histogram of the documents' lengths as a PNG, one line per split."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import LogLocator, NullLocator, PercentFormatter
 
@@ -170,33 +163,31 @@ def draw_lengths(lengths: Mapping[str, np.ndarray], title: str, documents: str =
 # --- tokens ---
 
 
-def token_efficiency(folder: Path, description: Mapping) -> str:
-    """A sentence: bytes of text a token, and for conversations what the extended tokenizer saves."""
-    train = description["splits"]["train"]
-    per_token = f"{train['text_bytes'] / train['tokens']:.2f} bytes of text a token in train."
-    if description["format"] != "chat":
-        return f"{per_token} The base tokenizer makes the same tokens, for plain text holds no control tokens."
-    n_documents, n_base, n_extended = count_tokens(read_prepared(folder, description, "train"))
+def token_efficiency(folder: Path, info: DatasetInfo) -> str:
+    """A sentence: bytes of text per token, and for conversations what the extended tokenizer saves."""
+    train = info.splits["train"]
+    per_token = f"{(train.text_bytes or 0) / train.tokens:.2f} bytes of text per token in train."
+    if info.format != "chat":
+        return f"{per_token} The base tokenizer makes the same tokens, because plain text contains no control tokens."
+    n_documents, n_base, n_extended = count_tokens(read_prepared(folder, info, "train"))
     return (
-        f"{per_token} The first {n_documents:,} train conversations take {n_base:,} tokens of the base tokenizer, "
-        f"which spells `<|im_start|>` and `<|im_end|>` out, and {n_extended:,} of the extended one: "
+        f"{per_token} The first {n_documents:,} train conversations take {n_base:,} tokens with the base tokenizer, "
+        f"which spells `<|im_start|>` and `<|im_end|>` out, and {n_extended:,} with the extended one: "
         f"{1 - n_extended / n_base:.1%} fewer."
     )
 
 
-def count_tokens(
-    conversations: Iterable[list[dict]], max_characters: int = MEASURED_CHARACTERS
-) -> tuple[int, int, int]:
-    """(conversations, base tokens, extended tokens) of ChatML with `<|endoftext|>`, up to `max_characters` of text."""
+def count_tokens(documents: Iterable[Document]) -> tuple[int, int, int]:
+    """(documents, base tokens, extended tokens), each with `<|endoftext|>`, of the first MEASURED_CHARACTERS."""
     base = get_base_tokenizer()
     n_documents = n_base = n_extended = n_characters = 0
-    for messages in conversations:
-        text = render_chat(messages)
+    for document in documents:
+        text = document if isinstance(document, str) else render_chat(document)
         n_documents += 1
         n_base += len(base.encode_ordinary(text)) + 1  # <|endoftext|> is one token in both
-        n_extended += len(encode_documents([messages]))
+        n_extended += len(encode_documents([document]))
         n_characters += len(text)
-        if n_characters >= max_characters:
+        if n_characters >= MEASURED_CHARACTERS:
             break
     return n_documents, n_base, n_extended
 
@@ -204,18 +195,18 @@ def count_tokens(
 # --- samples ---
 
 
-def draw_samples(folder: Path, description: Mapping) -> list[str]:
-    """Up to ten train documents as text, in the order in which they stand; long ones are cut.
+def draw_samples(folder: Path, info: DatasetInfo) -> list[str]:
+    """Up to SAMPLES train documents as text, in the order of the file; long ones are cut.
 
-    A document is drawn by a random place in the file, so that the file need not be read. Where a few long documents
-    take nearly all places, the first ones of the file make up the number.
+    Documents are drawn by random positions in the file, so that it is not read completely. If a few long documents
+    receive nearly all positions, the first ones of the file are added.
     """
-    path, format = text_path(folder, description, "train"), description["format"]
+    path, format = text_path(folder, info, "train"), info.format
     end = b"\n" if format == "chat" else TEXT_END.encode()
     found: dict[int, bytes] = {}
     with path.open("rb") as file:
-        for place in np.random.default_rng(description["seed"]).integers(path.stat().st_size, size=4 * SAMPLES):
-            file.seek(place)
+        for position in np.random.default_rng(info.seed).integers(path.stat().st_size, size=4 * SAMPLES):
+            file.seek(position)
             _read_past(file, end)
             _read_into(found, file, end)
         file.seek(0)
@@ -227,7 +218,7 @@ def draw_samples(folder: Path, description: Mapping) -> list[str]:
 
 
 def _read_into(found: dict[int, bytes], file: io.BufferedReader, end: bytes) -> bool:
-    """Add the document where the file stands, by its place; False at the file's end, and when there are enough."""
+    """Add the document at the file's current position; False at the file's end, or if there are enough documents."""
     start = file.tell()
     line = _read_past(file, end) if len(found) < SAMPLES else b""
     if line:
@@ -236,7 +227,7 @@ def _read_into(found: dict[int, bytes], file: io.BufferedReader, end: bytes) -> 
 
 
 def _read_past(file: io.BufferedReader, end: bytes) -> bytes:
-    """The file's bytes from where it stands to the next `end`, that included; all of them where there is none."""
+    """The file's bytes from the current position through the next `end`, or all of them if there is none."""
     found = bytearray()
     while line := file.readline():
         found += line

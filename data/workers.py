@@ -1,8 +1,7 @@
-"""The workers: clean, check, digest and encode batches of documents, in processes of their own and in order."""
+"""Clean, check, digest and encode documents in batches, in several processes, with the results in order."""
 
 from __future__ import annotations
 
-import collections
 import contextlib
 import dataclasses
 import hashlib
@@ -11,37 +10,40 @@ import os
 import re
 import signal
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections import Counter, deque
+from collections.abc import Callable, Generator, Iterable, Iterator
+from typing import Any, cast
 
 import numpy as np
 
 from common.cli import UserError
 from data.dedup import band_keys
-from data.prepared import Document, Encoded, control_ids, document_line
-from setup_tokenizer import check_messages, encode_documents, get_extended_tokenizer
+from data.documents import Document, document_line
+from data.encoding import encode_documents
+from data.writing import Encoded
+from setup_tokenizer import ENDOFTEXT_ID, check_messages
 
-BATCH_CHARACTERS = 1 << 18  # the work handed to a worker at once
-FEWEST_BATCHES_FOR_PROCESSES = 16  # below that, starting processes takes longer than the work
+BATCH_CHARACTERS = 1 << 18  # of the documents that a worker gets at once
+MIN_BATCHES_FOR_PROCESSES = 16  # with fewer batches, starting processes takes longer than the work
 
-Pass = Callable[[Document], Document | None]
+Pass = Callable[[Any], Any]  # from a document to a document, or to None to drop it
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 @dataclasses.dataclass(frozen=True)
 class Worker:
-    """Turns a batch of raw documents into an `Encoded`; pickled once into each worker process."""
+    """Turns a batch of raw documents into an `Encoded`. It is pickled once for each worker process."""
 
     format: str
     passes: tuple[Pass, ...]
     seed: int
-    base_encoding: str
     max_document_tokens: int | None
     near_dedup: bool
 
     def encode_batch(self, batch: list[Document], first_index: int) -> Encoded:
-        """The batch's documents, cleaned and encoded. Raises UserError for a conversation that is none."""
-        counts = collections.Counter(read=len(batch))
+        """The batch's documents, cleaned and encoded. Raises UserError for a malformed conversation."""
+        counts = Counter(read=len(batch))
         documents = []
         for index, document in enumerate(batch, first_index):
             cleaned = self._clean(document, counts)
@@ -49,9 +51,9 @@ class Worker:
                 continue
             if self.format == "chat":
                 try:
-                    check_messages(cleaned)
+                    check_messages(cast(list[dict], cleaned))
                 except ValueError as error:
-                    raise UserError(f"conversation {index + 1}: {error}; mend or remove it") from error
+                    raise UserError(f"conversation {index + 1}: {error}; fix or remove it") from error
             documents.append(cleaned)
         encoded = self._encode(documents, sum(map(_characters, batch)), counts)
         if self.max_document_tokens is not None:
@@ -59,15 +61,15 @@ class Worker:
             counts[f"longer than {self.max_document_tokens} tokens"] += int((~fits).sum())
             encoded = encoded.select(fits)
         if self.near_dedup:
-            encoded.band_keys = band_keys(encoded.ids, encoded.n_tokens, self._control_ids())
+            encoded.band_keys = band_keys(encoded.ids, encoded.n_tokens)
         return encoded
 
-    def _encode(self, documents: list[Document], read_characters: int, counts: collections.Counter) -> Encoded:
+    def _encode(self, documents: list[Document], read_characters: int, counts: Counter) -> Encoded:
         lines = [document_line(document) for document in documents]
         key = self.seed.to_bytes(8, "little")
         digests = b"".join(hashlib.blake2b(line, digest_size=16, key=key).digest() for line in lines)
-        ids = encode_documents(documents, get_extended_tokenizer(self.base_encoding)).astype(np.uint16)
-        ends = np.flatnonzero(ids == self._control_ids()[0]) + 1
+        ids = encode_documents(documents).astype(np.uint16)
+        ends = np.flatnonzero(ids == ENDOFTEXT_ID) + 1
         return Encoded(
             digests=np.frombuffer(digests, dtype="<u8").reshape(-1, 2),
             ids=ids,
@@ -80,11 +82,8 @@ class Worker:
             counts=counts,
         )
 
-    def _control_ids(self) -> tuple[int, int, int]:
-        return control_ids(get_extended_tokenizer(self.base_encoding))
-
-    def _clean(self, document: Document, counts: collections.Counter) -> Document | None:
-        """The document after every pass, None if it is to be dropped; what happened is counted."""
+    def _clean(self, document: Document, counts: Counter) -> Document | None:
+        """The document after every pass, or None if it is dropped. Counts what happened."""
         document = _without_surrogates(document, counts)
         for clean in self.passes:
             cleaned = clean(document)
@@ -100,7 +99,7 @@ class Worker:
         return document
 
 
-def _without_surrogates(document: Document, counts: collections.Counter) -> Document:
+def _without_surrogates(document: Document, counts: Counter) -> Document:
     """The document with unpaired surrogates, which JSON can spell and UTF-8 cannot, replaced by U+FFFD."""
     if isinstance(document, str):
         if document.isascii() or not _SURROGATE.search(document):
@@ -111,12 +110,12 @@ def _without_surrogates(document: Document, counts: collections.Counter) -> Docu
     if all(text.isascii() or not _SURROGATE.search(text) for text in texts):
         return document
     counts["unpaired surrogates"] += 1
-    ignored = collections.Counter()
+    ignored: Counter = Counter()
     return [{**message, "content": _without_surrogates(message["content"], ignored)} for message in document]
 
 
 def text_bytes(document: Document) -> int:
-    """UTF-8 bytes of a document's text, of a conversation's contents."""
+    """UTF-8 bytes of a text, or of a conversation's contents."""
     if isinstance(document, str):
         return len(document) if document.isascii() else len(document.encode())
     return sum(text_bytes(message["content"]) for message in document)
@@ -131,44 +130,48 @@ def _characters(document: Document) -> int:
 # --- running the workers ---
 
 
-def encoded_batches(documents: Iterable[Document], worker: Worker, workers: int) -> Iterator[Encoded]:
-    """Every batch of `documents`, encoded, in order. A corpus of a few batches starts no processes."""
-    batches = _batches(documents)
-    first = list(itertools.islice(batches, FEWEST_BATCHES_FOR_PROCESSES))
-    if workers == 1 or len(first) < FEWEST_BATCHES_FOR_PROCESSES:
+def encoded_batches(
+    documents: Iterable[Document], worker: Worker, n_workers: int, batch_characters: int = BATCH_CHARACTERS
+) -> Generator[Encoded, None, None]:
+    """Every batch of `documents`, encoded, in order. A corpus of a few batches is encoded in this process."""
+    batches = _batches(documents, batch_characters)
+    first = list(itertools.islice(batches, MIN_BATCHES_FOR_PROCESSES))
+    if n_workers == 1 or len(first) < MIN_BATCHES_FOR_PROCESSES:
         for batch in itertools.chain(first, batches):
             yield worker.encode_batch(*batch)
         return
-    yield from _encoded_in_processes(itertools.chain(first, batches), worker, workers)
+    yield from _encoded_in_processes(itertools.chain(first, batches), worker, n_workers)
 
 
-def _batches(documents: Iterable[Document]) -> Iterator[tuple[list[Document], int]]:
-    """Lists of documents of about BATCH_CHARACTERS together, each with the index of its first document."""
-    batch, characters, first_index = [], 0, 0
+def _batches(documents: Iterable[Document], batch_characters: int) -> Iterator[tuple[list[Document], int]]:
+    """Lists of documents with about `batch_characters` in total, each with the index of its first document."""
+    batch: list[Document] = []
+    characters = first_index = 0
     for document in documents:
         batch.append(document)
-        characters += _characters(document) + 32  # empty documents fill a batch, too
-        if characters >= BATCH_CHARACTERS:
+        characters += _characters(document) + 32  # so that empty documents fill a batch, too
+        if characters >= batch_characters:
             yield batch, first_index
             batch, characters, first_index = [], 0, first_index + len(batch)
     if batch:
         yield batch, first_index
 
 
-def _encoded_in_processes(batches: Iterator[tuple], worker: Worker, workers: int) -> Iterator[Encoded]:
+def _encoded_in_processes(batches: Iterator[tuple], worker: Worker, n_workers: int) -> Iterator[Encoded]:
     import multiprocessing
-    from concurrent.futures import ProcessPoolExecutor
+    from concurrent.futures import Future, ProcessPoolExecutor
 
-    # "spawn" on every system: the sources run threads (pyarrow, downloads), and a fork beside threads can deadlock.
+    # "spawn" on every system: the readers run threads (pyarrow, downloads), and a fork of a process with threads can
+    # deadlock.
     pool = ProcessPoolExecutor(
-        workers, multiprocessing.get_context("spawn"), initializer=_start_worker, initargs=(worker,)
+        n_workers, multiprocessing.get_context("spawn"), initializer=_start_worker, initargs=(worker,)
     )
     with contextlib.ExitStack() as stack:
         stack.callback(pool.shutdown, wait=True, cancel_futures=True)
-        pending = collections.deque()
+        pending: deque[Future[Encoded]] = deque()
         for batch in batches:
             pending.append(pool.submit(_encode_in_worker, *batch))
-            if len(pending) > workers + 2:  # what is in flight bounds the memory
+            if len(pending) > n_workers + 2:  # bounds the memory
                 yield pending.popleft().result()
         while pending:
             yield pending.popleft().result()
@@ -178,7 +181,7 @@ _worker: Worker | None = None  # in a worker process only
 
 
 def _start_worker(worker: Worker) -> None:
-    """Set a worker process up: it leaves Ctrl-C to its parent, and ends when the parent is gone, however it went."""
+    """Initialize a worker process: it leaves Ctrl-C to its parent, and exits when the parent exits or is killed."""
     import multiprocessing
     import multiprocessing.connection
 
@@ -186,6 +189,7 @@ def _start_worker(worker: Worker) -> None:
     _worker = worker
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
+    assert parent is not None
 
     def end_with_parent():
         multiprocessing.connection.wait([parent.sentinel])
@@ -195,4 +199,5 @@ def _start_worker(worker: Worker) -> None:
 
 
 def _encode_in_worker(batch: list[Document], first_index: int) -> Encoded:
+    assert _worker is not None
     return _worker.encode_batch(batch, first_index)

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from common.cli import UserError
-from setup_tokenizer import ENDOFTEXT_ID, IM_END_ID, IM_START_ID, get_extended_tokenizer
-from training.batches import TokenStream, assistant_targets
+from data.token_stream import TokenStream
+from setup_tokenizer import ENDOFTEXT_ID, get_extended_tokenizer, message_spans
+from training.targets import assistant_targets
 
 FEWEST_DOCUMENTS = 50  # with fewer, the bootstrap resamples blocks of tokens instead of documents
 BLOCK_TOKENS = 256
@@ -80,7 +81,7 @@ def _counted(ids: np.ndarray, is_scored: np.ndarray, is_chat: bool) -> dict[str,
     is_assistant = assistant_targets(ids) & is_scored
     return {
         "assistant": (is_assistant, int(byte_lengths[ids[is_assistant]].sum())),
-        "all": (is_scored, content_bytes(ids)),
+        "all": (is_scored, content_bytes(ids, byte_lengths)),
     }
 
 
@@ -100,12 +101,13 @@ def id_bytes() -> np.ndarray:
     return np.array(sizes)
 
 
-def content_bytes(ids: np.ndarray) -> int:
+def content_bytes(ids: np.ndarray, byte_lengths: np.ndarray) -> int:
     """The bytes of all message contents in ChatML ids, without the roles and the newlines after them."""
-    enc = get_extended_tokenizer()
-    total = 0
-    for message in np.split(ids, np.flatnonzero(ids == IM_START_ID))[1:]:
-        ends = np.flatnonzero((message == IM_END_ID) | (message == ENDOFTEXT_ID))
-        text = enc.decode_bytes(message[1 : ends[0] if len(ends) else None].tolist())
-        total += len(text.partition(b"\n")[2])  # a role and its newline may share a token with the content
-    return total
+    messages = message_spans(ids)
+    steps = np.zeros(len(ids) + 1, dtype=int)  # +1 where a content starts, -1 after it; control tokens have no bytes
+    steps[messages.content] += 1
+    steps[messages.end] -= 1
+    in_content = np.cumsum(steps[:-1]) > 0
+    # The token with the role's newline may also hold white space at the start of the content.
+    shared = byte_lengths[ids[messages.content - 1]] - 1
+    return int(byte_lengths[ids[in_content]].sum() + shared.clip(min=0).sum())

@@ -15,11 +15,11 @@ import numpy as np
 import torch
 
 from common.ngrams import hash_ngrams
+from data.token_stream import TokenStream
 from generation.decoding import DecodeStep, decode_step, generate
 from generation.sampling import TEXT_SAMPLING
 from model import GPT
 from setup_tokenizer import ENDOFTEXT_ID, IM_END_ID, encode_text, get_extended_tokenizer
-from training.batches import TokenStream
 
 N_COPIED = 8  # a run of this many tokens counts as copied
 SCAN_TOKENS = 1 << 20  # tokens of the training data in memory at a time

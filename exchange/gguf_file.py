@@ -109,7 +109,8 @@ def _add_tokenizer(writer, n_vocab: int, is_chat: bool) -> None:
     writer.add_tokenizer_pre("gpt-2")
     writer.add_token_list(vocabulary()[:n_vocab])
     writer.add_token_types(kinds)
-    writer.add_token_merges([" ".join(pair) for pair in merges()])
+    n_bytes = 256  # the first tokens are the single bytes, which are not merged from others
+    writer.add_token_merges([" ".join(pair) for pair in merges()[: max(0, n_vocab - n_bytes)]])
     writer.add_bos_token_id(ENDOFTEXT_ID)
     writer.add_eos_token_id(end_id)
     writer.add_eot_token_id(end_id)

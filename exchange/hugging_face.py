@@ -13,6 +13,7 @@ import re
 import sys
 from collections.abc import Collection, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -61,7 +62,7 @@ def load_folder(path: Path, parts: Collection[str]) -> dict:
         "tokenizer": {"name": TOKENIZER_NAME, "n_vocab": config.n_vocab},
         "origin": f"Hugging Face ({HUB_MODELS.get(str(path), path.name)})",
     }
-    found = {"info": info, "training": None}
+    found: dict[str, Any] = {"info": info, "training": None}
     if "model" in parts:
         n_kept = _n_kept_rows(settings["vocab_size"], tokenizer_ids)
         found["model"] = _read_weights(path, config, settings["vocab_size"], n_kept)
@@ -244,7 +245,7 @@ def _n_kept_rows(vocab_size: int, tokenizer_ids: Mapping[str, int]) -> int:
 def _stored_tensors(path: Path) -> dict[str, Tensor]:
     import safetensors
 
-    tensors = {}
+    tensors: dict[str, Tensor] = {}
     for file in _weight_files(path):
         try:
             with safetensors.safe_open(file, framework="pt") as content:
@@ -314,7 +315,8 @@ def _unreadable(path: Path, error: Exception) -> UserError:
 
 def _tokenizer_ids(path: Path) -> dict[str, int]:
     """The tokenizer of a local model, {} if it has none. Raises UserError if it is not GPT-2's."""
-    ids, file = {}, path / "tokenizer.json"
+    ids: dict[str, int] = {}
+    file = path / "tokenizer.json"
     if not path.is_dir():
         return ids
     try:

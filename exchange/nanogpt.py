@@ -6,12 +6,13 @@ import dataclasses
 import zipfile
 from collections.abc import Collection
 from pathlib import Path
+from typing import TypeGuard
 
 from common.cli import UserError
 from model import GPTConfig
 
 
-def is_nanogpt(content: object) -> bool:
+def is_nanogpt(content: object) -> TypeGuard[dict]:
     """Whether the content of a checkpoint file has nanoGPT's layout."""
     return isinstance(content, dict) and {"model", "model_args"} <= content.keys()
 

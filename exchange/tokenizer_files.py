@@ -52,7 +52,8 @@ def merges(enc: tiktoken.Encoding | None = None) -> list[tuple[str, str]]:
     """
     ranks = (enc or get_extended_tokenizer())._mergeable_ranks
     tokens = sorted((token for token in ranks if len(token) > 1), key=ranks.__getitem__)
-    return [tuple(map(_printable, _last_merge(token, ranks))) for token in tokens]
+    pairs = (_last_merge(token, ranks) for token in tokens)
+    return [(_printable(left), _printable(right)) for left, right in pairs]
 
 
 def _last_merge(token: bytes, ranks: dict[bytes, int]) -> list[bytes]:

@@ -24,9 +24,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return _Linear.apply(x, weight, bias)
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, key_block: int = KEY_BLOCK) -> Tensor:
     """Attention (B, H, T, D) without dropout, causal unless there is a `mask`, which is added to the scores."""
-    return _Attention.apply(q, k, v, mask)
+    return _Attention.apply(q, k, v, mask, key_block)
 
 
 class _Linear(torch.autograd.Function):
@@ -67,39 +67,41 @@ class _Attention(torch.autograd.Function):
     """torch's forward pass, and a backward pass of large products.
 
     As in "FlashAttention" (Dao et al. 2022, appendix B.4) the weights are recomputed from the scores and each query's
-    logsumexp, here for KEY_BLOCK keys at a time. Scores are stored as (keys, queries), so that only the gradient of the
-    queries needs a transposed matrix.
+    logsumexp, here for `key_block` keys at a time. Scores are stored as (keys, queries), so that only the gradient of
+    the queries needs a transposed matrix.
     """
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, key_block: int) -> Tensor:
         q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
         flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
         y, logsumexp = flash(q, k, v, 0.0, mask is None, attn_mask=mask)
         ctx.save_for_backward(q, k, v, y, logsumexp, mask)
+        ctx.key_block = key_block
         return y
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (y_grad,) = grads
         q, k, v, y, logsumexp, mask = ctx.saved_tensors
-        T, scale = q.shape[2], 1 / math.sqrt(q.shape[3])
+        T, scale, key_block = q.shape[2], 1 / math.sqrt(q.shape[3]), ctx.key_block
         y_grad = y_grad.contiguous()
         delta = (y_grad.float() * y.float()).sum(3)  # (B, H, T), the mean of a query's weight gradients
-        q_grad, k_grads, v_grads = None, [], []
-        for start in range(0, T, KEY_BLOCK):  # queries before the block do not attend to it
-            keys, values = k[:, :, start : start + KEY_BLOCK], v[:, :, start : start + KEY_BLOCK]
+        q_grad: Tensor | None = None
+        k_grads, v_grads = [], []
+        for start in range(0, T, key_block):  # queries before the block do not attend to it
+            keys, values = k[:, :, start : start + key_block], v[:, :, start : start + key_block]
             queries, y_grads = q[:, :, start:], y_grad[:, :, start:]
             scores = (keys @ queries.transpose(2, 3)).float() * scale - logsumexp[:, :, None, start:]
             if mask is None:
                 visible = torch.arange(keys.shape[2])[:, None] <= torch.arange(T - start)
                 weights = torch.where(visible, scores.exp(), 0.0)
             else:
-                weights = (scores + mask[:, :, start:, start : start + KEY_BLOCK].transpose(2, 3)).exp()
+                weights = (scores + mask[:, :, start:, start : start + key_block].transpose(2, 3)).exp()
             weights_grad = (values @ y_grads.transpose(2, 3)).float() - delta[:, :, None, start:]
             scores_grad = (weights * weights_grad * scale).to(q.dtype)
             k_grads.append(scores_grad @ queries)
             v_grads.append(weights.to(q.dtype) @ y_grads)
             part = scores_grad.transpose(2, 3) @ keys  # (B, H, T - start, D)
-            q_grad = part if start == 0 else torch.cat([q_grad[:, :, :start], q_grad[:, :, start:] + part], 2)
-        return q_grad, torch.cat(k_grads, 2), torch.cat(v_grads, 2), None
+            q_grad = part if q_grad is None else torch.cat([q_grad[:, :, :start], q_grad[:, :, start:] + part], 2)
+        return q_grad, torch.cat(k_grads, 2), torch.cat(v_grads, 2), None, None

@@ -7,7 +7,10 @@ Skipped: with --plain and on other devices.
 
 from __future__ import annotations
 
+import functools
 import weakref
+from collections.abc import Callable
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -18,46 +21,64 @@ from model import GPT, KVCache
 GRAPH_CONTEXT = 256  # a graph is captured for each multiple of this context, so that short contexts stay cheap
 
 
-class CapturedDecode:
-    """A `DecodeStep` that captures its kernels at the first call for a cache and a context, and replays them later."""
+class Graph(Protocol):
+    """Captured kernels that can be launched again."""
 
-    def __init__(self) -> None:
+    def replay(self) -> None: ...
+
+
+# (step, device) -> (the kernels of `step`, the tensor in which each replay leaves its result)
+Capture = Callable[[Callable[[], Tensor], torch.device], tuple[Graph, Tensor]]
+
+
+def capture_graph(step: Callable[[], Tensor], device: torch.device) -> tuple[torch.cuda.CUDAGraph, Tensor]:
+    """Capture what `step` launches on a CUDA device."""
+    with torch.cuda.device(device):  # the device whose streams are meant
+        side_stream = torch.cuda.Stream()
+        side_stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side_stream):  # libraries allocate workspaces in the first calls, not in the graph
+            for _ in range(2):
+                step()
+        torch.cuda.current_stream().wait_stream(side_stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            result = step()
+    return graph, result
+
+
+class CapturedDecode:
+    """A `DecodeStep` that captures its kernels at the first call for a cache and a context, and replays them later.
+
+    A context is rounded up to a multiple of `context_step`. `capture` is replaced where there is no CUDA device.
+    """
+
+    def __init__(self, context_step: int = GRAPH_CONTEXT, capture: Capture = capture_graph) -> None:
+        self.context_step, self.capture = context_step, capture
         self._graphs: weakref.WeakKeyDictionary[KVCache, _CacheGraphs] = weakref.WeakKeyDictionary()
 
     def __call__(self, model: GPT, ids: Tensor, lengths: list[int], cache: KVCache) -> Tensor:
         """Logits (B, n_vocab) of what follows ids (B,) at positions `lengths`; the next call overwrites them."""
         if cache not in self._graphs:
-            self._graphs[cache] = _CacheGraphs(ids)
+            self._graphs[cache] = _CacheGraphs(ids, self.context_step, self.capture)
         return self._graphs[cache].replay(model, ids, lengths, cache)
 
 
 class _CacheGraphs:
     """The graphs of one cache, whose memory their kernels read and write."""
 
-    def __init__(self, ids: Tensor):
+    def __init__(self, ids: Tensor, context_step: int, capture: Capture):
+        self.context_step, self.capture = context_step, capture
         self.ids = torch.zeros_like(ids)
         self.positions = torch.zeros_like(ids)
-        self.graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
+        self.graphs: dict[int, tuple[Graph, Tensor]] = {}
 
     def replay(self, model: GPT, ids: Tensor, lengths: list[int], cache: KVCache) -> Tensor:
-        end = min(-(-(max(lengths) + 1) // GRAPH_CONTEXT) * GRAPH_CONTEXT, model.config.block_size)
+        end = min(-(-(max(lengths) + 1) // self.context_step) * self.context_step, model.config.block_size)
         self.ids.copy_(ids)
         self.positions.copy_(torch.tensor(lengths))
         if end not in self.graphs:
-            self.graphs[end] = self._capture(model, end, cache)
+            step = functools.partial(decode_at, model, self.ids, self.positions, end, cache)
+            self.graphs[end] = self.capture(step, self.ids.device)
         graph, logits = self.graphs[end]
         graph.replay()
         return logits
-
-    def _capture(self, model: GPT, end: int, cache: KVCache) -> tuple[torch.cuda.CUDAGraph, Tensor]:
-        with torch.cuda.device(self.ids.device):  # the device whose streams are meant
-            side_stream = torch.cuda.Stream()
-            side_stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(side_stream):  # libraries allocate workspaces in the first calls, not in the graph
-                for _ in range(2):
-                    decode_at(model, self.ids, self.positions, end, cache)
-            torch.cuda.current_stream().wait_stream(side_stream)
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                logits = decode_at(model, self.ids, self.positions, end, cache)
-        return graph, logits

@@ -9,6 +9,8 @@ Skipped: with --plain, on a CPU in float32 without 8-bit weights, and on a proce
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -30,33 +32,36 @@ class SpeedUps:
     decode: DecodeStep = decode_step
 
 
-def speed_up_generation(model: GPT, quantize: str | None = None, streams: int = 1) -> SpeedUps:
+def speed_up_generation(
+    model: GPT, quantize: str | None = None, streams: int = 1, has_kernel: Callable[..., bool] = is_exact
+) -> SpeedUps:
     """Replace the parts of `model`, in place, whose plain versions generate slower; afterwards it only generates.
 
-    `quantize` is "int8" or None, `streams` the number of texts generated at a time. Raises UserError if there is no
-    kernel for 8-bit weights.
+    `quantize` is "int8" or None, `streams` the number of texts generated at a time. `has_kernel` says whether this
+    processor has the kernel of a layer. Raises UserError if it has none for 8-bit weights.
     """
-    weight = model.h[0].attn.c_attn.weight
+    blocks = [cast(Block, block) for block in model.h]
+    weight = blocks[0].attn.c_attn.weight
     on_cpu, dtype = weight.device.type == "cpu", weight.dtype
-    layer: type[PackedLinear | FewRowsLinear]
+    layer: type[PackedLinear] | type[RowLinear] | type[Int8Linear]
     if quantize == "int8":
-        if not on_cpu or not is_exact(Int8Linear, dtype, tolerance=0.02):
+        if not on_cpu or not has_kernel(Int8Linear, dtype, tolerance=0.02):
             raise UserError("--quantize int8 has no kernel for this processor; leave it out, or add --device cpu")
         layer, description = Int8Linear, "8-bit weights"
     elif weight.is_cuda:
         return SpeedUps("plain layers, CUDA graphs", CapturedDecode())
     elif not on_cpu or dtype != torch.bfloat16:
         return SpeedUps("plain layers")
-    elif is_exact(RowLinear, dtype, tolerance=0.02) and streams <= RowLinear(weight, None).most_rows:
+    elif has_kernel(RowLinear, dtype, tolerance=0.02) and streams <= RowLinear(weight, None).most_rows:
         layer, description = RowLinear, "a kernel for few rows"
-    elif is_exact(PackedLinear, dtype, tolerance=0.02):
+    elif has_kernel(PackedLinear, dtype, tolerance=0.02):
         layer, description = PackedLinear, "weights packed for the processor"
     else:
         return SpeedUps("plain layers")
     packed_head = layer(model.wte.weight[: model.config.n_vocab], None)
     model.__class__ = PackedGPT
     model.packed_head = packed_head
-    model.h = nn.ModuleList(PackedBlock(block, layer) for block in model.h)
+    model.h = nn.ModuleList(PackedBlock(block, layer) for block in blocks)
     return SpeedUps(description)
 
 
@@ -72,7 +77,7 @@ class PackedGPT(GPT):
 class PackedBlock(nn.Module):
     """A block of packed layers, in as few calls as possible: for a single token each call takes time of its own."""
 
-    def __init__(self, block: Block, layer: type[PackedLinear | FewRowsLinear]):
+    def __init__(self, block: Block, layer: type[PackedLinear] | type[RowLinear] | type[Int8Linear]):
         super().__init__()
         self.layer, self.n_head = block.attn.layer, block.attn.n_head
         self.ln_1, self.ln_2 = block.ln_1, block.ln_2
@@ -86,8 +91,9 @@ class PackedBlock(nn.Module):
         B, T, C = x.shape
         x = x.reshape(B * T, C)  # the shape the products work on; from any other they convert there and back
         qkv = self.c_attn.forward(normed(x, self.ln_1))
-        if T == 1 and mask is None and cache is not None and self._has_kernel_for(cache):
-            y = attend(qkv, cache.keys_values[self.layer], cache.positions.start)
+        position = self._kernel_position(cache) if T == 1 and mask is None else None
+        if cache is not None and position is not None:
+            y = attend(qkv, cache.keys_values[self.layer], position)
         else:
             qkv = qkv.view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)  # (3, B, H, T, D)
             q, kv = qkv[0], qkv[1:]
@@ -97,8 +103,11 @@ class PackedBlock(nn.Module):
         x = self.attn_proj.added_to(x, y)
         return self.mlp_proj.added_to(x, self.c_fc.with_gelu(normed(x, self.ln_2))).view(B, T, C)
 
-    def _has_kernel_for(self, cache: KVCache) -> bool:
-        return self.has_kernel and cache.rows == slice(None) and isinstance(cache.positions, slice)
+    def _kernel_position(self, cache: KVCache | None) -> int | None:
+        """The position of the new token, if the kernel can attend from it: all rows, at the same position."""
+        if cache is None or not self.has_kernel or cache.rows != slice(None):
+            return None
+        return cache.positions.start if isinstance(cache.positions, slice) else None
 
 
 def normed(x: Tensor, layer: nn.LayerNorm) -> Tensor:

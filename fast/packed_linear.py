@@ -118,7 +118,9 @@ def quantize_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
     return (weight.float() / scale.float()[:, None]).round_().to(torch.int8), scale
 
 
-def is_exact(layer: type[PackedLinear | FewRowsLinear], dtype: torch.dtype, tolerance: float) -> bool:
+def is_exact(
+    layer: type[PackedLinear] | type[RowLinear] | type[Int8Linear], dtype: torch.dtype, tolerance: float
+) -> bool:
     """Whether a layer's kernels exist in this torch, run on this processor and compute right results."""
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(CHECK_SHAPE, generator=generator).to(dtype)

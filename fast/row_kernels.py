@@ -72,6 +72,14 @@ def _build(processor: str) -> ctypes.CDLL | None:
     return library
 
 
+def _built(processor: str) -> ctypes.CDLL:
+    """The compiled SOURCES. Raises NotImplementedError if they cannot be built."""
+    library = build(processor)
+    if library is None:
+        raise NotImplementedError("no C compiler, or a processor without AVX2")
+    return library
+
+
 class RowProduct:
     """x @ weight.T * scale + bias, (N, M), summed in float32, for x (N, K) of up to `most_rows` rows.
 
@@ -84,9 +92,7 @@ class RowProduct:
     def __init__(
         self, weight: Tensor, scale: Tensor | None = None, bias: Tensor | None = None, processor: str = "native"
     ):
-        library = build(processor)
-        if library is None:
-            raise NotImplementedError("no C compiler, or a processor without AVX2")
+        library = _built(processor)
         self.tensors = [None if one is None else one.contiguous() for one in (weight, scale, bias)]  # kept alive
         pointers = (None if one is None else one.data_ptr() for one in self.tensors)
         others_dtype = next((one.dtype for one in (scale, bias) if one is not None), torch.bfloat16)
@@ -114,5 +120,5 @@ def attend(qkv: Tensor, keys_values: Tensor, position: int, processor: str = "na
     _, rows, heads, room, size = keys_values.shape
     y = torch.empty(rows, heads * size, dtype=torch.bfloat16)
     pointers = qkv.data_ptr(), keys_values.data_ptr(), y.data_ptr()
-    build(processor).row_attention(*pointers, rows, heads, size, room, position)
+    _built(processor).row_attention(*pointers, rows, heads, size, room, position)
     return y

@@ -40,8 +40,8 @@ class TiedHead:
 
     Its buffers, a copy of the weight in `dtype` and the logits of one chunk, are allocated before the blocks run:
     later there is no gap that large among the activations, and the process would grow. `transpose` is `transposed`,
-    compiled or not. On a CPU, rows whose target is IGNORED are left out; on other devices counting them would make the
-    program wait for the device.
+    compiled or not. `chunk_rows` is LOSS_CHUNK_ROWS, or on CUDA LOSS_CHUNK_ROWS_CUDA, by default. On a CPU, rows whose
+    target is IGNORED are left out; on other devices counting them would make the program wait for the device.
     """
 
     def __init__(
@@ -50,15 +50,16 @@ class TiedHead:
         targets: Tensor,
         dtype: torch.dtype,
         transpose: Callable[[Tensor, torch.dtype], Tensor] | None = None,
+        chunk_rows: int | None = None,
     ):
         self.weight, self.targets = weight, targets.flatten()
         self.counts = self.targets != IGNORED
         self.on_cpu = weight.device.type == "cpu"
-        chunk = LOSS_CHUNK_ROWS_CUDA if weight.is_cuda else LOSS_CHUNK_ROWS
-        self.chunks: list[Tensor] | list[slice]
+        chunk = chunk_rows or (LOSS_CHUNK_ROWS_CUDA if weight.is_cuda else LOSS_CHUNK_ROWS)
+        self.chunks: list[Tensor | slice]
         if self.on_cpu:
             rows = torch.arange(len(self.counts))[self.counts]
-            self.chunks, longest = list(rows.split(chunk)), min(chunk, len(rows))
+            self.chunks, longest = [*rows.split(chunk)], min(chunk, len(rows))
         else:
             self.chunks = [slice(first, first + chunk) for first in range(0, len(self.counts), chunk)]
             longest = min(chunk, len(self.counts))

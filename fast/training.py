@@ -42,7 +42,7 @@ def speed_up_training(model: GPT, activation_checkpointing: bool = False) -> Non
     with Sublinear Memory Cost", Chen et al. 2016).
     """
     model.__class__ = FastGPT
-    for block in model.h:
+    for block in (cast(FastBlock, block) for block in model.h):
         block.__class__ = FastBlock
         block.activation_checkpointing = activation_checkpointing
         block.attn.__class__ = FastAttention
@@ -52,15 +52,20 @@ def speed_up_training(model: GPT, activation_checkpointing: bool = False) -> Non
 
 
 def compile_training(
-    model: GPT, trial_step: Callable[[], object], any_failed: Callable[[bool], bool] = lambda failed: failed
+    model: GPT,
+    trial_step: Callable[[], object],
+    any_failed: Callable[[bool], bool] = lambda failed: failed,
+    backend: str | Callable = "inductor",
+    activation_budget: float = ACTIVATION_BUDGET,
 ) -> None:
     """Compile the blocks of a model that `speed_up_training` prepared, by running `trial_step` once.
 
     If that fails, a warning is printed and the blocks run eagerly again; `any_failed` says whether it failed in any
-    process of a job, so that all of them choose alike. Only running out of memory is raised.
+    process of a job, so that all of them choose alike. Only running out of memory is raised. `backend` is that of
+    torch.compile.
     """
     start, failure = time.perf_counter(), None
-    _compile_blocks(cast(FastGPT, model))
+    _compile_blocks(cast(FastGPT, model), backend, activation_budget)
     try:
         trial_step()
     except Exception as error:  # compilers fail in many ways, and without one the same work runs, only slower
@@ -76,20 +81,20 @@ def compile_training(
     give_back_freed_memory()
 
 
-def _compile_blocks(model: FastGPT) -> None:
+def _compile_blocks(model: FastGPT, backend: str | Callable, activation_budget: float) -> None:
     """Compile block by block, into code that all blocks share.
 
     On a CPU that is as fast as compiling all blocks in one piece and ready in half the time, and the weights are not
     all copied into low precision at once. Between blocks, FSDP can gather weights and DDP can send gradients.
     """
     if model.wte.weight.device.type == "cpu":
-        torch._functorch.config.activation_memory_budget = ACTIVATION_BUDGET
+        torch._functorch.config.activation_memory_budget = activation_budget
         importlib.import_module("torch._inductor.inductor_prims")  # registers the operator that cpu_backward uses
     torch._dynamo.config.optimize_ddp = False  # it would split the blocks, which are small pieces already
     # The embeddings stay eager: on a CPU their compiled gradient is summed in varying order, so runs would not repeat.
     for block in model.fast_blocks():
-        block.compiled = torch.compile(block.plain_forward)
-    model.compiled_transpose = torch.compile(transposed, dynamic=False)
+        block.compiled = torch.compile(block.plain_forward, backend=backend)
+    model.compiled_transpose = torch.compile(transposed, dynamic=False, backend=backend)
 
 
 def _run_eagerly(model: FastGPT) -> None:

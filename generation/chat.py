@@ -1,21 +1,24 @@
-"""Sessions of prompts or of a chat: what was said, what fits the window, and the slash commands. No terminal here.
+"""Sessions of prompts or of a chat: the history, what fits the window, and the slash commands; no terminal.
 
     session = ChatSession(engine, system="You are kind.")
     print("".join(session.reply("Hello!")))
 
-An engine continues ids as text; gen.py has the real one.
+An engine continues ids as text; generation/engine.py has the real one.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import ClassVar, Protocol
 
 from common.cli import UserError
 from common.files import atomic_write
+from generation.window import fit_window, room_for_reply
 from setup_tokenizer import ENDOFTEXT_ID, check_messages, encode_chat, encode_text
+
+Pieces = Generator[str, None, None]  # of a text, as it is generated; a generator, so that it can be closed
 
 
 class Engine(Protocol):
@@ -24,26 +27,26 @@ class Engine(Protocol):
     block_size: int  # the longest context, in tokens
     temperature: float
 
-    def stream(self, ids: list[int], max_tokens: int | None) -> Iterator[str]:
-        """The text that follows `ids`, in pieces, as it is made."""
+    def stream(self, ids: list[int], max_tokens: int | None) -> Pieces:
+        """The text that follows `ids`, in pieces, as it is generated."""
 
     def statistics(self) -> str:
-        """What the last reply cost, in a line."""
+        """What the last reply cost, in one line."""
 
 
 class Quit(Exception):
-    """The person wants to leave."""
+    """The user wants to exit."""
 
 
 class PromptSession:
-    """Prompts one after another, each continued on its own."""
+    """Independent prompts, one after another."""
 
     commands: ClassVar = {
         "help": "list these commands",
-        "retry": "answer the last message anew",
-        "temp": "X: show or set the temperature (0 takes the likeliest token)",
-        "stats": "tokens, speed and the fill of the window",
-        "quit": "end (also Ctrl-D)",
+        "retry": "generate another reply to the last message",
+        "temp": "X: show or set the temperature (0: always the likeliest token)",
+        "stats": "tokens, speed, and how full the window is",
+        "quit": "exit (also Ctrl-D)",
     }
 
     def __init__(self, engine: Engine, max_tokens: int | None = None, notify: Callable[[str], None] = print):
@@ -52,37 +55,37 @@ class PromptSession:
         self.notify = notify
         self.last_prompt: str | None = None
 
-    def reply(self, text: str) -> Iterator[str]:
-        """What the model makes of `text`, in pieces. Raises UserError for a text that does not fit."""
+    def reply(self, text: str) -> Pieces:
+        """The continuation of `text`, in pieces. Raises UserError for a text that does not fit."""
         ids = [ENDOFTEXT_ID, *encode_text(text)]
         if len(ids) > self.engine.block_size:
-            raise UserError(
-                f"the prompt has {len(ids) - 1} tokens and the model's window {self.engine.block_size}; shorten it"
-            )
+            raise UserError(f"the prompt has {len(ids) - 1} tokens and the window {self.engine.block_size}; shorten it")
         self.last_prompt = text
         return self.engine.stream(ids, self.max_tokens)
 
-    def retry(self) -> Iterator[str]:
+    def retry(self) -> Pieces:
         """Another reply to the last prompt."""
         if self.last_prompt is None:
             raise UserError("there is nothing to retry yet; type a prompt first")
         return self.reply(self.last_prompt)
 
-    def command(self, line: str) -> str | Iterator[str]:
-        """Do what a line such as "/temp 0.5" says: a sentence about it, or a reply in pieces.
+    def command(self, line: str) -> str | Pieces:
+        """Run a command such as "/temp 0.5"; returns a sentence about it, or a reply in pieces.
 
-        Raises UserError for a command that does not exist or cannot be done, and Quit.
+        Raises UserError for a command that does not exist or fails, and Quit.
         """
         name, _, argument = line[1:].partition(" ")
         if name not in self.commands:
-            raise UserError(f"unknown command /{name}; /help lists them, and // at the start says a slash to the model")
+            raise UserError(f"unknown command /{name}; /help lists the commands, and // at the start sends a slash")
         return getattr(self, f"_{name}")(argument.strip())
 
     def _help(self, argument: str) -> str:
         lines = [f"/{name:<7}{meaning}" for name, meaning in self.commands.items()]
-        return "\n".join([*lines, 'A line ending in \\ goes on in the next; lines between two """ are one message.'])
+        return "\n".join(
+            [*lines, 'A line that ends in \\ continues on the next; lines between two """ are one message.']
+        )
 
-    def _retry(self, argument: str) -> Iterator[str]:
+    def _retry(self, argument: str) -> Pieces:
         return self.retry()
 
     def _temp(self, argument: str) -> str:
@@ -104,20 +107,20 @@ class PromptSession:
 
 
 class ChatSession(PromptSession):
-    """A chat in ChatML: `messages` is all that was said, of which the window shows the model the newest.
+    """A chat in ChatML: `messages` is the whole history; the model sees the newest messages that fit its window.
 
-    The window holds the system message, the newest whole exchanges, and room for the reply: `max_tokens`, or a
+    The window holds the system message, the newest whole exchanges, and room for the reply: `max_tokens` tokens, or a
     quarter of the window if that is less.
     """
 
     commands: ClassVar = {
         "help": "list these commands",
-        "reset": "forget what was said, but not the system message",
-        "system": "TEXT: set the system message; without TEXT show it",
+        "reset": "clear the history, but keep the system message",
+        "system": "TEXT: set the system message; without TEXT, show it",
         "save": "FILE: write the chat as JSONL, which can be prepared as training data",
-        "load": "FILE: go on with a saved chat",
-        "retry": "answer the last message anew",
-        "undo": "take back the last exchange",
+        "load": "FILE: continue a saved chat",
+        "retry": "generate another reply to the last message",
+        "undo": "remove the last exchange",
         "temp": PromptSession.commands["temp"],
         "stats": PromptSession.commands["stats"],
         "quit": PromptSession.commands["quit"],
@@ -138,17 +141,16 @@ class ChatSession(PromptSession):
 
     @property
     def system(self) -> list[dict]:
-        """The system message, as a list of one or none."""
+        """The system message, as a list of one message or none."""
         return [message for message in self.messages[:1] if message["role"] == "system"]
 
     @property
     def room_for_reply(self) -> int:
-        """The tokens that a prompt leaves free at least."""
-        quarter = max(1, self.engine.block_size // 4)
-        return quarter if self.max_tokens is None else min(quarter, self.max_tokens)
+        """The least number of tokens that a prompt leaves free."""
+        return room_for_reply(self.engine.block_size, self.max_tokens)
 
-    def reply(self, text: str) -> Iterator[str]:
-        """The assistant's reply to `text`, in pieces; both become part of the chat, the reply as far as it came.
+    def reply(self, text: str) -> Pieces:
+        """The assistant's reply to `text`, in pieces; both are added to the chat, the reply as far as it was generated.
 
         Raises UserError, and changes nothing, for a text that does not fit the window.
         """
@@ -157,7 +159,7 @@ class ChatSession(PromptSession):
         self.messages = messages
         return self._answer(ids)
 
-    def _answer(self, ids: list[int]) -> Iterator[str]:
+    def _answer(self, ids: list[int]) -> Pieces:
         room = self.engine.block_size - len(ids)
         message = {"role": "assistant", "content": ""}
         self.messages.append(message)
@@ -166,27 +168,15 @@ class ChatSession(PromptSession):
             yield piece
 
     def _window(self, messages: list[dict]) -> list[int]:
-        """The ids that the model sees of `messages`: the oldest whole exchanges are left out where they do not fit."""
-        system = [message for message in messages[:1] if message["role"] == "system"]
-        starts = [index for index, message in enumerate(messages) if message["role"] == "user"]
-        capacity = self.engine.block_size - self.room_for_reply
-        for number, start in enumerate(starts):
-            first = len(system) if number == 0 else start
-            ids = chat_ids([*system, *messages[first:]])
-            if len(ids) <= capacity:
-                if number and not self._said_that_it_forgets:
-                    self.notify("the window is full: from now on the oldest exchanges are left out")
-                    self._said_that_it_forgets = True
-                return ids
-        message_tokens = len(encode_text(messages[-1]["content"]))
-        fixed_tokens = len(ids) - message_tokens
-        raise UserError(
-            f"the message has {message_tokens} tokens and the window has room for {max(0, capacity - fixed_tokens)}; "
-            "shorten it" + (" or the system message" if system else "")
-        )
+        """The ids of `messages` that the model sees, without the oldest whole exchanges that do not fit."""
+        ids, n_dropped = fit_window(messages, self.engine.block_size - self.room_for_reply)
+        if n_dropped and not self._said_that_it_forgets:
+            self.notify("the window is full: from now on the model no longer sees the oldest exchanges")
+            self._said_that_it_forgets = True
+        return ids
 
-    def retry(self) -> Iterator[str]:
-        """Another reply to the last message, in place of the one given."""
+    def retry(self) -> Pieces:
+        """Another reply to the last message, which replaces the previous one."""
         start = self._last_user_message("retry")
         messages = self.messages[: start + 1]
         ids = self._window(messages)
@@ -194,7 +184,7 @@ class ChatSession(PromptSession):
         return self._answer(ids)
 
     def undo(self) -> None:
-        """Take back the last message and its reply."""
+        """Remove the last message and its reply."""
         self.messages = self.messages[: self._last_user_message("undo")]
 
     def _last_user_message(self, purpose: str) -> int:
@@ -204,7 +194,7 @@ class ChatSession(PromptSession):
         raise UserError(f"there is nothing to {purpose} yet; say something first")
 
     def set_system(self, text: str) -> None:
-        """Set the system message. Raises UserError where it leaves no room for a chat."""
+        """Set the system message. Raises UserError if it leaves no room for a chat."""
         message = {"role": "system", "content": text}
         n_tokens = len(chat_ids([message, {"role": "user", "content": ""}]))
         capacity = self.engine.block_size - self.room_for_reply
@@ -216,7 +206,7 @@ class ChatSession(PromptSession):
         self.messages = [message, *self.messages[len(self.system) :]]
 
     def save(self, path: str) -> None:
-        """Write the chat as one line of JSONL, as prepare-chat.py reads it; overwrites only such a file."""
+        """Write the chat as one line of JSONL, which prepare-chat.py reads; overwrites only a file of this kind."""
         if not any(message["role"] != "system" for message in self.messages):
             raise UserError("there is nothing to save yet; say something first")
         if Path(path).exists():
@@ -228,14 +218,14 @@ class ChatSession(PromptSession):
             file.write((json.dumps({"messages": self.messages}, ensure_ascii=False) + "\n").encode())
 
     def load(self, path: str) -> None:
-        """Go on with a chat that `save` wrote. Raises UserError, and changes nothing, for any other file."""
+        """Continue a chat that `save` wrote. Raises UserError, and changes nothing, for any other file."""
         self.messages = read_chat(path)
         self._said_that_it_forgets = False
 
     def _reset(self, argument: str) -> str:
         self.messages = self.system
         self._said_that_it_forgets = False
-        return "the chat starts anew"
+        return "the chat starts over"
 
     def _system(self, argument: str) -> str:
         if argument:
@@ -256,20 +246,20 @@ class ChatSession(PromptSession):
 
     def _undo(self, argument: str) -> str:
         self.undo()
-        return f"took back the last exchange; {len(self.messages)} messages remain"
+        return f"removed the last exchange; {len(self.messages)} messages remain"
 
     def _stats(self, argument: str) -> str:
         n_tokens = len(chat_ids(self.messages)) if self.messages else 0
         return (
-            f"{len(self.messages)} messages, {n_tokens} tokens, window {self.engine.block_size} of which "
-            f"{self.room_for_reply} stay free for the reply\n{self.engine.statistics()}"
+            f"{len(self.messages)} messages, {n_tokens} tokens, window of {self.engine.block_size} of which "
+            f"{self.room_for_reply} are kept free for the reply\n{self.engine.statistics()}"
         )
 
 
 def chat_ids(messages: list[dict]) -> list[int]:
-    """The ids after which the assistant speaks: the messages and the assistant's header.
+    """The ids after which the assistant replies: the messages and the header of its next message.
 
-    No `<|endoftext|>` stands before them: in training the document mask hides it from every conversation.
+    They do not start with `<|endoftext|>`: in training the document mask hides it from every conversation.
     """
     return encode_chat(messages, add_generation_prompt=True)
 
@@ -277,7 +267,7 @@ def chat_ids(messages: list[dict]) -> list[int]:
 def read_chat(path: str) -> list[dict]:
     """The messages of a saved chat. Raises UserError for a file that is not one `{"messages": [...]}` line."""
     try:
-        lines = Path(path).read_text(encoding="utf-8").split("\n")  # only a line feed ends a line of JSONL
+        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")  # only a line feed ends a line of JSONL
         (line,) = [line for line in lines if line.strip()]
         messages = json.loads(line)["messages"]
         check_messages(messages)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 
 import torch
 from torch import Tensor
@@ -50,7 +50,7 @@ class TextEngine:
         self._logits: Tensor | None = None
         self.tokens, self.later_tokens, self.first_token_s, self.later_s = 0, 0, 0.0, 0.0  # later: after the first step
 
-    def stream(self, ids: list[int], max_tokens: int | None) -> Iterator[str]:
+    def stream(self, ids: list[int], max_tokens: int | None) -> Generator[str, None, None]:
         """The text that follows `ids`, in pieces, as it is generated."""
         for _, piece in self.stream_samples(ids, max_tokens, 1):
             yield piece

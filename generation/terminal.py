@@ -1,8 +1,9 @@
-"""A person's lines in, replies out: line editing, lines that belong together, colours; or a pipe, a line a message."""
+"""Messages in, replies out: on a terminal with line editing, multi-line messages and colours; from a pipe, by line."""
 
 from __future__ import annotations
 
 import contextlib
+import io
 import sys
 import time
 from collections.abc import Iterable, Iterator
@@ -14,7 +15,7 @@ DELAY_S = 0.01  # between the pieces of a reply, on a terminal
 
 
 class Console:
-    """Where messages come from and replies go. Standard output carries replies alone; notices go to standard error."""
+    """Where messages come from and replies go. Standard output receives only replies; notices go to standard error."""
 
     def __init__(self, name: str, delay: bool = True):
         self.name = name
@@ -25,11 +26,11 @@ class Console:
         if self.is_terminal:
             with contextlib.suppress(ImportError):  # Windows has none
                 import readline  # noqa: F401  gives input() line editing and history
-        else:
-            sys.stdin.reconfigure(encoding="utf-8", errors="replace")
+        elif isinstance(sys.stdin, io.TextIOWrapper):
+            sys.stdin.reconfigure(encoding="utf-8-sig", errors="replace")  # -sig: skips a byte order mark
 
     def messages(self) -> Iterator[str]:
-        """What the person says, message by message, until the end of input."""
+        """The user's messages, one by one, until the end of input."""
         while True:
             try:
                 line = self._read(f"{self.name}> ")
@@ -42,35 +43,35 @@ class Console:
             except KeyboardInterrupt:
                 if not self.is_terminal:
                     raise
-                self.notice("\n/quit or Ctrl-D ends")
+                self.notice("\n/quit or Ctrl-D exits")
                 continue
             if line.strip():
                 yield line
 
     def _read(self, prompt: str) -> str:
         if self.is_terminal:
-            # readline must know which characters take no room on the line: those between \1 and \2.
+            # \1 and \2 tell readline which characters take up no space on the line.
             return input(f"\1\33[1;36m\2{prompt}\1\33[0m\2" if self.has_colour else prompt)
         line = sys.stdin.readline()
         if not line:
             raise EOFError
-        return line.removesuffix("\n")
+        return line.removesuffix("\n").removesuffix("\r")
 
     def _read_rest(self, line: str) -> str:
-        """The whole message that begins with `line`: lines ended by a backslash, or between lines of three quotes."""
+        """The whole message that starts with `line`: lines ending in a backslash, or between lines of three quotes."""
         lines = []
         if line.strip() == QUOTES:
             while (line := self._read("... ")).strip() != QUOTES:
                 lines.append(line)
             message = "\n".join(lines)
-            return f"/{message}" if message.startswith("/") else message  # said, not a command
+            return f"/{message}" if message.startswith("/") else message  # a message, not a command
         while line.endswith("\\"):
             lines.append(line[:-1])
             line = self._read("... ")
         return "\n".join([*lines, line])
 
     def show(self, pieces: Iterable[str]) -> None:
-        """Print a reply as it comes, and a line end."""
+        """Print a reply as it is generated, and a line break."""
         ended = ""
         for piece in pieces:
             self.shown.append(piece)
@@ -81,10 +82,10 @@ class Console:
             self.end_line()
 
     def end_line(self) -> None:
-        """End the line on which a reply stopped."""
+        """End the line after an interrupted reply."""
         self.shown.append("\n")
         print(flush=True)
 
     def notice(self, text: str) -> None:
-        """Say something that is not a reply."""
+        """Print something that is not a reply."""
         print(f"\33[2m{text}\33[0m" if self.has_colour else text, file=sys.stderr, flush=True)

@@ -1,13 +1,14 @@
-"""How fast training, generation and data preparation are here, beside a peer's and beside what the device can do.
+"""Measure training, generation and data preparation: against another program, and against the device's limits.
 
     python testing_tools/benchmark.py train --preset small --peer transformers
     python testing_tools/benchmark.py generate --preset gpt2 --max_tokens 200 --peer transformers --json generate.json
     python testing_tools/benchmark.py prepare --input TinyStoriesV2-GPT4-train.txt --peer tiktoken
 
-Expect a line a round and a table: tokens a second (median, least and most of the rounds), start-up (the first step,
-compilation included), peak memory, the ratio, FLOP/s and their share of the device's peak (MFU), and the floor: what
-the work cannot do without, over what the device can do. Each side lives in a process of its own, so that its memory
-is its own, and the rounds alternate (A B A B). Weights and ids are random, which changes no speed.
+Prints a line per round and a table: tokens per second (median, minimum and maximum of the rounds), start-up (the first
+step, including compilation), peak memory, the ratio, FLOP/s and their share of the device's peak (model FLOPs
+utilization, MFU), and the limit: the speed at which the device would only do the work that no program can avoid. Each
+side runs in a process of its own, so that their memory is measured separately, and the rounds alternate (A B A B).
+Weights and ids are random, which does not change the speed.
 """
 
 from __future__ import annotations
@@ -27,14 +28,16 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from benchmark_work import PEERS, WORKS, model_config, peer_setting, timed, training_config  # noqa: E402
-from device_limits import cpu_name, generation_floor, measure_machine, n_cores, training_floor  # noqa: E402
+from benchmark_timing import timed  # noqa: E402
+from benchmark_training import gpt_config  # noqa: E402
+from benchmark_work import PEERS, WORKS, generation_config, peer_setting, training_config  # noqa: E402
+from device_limits import cpu_name, generation_floor, measure_machine, training_floor  # noqa: E402
 
-from common.cli import UserError, option, parse_options, run_script  # noqa: E402
-from common.device import choose_device  # noqa: E402
+from common.cli import UserError, check_options, option, parse_options, run_script  # noqa: E402
+from common.device import choose_device, is_out_of_memory, n_cores  # noqa: E402
 from common.files import atomic_write, require_target  # noqa: E402
 
-PACKAGES = ("transformers", "tiktoken")  # peers that have to be installed
+PACKAGES = ("transformers", "tiktoken")  # peers that must be installed
 SHOWN_SETTINGS = (
     *("preset", "n_layer", "n_head", "n_embd", "block_size", "device", "dtype", "batch_size"),
     *("gradient_accumulation_steps", "optimizer", "compile", "quantize", "streams", "prompt_tokens", "max_tokens"),
@@ -49,63 +52,67 @@ class BenchmarkOptions:
     task: str = option(None, "what to measure", positional=True, nargs=None, choices=tuple(PEERS))
     peer: str | None = option(
         None,
-        "what to compare with: transformers; train: also a loop as nanoGPT's, plain (its defaults on a CPU) or "
+        "what to compare with: transformers; train: also a loop like nanoGPT's, plain (its defaults on a CPU) or "
         "compiled (its best flags); prepare: tiktoken",
         choices=tuple(dict.fromkeys(itertools.chain(*PEERS.values()))),
     )
-    rounds: int = option(5, "rounds that count")
-    round_s: float = option(3.0, "seconds for which a round repeats a step of training or a generation", metavar="S")
+    rounds: int = option(5, "rounds that count", at_least=1)
+    round_s: float = option(3.0, "seconds that a round of training or generation lasts", metavar="S", above=0)
     json: str | None = option(None, "also write the figures to this file", metavar="FILE")
+    plain: bool = option(False, "measure our side without the speedups of fast/")
 
-    preset: str | None = option(None, "model size, as for train.py (default: gpt2 on CUDA, small elsewhere)")
-    n_layer: int | None = option(None, "layers (default: the preset's)")
-    n_head: int | None = option(None, "attention heads (default: the preset's)")
-    n_embd: int | None = option(None, "width (default: the preset's)")
-    block_size: int | None = option(None, "context length in tokens (default: the preset's)")
-    device: str | None = option(None, "cpu, mps, cuda, cuda:N (default: asks, or takes the best one)")
+    preset: str | None = option(
+        None, "model size, as for train.py (default: gpt2 on CUDA, small elsewhere)", group="model"
+    )
+    n_layer: int | None = option(None, "layers (default: the preset's)", at_least=1, group="model")
+    n_head: int | None = option(None, "attention heads (default: the preset's)", at_least=1, group="model")
+    n_embd: int | None = option(None, "width (default: the preset's)", at_least=1, group="model")
+    block_size: int | None = option(None, "context length in tokens (default: the preset's)", at_least=1, group="model")
+    device: str | None = option(None, "cpu, mps, cuda, cuda:N (default: asks, or takes the best one)", group="device")
     dtype: str | None = option(
-        None, "precision (default: the device's best)", choices=("float32", "bfloat16", "float16")
+        None, "precision (default: the device's best)", choices=("float32", "bfloat16", "float16"), group="device"
     )
 
-    batch_size: int | None = option(None, "train: sequences in a micro-batch (default: train.py's)")
-    gradient_accumulation_steps: int | None = option(None, "train: micro-batches an iteration (default: train.py's)")
-    optimizer: str | None = option(None, "train: our optimizer (default: train.py's)", choices=("muon", "adamw"))
-    compile: bool | None = option(None, "train: our torch.compile (default: as train.py for a long run)")
+    batch_size: int | None = option(None, "sequences per micro-batch (default: 16)", at_least=1, group="train")
+    gradient_accumulation_steps: int | None = option(
+        None, "micro-batches per iteration (default: train.py's)", at_least=1, group="train"
+    )
+    optimizer: str | None = option(
+        None, "our optimizer (default: train.py's)", choices=("muon", "adamw"), group="train"
+    )
+    compile: bool | None = option(
+        None, "use torch.compile on our side (default: as train.py for a long run)", group="train"
+    )
 
-    quantize: str | None = option(None, "generate: our weights in 8 bits", choices=("int8",))
-    streams: int = option(1, "generate: continuations made together")
-    prompt_tokens: int = option(16, "generate: tokens of the prompt")
-    max_tokens: int = option(200, "generate: new tokens")
+    quantize: str | None = option(None, "8-bit weights on our side", choices=("int8",), group="generate")
+    streams: int = option(1, "texts generated together", at_least=1, group="generate")
+    prompt_tokens: int = option(16, "tokens of the prompt", at_least=1, group="generate")
+    max_tokens: int = option(200, "new tokens", at_least=1, group="generate")
 
-    input: str | None = option(None, "prepare: the text file", metavar="FILE")
+    input: str | None = option(None, "the text file to prepare", metavar="FILE", group="prepare")
 
     def __post_init__(self):
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if isinstance(value, int) and not isinstance(value, bool) and value < 1:
-                raise ValueError(f"{field.name} must be at least 1, not {value}")
-        if not 0 < self.round_s < float("inf"):
-            raise ValueError(f"round_s must be a number above 0, not {self.round_s}")
+        check_options(self)
         if self.peer not in (None, *PEERS[self.task]):
             raise ValueError(f"{self.task} can be compared with {' or '.join(PEERS[self.task])}, not {self.peer}")
         if (self.input is None) == (self.task == "prepare"):
-            raise ValueError("prepare needs input, and nothing else takes it")
-        if self.quantize and self.task != "generate":
-            raise ValueError("quantize goes with generate")
+            raise ValueError("prepare needs --input FILE, and no other task takes it")
+        if self.quantize and (self.task != "generate" or self.plain):
+            raise ValueError("--quantize is only for generate, without --plain")
 
 
-# --- a process for each side ---
+# --- one process per side ---
 
 
-def serve(side: str, options: BenchmarkOptions, config, pipe) -> None:
-    """Build one side's work, say how long that took, do a round when asked, tell memory and latencies."""
+def serve(side: str, options: BenchmarkOptions, config, pipe, works: Mapping = WORKS) -> None:
+    """Run one side in its own process: build its work, measure rounds on request, then send memory and latencies."""
     try:
         start = time.perf_counter()
         if config is not None:
-            choose_device(config.device)  # makes it this process's current one, as the scripts do
-        work = WORKS[options.task][side](options, config)
+            choose_device(config.device)  # makes it the current device of this process, as in the scripts
+        work = works[options.task][side](options, config)
         if work.repeats:
-            timed(work, 1)  # compiles, captures, takes memory
+            timed(work, 1)  # compiles, captures graphs, allocates memory
         pipe.send(time.perf_counter() - start)
         steps = max(1, round(options.round_s / timed(work, 1)[0])) if work.repeats else 1
         while pipe.recv() == "round":
@@ -113,7 +120,7 @@ def serve(side: str, options: BenchmarkOptions, config, pipe) -> None:
         pipe.send((work.peak_bytes(), work.latencies_s()))
     except UserError as error:
         pipe.send(error)
-    except (EOFError, BrokenPipeError, KeyboardInterrupt):  # the parent, which has to say why, is gone or going
+    except (EOFError, BrokenPipeError, KeyboardInterrupt):  # the parent is ending, and prints the reason
         return
     except Exception as error:
         if not is_memory_error(error):
@@ -122,19 +129,15 @@ def serve(side: str, options: BenchmarkOptions, config, pipe) -> None:
 
 
 def is_memory_error(error: Exception) -> bool:
-    """Whether memory ran out, without importing torch where nothing else has."""
-    if "torch" not in sys.modules:
-        return isinstance(error, MemoryError)
-    from training.memory import is_out_of_memory
-
-    return is_out_of_memory(error)
+    """Whether memory ran out; does not import torch into a process that has not needed it."""
+    return is_out_of_memory(error) if "torch" in sys.modules else isinstance(error, MemoryError)
 
 
 class Side:
-    """A process that does one side's work when asked."""
+    """A process that does one side's work on request."""
 
     def __init__(self, side: str, options: BenchmarkOptions, config):
-        context = multiprocessing.get_context("spawn")  # a fresh process: its memory is its own
+        context = multiprocessing.get_context("spawn")  # a fresh process, whose memory is only its own
         self.name = side
         self.pipe, theirs = context.Pipe()
         self.process = context.Process(target=serve, args=(side, options, config, theirs), daemon=True)
@@ -144,18 +147,18 @@ class Side:
         self.start_up_s = self._receive()
 
     def measure(self) -> float:
-        """Tokens a second of one round."""
+        """Tokens per second of one round."""
         seconds, tokens = self._ask("round")
         return tokens / seconds
 
     def finish(self) -> tuple[int | None, dict[str, float]]:
-        """End the process; returns the peak of its memory in bytes, and what else it timed, in seconds."""
-        told = self._ask("end")
+        """End the process; returns its peak memory in bytes and its latencies in seconds."""
+        answer = self._ask("end")
         self.process.join()
-        return told
+        return answer
 
     def _ask(self, what: str):
-        with contextlib.suppress(BrokenPipeError):  # it has ended, which reading tells better
+        with contextlib.suppress(BrokenPipeError):  # the process has ended; `_receive` reports that better
             self.pipe.send(what)
         return self._receive()
 
@@ -165,8 +168,8 @@ class Side:
         except (EOFError, ConnectionError) as error:
             self.process.join()
             raise UserError(
-                f"the process that measures {self.name} ended with status {self.process.exitcode}; if no reason stands "
-                "above, memory ran out: use a smaller --batch_size, --streams or --preset"
+                f"the process that measures {self.name} ended with status {self.process.exitcode}; if no reason is "
+                "printed above, memory ran out: use a smaller --batch_size, --streams or --preset"
             ) from error
         if isinstance(answer, UserError):
             raise answer
@@ -174,25 +177,25 @@ class Side:
 
 
 def alternate(sides: Mapping[str, Callable[[], float]], rounds: int, warm_up: bool = False) -> dict[str, list[float]]:
-    """What each side measures, in tokens a second, in rounds of A B A B.
+    """Each side's tokens per second, measured in alternating rounds (A B A B).
 
-    A round of warm-up before does not count: a side that has waited until the other was ready finds its memory cold.
+    A warm-up round does not count: the caches of a side that waited for the other one to start are cold.
     """
-    found = {name: [] for name in sides}
+    found: dict[str, list[float]] = {name: [] for name in sides}
     for number in range(0 if warm_up else 1, rounds + 1):
         speeds = {name: measure() for name, measure in sides.items()}
-        told = ", ".join(f"{name} {_number(speed)}" for name, speed in speeds.items())
-        print(f"round {number}/{rounds}: {told} tokens/s" if number else f"warm-up: {told} tokens/s", flush=True)
+        shown = ", ".join(f"{name} {_number(speed)}" for name, speed in speeds.items())
+        print(f"{f'round {number}/{rounds}' if number else 'warm-up'}: {shown} tokens/s", flush=True)
         for name, speed in speeds.items() if number else ():
             found[name].append(speed)
     return found
 
 
-# --- what is told ---
+# --- the figures ---
 
 
 def figures(ours: list[float], peer: list[float] | None) -> dict:
-    """The medians of both sides' tokens a second, and their ratio."""
+    """The median tokens per second of both sides, and their ratio."""
     ours_median = statistics.median(ours)
     peer_median = statistics.median(peer) if peer else None
     return {
@@ -204,16 +207,18 @@ def figures(ours: list[float], peer: list[float] | None) -> dict:
     }
 
 
-def measure_model(options: BenchmarkOptions) -> dict:
+def measure_model(
+    options: BenchmarkOptions, measure_machine: Callable = measure_machine, make_side: type = Side
+) -> dict:
     """The figures of train and generate."""
-    config = training_config(options)
-    model_config(config)
+    config = training_config(options) if options.task == "train" else generation_config(options)
+    gpt_config(config)  # raises UserError for a shape that does not fit together
     machine = measure_machine(config.device, config.dtype)
     if options.task == "train":
         flops, floor_s = training_floor(config, machine)
     else:
         flops, floor_s = generation_floor(options, config, machine)
-    found = measure_sides(options, config)
+    found = measure_sides(options, config, make_side)
     achieved = found["ours_tokens_per_s"] * flops
     shape = {name: getattr(config, name) for name in ("n_layer", "n_head", "n_embd", "block_size")}
     has_own_shape = any(getattr(options, name) for name in shape)
@@ -241,7 +246,7 @@ def measure_model(options: BenchmarkOptions) -> dict:
 
 
 def measure_preparation(options: BenchmarkOptions) -> dict:
-    """The figures of prepare; the floor is one thread's speed at encoding alone on every core."""
+    """The figures of prepare; the limit is one thread's speed of encoding, on every core."""
     found = measure_sides(options, None)
     one_thread = found["peer_tokens_per_s"]
     if one_thread is None:
@@ -252,14 +257,14 @@ def measure_preparation(options: BenchmarkOptions) -> dict:
     return {**facts, "input": options.input, **found, "mfu": None, "floor_tokens_per_s": n_cores() * one_thread}
 
 
-def measure_sides(options: BenchmarkOptions, config) -> dict:
-    """Start both sides, let them alternate, end them: speeds, start-up times and peaks of memory."""
+def measure_sides(options: BenchmarkOptions, config, make_side: type = Side) -> dict:
+    """Start both sides, measure alternating rounds, and end them: speeds, start-up times and peak memory."""
     names = ("ours", options.peer) if options.peer else ("ours",)
-    sides = {name: Side(name, options, config) for name in names}
+    sides = {name: make_side(name, options, config) for name in names}
     speeds = alternate({name: side.measure for name, side in sides.items()}, options.rounds, options.task != "prepare")
-    found = figures(speeds["ours"], speeds.get(options.peer))
+    found = figures(speeds["ours"], speeds.get(options.peer or ""))
     for prefix, name in (("", "ours"), ("peer_", options.peer)):
-        side = sides.get(name)
+        side = sides.get(name or "")
         found[f"{prefix}start_up_s"] = side and side.start_up_s
         found[f"{prefix}peak_memory_bytes"], latencies_s = side.finish() if side else (None, {})
         found |= {"latencies_s": latencies_s} if latencies_s else {}
@@ -268,7 +273,7 @@ def measure_sides(options: BenchmarkOptions, config) -> dict:
 
 
 def table(found: dict) -> list[str]:
-    """The figures, in lines."""
+    """The figures as lines of text."""
     settings = {name: found[name] for name in SHOWN_SETTINGS if found.get(name) is not None}
     lines = [f"{found['task']} on {found['device_name']}"]
     lines.append(", ".join(f"{name} {value}" for name, value in settings.items()))
@@ -277,7 +282,7 @@ def table(found: dict) -> list[str]:
     lines.append(_row("", "ours", found["peer"] or ""))
     for label, ours_key, peer_key, show in (
         ("tokens/s, median", "ours_tokens_per_s", "peer_tokens_per_s", _number),
-        ("least to most", "ours_rounds", "peer_rounds", _range),
+        ("min to max", "ours_rounds", "peer_rounds", _range),
         ("start-up, s", "start_up_s", "peer_start_up_s", _number),
         ("peak memory, MiB", "peak_memory_bytes", "peer_peak_memory_bytes", lambda size: _number(size / 2**20)),
     ):
@@ -291,7 +296,7 @@ def table(found: dict) -> list[str]:
         lines.append(_row("MFU", f"{found['mfu']:.1%}", ""))
     lines += [_row(f"{name}, ms", _number(1000 * s), "") for name, s in found.get("latencies_s", {}).items()]
     share = found["ours_tokens_per_s"] / found["floor_tokens_per_s"]
-    lines.append(_row("floor, tokens/s", _number(found["floor_tokens_per_s"]), f"ours: {share:.0%}"))
+    lines.append(_row("limit, tokens/s", _number(found["floor_tokens_per_s"]), f"ours: {share:.0%}"))
     return lines
 
 
@@ -304,7 +309,7 @@ def _range(speeds: list[float]) -> str:
 
 
 def _number(value: float) -> str:
-    """Three digits at least: 0.123, 12.3, 1,234."""
+    """A number with three digits or more: 0.123, 12.3, 1,234."""
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 

@@ -1,10 +1,10 @@
-"""How well a model chats: 40 openers that want a fitting reply, and 50 names to remember for one turn.
+"""Measure how well a model chats: 40 openers that need a fitting reply, and 50 names to remember for one turn.
 
     python testing_tools/chat_eval.py models/chitchat1700.pt --verbose
 
-Expect a table with a score for each kind of opener and for the names, then every failure with its reason. The
-questions in chat_eval_questions.json are fixed; the chitchat data set holds none of the openers and none of the
-names. Replies are decoded greedily, so a model always gets the same score.
+Prints every failure with its reason, then a table with the score for each kind of opener and for the names. The
+questions in chat_eval_questions.json are fixed, and none of the openers and names is in the chitchat data set. Replies
+are decoded greedily, so a model always gets the same score.
 """
 
 from __future__ import annotations
@@ -15,39 +15,41 @@ import re
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from common.cli import option, parse_options, run_script
 from common.device import choose_device, choose_dtype
 from common.files import atomic_write
-from data.chitchat import assistant_words, words_of
-from generation.decoding import generate, new_cache
-from generation.sampling import Sampling
+from data.chitchat.templates import assistant_words, words_of
 from setup_tokenizer import ENDOFTEXT_ID, IM_END, IM_END_ID, encode_chat, get_extended_tokenizer
+
+if TYPE_CHECKING:
+    from model import GPT
 
 QUESTIONS_FILE = Path(__file__).with_name("chat_eval_questions.json")
 MAX_REPLY_TOKENS = 60
 MAX_REPLY_WORDS = 40
 
-# A reply as text; it ends in `<|im_end|>` if the assistant ended it.
+# Messages -> the reply as text, with `<|im_end|>` at its end if the assistant ended it.
 Reply = Callable[[list[dict[str, str]]], str]
 
 
 @dataclasses.dataclass(frozen=True)
 class EvalOptions:
-    checkpoint: str = option(None, "the checkpoint to question", positional=True, nargs=None)
-    device: str | None = option(None, "cpu, mps, cuda, cuda:N or auto (default: ask, or take the best)")
+    checkpoint: str = option(None, "the checkpoint to evaluate", positional=True, nargs=None)
+    device: str | None = option(None, "cpu, mps, cuda, cuda:N (default: asks, or takes the best one)")
     dtype: str | None = option(
         None, "precision (default: the device's best)", choices=("float32", "bfloat16", "float16")
     )
     json: str | None = option(None, "also write scores and all replies to this file", metavar="FILE")
-    verbose: bool = option(False, "show every reply, not only the failures")
+    verbose: bool = option(False, "print every reply, not only the failures")
 
 
 @dataclasses.dataclass(frozen=True)
 class Answer:
-    """What was asked and replied; `fault` says why the reply counts as wrong, None where it is right."""
+    """A question and its reply; `fault` says why the reply counts as wrong, None if it is right."""
 
     category: str
     question: str
@@ -56,12 +58,12 @@ class Answer:
 
 
 def load_questions() -> dict:
-    """The checked-in questions."""
+    """The fixed questions."""
     return json.loads(QUESTIONS_FILE.read_text(encoding="utf-8"))
 
 
 def openers(questions: Mapping) -> list[tuple[str, str, tuple[str, ...]]]:
-    """Every opener as (category, text, patterns that a fitting reply must not match)."""
+    """All openers as (category, text, patterns that a fitting reply must not match)."""
     found = []
     for category, group in questions["openers"].items():
         for question in group["questions"]:
@@ -70,16 +72,16 @@ def openers(questions: Mapping) -> list[tuple[str, str, tuple[str, ...]]]:
     return found
 
 
-def name_tries(questions: Mapping) -> list[tuple[str, str]]:
-    """Every name with the line that introduces it; the phrasings take turns."""
+def introductions(questions: Mapping) -> list[tuple[str, str]]:
+    """All names with the line that introduces each; the phrasings alternate."""
     phrasings = questions["introductions"]
     return [(name, phrasings[i % len(phrasings)].format(name=name)) for i, name in enumerate(questions["names"])]
 
 
 def form_fault(reply: str) -> str | None:
-    """Why a reply is wrong whatever it says, None if it is not: never ended, empty, too long, going in circles."""
+    """Why a reply is wrong regardless of the question (unfinished, empty, too long, repetitive), or None."""
     if not reply.endswith(IM_END):
-        return f"not ended by {IM_END}"
+        return f"not ended with {IM_END}"
     words = words_of(reply.removesuffix(IM_END))
     if not words:
         return "empty"
@@ -88,15 +90,15 @@ def form_fault(reply: str) -> str | None:
     if len(words) > MAX_REPLY_WORDS:
         return f"more than {MAX_REPLY_WORDS} words"
     if any(words[i] == words[i + 1] == words[i + 2] for i in range(len(words) - 2)):
-        return "says a word three times"
+        return "repeats a word three times"
     return None
 
 
 def opener_fault(reply: str, fits: tuple[str, ...], never: tuple[str, ...], known: frozenset[str]) -> str | None:
-    """Why `reply` does not fit an opener, None if it does.
+    """Why `reply` does not fit an opener, or None if it does.
 
-    It must match a pattern of `fits` and none of `never`, and use no word but the assistant's own (`known`): an
-    invented word, or a name that nobody gave, is a fault.
+    It must match a pattern of `fits` and none of `never`, and use only words that the assistant uses in the data
+    (`known`), so that an invented word or a name that nobody gave is a fault.
     """
     if fault := form_fault(reply):
         return fault
@@ -106,21 +108,22 @@ def opener_fault(reply: str, fits: tuple[str, ...], never: tuple[str, ...], know
     if matched := [pattern for pattern in never if re.search(pattern, text, re.IGNORECASE)]:
         return f"unfitting: matches {matched[0]}"
     if not any(re.search(pattern, text, re.IGNORECASE) for pattern in fits):
-        return "of another kind"
+        return "not a reply to this kind of opener"
     return None
 
 
 def name_fault(reply: str, name: str) -> str | None:
-    """Why `reply` does not give exactly that name back, None if it does."""
+    """Why `reply` does not contain exactly that name, or None if it does."""
     if fault := form_fault(reply):
         return fault
     return None if re.search(rf"(?<!\w){re.escape(name)}(?!\w)", reply) else "another name, or none"
 
 
 def evaluate(reply: Reply, questions: Mapping | None = None) -> list[Answer]:
-    """All questions put to an assistant.
+    """Ask an assistant all questions.
 
-    A name is told in the first message, the assistant answers in its own words, and is then asked for the name.
+    For the names, the first message introduces the user, the assistant answers in its own words, and is then asked for
+    the name.
     """
     questions = questions or load_questions()
     known = assistant_words()
@@ -129,7 +132,7 @@ def evaluate(reply: Reply, questions: Mapping | None = None) -> list[Answer]:
         text = reply([{"role": "user", "content": question}])
         fits = questions["openers"][category]["fits"]
         answers.append(Answer(category, question, text, opener_fault(text, fits, never, known)))
-    for name, introduction in name_tries(questions):
+    for name, introduction in introductions(questions):
         messages = [{"role": "user", "content": introduction}]
         messages.append({"role": "assistant", "content": reply(messages).removesuffix(IM_END)})
         messages.append({"role": "user", "content": questions["recall"]})
@@ -140,7 +143,7 @@ def evaluate(reply: Reply, questions: Mapping | None = None) -> list[Answer]:
 
 
 def scores(answers: list[Answer]) -> dict[str, dict[str, int]]:
-    """Right and asked by category, and for all openers together."""
+    """The number of questions and of right replies by category, and for all openers together."""
     table: dict[str, dict[str, int]] = {}
     for answer in answers:
         for category in (answer.category, "openers" if answer.category != "name" else "names"):
@@ -152,7 +155,7 @@ def scores(answers: list[Answer]) -> dict[str, dict[str, int]]:
 
 
 def print_report(answers: list[Answer], verbose: bool) -> None:
-    """Print the table of scores, then the failures (all replies with `verbose`)."""
+    """Print the failures (all replies with `verbose`), then the table of scores."""
     shown = [answer for answer in answers if verbose or answer.fault]
     for answer in shown:
         print(f"{'wrong' if answer.fault else 'right'}  {answer.category}: {answer.question}")
@@ -166,10 +169,13 @@ def print_report(answers: list[Answer], verbose: bool) -> None:
     print(f"names remembered: {names['right']} of {names['asked']} ({100 * names['right'] / names['asked']:.0f} %)")
 
 
-def model_reply(model) -> Reply:
-    """The assistant that a model is: the likeliest id each time, up to and with `<|im_end|>`."""
+def model_reply(model: GPT) -> Reply:
+    """A model as an assistant that always takes the likeliest token, up to and including `<|im_end|>`."""
+    from generation.decoding import generate, new_cache
+    from generation.sampling import Sampling
+
     enc = get_extended_tokenizer()
-    cache = new_cache(model)  # keeps the conversation so far between the turns
+    cache = new_cache(model)  # keeps the keys and values of the conversation between the turns
 
     def reply(messages: list[dict[str, str]]) -> str:
         prompt = encode_chat(messages, add_generation_prompt=True)
@@ -187,12 +193,15 @@ def main() -> None:
     device = choose_device(options.device)
     model, info = load_model(options.checkpoint, device, choose_dtype(options.dtype, device))
     if info.get("format") != "chat":
-        print(f"note: {options.checkpoint} was trained on {info.get('dataset')}, which holds no conversations")
+        print(f"note: {options.checkpoint} was trained on {info.get('dataset')}, which contains no conversations")
     answers = evaluate(model_reply(model))
     print_report(answers, options.verbose)
     if options.json:
-        content = {"checkpoint": options.checkpoint, "scores": scores(answers)}
-        content["answers"] = [dataclasses.asdict(answer) for answer in answers]
+        content = {
+            "checkpoint": options.checkpoint,
+            "scores": scores(answers),
+            "answers": [dataclasses.asdict(answer) for answer in answers],
+        }
         with atomic_write(options.json, "w", encoding="utf-8") as file:
             json.dump(content, file, ensure_ascii=False, indent=1)
 

@@ -1,12 +1,12 @@
-"""Check that control tokens are what they should be: in the tokenizer, and in a prepared .bin file.
+"""Check control tokens: in the tokenizer, and in a prepared .bin file.
 
     python testing_tools/check_special_tokens.py
     python testing_tools/check_special_tokens.py --dataset chitchat
     python testing_tools/check_special_tokens.py data/chitchat-train.bin --sample 400
 
-Without a file: one line for each property of the tokenizer. With one: counts, what is malformed and where, and for
-chat a sample in which the training targets (what the assistant says, and its `<|im_end|>`) are green, or stand in
-[[ ]] where there are no colours. Exit status 1 if something is malformed.
+Prints one line per property of the tokenizer. With a file or data set, it also prints counts, what is malformed and
+where, and for chat a sample in which the training targets (what the assistant says, and its `<|im_end|>`) are green, or
+in [[ ]] without colours. The exit status is 1 if something is malformed.
 """
 
 from __future__ import annotations
@@ -24,7 +24,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpy as np
 from tqdm import tqdm
 
-from common.cli import UserError, option, parse_options, run_script, shows_colour
+from common.cli import UserError, check_options, option, parse_options, run_script, shows_colour
+from data.dataset import DatasetInfo, open_dataset, prepared_datasets
+from data.token_stream import TokenStream
 from setup_tokenizer import (
     ENDOFTEXT_ID,
     IM_END_ID,
@@ -37,14 +39,15 @@ from setup_tokenizer import (
     encode_text,
     get_base_tokenizer,
     get_extended_tokenizer,
+    message_spans,
     token_text,
 )
-from training.batches import TokenStream, assistant_targets, open_dataset, prepared_datasets
+from training.targets import assistant_targets
 
 DATA_FOLDER = Path(__file__).resolve().parent.parent / "data"
 CHUNK_TOKENS = 1 << 19
 LONGEST_DOCUMENT_TOKENS = 1 << 27
-LINE_END_ID = 198
+NEWLINE_ID = 198
 
 
 @dataclass(frozen=True)
@@ -52,11 +55,10 @@ class CheckOptions:
     bin: str | None = option(None, "a .bin file to check", positional=True)
     dataset: str | None = option(None, "a prepared data set to check, both splits", metavar="NAME")
     data_dir: str = option(str(DATA_FOLDER), "the folder with --dataset's files (default: data/)")
-    sample: int = option(200, "tokens to show with their targets, 0 for none", metavar="N")
+    sample: int = option(200, "length of the sample in tokens, 0 for none", at_least=0)
 
     def __post_init__(self):
-        if self.sample < 0:
-            raise ValueError(f"sample must be at least 0, not {self.sample}")
+        check_options(self)
         if self.bin and self.dataset:
             raise ValueError("give a .bin file or --dataset, not both")
 
@@ -65,7 +67,7 @@ class CheckOptions:
 
 
 def check_single_ids() -> None:
-    """each control token is one id, and the id its spelling"""
+    """each control token is one id, and the id decodes to its text"""
     enc = get_extended_tokenizer()
     for spelling, token in SPECIAL_TOKENS.items():
         assert enc.encode(spelling, allowed_special="all") == [token], spelling
@@ -98,7 +100,7 @@ def check_forgeries() -> None:
             encode_chat([{"role": spelling, "content": "a"}])
         except ValueError:
             continue
-        raise AssertionError(f"{spelling} was taken for a role")
+        raise AssertionError(f"{spelling} was accepted as a role")
 
 
 def check_targets() -> None:
@@ -116,7 +118,7 @@ TOKENIZER_CHECKS = (check_single_ids, check_base_splits_chatml, check_ordinary_t
 
 @dataclass
 class Findings:
-    """What a stream of ids holds. `problems` maps each fault to how often it occurs, `first` to where it does first."""
+    """What a stream of ids contains. `problems` counts each problem, `first` has its first position."""
 
     tokens: int = 0
     documents: int = 0
@@ -127,14 +129,14 @@ class Findings:
     first: dict[str, int] = field(default_factory=dict)
 
     def report(self, problem: str, positions: np.ndarray) -> None:
-        """Note a problem at token `positions`; none is fine."""
+        """Count a problem at token `positions`, which may be empty."""
         if len(positions):
             self.problems[problem] += len(positions)
             self.first.setdefault(problem, int(positions[0]))
 
 
 def inspect(stream: TokenStream, is_chat: bool, n_vocab: int = N_VOCAB, chunk_tokens: int = CHUNK_TOKENS) -> Findings:
-    """Count and check the control ids of a stream, some millions of tokens at a time."""
+    """Count and check the control tokens of a stream, `chunk_tokens` at a time."""
     findings = Findings(tokens=len(stream))
     with tqdm(total=len(stream), desc="checking", unit="tok", unit_scale=True, delay=1, disable=None) as bar:
         for offset, ids in whole_documents(stream, chunk_tokens):
@@ -149,8 +151,10 @@ def inspect(stream: TokenStream, is_chat: bool, n_vocab: int = N_VOCAB, chunk_to
     return findings
 
 
-def whole_documents(stream: TokenStream, chunk_tokens: int) -> Iterator[tuple[int, np.ndarray]]:
-    """(position, ids) of consecutive parts of the stream, each about `chunk_tokens` long and ending with a document."""
+def whole_documents(
+    stream: TokenStream, chunk_tokens: int, longest: int = LONGEST_DOCUMENT_TOKENS
+) -> Iterator[tuple[int, np.ndarray]]:
+    """(position, ids) of consecutive parts of the stream, each about `chunk_tokens` long, ending with a document."""
     start, size = 0, chunk_tokens
     while start < len(stream):
         end = min(start + size, len(stream))
@@ -159,10 +163,10 @@ def whole_documents(stream: TokenStream, chunk_tokens: int) -> Iterator[tuple[in
             ends = np.flatnonzero(ids == ENDOFTEXT_ID)
             if not len(ends):
                 size *= 2
-                if size > LONGEST_DOCUMENT_TOKENS:
+                if size > longest:
                     raise UserError(
-                        f"{stream.paths[0]} has no <|endoftext|> in {end - start:,} tokens from {start:,} on, so it is "
-                        "no file that the prepare scripts made; prepare the data again"
+                        f"{stream.paths[0]} has no <|endoftext|> in {end - start:,} tokens from position {start:,}, so "
+                        "the prepare scripts did not write it; prepare the data again"
                     )
                 continue
             ids = ids[: ends[-1] + 1]
@@ -171,66 +175,59 @@ def whole_documents(stream: TokenStream, chunk_tokens: int) -> Iterator[tuple[in
 
 
 def _inspect_ids(ids: np.ndarray, offset: int, n_vocab: int, findings: Findings) -> None:
-    """What holds for text and chat alike: ids of the vocabulary, documents that end and hold something."""
+    """Check what text and chat have in common: ids of the vocabulary, documents that end and are not empty."""
     findings.report(f"id outside the vocabulary of {n_vocab}", offset + np.flatnonzero(ids >= n_vocab))
     is_end = ids == ENDOFTEXT_ID
     findings.documents += int(is_end.sum())
     for spelling, token in SPECIAL_TOKENS.items():
         findings.controls[spelling] += int((ids == token).sum())
-    findings.report("document without any token", offset + np.flatnonzero(is_end & np.append(True, is_end[:-1])))
+    findings.report("empty document", offset + np.flatnonzero(is_end & np.append(True, is_end[:-1])))
     if not is_end[-1]:
         findings.report("last document without <|endoftext|>", np.array([offset + len(ids) - 1]))
 
 
 def _inspect_messages(ids: np.ndarray, offset: int, findings: Findings) -> None:
-    """What holds for whole conversations: messages open, name a role, close, and nothing stands between them."""
-    places = np.flatnonzero((ids >= ENDOFTEXT_ID) & (ids <= IM_END_ID))
-    kinds = ids[places]
+    """Check whole conversations: messages open, name a role and close, and there is nothing between them."""
+    positions = np.flatnonzero((ids >= ENDOFTEXT_ID) & (ids <= IM_END_ID))
+    kinds = ids[positions]
     previous_kinds = np.append(ENDOFTEXT_ID, kinds[:-1])
-    between = np.diff(places, prepend=-1) - 1  # tokens since the previous control token
-    before = ids[places - 1]  # at the first place this is the last id, and `between` is what counts there
+    between = np.diff(positions, prepend=-1) - 1  # tokens since the previous control token
+    before = ids[positions - 1]  # wrong at the first position, where only `between` matters
     in_message = previous_kinds == IM_START_ID
 
     def report(problem: str, is_problem: np.ndarray) -> None:
-        findings.report(problem, offset + places[is_problem])
+        findings.report(problem, offset + positions[is_problem])
 
     report("<|im_start|> before the last message was closed", (kinds == IM_START_ID) & in_message)
     report("<|im_end|> without <|im_start|>", (kinds == IM_END_ID) & ~in_message)
     report("message not closed before <|endoftext|>", (kinds == ENDOFTEXT_ID) & in_message)
     follows_end = (previous_kinds == IM_END_ID) & (kinds != IM_END_ID)
-    report("no line end after <|im_end|>", follows_end & ((between != 1) | (before != LINE_END_ID)))
+    report("no newline after <|im_end|>", follows_end & ((between != 1) | (before != NEWLINE_ID)))
     report("text outside messages", (previous_kinds == ENDOFTEXT_ID) & (between > 0))
-    if len(places) and kinds[-1] == IM_START_ID:
-        report("message not closed at the end", np.arange(len(places)) == len(places) - 1)
-    _inspect_roles(ids, places[kinds == IM_START_ID], offset, findings)
+    if len(positions) and kinds[-1] == IM_START_ID:
+        report("message not closed at the end", np.arange(len(positions)) == len(positions) - 1)
+    _inspect_roles(ids, offset, findings)
 
 
-def _inspect_roles(ids: np.ndarray, starts: np.ndarray, offset: int, findings: Findings) -> None:
-    """Count the messages of each role; `starts` are the places of `<|im_start|>`."""
-    padded = np.append(ids, [ENDOFTEXT_ID] * 4)
-    begins_with_line_end = _begins_with_line_end()
-    unknown = np.ones(len(starts), dtype=bool)
-    for role in ROLES:
-        role_ids = encode_text(role)
-        is_role = np.ones(len(starts), dtype=bool)
-        for place, token in enumerate(role_ids, 1):
-            is_role &= padded[starts + place] == token
-        # The line end after the role shares its token with line ends and spaces that the content begins with.
-        is_role &= begins_with_line_end[np.minimum(padded[starts + len(role_ids) + 1], N_VOCAB - 1)]
-        findings.messages[role] += int(is_role.sum())
-        unknown &= ~is_role
-    findings.report("message without a known role", offset + starts[unknown])
+def _inspect_roles(ids: np.ndarray, offset: int, findings: Findings) -> None:
+    """Count the messages of each role, which a newline follows."""
+    messages = message_spans(ids)
+    # The newline may share a token with newlines and spaces at the start of the content.
+    has_newline = _begins_with_newline()[np.minimum(ids[messages.content - 1], N_VOCAB - 1)]
+    for index, role in enumerate(ROLES):
+        findings.messages[role] += int((has_newline & (messages.role == index)).sum())
+    findings.report("message without a known role", offset + messages.start[~has_newline | (messages.role < 0)])
 
 
 @functools.cache
-def _begins_with_line_end() -> np.ndarray:
-    """For each id of the vocabulary whether its text begins with a line end, (N_VOCAB,) bool."""
+def _begins_with_newline() -> np.ndarray:
+    """Whether the text of each id begins with a newline, (N_VOCAB,) bool."""
     enc = get_extended_tokenizer()
     return np.array([enc.decode_single_token_bytes(token)[:1] == b"\n" for token in range(N_VOCAB)])
 
 
 def show_sample(ids: np.ndarray) -> str:
-    """The text of conversations with their targets green, or in [[ ]] where there are no colours."""
+    """The text of conversations with their targets in green, or in [[ ]] without colours."""
     mask = assistant_targets(ids)
     borders = np.flatnonzero(np.diff(mask)) + 1
     opening, closing = ("\x1b[32m", "\x1b[0m") if shows_colour() else ("[[", "]]")
@@ -242,7 +239,7 @@ def show_sample(ids: np.ndarray) -> str:
 
 
 def _printable(ids: np.ndarray) -> str:
-    """Text of ids in which only line ends and printable characters are left as they are."""
+    """The text of ids, in which all but newlines and printable characters are escaped."""
     known = [int(token) for token in ids if token < N_VOCAB]
     text = get_extended_tokenizer().decode(known, errors="backslashreplace")
     return "".join(c if c == "\n" or c.isprintable() else repr(c)[1:-1] for c in text)
@@ -251,11 +248,11 @@ def _printable(ids: np.ndarray) -> str:
 # --- the command ---
 
 
-def open_streams(options: CheckOptions) -> tuple[dict[str, TokenStream], dict]:
-    """The streams to check by their names, and what the .json says of them ({} where there is none)."""
+def open_streams(options: CheckOptions) -> tuple[dict[str, TokenStream], DatasetInfo | None]:
+    """The streams to check by their names, and what the .json says about them, if there is one."""
     if options.dataset:
         return open_dataset(Path(options.data_dir), options.dataset)
-    path = Path(options.bin)
+    path = Path(options.bin or "")
     if not path.is_file():
         found = prepared_datasets(path.parent) if path.parent.is_dir() else []
         there = (
@@ -264,17 +261,17 @@ def open_streams(options: CheckOptions) -> tuple[dict[str, TokenStream], dict]:
         raise UserError(f"{path} not found{there}")
     name = re.fullmatch(r"(.+)-(train|val)(-\d{5})?\.bin", path.name)
     if name and (path.parent / f"{name[1]}.json").is_file():
-        streams, facts = open_dataset(path.parent, name[1])
-        return {name[2]: streams[name[2]]}, facts
+        streams, info = open_dataset(path.parent, name[1])
+        return {name[2]: streams[name[2]]}, info
     size = path.stat().st_size
     if size == 0 or size % 2:
-        fault = "is empty" if size == 0 else f"has {size:,} bytes, an odd number, so it does not hold uint16 ids"
+        fault = "is empty" if size == 0 else f"has {size:,} bytes, an odd number, so it does not contain uint16 ids"
         raise UserError(f"{path} {fault}; prepare the data again")
-    return {path.name: TokenStream([path])}, {}
+    return {path.name: TokenStream([path])}, None
 
 
 def print_findings(name: str, stream: TokenStream, findings: Findings, is_chat: bool) -> None:
-    """The counts of one stream and its problems."""
+    """Print the counts of one stream and its problems."""
     files = (
         stream.paths[0].name if len(stream.paths) == 1 else f"{stream.paths[0].name} and {len(stream.paths) - 1} more"
     )
@@ -296,13 +293,16 @@ def print_findings(name: str, stream: TokenStream, findings: Findings, is_chat: 
         print("  every control token is well formed")
 
 
-def disagreements(findings: Findings, facts: dict, split: str) -> list[str]:
-    """Where the .json beside the file says otherwise than the file."""
-    described = facts.get("splits", {}).get(split, {})
+def disagreements(findings: Findings, info: DatasetInfo | None, split: str) -> list[str]:
+    """Where the .json and the file disagree."""
+    if info is None:
+        return []
+    described = info.splits[split]
+    counts = {"tokens": described.tokens, "documents": described.documents}
     return [
-        f"{facts['name']}.json says {described[what]:,} {what}, the file holds {getattr(findings, what):,}"
-        for what in ("tokens", "documents")
-        if described.get(what, getattr(findings, what)) != getattr(findings, what)
+        f"{info.name}.json says {count:,} {what}, the file contains {getattr(findings, what):,}"
+        for what, count in counts.items()
+        if count not in (None, getattr(findings, what))
     ]
 
 
@@ -312,16 +312,16 @@ def main() -> int:
         check()
         print(f"ok  {check.__doc__}")
     if not (options.bin or options.dataset):
-        print("give a .bin file or --dataset NAME to check prepared data too")
+        print("to check prepared data too, give a .bin file or --dataset NAME")
         return 0
     n_problems = 0
-    streams, facts = open_streams(options)
+    streams, info = open_streams(options)
     for name, stream in streams.items():
         head = stream.read(0, min(len(stream), CHUNK_TOKENS))
-        is_chat = facts["format"] == "chat" if facts else bool((head == IM_START_ID).any())
-        findings = inspect(stream, is_chat, facts.get("n_vocab", N_VOCAB))
+        is_chat = info.format == "chat" if info else bool((head == IM_START_ID).any())
+        findings = inspect(stream, is_chat, info.n_vocab if info else N_VOCAB)
         print_findings(name, stream, findings, is_chat)
-        disagreeing = disagreements(findings, facts, name)
+        disagreeing = disagreements(findings, info, name)
         print("".join(f"  MALFORMED: {sentence}\n" for sentence in disagreeing), end="")
         n_problems += len(findings.problems) + len(disagreeing)
         if is_chat and options.sample:

@@ -1,12 +1,13 @@
-"""Compare tokenizers on chat: GPT-2's own, the extended one, and the historical wrapper, in tokens and speed.
+"""Compare tokenizers on chat, in tokens and speed: GPT-2's own, the extended one, and the historical wrapper.
 
     python testing_tools/compare_tokenizers.py
     python testing_tools/compare_tokenizers.py --dataset chitchat
     python testing_tools/compare_tokenizers.py --input conversations.jsonl
 
-The text is the same for each: the conversations as ChatML, divided by <|endoftext|>. GPT-2's own tokenizer knows
-<|endoftext|> and spells <|im_start|> and <|im_end|> out. Expect a table, and a message that tries to forge control
-tokens. `--input` takes chat files in any layout that data/prepare-chat.py reads.
+All get the same text: the conversations in ChatML, separated by <|endoftext|>. GPT-2's own tokenizer knows
+<|endoftext|> and needs several tokens for <|im_start|> and <|im_end|>. Prints a table, which also shows what each makes
+of a message that tries to forge control tokens. `--input` takes chat files in any layout that data/prepare-chat.py
+reads.
 """
 
 from __future__ import annotations
@@ -14,18 +15,19 @@ from __future__ import annotations
 import itertools
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from extended_tokenizer import ExtendedTokenizerWrapper
+from wrapped_tokenizer import ExtendedTokenizerWrapper
 
-from common.cli import UserError, option, parse_options, run_script
-from data.corpus import DATA_FOLDER
-from data.prepared import read_description, read_prepared
-from data.sources import read_documents, recognise
+from common.cli import UserError, check_options, option, parse_options, run_script
+from data.dataset import prepare_command, read_info
+from data.documents import read_prepared
+from data.pipeline import DATA_FOLDER
+from data.readers.recognize import read_documents, recognize
 from setup_tokenizer import (
     ENDOFTEXT,
     IM_END_ID,
@@ -35,7 +37,6 @@ from setup_tokenizer import (
     get_extended_tokenizer,
     render_chat,
 )
-from training.batches import prepare_command
 
 EXAMPLES = [
     [
@@ -75,20 +76,18 @@ class CompareOptions:
     dataset: str | None = option(None, "a prepared chat data set", metavar="NAME")
     split: str = option("val", "the split of --dataset to read", choices=("train", "val"))
     data_dir: str = option(str(DATA_FOLDER), "the folder with --dataset's files (default: data/)")
-    limit: int = option(20_000, "conversations to read at most", metavar="N")
-    repeats: int = option(3, "times to encode; the fastest counts", metavar="N")
+    limit: int = option(20_000, "largest number of conversations to read", at_least=1)
+    repeats: int = option(3, "how often to encode; the fastest time counts", at_least=1)
 
     def __post_init__(self):
+        check_options(self)
         if self.input and self.dataset:
             raise ValueError("give --input or --dataset, not both")
-        for name in ("limit", "repeats"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
 
 
 @dataclass(frozen=True)
 class Measured:
-    """One tokenizer on one text: how many tokens, and how fast in megabytes of ChatML a second."""
+    """One tokenizer on one text: the number of tokens, and the speed in megabytes of ChatML per second."""
 
     name: str
     tokens: int
@@ -96,26 +95,27 @@ class Measured:
 
 
 def read_conversations(options: CompareOptions) -> tuple[str, list[list[dict]]]:
-    """(what they are, conversations) of the chosen source; the built-in ones without one."""
+    """(name, conversations) of the chosen source, or the built-in examples."""
+    documents: Iterator
     if options.input:
-        found = recognise(options.input)
+        found = recognize(options.input)
         if found.kind != "chat":
-            raise UserError(f"{found} holds no conversations; give --input a chat file")
+            raise UserError(f"{found} contains no conversations; give --input a chat file")
         name, documents = options.input, read_documents(found)
     elif options.dataset:
-        description = read_description(Path(options.data_dir), options.dataset)
-        if description is None:
+        info = read_info(Path(options.data_dir), options.dataset)
+        if info is None:
             command = prepare_command(options.dataset)
             raise UserError(f"{options.dataset}.json not found in {options.data_dir}; run: {command}")
-        if description.get("format") != "chat":
+        if info.format != "chat":
             raise UserError(f"{options.dataset} is text, not chat; give --dataset a chat data set such as chitchat")
         name = f"{options.dataset}, {options.split}"
-        documents = read_prepared(Path(options.data_dir), description, options.split)
+        documents = read_prepared(Path(options.data_dir), info, options.split)
     else:
         return "built-in examples", EXAMPLES
     conversations = list(itertools.islice(documents, options.limit))
     if not conversations:
-        raise UserError(f"no conversation found in {name}; give --input a chat file")
+        raise UserError(f"{name} contains no conversation; give --input a chat file")
     return name, conversations
 
 
@@ -132,7 +132,7 @@ def compare(conversations: Sequence[list[dict]], repeats: int) -> list[Measured]
     }
     best_s = dict.fromkeys(ways, float("inf"))
     tokens = {}
-    for _ in range(repeats):  # in turn, so that a busy moment of the machine does not fall on one of them
+    for _ in range(repeats):  # alternating, so that a busy moment of the machine does not affect only one of them
         for name, (encode, inputs) in ways.items():
             started = time.perf_counter()
             tokens[name] = sum(len(encode(item)) for item in inputs)
@@ -141,13 +141,13 @@ def compare(conversations: Sequence[list[dict]], repeats: int) -> list[Measured]
 
 
 def saving(results: Sequence[Measured]) -> float:
-    """The share of GPT-2's tokens that the extended tokenizer saves."""
+    """The fraction of GPT-2's tokens that the extended tokenizer saves."""
     tokens = {result.name: result.tokens for result in results}
     return 1 - tokens["extended, encode_chat"] / tokens["GPT-2"]
 
 
 def forged_ids() -> dict[str, int]:
-    """How many control ids too many each way of encoding makes of a message that spells some."""
+    """How many control tokens a message with their texts can forge, for each way of encoding it."""
     messages = [{"role": "user", "content": FORGERY}]
     text = render_chat(messages)
     ways = {
@@ -166,15 +166,15 @@ def main() -> None:
     results = compare(conversations, options.repeats)
     forged = forged_ids()
     baseline = results[0]
-    print(f"{'tokenizer':<23} {'tokens':>12} {'saving':>8} {'MB/s':>8}   ids forged by a message")
+    print(f"{'tokenizer':<23} {'tokens':>12} {'saving':>8} {'MB/s':>8}   tokens forged by a message")
     for result in results:
         saved = f"{1 - result.tokens / baseline.tokens:.1%}"
-        forgeries = forged.get(result.name, "has no such ids")
+        forgeries = forged.get(result.name, "has no such tokens")
         print(f"{result.name:<23} {result.tokens:>12,} {saved:>8} {result.mb_per_s:>8.1f}   {forgeries}")
     print(
         f"The extended tokenizer saves {saving(results):.1%} of the tokens, "
-        f"{(baseline.tokens - results[1].tokens) / n_messages:.1f} a message. "
-        "encode_chat is what the scripts use: nothing in a message becomes a control token."
+        f"{(baseline.tokens - results[1].tokens) / n_messages:.1f} per message. "
+        "The scripts use encode_chat, so nothing in a message becomes a control token."
     )
 
 

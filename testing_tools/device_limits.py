@@ -1,4 +1,4 @@
-"""What a device can do, measured, and the least time that training and generation need on it.
+"""The limits of a device, measured, and the least time in which it could train or generate.
 
 machine = measure_machine("cpu", "bfloat16")
 flops_per_token, seconds_per_token = training_floor(config, machine)
@@ -7,21 +7,22 @@ flops_per_token, seconds_per_token = training_floor(config, machine)
 from __future__ import annotations
 
 import dataclasses
-import os
 import platform
 from collections.abc import Callable
 from pathlib import Path
 
-from benchmark_work import model_config, on_device, timed
+from benchmark_timing import on_device, timed
+from benchmark_training import gpt_config
 
-from common.device import allow_tf32, peak_flops
+from common.device import allow_tf32, n_cores, peak_flops
 
-OPTIMIZER_BYTES = {"adamw": 28, "muon": 20}  # a weight: it, its gradient, 2 or 1 moments read; all but that written
+# Bytes per weight: weight, gradient and 2 or 1 moments are read; all but the gradient are written.
+OPTIMIZER_BYTES = {"adamw": 28, "muon": 20}
 
 
 @dataclasses.dataclass(frozen=True)
 class Machine:
-    """A device's name, peak of matrix work in FLOP/s and memory bandwidth in bytes a second."""
+    """A device's name, its peak in FLOP/s for matrix products, and its memory bandwidth in bytes per second."""
 
     name: str
     peak: float
@@ -30,7 +31,7 @@ class Machine:
 
 
 def measure_machine(device: str, dtype: str) -> Machine:
-    """What the device can do: its peak by its name where the data sheet is known, else by a matmul in `dtype`."""
+    """The limits of the device. The peak is that of its data sheet if known, else that of a matmul in `dtype`."""
     import torch
 
     on_cuda = device.startswith("cuda")
@@ -54,7 +55,7 @@ def matmul_flops(device: str, dtype: str, size: int) -> float:
 
 
 def memory_bandwidth(device: str, n_bytes: int) -> float:
-    """Bytes a second of a copy or of a read, whichever is faster."""
+    """Bytes per second of a copy or of a read, whichever is faster."""
     import torch
 
     source = torch.ones(n_bytes // 4, device=device)
@@ -65,7 +66,7 @@ def memory_bandwidth(device: str, n_bytes: int) -> float:
 
 
 def least_seconds(action: Callable[[], object], device: str, for_s: float = 0.5) -> float:
-    """The least time that an action takes, tried at least 3 times and for about `for_s`."""
+    """The shortest time of an action in at least 3 tries and about `for_s` seconds."""
     work = on_device(lambda: action() is None or 1, device)
     timed(work, 1)
     tries = [timed(work, 1)[0] for _ in range(3)]
@@ -78,22 +79,17 @@ def cpu_name() -> str:
     """The processor's name and how many cores this process may use."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:  # another system
+    except OSError:  # not Linux
         lines = []
     name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), None)
     return f"{name or platform.processor() or platform.machine()}, {n_cores()} cores"
 
 
-def n_cores() -> int:
-    """The cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-
-
 def training_floor(config, machine: Machine) -> tuple[float, float]:
-    """(FLOPs a token, seconds a token that no program can do without), by FLOPs and bytes.
+    """(FLOPs per token, seconds per token that no program can avoid), from the FLOPs and the bytes to move.
 
-    Forward and backward read each weight once each for every micro-batch in the training precision, or are bound by
-    their FLOPs; the optimizer, which must wait for the gradients' norm, moves OPTIMIZER_BYTES a weight.
+    The forward and the backward pass each read every weight once per micro-batch in the training precision, or are
+    limited by their FLOPs. The optimizer must wait for the gradients' norm, and moves OPTIMIZER_BYTES per weight.
     """
     model = weightless_model(config)
     flops = model.flops_per_token()
@@ -104,9 +100,9 @@ def training_floor(config, machine: Machine) -> tuple[float, float]:
 
 
 def generation_floor(options, config, machine: Machine) -> tuple[float, float]:
-    """(FLOPs a new token, seconds a new token that no program can do without), by FLOPs and bytes.
+    """(FLOPs per new token, seconds per new token that no program can avoid), from the FLOPs and the bytes to move.
 
-    Each step reads every weight once for all streams, and each stream's keys and values; the prompt is one step.
+    Each step reads every weight once for all streams, and each stream's keys and values. The prompt is one step.
     """
     model = weightless_model(config)
     shape, streams = model.config, options.streams
@@ -126,15 +122,15 @@ def generation_floor(options, config, machine: Machine) -> tuple[float, float]:
 
 
 def weightless_model(config):
-    """The model without memory for its weights, to count them."""
+    """The model on the meta device, without memory for its weights, to count them."""
     import torch
 
     from model import GPT
 
     with torch.device("meta"):
-        return GPT(model_config(config))
+        return GPT(gpt_config(config))
 
 
 def itemsize(dtype: str) -> int:
-    """Bytes of a number."""
+    """Bytes per number."""
     return 4 if dtype == "float32" else 2

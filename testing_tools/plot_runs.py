@@ -1,9 +1,9 @@
-"""Draw the losses of several training runs into one picture.
+"""Plot the losses of one or more training runs in one picture.
 
     python testing_tools/plot_runs.py models/story5000.jsonl models/story10000.jsonl --by tokens
 
-Expect runs.png beside the first log: for each run the training loss, smoothed over a pale line of what was logged,
-and the validation loss, dashed.
+Writes runs.png next to the first log. Each run has its training loss, smoothed (the pale line shows the logged values),
+and its validation loss, dashed.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from common.cli import UserError, option, parse_options, run_script
 from common.files import atomic_write
 from training.metrics import read_metrics
 
-MOST_SMOOTHING = 0.9  # weight of the past in the moving average of a long log; a short one is left as it is
-# What each record calls it, what the axis calls it, and how many of the record's units are one of the axis's.
+MOST_SMOOTHING = 0.9  # weight of the past in the moving average of a long log; a short log is not smoothed
+# The key in a record, the label of the axis, and how many of the record's units make one of the axis'.
 X_AXES = {
     "iter": ("iter_num", "iteration", 1),
     "tokens": ("tokens_seen", "tokens seen (millions)", 1e6),
@@ -30,13 +30,13 @@ X_AXES = {
 
 @dataclasses.dataclass(frozen=True)
 class PlotOptions:
-    runs: tuple[str, ...] = option((), "metrics of runs, models/*.jsonl", positional=True, nargs="+")
-    by: str = option("iter", "what the losses are drawn over", choices=tuple(X_AXES))
-    output: str | None = option(None, "the picture (default: runs.png beside the first log)", metavar="FILE")
+    runs: tuple[str, ...] = option((), "the logs of runs, models/*.jsonl", positional=True, nargs="+")
+    by: str = option("iter", "the horizontal axis", choices=tuple(X_AXES))
+    output: str | None = option(None, "the picture (default: runs.png next to the first log)", metavar="FILE")
 
 
 def points(records: Sequence[dict], key: str, by: str) -> tuple[list[float], list[float]]:
-    """Where on the axis, and how large, `key` was logged.
+    """The positions on the axis at which `key` was logged, and its values.
 
     >>> points([{"iter_num": 0, "val_loss": 10.8}, {"iter_num": 9, "loss": 5.0}], "loss", "iter")
     ([9.0], [5.0])
@@ -49,7 +49,7 @@ def points(records: Sequence[dict], key: str, by: str) -> tuple[list[float], lis
 
 
 def smooth(values: Sequence[float]) -> list[float]:
-    """The exponential moving average over about a fiftieth of the values, corrected for its start.
+    """An exponential moving average over about a fiftieth of the values, with its start corrected.
 
     The correction is that of "Adam" (Kingma and Ba 2015, section 3).
 
@@ -65,7 +65,7 @@ def smooth(values: Sequence[float]) -> list[float]:
 
 
 def read_runs(paths: Sequence[str]) -> dict[str, list[dict]]:
-    """The records of each run by its name: the file's, with the folder where two are called the same.
+    """The records of each run by its file name, preceded by the folder if two files have the same name.
 
     Raises UserError for a log that is missing or empty.
     """
@@ -73,35 +73,35 @@ def read_runs(paths: Sequence[str]) -> dict[str, list[dict]]:
     runs = {}
     for path, stem in zip(map(Path, paths), stems, strict=True):
         if not path.is_file():
-            raise UserError(f"{path} not found; train.py writes it beside the checkpoint")
+            raise UserError(f"{path} not found; give the .jsonl that train.py writes next to the checkpoint")
         records = read_metrics(path)
         if not any("loss" in record or "val_loss" in record for record in records):
-            raise UserError(f"{path} holds no loss; name a .jsonl that train.py wrote")
+            raise UserError(f"{path} contains no loss; give a .jsonl written by train.py")
         runs[stem if stems.count(stem) == 1 else str(path.with_suffix(""))] = records
     return runs
 
 
 def draw_runs(path: Path, runs: dict[str, list[dict]], by: str) -> None:
-    """Draw the runs' losses as a PNG. Raises UserError where matplotlib is missing."""
+    """Plot the runs' losses as a PNG. Raises UserError if matplotlib is missing."""
     try:
         import matplotlib
         from matplotlib.figure import Figure
         from matplotlib.lines import Line2D
         from matplotlib.ticker import LogLocator, NullLocator
     except ImportError as error:
-        raise UserError("drawing needs matplotlib; run: pip install -r requirements.txt") from error
-    palette = matplotlib.colormaps["tab10"].colors if len(runs) <= 10 else matplotlib.colormaps["tab20"].colors
+        raise UserError("plotting needs matplotlib; run: pip install -r requirements.txt") from error
+    colours = matplotlib.colormaps["tab10" if len(runs) <= 10 else "tab20"]
     figure = Figure(figsize=(10, 6), layout="constrained", dpi=110)
     axes = figure.subplots()
     for number, (name, records) in enumerate(runs.items()):
-        colour = palette[number % len(palette)]
+        colour = colours(number % colours.N)
         x, losses = points(records, "loss", by)
         axes.plot(x, losses, color=colour, alpha=0.2, linewidth=0.8)
         axes.plot(x, smooth(losses), color=colour, linewidth=1.4)
         axes.plot(*points(records, "val_loss", by), color=colour, linestyle="--", marker="o", markersize=4)
         axes.plot([], [], color=colour, linewidth=4, label=name)
     low, high = axes.dataLim.y0, axes.dataLim.y1
-    if low > 0 and high > 3 * low:  # the first iterations' fall would leave no room for what follows
+    if low > 0 and high > 3 * low:  # on a linear axis the steep start would leave no room for the rest
         axes.set_yscale("log")
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 8)))
         axes.yaxis.set_major_formatter("{x:g}")

@@ -1,9 +1,9 @@
-"""Look at how a text is tokenized: each piece with its id, and whether decoding gives the text back.
+"""Show how a text is tokenized: each piece with its id, and whether decoding returns the same text.
 
     python testing_tools/quick_test.py "Hello <|im_start|>user text <|im_end|>"
     python testing_tools/quick_test.py --control "Hello <|im_start|>user text <|im_end|>"
 
-Expect one line a piece. Without `--control` a control token's spelling is ordinary text, as in a document.
+Prints one line per piece. Without `--control`, the text `<|im_end|>` is ordinary text, as it is in a document.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from setup_tokenizer import (
 @dataclass(frozen=True)
 class QuickTestOptions:
     text: str = option("Hello, how are you today? I'm fine.", "the text to encode", positional=True)
-    control: bool = option(False, "let <|im_start|>, <|im_end|> and <|endoftext|> be control tokens")
+    control: bool = option(False, "treat <|im_start|>, <|im_end|> and <|endoftext|> as control tokens")
 
 
 def main() -> int:

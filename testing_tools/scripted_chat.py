@@ -2,7 +2,7 @@
 
     python testing_tools/scripted_chat.py models/chitchat1700.pt "Hello!" "My name is Priya." "What is my name?"
 
-Expect a line for each side of each exchange. Replies take the likeliest token, so a model always says the same.
+Prints one line per message. The model always takes the likeliest token, so its replies are the same every time.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from common.cli import option, parse_options, run_script
 from common.device import choose_device, choose_dtype
-from fast.allocator import keep_freed_memory
+from common.speedups import load_speedups
 from generation.chat import ChatSession
 from setup_tokenizer import ENDOFTEXT_ID, IM_END_ID, IM_START_ID
 
@@ -25,19 +25,22 @@ LINES = ("Hello!", "My name is Priya.", "How are you today?", "What is my name?"
 @dataclasses.dataclass(frozen=True)
 class ScriptedChatOptions:
     checkpoint: str = option("models/chitchat1700.pt", "chat model to talk to", positional=True)
-    lines: tuple[str, ...] = option(LINES, "what the user says, a line an argument", positional=True, nargs="*")
+    lines: tuple[str, ...] = option(LINES, "what the user says, one message per argument", positional=True, nargs="*")
     device: str = option("cpu", "device to run on")
 
 
 def main() -> None:
     options = parse_options(ScriptedChatOptions, __doc__)
-    keep_freed_memory()
+    fast = load_speedups(plain=False)
+    if fast:
+        fast.keep_freed_memory()
     from exchange.loading import load_model
     from generation.engine import Settings, TextEngine
+    from generation.sampling import Sampling
 
     device = choose_device(options.device)
     model, _ = load_model(options.checkpoint, device, choose_dtype(None, device))
-    settings = Settings(temperature=0, stop_ids=(IM_END_ID, IM_START_ID, ENDOFTEXT_ID))
+    settings = Settings(Sampling(temperature=0), stop_ids=(IM_END_ID, IM_START_ID, ENDOFTEXT_ID))
     session = ChatSession(TextEngine(model, settings))
     for line in options.lines or LINES:
         print(f"you:  {line}")

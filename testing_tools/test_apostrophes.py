@@ -1,9 +1,9 @@
-"""How the project's cleaning treats apostrophes and quotation marks; asserts on `undo_spacing` of data/cleaning.py.
+"""Test how the project's cleaning treats apostrophes and quotation marks: `undo_spacing` of data/cleaning.py.
 
     python testing_tools/test_apostrophes.py
     python -m pytest testing_tools/test_apostrophes.py
 
-DailyDialog writes `don ' t`, `don ’ t` and `don't` side by side. Expect one line a group and exit status 0.
+DailyDialog writes `don ' t`, `don ’ t` and `don't`, even in the same text. Prints one line per group.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from data.cleaning import normalise, undo_spacing
 
-# As the corpus writes it, and as a reader would.
+# As the corpus writes it, and as it should be.
 CONTRACTIONS = {
     "I don ' t know .": "I don't know.",
     "I don ’ t know .": "I don't know.",
@@ -90,7 +90,7 @@ def test_clean_text_is_left_alone():
 
 def test_other_text_keeps_its_apostrophes():
     for text in ("don't", "don’t", "rock ’n’ roll", "the ‘best’ one", "5 ' 10", "`code`"):
-        assert normalise(text) == text, text  # the pass of every data set: only DailyDialog's spacing is undone
+        assert normalise(text) == text, text  # only DailyDialog's spacing is undone, other data sets keep theirs
 
 
 def main() -> None:
@@ -98,7 +98,7 @@ def main() -> None:
         if name.startswith("test_"):
             test()
             print(f"ok  {name.removeprefix('test_').replace('_', ' ')}")
-    print(f"{sum(map(len, GROUPS.values()))} examples are as a reader would write them")
+    print(f"{sum(map(len, GROUPS.values()))} examples are cleaned correctly")
 
 
 if __name__ == "__main__":

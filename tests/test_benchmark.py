@@ -1,4 +1,4 @@
-"""The benchmark: what it reports follows from what it timed, and it runs from end to end on tiny shapes."""
+"""The benchmark: its report follows from what it timed, and it runs from end to end on tiny shapes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import random
 import subprocess
 import sys
 import time
-import types
 import weakref
 from pathlib import Path
 
@@ -22,12 +21,16 @@ ROOT = Path(__file__).resolve().parent.parent
 TOOLS = ROOT / "testing_tools"
 sys.path.insert(0, str(TOOLS))
 import benchmark  # noqa: E402
+import benchmark_generation  # noqa: E402
+import benchmark_timing  # noqa: E402
+import benchmark_training  # noqa: E402
 import benchmark_work  # noqa: E402
 import device_limits  # noqa: E402
 
 sys.path.remove(str(TOOLS))
 
 from common.cli import UserError  # noqa: E402
+from common.device import choose_dtype, n_cores  # noqa: E402
 from model import GPT  # noqa: E402
 
 KEYS = {
@@ -75,8 +78,8 @@ def test_a_round_is_timed_until_the_device_has_done_it():
         told.append("step")
         return 50
 
-    work = benchmark_work.Work(step, lambda: None, lambda: told.append("wait"))
-    assert benchmark_work.timed(work, 3, fake_clock(10.0, 12.5)) == (2.5, 150)
+    work = benchmark_timing.Work(step, lambda: None, lambda: told.append("wait"))
+    assert benchmark_timing.timed(work, 3, fake_clock(10.0, 12.5)) == (2.5, 150)
     assert told == ["wait", "step", "step", "step", "wait"]
 
 
@@ -135,7 +138,7 @@ def test_the_table_shows_what_was_found():
 
 def test_the_training_floor_is_that_of_the_flops_and_the_optimizers_bytes():
     config = benchmark_work.training_config(options("train", preset="tiny", batch_size=4, optimizer="adamw"))
-    model = GPT(benchmark_work.model_config(config))
+    model = GPT(benchmark_training.gpt_config(config))
     flops, seconds = device_limits.training_floor(config, MACHINE)
     assert flops == model.flops_per_token()
     optimizer_s = 28 * model.n_params() / 1e10 / (4 * 256)
@@ -144,8 +147,8 @@ def test_the_training_floor_is_that_of_the_flops_and_the_optimizers_bytes():
 
 def test_generating_one_token_costs_one_read_of_the_weights_and_twice_the_flops_of_each():
     chosen = options("generate", preset="tiny", prompt_tokens=1, max_tokens=1, dtype="bfloat16")
-    config = benchmark_work.training_config(chosen)
-    model = GPT(benchmark_work.model_config(config))
+    config = benchmark_work.generation_config(chosen)
+    model = GPT(benchmark_training.gpt_config(config))
     used = model.n_params() - model.wpe.weight.numel() - (model.config.vocab_size - model.config.n_vocab) * 128
     flops, seconds = device_limits.generation_floor(chosen, config, MACHINE)
     assert flops == 2 * used + 2 * 4 * 128
@@ -155,7 +158,7 @@ def test_generating_one_token_costs_one_read_of_the_weights_and_twice_the_flops_
 def test_streams_share_the_reading_of_the_weights_and_8_bits_halve_it():
     def floor(**changes) -> float:
         chosen = options("generate", preset="tiny", dtype="bfloat16", prompt_tokens=4, max_tokens=50, **changes)
-        return device_limits.generation_floor(chosen, benchmark_work.training_config(chosen), MACHINE)[1]
+        return device_limits.generation_floor(chosen, benchmark_work.generation_config(chosen), MACHINE)[1]
 
     assert floor(streams=4) == pytest.approx(floor() / 4, rel=0.1)
     assert floor(quantize="int8") == pytest.approx(floor() / 2, rel=0.1)
@@ -177,8 +180,8 @@ def test_our_training_step_trains_and_the_peer_has_the_same_shape():
     assert [work.step() for work in works] == [16, 16]
     from transformers import GPT2LMHeadModel
 
-    peer = GPT2LMHeadModel(benchmark_work.transformers_config(config))
-    ours = GPT(benchmark_work.model_config(config))
+    peer = GPT2LMHeadModel(benchmark_training.transformers_config(config))
+    ours = GPT(benchmark_training.gpt_config(config))
     assert sum(weight.numel() for weight in peer.parameters()) == ours.n_params()
 
 
@@ -190,7 +193,8 @@ def test_the_loops_as_nanogpts_differ_in_precision_and_compilation(monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda function: compiled.append(function) or function)
     monkeypatch.setattr(torch.nn.functional, "cross_entropy", lambda *a: dtypes.append(a[0].dtype) or real(*a))
     assert [benchmark_work.WORKS["train"][peer](None, config).step() for peer in ("plain", "compiled")] == [32, 32]
-    assert len(compiled) == 1 and dtypes == [torch.float32] * 2 + [torch.bfloat16] * 2
+    best = getattr(torch, choose_dtype(None, "cpu"))
+    assert len(compiled) == 1 and dtypes == [torch.float32] * 2 + [best] * 2
 
 
 def test_a_simple_loop_clips_the_gradient_steps_and_keeps_the_last_logits():
@@ -203,7 +207,7 @@ def test_a_simple_loop_clips_the_gradient_steps_and_keeps_the_last_logits():
         made.append(weakref.ref(logits))
         return logits, logits.sum()
 
-    work = benchmark_work.simple_loop(weights, logits_and_loss, config, tuned=False)
+    work = benchmark_training.simple_loop(weights, logits_and_loss, config, tuned=False)
     note_norm = register_optimizer_step_pre_hook(lambda *_: norms.append(weights[0].grad.norm().item()))
     work.step()
     assert weights[0].tolist() == pytest.approx([-config.learning_rate] * 4)  # as Adam's first step, with no decay of 0
@@ -218,7 +222,7 @@ def test_both_sides_generate_as_many_tokens_as_asked():
     pytest.importorskip("transformers")
     shape = {"n_layer": 1, "n_head": 2, "n_embd": 16, "block_size": 32}
     chosen = options("generate", **shape, streams=2, prompt_tokens=3, max_tokens=7)
-    config = benchmark_work.training_config(chosen)
+    config = benchmark_work.generation_config(chosen)
     works = [benchmark_work.WORKS["generate"][side](chosen, config) for side in ("ours", "transformers")]
     assert [work.step() for work in works] == [14, 14]
 
@@ -227,13 +231,13 @@ def test_a_prompt_is_timed_against_a_plain_forward_and_the_turn_after_it():
     shape = {"n_layer": 1, "n_head": 1, "n_embd": 8, "block_size": 64, "device": "cpu", "dtype": "float32"}
     for prompt_tokens, names in ((3, ["plain forward", "first token", "20 ids more"]), (44, [])):
         chosen = options("generate", **shape, prompt_tokens=prompt_tokens, max_tokens=7)
-        work = benchmark_work.generate_ours(chosen, benchmark_work.training_config(chosen))
+        work = benchmark_generation.generate_ours(chosen, benchmark_work.generation_config(chosen))
         found = work.latencies_s()
         assert list(found) == names and all(seconds > 0 for seconds in found.values())
 
 
 def test_no_prompt_begins_like_the_one_before():
-    prompts = benchmark_work.random_prompts(options("generate", prompt_tokens=2), n_vocab=3)
+    prompts = benchmark_generation.random_prompts(options("generate", prompt_tokens=2), n_vocab=3)
     some = [next(prompts) for _ in range(7)]
     assert all(len(prompt) == 2 for prompt in some)
     assert all(a[0] != b[0] for a, b in itertools.pairwise(some))
@@ -243,7 +247,7 @@ def test_no_prompt_begins_like_the_one_before():
 def test_the_memory_of_a_process_tree_counts_its_children():
     child = "x = bytearray(60 << 20); import time; time.sleep(60)"
     parent = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"
-    peak = benchmark_work.PeakMemory()
+    peak = benchmark_timing.PeakMemory()
     with subprocess.Popen([sys.executable, "-c", parent], start_new_session=True) as process:
         with peak.watch(process.pid):
             deadline = time.monotonic() + 20
@@ -267,7 +271,7 @@ def test_train_from_the_command_line(tmp_path):
 
 
 class SideHere:
-    """Stands in for benchmark.Side: the same work in this process."""
+    """benchmark.Side without its process: the same work here."""
 
     start_up_s = 0.0
 
@@ -283,13 +287,12 @@ class SideHere:
 
 
 @pytest.mark.parametrize("task", ["train", "generate"])
-def test_both_sides_are_measured_and_compared(monkeypatch, task):
+def test_both_sides_are_measured_and_compared(task):
     pytest.importorskip("transformers")
-    monkeypatch.setattr(benchmark, "Side", SideHere)
-    monkeypatch.setattr(benchmark, "measure_machine", lambda device, dtype: MACHINE)
     shape = {"n_layer": 1, "n_head": 2, "n_embd": 16, "block_size": 16, "batch_size": 2, "compile": False}
     lengths = {"max_tokens": 4, "prompt_tokens": 2}
-    found = benchmark.measure_model(options(task, **shape, **lengths, rounds=2, peer="transformers"))
+    chosen = options(task, **shape, **lengths, rounds=2, peer="transformers")
+    found = benchmark.measure_model(chosen, lambda device, dtype: MACHINE, SideHere)
     assert found.keys() >= KEYS
     assert found["ratio"] == found["ours_tokens_per_s"] / found["peer_tokens_per_s"]
     assert len(found["ours_rounds"]) == len(found["peer_rounds"]) == 2
@@ -304,7 +307,7 @@ def test_prepare_beside_one_thread_of_tiktoken(tmp_path):
     found = measured(tmp_path, "prepare", "--input", path, "--rounds", 1, "--peer", "tiktoken")
     assert found.keys() >= KEYS
     assert found["ratio"] == pytest.approx(found["ours_tokens_per_s"] / found["peer_tokens_per_s"])
-    assert found["floor_tokens_per_s"] == pytest.approx(device_limits.n_cores() * found["peer_tokens_per_s"])
+    assert found["floor_tokens_per_s"] == pytest.approx(n_cores() * found["peer_tokens_per_s"])
 
 
 # --- faults ---
@@ -314,15 +317,15 @@ def test_prepare_beside_one_thread_of_tiktoken(tmp_path):
     ("arguments", "status", "message"),
     [
         ((), 2, "required: task"),
-        (("train", "--rounds", "0"), 2, "rounds must be at least 1, not 0"),
-        (("train", "--round_s", "0"), 2, "round_s must be a number above 0, not 0.0"),
-        (("prepare",), 2, "prepare needs input"),
+        (("train", "--rounds", "0"), 2, "--rounds must be at least 1, not 0"),
+        (("train", "--round_s", "0"), 2, "--round_s must be above 0, not 0.0"),
+        (("prepare",), 2, "prepare needs --input"),
         (
             ("train", "--peer", "tiktoken"),
             2,
             "compared with transformers or plain or compiled, not tiktoken",
         ),
-        (("train", "--quantize", "int8"), 2, "quantize goes with generate"),
+        (("train", "--quantize", "int8"), 2, "--quantize is only for generate"),
         (("train", "--json", "nowhere/x.json"), 1, "there is no folder nowhere; run: mkdir -p nowhere"),
         (("prepare", "--input", "nowhere.txt"), 1, "nowhere.txt not found; check the path given to --input"),
     ],
@@ -335,12 +338,12 @@ def test_a_users_mistake_is_a_sentence(arguments, status, message):
 
 
 def test_a_shape_that_does_not_fit_is_refused_before_anything_is_measured():
-    with pytest.raises(UserError, match="unknown; use tiny, small"):
+    with pytest.raises(UserError, match="unknown; use one of tiny, small"):
         benchmark_work.training_config(options("train", preset="huge"))
     with pytest.raises(UserError, match="300 tokens exceed the block size 256"):
-        benchmark_work.training_config(options("generate", preset="tiny", prompt_tokens=100))
+        benchmark_work.generation_config(options("generate", preset="tiny", prompt_tokens=100))
     with pytest.raises(UserError, match="multiple of n_head"):
-        benchmark_work.model_config(benchmark_work.training_config(options("train", n_embd=10, n_head=3)))
+        benchmark_training.gpt_config(benchmark_work.training_config(options("train", n_embd=10, n_head=3)))
 
 
 def test_a_peer_that_is_not_installed_is_named(monkeypatch):
@@ -360,34 +363,21 @@ class Pipe:
         self.sent.append(what)
 
 
-def test_memory_that_runs_out_is_told_as_a_sentence(monkeypatch):
+def test_running_out_of_memory_is_one_sentence():
     def build(options, config):
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 99 bytes")
 
-    monkeypatch.setitem(benchmark.WORKS["train"], "ours", build)
     pipe = Pipe()
-    benchmark.serve("ours", options("train"), None, pipe)
+    benchmark.serve("ours", options("train"), None, pipe, {"train": {"ours": build}})
     assert "out of memory; use a smaller --batch_size" in str(pipe.sent[0])
 
 
-def test_each_side_takes_its_device(monkeypatch):
-    def build(options, config):
-        raise MemoryError
-
-    taken = []
-    monkeypatch.setitem(benchmark.WORKS["train"], "ours", build)
-    monkeypatch.setattr(benchmark, "choose_device", taken.append)
-    benchmark.serve("ours", options("train"), types.SimpleNamespace(device="cuda:1"), Pipe())
-    assert taken == ["cuda:1"]
-
-
-def test_another_fault_of_a_side_stays_visible(monkeypatch):
+def test_a_bug_in_a_side_shows_its_traceback():
     def build(options, config):
         raise RuntimeError("a bug")
 
-    monkeypatch.setitem(benchmark.WORKS["train"], "ours", build)
     with pytest.raises(RuntimeError, match="a bug"):
-        benchmark.serve("ours", options("train"), None, Pipe())
+        benchmark.serve("ours", options("train"), None, Pipe(), {"train": {"ours": build}})
 
 
 def test_a_side_that_is_killed_is_named_with_its_status():

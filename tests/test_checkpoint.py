@@ -379,18 +379,17 @@ def test_a_copy_without_hard_links_and_on_a_full_disk(path, monkeypatch):
 
 def test_a_disk_that_fills_while_saving_leaves_the_old_checkpoint(path, gpt, monkeypatch):
     before = path.read_bytes()
-    real, limit = checkpoint._RememberError.write, [20_000]
 
-    def write(self, data):
-        limit[0] -= len(data)
-        if limit[0] < 0:
-            self.error = OSError(errno.ENOSPC, "full")
-            raise self.error
-        return real(self, data)
+    class FullDisk(io.FileIO):
+        def write(self, data):
+            if self.tell() + len(data) > 20_000:
+                raise OSError(errno.ENOSPC, "full")
+            return super().write(data)
 
-    monkeypatch.setattr(checkpoint._RememberError, "write", write)
+    monkeypatch.setattr("builtins.open", FullDisk)
     with pytest.raises(UserError, match=r"a.pt not written: the disk is full; free some space"):
         save_checkpoint(path, gpt, INFO, TRAINING)
+    monkeypatch.undo()
     assert path.read_bytes() == before
     assert [file.name for file in path.parent.iterdir()] == ["a.pt"]
 

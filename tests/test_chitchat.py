@@ -1,4 +1,4 @@
-"""The chitchat generator (data/chitchat.py) and the judge of what it taught (testing_tools/chat_eval.py)."""
+"""The chitchat generator (data/chitchat) and the judge of what it taught (testing_tools/chat_eval.py)."""
 
 import importlib.util
 import itertools
@@ -14,6 +14,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from data.chitchat.names import made_up_names, name_pieces, real_names
+from data.chitchat.talks import LISTS, generate
+from data.chitchat.templates import assistant_words, expand, load_phrases, parse_template, words_of
+from data.chitchat.typing_habits import type_like_a_person
 from setup_tokenizer import IM_END, IM_END_ID, encode_chat, encode_text
 
 PROJECT = Path(__file__).resolve().parent.parent
@@ -29,13 +33,12 @@ def load_module(path: str):
     return sys.modules[name]
 
 
-chitchat = load_module("data/chitchat.py")
 chat_eval = load_module("testing_tools/chat_eval.py")
 
 
 @pytest.fixture(scope="module")
 def conversations():
-    return list(chitchat.generate(20_000))
+    return list(generate(20_000))
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +52,7 @@ def normalised(text: str) -> str:
 
 def user_templates():
     """Every template that a user's line is made from."""
-    phrases = chitchat.load_phrases()
+    phrases = load_phrases()
     for topic in phrases["topics"].values():
         for script in topic:
             yield from itertools.chain.from_iterable(script["lines"][::2])
@@ -58,7 +61,7 @@ def user_templates():
 
 
 def all_templates():
-    phrases = chitchat.load_phrases()
+    phrases = load_phrases()
     yield from user_templates()
     yield from (*phrases["system"], *phrases["system_with_name"])
     for topic in phrases["topics"].values():
@@ -77,7 +80,7 @@ def template_pattern(parts: tuple, names: str) -> str:
             continue
         for piece in re.split(r"(\{\w+\})", part):
             if piece.startswith("{"):
-                values = chitchat.load_phrases()["values"].get(piece[1:-1])  # None for a name, or several
+                values = load_phrases()["values"].get(piece[1:-1])  # None for a name, or several
                 pattern += f"(?:{'|'.join(map(squeezed, values)) if values else names})"
             else:
                 pattern += squeezed(piece)
@@ -107,20 +110,19 @@ def test_conversations_are_many_distinct_short_and_well_formed(conversations):
 
 
 def test_the_seed_decides_everything(conversations):
-    assert list(chitchat.generate(50)) == conversations[:50]
-    assert list(chitchat.generate(50, seed=7)) != conversations[:50]
+    assert list(generate(50)) == conversations[:50]
+    assert list(generate(50, seed=7)) != conversations[:50]
 
 
-def test_the_first_of_equal_conversations_is_kept_and_their_text_is_not(monkeypatch):
+def test_the_first_of_equal_conversations_is_kept_and_their_text_is_not():
     drawn = []
 
     def make_long(rng):
         drawn.append(rng.randrange(2000))
         return [{"role": "user", "content": f"{drawn[-1]} {'x' * 20_000}"}]
 
-    monkeypatch.setattr(chitchat, "make_conversation", make_long)
     tracemalloc.start()
-    kept = [int(messages[0]["content"].split()[0]) for messages in chitchat.generate(1500)]
+    kept = [int(messages[0]["content"].split()[0]) for messages in generate(1500, make=make_long)]
     peak_bytes = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert len(kept) == 1500 and kept == list(dict.fromkeys(drawn))
@@ -150,14 +152,14 @@ def test_a_name_that_nobody_gave_is_not_known(conversations):
 def test_names_are_many_and_mostly_not_to_be_known_by_heart(conversations):
     told = [re.findall(r"Your name is (\w+)", message["content"]) for talk in conversations for message in talk]
     assert len(set(itertools.chain.from_iterable(told))) > 4_000
-    assert len(chitchat.real_names()) > 1_000
-    assert not any(" " in name for name in (*chitchat.real_names(), *chitchat.made_up_names()))
+    assert len(real_names()) > 1_000
+    assert not any(" " in name for name in (*real_names(), *made_up_names()))
 
 
 def test_names_hold_nearly_every_piece_that_a_name_can_have():
     """A name that the model never saw is made of pieces; one that is missing here could not be said."""
-    met = set(itertools.chain.from_iterable(encode_text(f" {name}") for name in chitchat.made_up_names()))
-    for pieces, prefix in zip(chitchat.name_pieces(), (" ", ""), strict=True):
+    met = set(itertools.chain.from_iterable(encode_text(f" {name}") for name in made_up_names()))
+    for pieces, prefix in zip(name_pieces(), (" ", ""), strict=True):
         for length, share in {1: 1, 2: 0.95, 3: 0.9, 4: 0.8}.items():
             ids = [encode_text(prefix + piece) for piece in set(pieces[length])]
             assert len(ids) >= 26 and all(len(piece) == 1 for piece in ids)
@@ -167,27 +169,27 @@ def test_names_hold_nearly_every_piece_that_a_name_can_have():
 def test_every_template_expands_to_plain_text():
     for template in all_templates():
         for seed in range(5):
-            text = chitchat.expand(chitchat.parse_template(template), random.Random(seed))
+            text = expand(parse_template(template), random.Random(seed))
             assert not re.search(r"[<>\[\]()|]|  |^ | $|\?\S", text), (template, text)
             assert text
 
 
 def test_slots_of_templates_are_known():
-    phrases = chitchat.load_phrases()
+    phrases = load_phrases()
     slots = {slot for template in all_templates() for slot in re.findall(r"\{(\w+)\}", template)}
-    assert slots == {*phrases["values"], *chitchat.LISTS, "name", "pet_name", "relative_name"}
+    assert slots == {*phrases["values"], *LISTS, "name", "pet_name", "relative_name"}
 
 
 @pytest.mark.parametrize("template", ["(a", "a)", "[a|b", "(a]"])
 def test_unbalanced_brackets_are_named(template):
     with pytest.raises(ValueError, match="bracket"):
-        chitchat.parse_template(template)
+        parse_template(template)
 
 
 def test_typing_changes_no_value():
     rng = random.Random(1)
     for _ in range(2_000):
-        assert chitchat.type_like_a_person("hello there, my name is {name}", rng).count("{name}") == 1
+        assert type_like_a_person("hello there, my name is {name}", rng).count("{name}") == 1
 
 
 # --- the questions are new to the model ---
@@ -195,13 +197,13 @@ def test_typing_changes_no_value():
 
 def test_no_opener_is_ever_emitted(questions, conversations):
     """By the templates' grammar, with any filler before and after; and by looking at what was emitted."""
-    phrases = chitchat.load_phrases()
+    phrases = load_phrases()
     before, after = ("|".join(map(squeezed, phrases["noise"][place])) for place in ("before", "after"))
     openers = chat_eval.openers(questions)
-    opener_words = {word for _, opener, _ in openers for word in chitchat.words_of(opener)}
-    all_names = {name.lower() for name in (*chitchat.real_names(), *chitchat.made_up_names())}
+    opener_words = {word for _, opener, _ in openers for word in words_of(opener)}
+    all_names = {name.lower() for name in (*real_names(), *made_up_names())}
     names = "|".join(["priya", *(all_names & opener_words)])  # no other name can stand in an opener
-    lines = "|".join({template_pattern(chitchat.parse_template(template), names) for template in user_templates()})
+    lines = "|".join({template_pattern(parse_template(template), names) for template in user_templates()})
     grammar = re.compile(f"(?:{before})?(?:{lines})(?:{after})?")
     assert grammar.fullmatch(squeezed("Oh, what's your favorite color?"))
     assert grammar.fullmatch(squeezed("I am Priya and I live in New York, haha"))
@@ -213,10 +215,10 @@ def test_no_opener_is_ever_emitted(questions, conversations):
 
 
 def test_no_test_name_is_ever_emitted(questions, conversations):
-    possible = {name.lower() for name in (*chitchat.real_names(), *chitchat.made_up_names())}
-    used = {key: value for key, value in chitchat.load_phrases().items() if key != "never_made_up"}
-    phrase_words = set(chitchat.words_of(json.dumps(used, ensure_ascii=False)))
-    emitted = {word for talk in conversations for message in talk for word in chitchat.words_of(message["content"])}
+    possible = {name.lower() for name in (*real_names(), *made_up_names())}
+    used = {key: value for key, value in load_phrases().items() if key != "never_made_up"}
+    phrase_words = set(words_of(json.dumps(used, ensure_ascii=False)))
+    emitted = {word for talk in conversations for message in talk for word in words_of(message["content"])}
     assert len(set(questions["names"])) == 50
     for name in questions["names"]:
         assert name.lower() not in possible | phrase_words | emitted, name
@@ -244,7 +246,7 @@ class FakeAssistant:
 
     def __init__(self, questions, replies, name_reply="Your name is {name}."):
         self.kinds = {opener: category for category, opener, _ in chat_eval.openers(questions)}
-        self.names = {introduction: name for name, introduction in chat_eval.name_tries(questions)}
+        self.names = {introduction: name for name, introduction in chat_eval.introductions(questions)}
         self.replies, self.name_reply = replies, name_reply
 
     def __call__(self, messages):
@@ -265,9 +267,9 @@ def test_a_perfect_assistant_gets_full_marks(questions):
 
 def test_every_line_of_the_generator_that_fits_is_accepted(questions):
     """What the data teaches must be able to win: each reply to a greeting, thanks, ... is judged as fitting."""
-    known = chitchat.assistant_words()
+    known = assistant_words()
     for category, group in questions["openers"].items():
-        for script in chitchat.load_phrases()["topics"][category]:
+        for script in load_phrases()["topics"][category]:
             for template in script["lines"][1]:
                 if "{name}" not in template:
                     reply = template + IM_END
@@ -279,7 +281,7 @@ def test_a_reply_of_another_kind_never_fits(questions):
         if (right, wrong) == ("greeting", "how_are_you"):
             continue  # tested below: it needs the greeting's own words
         group = questions["openers"][right]
-        fault = chat_eval.opener_fault(GOOD[wrong] + IM_END, group["fits"], group["never"], chitchat.assistant_words())
+        fault = chat_eval.opener_fault(GOOD[wrong] + IM_END, group["fits"], group["never"], assistant_words())
         assert fault, (right, wrong)
 
 
@@ -298,7 +300,7 @@ def test_a_reply_of_another_kind_never_fits(questions):
 )
 def test_faults_of_a_greeting(questions, reply, fault):
     group = questions["openers"]["greeting"]
-    found = chat_eval.opener_fault(reply, group["fits"], group["never"], chitchat.assistant_words())
+    found = chat_eval.opener_fault(reply, group["fits"], group["never"], assistant_words())
     assert fault in found
 
 

@@ -32,6 +32,7 @@ class Options:
     top_p: float = option(1.0, "keep the likeliest tokens of this probability", above=0, at_most=1, group="sampling")
     dtype: str = option("auto", "precision", choices=("auto", "float32", "bfloat16"), group="speed")
     input: tuple[str, ...] = option((), "files", nargs="+", metavar="FILE")
+    seed: int = option(1, "seed", at_least=0, below=2**63)
     sizes: tuple[int, ...] = option((), "sizes", nargs="+", at_least=1)
     dropout: float = option(0.0, "share of activations dropped")
     internal: int = 7  # without help: no option
@@ -98,6 +99,7 @@ def test_a_bool_can_be_switched_on_and_off_unless_it_is_off_by_default(capsys):
         (("--temp", "nan"), "--temp must be at least 0 and below 100, not nan"),
         (("--top_p", "0"), "--top_p must be above 0 and at most 1, not 0.0"),
         (("--top_p", "1.5"), "--top_p must be above 0 and at most 1, not 1.5"),
+        (("--seed", str(2**63)), f"--seed must be at least 0 and below 2**63, not {2**63}"),
         (("--sizes", "3", "0"), "--sizes must be at least 1, not 0"),
         (("--nonstop", "--input", "a"), "--nonstop takes no --input"),
         (("--top_kk", "3"), "unrecognized option --top_kk; did you mean --top_k?"),

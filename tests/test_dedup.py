@@ -7,11 +7,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from data import dedup
-from data.dedup import DigestSet, NearDuplicates, band_keys, ngram_hashes, shared_ngrams
-from setup_tokenizer import ENDOFTEXT_ID, IM_END_ID, IM_START_ID, ROLES, encode_chat, encode_documents
+from data.dedup import BANDS, DigestSet, NearDuplicates, band_keys, ngram_hashes, shared_ngrams
+from data.encoding import encode_documents
+from setup_tokenizer import IM_START_ID, ROLES, encode_chat
 
-CONTROL = (ENDOFTEXT_ID, IM_START_ID, IM_END_ID)
 SETTINGS = settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
 
 
@@ -78,7 +77,7 @@ SMALL_CHATS = st.lists(
 @given(SMALL_CHATS, st.integers(1, 6))
 def test_ngrams_are_those_of_the_contents(conversations, n):
     ids, n_tokens = batch(conversations)
-    hashes, document = ngram_hashes(ids, n_tokens, n, CONTROL)
+    hashes, document = ngram_hashes(ids, n_tokens, n)
     expected = []
     for index, messages in enumerate(conversations):
         for message in messages:
@@ -102,17 +101,17 @@ def test_near_duplicates_are_found_as_often_as_minhash_promises():
         changed = []
         for text in originals:
             words = text.split()
-            for place in random.choice(60, n_changed, replace=False):
-                words[place] = "other"
+            for index in random.choice(60, n_changed, replace=False):
+                words[index] = "other"
             changed.append(" ".join(words))
         near = NearDuplicates()
-        assert not near.find(band_keys(*batch(originals), CONTROL), np.ones(300, bool)).any()
-        found[n_changed] = near.find(band_keys(*batch(changed), CONTROL), np.ones(300, bool)).mean()
+        assert not near.find(band_keys(*batch(originals)), np.ones(300, bool)).any()
+        found[n_changed] = near.find(band_keys(*batch(changed)), np.ones(300, bool)).mean()
     assert found[1] > 0.98 and found[20] < 0.02 and found[1] >= found[4] > found[20]
 
 
 def test_the_first_of_equals_is_kept_within_a_batch_and_after_it():
-    keys = band_keys(*batch([*random_texts(3, 40), *random_texts(3, 40), "short", "short"]), CONTROL)
+    keys = band_keys(*batch([*random_texts(3, 40), *random_texts(3, 40), "short", "short"]))
     near = NearDuplicates()
     assert near.find(keys, np.ones(8, bool)).tolist() == [False] * 3 + [True] * 3 + [False] * 2
     assert near.find(keys, np.ones(8, bool)).tolist() == [True] * 6 + [False] * 2
@@ -123,17 +122,16 @@ def test_the_first_of_equals_is_kept_within_a_batch_and_after_it():
 
 def test_signatures_do_not_depend_on_the_batch():
     texts = random_texts(7, 30)
-    whole = band_keys(*batch(texts), CONTROL)
-    assert np.array_equal(whole, np.concatenate([band_keys(*batch([text]), CONTROL) for text in texts]))
-    assert band_keys(np.zeros(0, np.uint16), np.zeros(0, int), CONTROL).shape == (0, dedup.BANDS)
+    whole = band_keys(*batch(texts))
+    assert np.array_equal(whole, np.concatenate([band_keys(*batch([text])) for text in texts]))
+    assert band_keys(np.zeros(0, np.uint16), np.zeros(0, int)).shape == (0, BANDS)
 
 
 # --- text that validation shares ---
 
 
 @pytest.mark.parametrize("most", [10**6, 5])
-def test_shared_13_grams_are_counted_as_brute_force_counts_them(monkeypatch, most):
-    monkeypatch.setattr(dedup, "MOST_SHARED_NGRAMS", most)
+def test_shared_13_grams_are_counted_as_brute_force_counts_them(most):
     words = [" a b c d e f g h i j k l m n o p q r s t"[start:] for start in (0, 4, 10, 30)]
     train = [
         words[0],
@@ -149,7 +147,7 @@ def test_shared_13_grams_are_counted_as_brute_force_counts_them(monkeypatch, mos
         ids = encode_documents([text])[:-1].tolist()
         return [tuple(ids[start : start + 13]) for start in range(len(ids) - 12)]
 
-    counts = shared_ngrams([batch(train[:3]), batch(train[3:])], [batch(val)], CONTROL)
+    counts = shared_ngrams([batch(train[:3]), batch(train[3:])], [batch(val)], max_ngrams=most)
     if most == 5:
         assert counts["13-grams of validation"] == 5
         return
@@ -165,5 +163,5 @@ def test_shared_13_grams_are_counted_as_brute_force_counts_them(monkeypatch, mos
 
 
 def test_validation_without_a_13_gram_shares_nothing():
-    counts = shared_ngrams([batch(["a " * 40])], [batch(["short"])], CONTROL)
+    counts = shared_ngrams([batch(["a " * 40])], [batch(["short"])])
     assert set(counts.values()) == {0}

@@ -15,6 +15,7 @@ from common.checkpoint import save_checkpoint
 from common.cli import UserError
 from common.files import sha256_file
 from common.speedups import load_speedups
+from data.dataset import open_dataset
 from evaluate import EvaluateOptions, measure
 from evaluation import stories
 from evaluation.bootstrap import paired_bootstrap
@@ -24,8 +25,8 @@ from evaluation.splits import read_split
 from fast.packed_linear import Int8Linear, is_exact
 from model import GPT, GPTConfig
 from setup_tokenizer import ENDOFTEXT_ID, encode_chat, encode_document
-from training.batches import assistant_targets, open_dataset
 from training.mixture import mixture_facts, parse_mixture
+from training.targets import assistant_targets
 
 BLOCK_SIZE = 16
 DOCUMENTS = [

@@ -23,7 +23,8 @@ from hypothesis import strategies as st
 import gen
 from common.checkpoint import save_checkpoint
 from common.cli import UserError
-from data import sources
+from data.readers.recognize import recognize
+from data.readers.records import read_records
 from generation.chat import ChatSession, PromptSession, Quit, chat_ids
 from generation.engine import Settings, TextEngine, TextStream
 from model import GPT, GPTConfig
@@ -234,8 +235,8 @@ def test_a_saved_chat_can_be_loaded_and_prepared_again(tmp_path):
     other.command(f"/load {path}")
     assert other.messages == session.messages
     said(other.reply("And then?"))
-    assert sources.recognise(path).kind == "chat"
-    assert list(sources.read_records(path)) == [{"messages": session.messages}]
+    assert recognize(path).kind == "chat"
+    assert list(read_records(path)) == [{"messages": session.messages}]
 
 
 @pytest.mark.parametrize("separator", ["\u2028", "\u2029", "\x85", "\r", "\r\n", "\x1c"])

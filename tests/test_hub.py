@@ -20,7 +20,8 @@ from typing import NamedTuple
 import pytest
 from hub_server import HubServer, closed_endpoint, hub_environment
 
-from data.prepared import read_description, read_prepared
+from data.dataset import read_info
+from data.documents import read_prepared
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -32,7 +33,7 @@ pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="forks a process
 FORKER = """
 import contextlib, io, json, os, runpy, sys, time
 import numpy, pandas, pyarrow.dataset, pyarrow.parquet, tqdm
-from setup_tokenizer import encode_documents
+from data.encoding import encode_documents
 encode_documents(["a text"])
 time.sleep = lambda seconds: None
 assert not {"huggingface_hub", "datasets"} & set(sys.modules), "these read the environment when they are imported"
@@ -191,8 +192,8 @@ def test_every_script_prepares_what_the_hub_serves_once(tmp_path, run_scripts):
         outcomes = prepare_all(run_scripts, tmp_path, environment)
         for name, (script, repository, _, (n_train, n_val)) in DATASETS.items():
             assert not outcomes[name].status, outcomes[name].errors
-            description = read_description(tmp_path / "out", name)
-            found = [len(list(read_prepared(tmp_path / "out", description, split))) for split in ("train", "val")]
+            info = read_info(tmp_path / "out", name)
+            found = [len(list(read_prepared(tmp_path / "out", info, split))) for split in ("train", "val")]
             assert found == [n_train, n_val], script
             assert any(repository in request for request in hub.requests)
         asked = len(hub.requests)
@@ -210,7 +211,7 @@ def test_every_script_prepares_what_the_hub_serves_once(tmp_path, run_scripts):
             environment,
         )
     assert not later.status and "already prepared" not in later.output, "another commit is another input"
-    assert read_description(tmp_path / "out", "education")["input_digest"] == hub.commit
+    assert read_info(tmp_path / "out", "education").input_digest == hub.commit
     assert not offline["story"].status and not offline["dailydialog"].status, offline
     for name in ("chat", "education"):
         assert_one_sentence(name, offline[name])
@@ -250,7 +251,7 @@ def test_a_failed_download_is_one_sentence_and_leaves_nothing_behind(tmp_path, r
 
 
 def run_program(run_scripts: Run, program: str, folder: Path, environment: dict[str, str]) -> Outcome:
-    """How a few lines that use `sources` end."""
+    """How a few lines of Python end."""
     (folder / "program.py").write_text(program)
     (outcome,) = run_scripts([[str(folder / "program.py")]], folder, environment)
     return outcome
@@ -261,8 +262,8 @@ def test_a_connection_cut_once_is_resumed_where_it_broke(tmp_path, run_scripts):
     payload = os.urandom(1 << 20) * 24
     program = """
 import hashlib
-from data import sources
-print(hashlib.sha256(sources.fetch_file("owner/name", "big.bin").read_bytes()).hexdigest())
+from data.readers.hub import fetch_data_file
+print(hashlib.sha256(fetch_data_file("owner/name", "big.bin").read_bytes()).hexdigest())
 """
     with HubServer({"owner/name": {"big.bin": payload}}, {"big.bin": "cut once"}) as hub:
         outcome = run_program(run_scripts, program, tmp_path, hub.environment(tmp_path / "cache"))
@@ -274,11 +275,11 @@ def test_a_connection_that_breaks_between_records_is_one_sentence(tmp_path, run_
     first, second = "data/train-00000-of-00002.parquet", "data/train-00001-of-00002.parquet"
     files = {path: parquet([{"text": path}] * 10) for path in (first, second)}
     program = """
-from data import sources
+from data.readers.hub import stream_hub
 from common.cli import UserError
 count = 0
 try:
-    for record in sources.stream_hub("owner/name"):
+    for record in stream_hub("owner/name"):
         count += 1
 except UserError as error:
     print(count, error)
@@ -287,7 +288,7 @@ except UserError as error:
         outcome = run_program(run_scripts, program, tmp_path, hub.environment(tmp_path / "cache"))
     count, sentence = outcome.output.split(" ", 1)
     assert int(count) == 10
-    assert sentence.startswith("owner/name not read from the hub") and "--input" in sentence
+    assert sentence.startswith("owner/name not downloaded") and "--input" in sentence
 
 
 def test_every_chat_source_is_read_in_its_own_layout_and_a_gated_one_asks_for_a_token(tmp_path, run_scripts):
@@ -331,5 +332,5 @@ def test_every_chat_source_is_read_in_its_own_layout_and_a_gated_one_asks_for_a_
     assert gated.status == 1 and "HF_TOKEN" in gated.errors.splitlines()[-1] and "Traceback" not in gated.errors
     for (source, counts), outcome in zip(expected.items(), outcomes, strict=True):
         assert not outcome.status, outcome.errors
-        splits = read_description(tmp_path / source, "chat")["splits"]
-        assert tuple(splits[split]["documents"] for split in ("train", "val")) == counts
+        splits = read_info(tmp_path / source, "chat").splits
+        assert tuple(splits[split].documents for split in ("train", "val")) == counts

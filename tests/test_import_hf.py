@@ -198,13 +198,14 @@ print(json.dumps(results))
 
 
 def test_scripts_take_a_folder_or_a_published_name_as_a_checkpoint(saved, tmp_path):
-    from data.corpus import Dataset, PrepareOptions, prepare
+    from data.pipeline import Corpus, Dataset, PrepareOptions, prepare
 
     files = {name: (saved / name).read_bytes() for name in ("config.json", "model.safetensors")}
     data = tmp_path / "data"
     data.mkdir()
     texts = [f"The cat number {number} sat on the mat and saw the moon. " * 3 for number in range(80)]
-    prepare(Dataset("tale", "text", "a test", "MIT"), PrepareOptions(output_dir=str(data), val_fraction=0.2), texts)
+    options = PrepareOptions(output_dir=str(data), val_fraction=0.2)
+    prepare(Dataset("tale", "text", "a test", "MIT"), options, Corpus(texts))
     train = ["train.py", "--dataset", "tale", "--data_dir", str(data), "--out_dir", str(tmp_path / "models")]
     train += ["--init_from", str(saved), "--max_iters", "2", "--batch_size", "2", "--device", "cpu", "--no-compile"]
     gen = ["--prompt", "Once", "--max_tokens", "3", "--device", "cpu", "--temp", "0"]

@@ -1,4 +1,4 @@
-"""The pictures tell the truth: attention maps, token losses, colours, and the curves of runs."""
+"""The pictures are true: attention maps, token losses, colours, and the curves of runs."""
 
 from __future__ import annotations
 
@@ -7,22 +7,21 @@ import json
 import math
 import subprocess
 import sys
-import types
 from html.parser import HTMLParser
 from pathlib import Path
-from typing import ClassVar
 
 import numpy as np
 import pytest
-import tiny
 import torch
 import torch.nn.functional as F
 
 from common.checkpoint import save_checkpoint
 from common.cli import UserError
+from generation.decoding import generate
+from generation.sampling import Sampling
 from model import GPT, GPTConfig
-from setup_tokenizer import ENDOFTEXT_ID, IM_START_ID, encode_chat, encode_text
-from training.metrics import draw_curves, read_metrics
+from setup_tokenizer import ENDOFTEXT_ID, IM_START_ID, encode_chat, encode_text, token_text
+from training.metrics import draw_curves
 
 ROOT = Path(__file__).resolve().parent.parent
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -36,7 +35,10 @@ def load(name: str):
     return module
 
 
+sys.path.insert(0, str(ROOT / "testing_tools"))
 inspect_model = load("inspect_model")
+sys.path.remove(str(ROOT / "testing_tools"))
+token_page = sys.modules["token_page"]
 plot_runs = load("plot_runs")
 
 
@@ -46,6 +48,10 @@ def tiny_model() -> GPT:
     for weight in model.parameters():  # far from uniform attention
         weight.mul_(8)
     return model
+
+
+def greedy(model: GPT, ids: list[int], n: int):
+    return generate(model, [ids], n, Sampling(temperature=0))
 
 
 def write_checkpoint(folder: Path, kind: str = "text") -> Path:
@@ -67,7 +73,7 @@ class Page(HTMLParser):
     def handle_starttag(self, tag, attributes):
         self.tags.add(tag)
         attributes = dict(attributes)
-        if tag != "meta":
+        if tag not in ("meta", "br"):
             self.open.append((tag, attributes.get("class")))
         if tag == "span":
             place = self.tokens if ("div", "text") in self.open else self.legend
@@ -105,7 +111,7 @@ def test_the_maps_are_the_attention_that_the_model_uses():
 def test_token_losses_and_ranks_are_those_of_the_logits():
     model, ids = tiny_model(), [ENDOFTEXT_ID, *encode_text("The cat sat.")]
     log_probabilities, _ = inspect_model.look(model, ids)
-    seen = inspect_model.token_losses(ids, log_probabilities)
+    seen = token_page.token_losses(ids, log_probabilities)
     logits = model(torch.tensor([ids]))[0][0, :-1, : model.config.n_vocab]
     expected = F.cross_entropy(logits, torch.tensor(ids[1:]), reduction="none")
     np.testing.assert_allclose([token.loss for token in seen], expected, atol=1e-3)
@@ -118,28 +124,29 @@ def test_token_losses_and_ranks_are_those_of_the_logits():
 def test_every_background_leaves_its_text_readable():
     previous = math.inf
     for hundredths in range(1001):
-        background = inspect_model.loss_colour(hundredths / 100)
-        light, text = (inspect_model.luminance(c) for c in (background, inspect_model.text_colour(background)))
+        background = token_page.loss_colour(hundredths / 100)
+        light, text = (token_page.luminance(c) for c in (background, token_page.text_colour(background)))
         assert (max(light, text) + 0.05) / (min(light, text) + 0.05) >= 4.5
         assert light <= previous + 1e-9  # a larger loss is never lighter
         previous = light
-    assert inspect_model.loss_colour(99) == inspect_model.loss_colour(inspect_model.TOP_LOSS)
-    assert inspect_model.luminance((255, 255, 255)) == pytest.approx(1)
+    assert token_page.loss_colour(99) == token_page.loss_colour(token_page.TOP_LOSS)
+    assert token_page.luminance((255, 255, 255)) == pytest.approx(1)
 
 
 def test_the_page_shows_any_text_and_runs_none_of_it():
     text = '<script>alert("1")</script> & "quoted" \'single\' {brace}\n\nna\u00efve \U0001f600 </span>'
     ids = [ENDOFTEXT_ID, *encode_text(text)]
-    seen = [inspect_model.TokenLoss(i, inspect_model.token_text(i), 0.25, 3, 1.386) for i in ids[1:]]
-    page = Page(inspect_model.losses_page("<b>model</b>", ids[0], seen))
+    seen = [token_page.TokenLoss(i, token_text(i), 0.25, 3, 1.386) for i in ids[1:]]
+    page = Page(token_page.losses_page("<b>model</b>", ids, seen, n_prompt=len(ids)))
     assert not page.tags & {"script", "b", "img", "link"}
     assert [token[2] for token in page.tokens] == ["<|endoftext|>", *(token.text for token in seen)]
     assert page.tokens[0][:2] == [None, None]
     for (style, tooltip, _), token in zip(page.tokens[1:], seen, strict=True):
-        assert style == inspect_model.style(1.386)
+        assert style == token_page.style(1.386)
         assert tooltip == f"{token.text}: probability 25.00%, rank 3, loss 1.39 nats"
     assert page.cells[:6] == ["1", str(ids[1]), "25.00%", "3", "1.386", seen[0].text]
-    assert [label for _, _, label in page.legend] == ["0", "1", "2", "3", "4", "5", "6", "7", "8 and more"]
+    legend = ["0100%", "137%", "214%", "35%", "41.8%", "50.67%", "60.25%", "70.091%", "8+0.034%"]
+    assert [label for _, _, label in page.legend] == legend  # the loss, and exp(-loss)
 
 
 def test_the_prompt_is_what_gen_gives_the_model():
@@ -150,18 +157,22 @@ def test_the_prompt_is_what_gen_gives_the_model():
 
 @pytest.mark.parametrize("kind", ["text", "chat"])
 def test_inspecting_a_checkpoint_writes_a_picture_and_a_page(tmp_path, capsys, kind):
-    options = inspect_model.InspectOptions(str(write_checkpoint(tmp_path, kind)), "A $5 cat", top_k=3, device="cpu")
+    options = inspect_model.InspectOptions(
+        str(write_checkpoint(tmp_path, kind)), "A $5 cat", max_tokens=5, top_k=3, device="cpu"
+    )
     picture, page = inspect_model.inspect(options)
     assert picture.name == f"{kind}9-attention.png" and picture.read_bytes().startswith(PNG)
     tokens = Page(page.read_text(encoding="utf-8")).tokens
     ids = inspect_model.prompt_ids("A $5 cat", kind == "chat")
-    assert len(tokens) == len(ids) and (ids[0] == IM_START_ID) == (kind == "chat")
+    reply = [token.tolist()[0] for token in greedy(tiny_model(), ids, 5)]
+    assert [token[2] for token in tokens] == [token_text(i) for i in [*ids, *reply]]
+    assert (ids[0] == IM_START_ID) == (kind == "chat")
     printed = capsys.readouterr().out.splitlines()
     probabilities = inspect_model.look(tiny_model(), ids)[0][-1].exp()
     top = probabilities.topk(3)
     shown = [line.split()[1] for line in printed if line.strip()[0].isdigit()]
     assert shown == [str(i) for i in top.indices.tolist()]
-    assert inspect_model.percent(top.values[0].item()) in "\n".join(printed)
+    assert token_page.percent(top.values[0].item()) in "\n".join(printed)
 
 
 def test_long_prompts_and_one_layer(tmp_path, capsys):
@@ -169,14 +180,14 @@ def test_long_prompts_and_one_layer(tmp_path, capsys):
     options = inspect_model.InspectOptions(str(path), "word " * 50, layer=1, device="cpu")
     _, page = inspect_model.inspect(options)
     assert len(Page(page.read_text(encoding="utf-8")).tokens) == 32
-    assert "the last 32 are looked at" in capsys.readouterr().out
+    assert "only the last 32 are used" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"layer": 2}, "--layer 2: .* has the layers 0 to 1"),
-        ({"output_dir": "missing"}, "no such folder"),
+        ({"layer": 2}, "--layer 2 does not exist; .* has the layers 0 to 1"),
+        ({"output_dir": "missing"}, "--output_dir missing does not exist"),
         ({"checkpoint": "missing.pt"}, "missing.pt not found"),
     ],
 )
@@ -243,52 +254,3 @@ def test_runs_are_drawn_into_one_picture(tmp_path):
 def test_a_runs_curves_are_drawn_from_its_first_record_on(tmp_path, last):
     assert draw_curves(tmp_path / "run.png", RECORDS[:last], "run")
     assert (tmp_path / "run.png").read_bytes().startswith(PNG)
-
-
-class FakeWriter:
-    """Stands in for tensorboard's SummaryWriter, which need not be installed."""
-
-    written: ClassVar[dict] = {}
-
-    def __init__(self, folder):
-        self.file = Path(folder) / f"events.out.tfevents.{len(self.written)}"
-        self.file.parent.mkdir(exist_ok=True)
-        self.file.touch()
-        self.scalars = self.written[self.file] = []
-
-    def add_scalar(self, name, value, step):
-        self.scalars.append((name, value, step))
-
-    def close(self):
-        self.scalars.append("closed")
-
-
-def test_tensorboard_gets_every_number_of_the_log_and_a_resumed_run_has_no_gap(tmp_path, monkeypatch):
-    module = types.ModuleType("torch.utils.tensorboard")
-    module.SummaryWriter = FakeWriter
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module)
-    monkeypatch.setattr(FakeWriter, "written", {})
-    tiny.prepare(tmp_path)
-    for settings in ({"tensorboard": True, "max_iters": 4}, {"resume": tmp_path / "text4.pt", "max_iters": 6}):
-        assert tiny.run(tmp_path, tmp_path, **settings) == 0
-    for iters in (4, 6):
-        folder, records = tmp_path / f"text{iters}-tensorboard", read_metrics(tmp_path / f"text{iters}.jsonl")
-        (file,) = folder.glob("*")
-        expected = [
-            (name, value, record["iter_num"])
-            for record in records
-            for name, value in record.items()
-            if name != "iter_num" and value is not None
-        ]
-        assert FakeWriter.written[file] == [*expected, "closed"] and expected[-1][2] == iters
-
-
-def test_a_missing_tensorboard_is_said_before_anything_changes(tmp_path, monkeypatch):
-    tiny.prepare(tmp_path)
-    assert tiny.run(tmp_path, tmp_path, max_iters=1) == 0
-    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    with pytest.raises(UserError, match="pip install tensorboard"):
-        tiny.run(tmp_path, tmp_path, max_iters=1, tensorboard=True)
-    after = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    assert after.keys() == before.keys() and after["text1.pt"] == before["text1.pt"]

@@ -13,13 +13,17 @@ import numpy as np
 import pytest
 import torch
 
-import train
 from common.cli import UserError
-from tests.tiny import OPTIONS, StopAfter, differences, load_checkpoint, losses, prepare, run
-from training import run as run_module
-from training.batches import Batches, ChatRows, TextRows, open_dataset
+from data.dataset import open_dataset
+from tests.test_train_config import config_of
+from tests.tiny import OPTIONS, differences, failing_at, load_checkpoint, losses, prepare, run
+from training.batches import Batches
+from training.config import TrainOptions
+from training.datasets import make_rows, open_data
 from training.metrics import draw_curves, read_metrics
 from training.mixture import MixedRows, mixture_name, parse_mixture, trained_on
+from training.progress import Sampler
+from training.rows import ChatRows, TextRows
 
 MIXED = "text=0.6,chat=0.4"
 
@@ -32,7 +36,6 @@ def data(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch):
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)
-    monkeypatch.setattr(run_module, "draw_curves", lambda *arguments: False)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -40,11 +43,9 @@ def _quick(monkeypatch):
 
 
 @pytest.fixture
-def half(data, tmp_path, monkeypatch):
+def half(data, tmp_path):
     """The folder of a mixed run stopped at iteration 5 of 10."""
-    with monkeypatch.context() as patch:
-        patch.setattr(train, "StopSignal", lambda: StopAfter(5))
-        assert run(data, tmp_path / "half", dataset=MIXED) == 130
+    assert run(data, tmp_path / "half", stop_after=5, dataset=MIXED) == 130
     return tmp_path / "half"
 
 
@@ -72,7 +73,7 @@ def test_weights_become_shares_that_are_one_together(dataset, shares):
 @pytest.mark.parametrize("dataset", ["story={}", "story={},chat=1", "chat=1,story={}"])
 def test_a_weight_that_is_no_positive_number_is_refused(dataset, weight):
     with pytest.raises(ValueError, match=r"the weight of story must be a number above 0 .*, not ") as error:
-        train.TrainConfig(dataset=dataset.format(weight))
+        TrainOptions(dataset=dataset.format(weight))
     assert "\n" not in str(error.value)
 
 
@@ -90,7 +91,7 @@ def test_a_weight_that_is_no_positive_number_is_refused(dataset, weight):
 )
 def test_what_is_no_mixture_is_refused_in_one_sentence(dataset, sentence):
     with pytest.raises(ValueError, match=f"dataset.* {sentence}"):
-        train.TrainConfig(dataset=dataset)
+        TrainOptions(dataset=dataset)
 
 
 def test_a_part_without_its_data_names_the_command(data, tmp_path):
@@ -164,10 +165,10 @@ def test_a_mixture_goes_on_from_any_position(data):
 
 @pytest.mark.parametrize("loss_on", [None, "all"])
 def test_loss_on_is_about_the_conversations_alone(data, loss_on):
-    parts = {name: open_dataset(data, name) for name in ("text", "chat")}
-    config = train.TrainConfig(dataset=MIXED, block_size=16, loss_on=loss_on)
-    config = train.resolve(config, "cpu", chat=True, mixed=True)
-    rows, val_batches = train.rows_and_batches(parts, parse_mixture(MIXED), config)
+    opened = open_data(MIXED, str(data))
+    parts = opened.parts
+    config = config_of(opened.facts, dataset=MIXED, block_size=16, loss_on=loss_on)
+    rows, val_batches = make_rows(opened, config)
     assert list(val_batches) == ["text", "chat"]
     text, chat = (parts[name][0]["train"] for name in parts)
     expected = [TextRows(text, 16, config.seed), ChatRows(chat, 16, config.seed, loss_on or "assistant")]
@@ -197,7 +198,7 @@ GOLDEN = {
 
 @pytest.mark.parametrize("name", ["text", "chat"])
 def test_one_data_set_trains_as_it_did_and_so_does_a_mixture_of_it_alone(data, tmp_path, monkeypatch, name):
-    tokens_per_iter = train.resolve(train.TrainConfig(**OPTIONS), "cpu", chat=False).tokens_per_iter
+    tokens_per_iter = config_of(**OPTIONS).tokens_per_iter
     monkeypatch.setattr("training.optimizers.EMBEDDING_EPS", 1e-8 * tokens_per_iter)  # as it was then
     run(data, tmp_path / "a", dataset=name, document_mask=False, schedule="cosine")  # and this, then too
     run(data, tmp_path / "b", dataset=f"{name}=1", document_mask=False, schedule="cosine")
@@ -214,33 +215,31 @@ def test_one_data_set_trains_as_it_did_and_so_does_a_mixture_of_it_alone(data, t
     assert not any("/" in key for record in read_metrics(tmp_path / "a" / f"{name}10.jsonl") for key in record)
 
 
-def test_a_mixed_run_stopped_after_every_iteration_equals_an_uninterrupted_one(data, tmp_path, monkeypatch, capsys):
+def test_a_mixed_run_stopped_after_every_iteration_equals_an_uninterrupted_one(data, tmp_path, capsys):
     straight, stopped = tmp_path / "a" / "text+chat10", tmp_path / "b" / "text+chat10"
-    options = {"dataset": MIXED, "dropout": 0.2, "batch_size": 6, "keep": 1}
+    sample = Sampler()
+    options = {"dataset": MIXED, "dropout": 0.2, "batch_size": 6, "keep": 1, "sample": sample}
     assert run(data, straight, **options) == 0
     straight.with_suffix(".txt").write_text(capsys.readouterr().out)
-    monkeypatch.setattr(train, "StopSignal", lambda: StopAfter(1))
-    assert run(data, stopped, **options) == 130
+    assert run(data, stopped, stop_after=1, **options) == 130
     for _ in range(9):
-        assert run(data, stopped, resume=True, dataset=MIXED) == 130
-    assert run(data, stopped, resume=True, dataset=MIXED) == 0
+        assert run(data, stopped, resume=True, stop_after=1, dataset=MIXED, sample=sample) == 130
+    assert run(data, stopped, resume=True, dataset=MIXED, sample=sample) == 0
     stopped.with_suffix(".txt").write_text(capsys.readouterr().out)
     assert differences(stopped, straight) == []
     assert load_checkpoint(straight / "text+chat10.pt")["training"]["position"] == {"epoch": 11, "row": 5}
     assert [record[0] for record in losses(stopped / "text+chat10.jsonl")] == list(range(11))
 
 
-def test_a_resume_takes_the_mixture_over_and_refuses_another(data, half, monkeypatch, capsys):
+def test_a_resume_takes_the_mixture_over_and_refuses_another(data, half, capsys):
     path = half / "text+chat10.pt"
     for dataset in ("text=0.5,chat=0.5", "chat=0.4,text=0.6,more=1", "text"):
         with pytest.raises(UserError, match=rf"--dataset {dataset} contradicts .*, which was made with {MIXED}; leave"):
             run(data, half, resume=path, dataset=dataset)
     with pytest.raises(UserError, match=r"text10.pt not found; there are .*text\+chat10.pt"):
         run(data, half, resume=True, dataset="text")
-    with monkeypatch.context() as patch:
-        patch.setattr(train, "StopSignal", lambda: StopAfter(1))
-        before = load_checkpoint(path)["info"]["val_losses"]
-        assert run(data, half, resume=path) == 130
+    before = load_checkpoint(path)["info"]["val_losses"]
+    assert run(data, half, resume=path, stop_after=1) == 130
     info = load_checkpoint(path)["info"]
     assert info["iter_num"] == 6 and info["val_losses"] == before and list(before) == ["text", "chat"]
     assert run(data, half, resume=path, dataset="text=6,chat=4", max_iters=12) == 0, "the same shares"
@@ -260,7 +259,7 @@ def test_a_part_that_changed_in_between_is_refused(data, half, tmp_path, changed
 
 def test_each_parts_validation_loss_is_reported_and_the_mean_counts(data, tmp_path, capsys):
     for folder, dataset in (("text", "text"), ("chat", "chat"), ("mixed", MIXED)):
-        assert run(data, tmp_path / folder, dataset=dataset, document_mask=False) == 0
+        assert run(data, tmp_path / folder, dataset=dataset, document_mask=False, sample=Sampler()) == 0
     output = capsys.readouterr().out
     alone = {name: losses(tmp_path / name / f"{name}10.jsonl")[0][2] for name in ("text", "chat")}
     records = read_metrics(tmp_path / "mixed" / "text+chat10.jsonl")
@@ -285,15 +284,7 @@ def test_each_parts_validation_loss_is_reported_and_the_mean_counts(data, tmp_pa
 
 
 def test_an_error_after_an_evaluation_keeps_the_losses_that_belong_together(data, tmp_path, monkeypatch):
-    real, calls = run_module.save_checkpoint, []
-
-    def failing(*arguments):
-        calls.append(arguments)
-        if len(calls) == 2:
-            raise RuntimeError("a bug")
-        real(*arguments)
-
-    monkeypatch.setattr(run_module, "save_checkpoint", failing)
+    monkeypatch.setattr(torch, "save", failing_at(2, torch.save))
     with pytest.raises(RuntimeError, match="a bug"):
         run(data, tmp_path, dataset=MIXED)
     info = load_checkpoint(tmp_path / "text+chat10.pt")["info"]

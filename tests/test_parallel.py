@@ -13,14 +13,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from training.start import after_restart
 
 import train
+from common.checkpoint import read_info
 from common.cli import UserError
-from model import GPT, GPTConfig
-from tests.tiny import differences, load_checkpoint, losses, prepare, run
-from training import memory, parallel
-from training import run as run_module
+from tests.fake_job import fake_job
+from tests.tiny import differences, load_checkpoint, losses, options_of_run, prepare, run
+from training import parallel
+from training.config import TrainOptions
+from training.resume import options_after_restart
 
 ROOT = Path(train.__file__).parent
 PROCESSES = 2
@@ -35,35 +36,35 @@ ADAMW = {
 MUON = {**ADAMW, "optimizer": "muon", "batch_size": 4, "gradient_accumulation_steps": 2, "grad_clip": 0.0}
 DROPOUT = {**ADAMW, "dropout": 0.2, "max_iters": 6, "eval_interval": 3, "dataset": "text"}
 
-# One process of a job: the runs of a list one after another. "alone" is a run of rank 0, "stop_after" is told rank 1.
+# One process of a job: the runs of a list one after another. "alone" is a run of the first process, and "stop_after" a
+# signal that reaches the second. "dies" kills the second process in step 13.
 WORKER = """
-import json, os, signal, sys, torch, train
+import json, os, signal, sys, torch
+from unittest import mock
 from common.cli import run_script
-from tests.tiny import StopAfter, run
-from training import parallel, run as run_module
-run_module.draw_curves = train.print_sample = lambda *arguments: None
-real_signal, real_step, steps = train.StopSignal, train.forward_backward, [0]
+from tests.tiny import in_step, run
+from training import parallel
 
-def dying_step(*arguments):
-    steps[0] += 1
-    if steps[0] == 13 and os.environ["RANK"] == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+def die(gpt, output):
+    if os.environ["RANK"] == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
         os.kill(os.getpid(), signal.SIGKILL)
-    return real_step(*arguments)
 
 def main():
     torch.set_num_threads(1)
     runs = json.load(open(sys.argv[1]))
-    with parallel.join_job() as world:
+    with parallel.join_job():
         for options in runs:
-            alone, steps = options.pop("alone", False), options.pop("stop_after", None)
-            train.forward_backward = dying_step if options.pop("dies", False) else real_step
-            mine = 9999 if world.rank == 0 and not alone else steps
-            train.StopSignal = real_signal if steps is None else lambda: StopAfter(mine)
-            if not alone or world.is_main:
-                status = run(world=parallel.ALONE if alone else world, **options)
+            alone, steps, dies = (options.pop(name, None) for name in ("alone", "stop_after", "dies"))
+            with in_step(25 if dies else 10**9, die):  # two micro-batches per step
+                if not alone:
+                    mine = 9999 if steps and parallel.is_first() else steps
+                    status = run(stop_after=mine, **options)
+                elif parallel.is_first():
+                    with mock.patch("torch.distributed.is_initialized", lambda: False):
+                        status = run(stop_after=steps, **options)
             print("status", status, flush=True)
-            world.largest(0)  # wait for the files of a run of rank 0 alone
-    return world.leave(status)
+            parallel.any_process(False)  # wait for the files of a run of the first process
+    return parallel.leave_job(status)
 
 run_script(main)
 """
@@ -105,11 +106,8 @@ def output_of(process: subprocess.Popen) -> str:
 def straight(data, tmp_path_factory):
     """The folder of what one process makes of each kind of run."""
     folder = tmp_path_factory.mktemp("straight")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run_module, "draw_curves", lambda *arguments: False)
-        patch.setattr(train, "print_sample", lambda *arguments: None)
-        for name, options in (("adamw", ADAMW), ("muon", MUON)):
-            assert run(data, folder / name, **options) == 0
+    for name, options in (("adamw", ADAMW), ("muon", MUON)):
+        assert run(data, folder / name, **options) == 0
     return folder
 
 
@@ -170,7 +168,7 @@ def test_two_processes_have_the_losses_of_one(job, straight, kind, optimizer):
 
 
 @pytest.mark.parametrize(("name", "optimizer"), [("layouts", "adamw"), ("muon-layouts", "muon")])
-def test_a_checkpoint_of_one_layout_goes_on_in_any_other(job, straight, name, optimizer):
+def test_a_checkpoint_of_one_layout_continues_in_any_other(job, straight, name, optimizer):
     folder, output, _ = job
     assert largest_difference(folder / name, straight / optimizer) < 1e-5, output
     saved, plain = (load_checkpoint(path / "chat20.pt")["training"] for path in (folder / name, straight / optimizer))
@@ -192,11 +190,11 @@ def test_with_as_many_processes_a_resume_is_exact_with_dropout_too(job, kind):
     assert not torch.equal(training["random_of_others"][0]["torch"], training["random"]["torch"])
 
 
-def test_the_first_process_alone_prints_and_an_error_of_all_is_said_once(job):
+def test_only_the_first_process_prints_and_an_error_of_all_is_printed_once(job):
     _, output, status = job
     assert status != 0
     sentence = (
-        "error: --batch_size 3 x --gradient_accumulation_steps 1 are 3 sequences an iteration, which 2 processes "
+        "error: --batch_size 3 x --gradient_accumulation_steps 1 are 3 sequences per iteration, which 2 processes "
         "cannot share equally; change --gradient_accumulation_steps to a multiple of 2"
     )
     assert output.count(sentence) == 1
@@ -204,13 +202,13 @@ def test_the_first_process_alone_prints_and_an_error_of_all_is_said_once(job):
     assert output.count("resume: parallel ddp -> fsdp") == 1
 
 
-def test_after_a_killed_process_a_restart_goes_on_by_itself(data, straight, tmp_path):
+def test_after_a_killed_process_a_restart_continues_by_itself(data, straight, tmp_path):
     runs = [{"data_dir": data, "out_dir": tmp_path / "run", **ADAMW, "dies": True, "parallel": "fsdp"}]
     process = start(tmp_path, runs, restarts=1)
     output = output_of(process)
     assert process.returncode == 0, output
     assert "exitcode: -9" in output and "Traceback" not in output
-    assert "restart 1 by torchrun: going on with" in output and "iteration 10 of 20" in output
+    assert "restart 1 by torchrun: resuming" in output and "iteration 10 of 20" in output
     assert largest_difference(tmp_path / "run", straight / "adamw") < 1e-5
 
 
@@ -238,33 +236,33 @@ def test_the_computed_table_is_what_the_page_computes(capsys):
 
 
 def test_each_process_has_its_share_and_together_they_have_all():
-    rows = np.arange(24).reshape(12, 2)
-    worlds = [parallel.World(rank=rank, size=3) for rank in range(3)]
-    assert np.concatenate([world.share(rows) for world in worlds]).tolist() == rows.tolist()
-    config = train.TrainConfig(batch_size=8, gradient_accumulation_steps=3, block_size=16)
-    assert worlds[0].micro_batches(config) == config
-    config = train.TrainConfig(batch_size=12, gradient_accumulation_steps=1, block_size=16)
-    tried = worlds[0].micro_batches(config)
-    assert (tried.batch_size, tried.gradient_accumulation_steps) == (4, 3)
-    with pytest.raises(UserError, match="are 10 sequences an iteration, which 3 processes cannot share equally"):
-        worlds[0].micro_batches(train.TrainConfig(batch_size=10, gradient_accumulation_steps=1))
+    rows, shares = np.arange(24).reshape(12, 2), []
+    for rank in range(3):
+        with fake_job(rank, size=3):
+            shares.append(parallel.share(rows))
+    assert np.concatenate(shares).tolist() == rows.tolist()
+    with fake_job(size=3):
+        assert parallel.micro_batch_size(8, 3) == 8
+        assert parallel.micro_batch_size(12, 1) == 4
+        with pytest.raises(UserError, match="are 10 sequences per iteration, which 3 processes cannot share equally"):
+            parallel.micro_batch_size(10, 1)
 
 
 def test_a_lost_process_is_a_sentence_and_other_errors_stay_what_they_are():
-    world = parallel.World(rank=1, size=2)
     lost = RuntimeError("[gloo/transport/tcp/pair.cc:538] Connection closed by peer [127.0.0.1]:7")
-    sentence = str(world.lost_process_error(lost, "models/story5000.pt"))
-    assert "process 1 lost another process" in sentence and "--resume models/story5000.pt" in sentence
-    for error in (RuntimeError("shapes cannot be multiplied"), ValueError("gloo"), torch.OutOfMemoryError("CUDA out")):
-        assert world.lost_process_error(error, None) is None
-    assert parallel.ALONE.lost_process_error(lost, None) is None
+    with fake_job(rank=1, size=2):
+        sentence = str(parallel.lost_process_error(lost, "models/story5000.pt"))
+        assert "process 1 lost contact" in sentence and "--resume models/story5000.pt" in sentence
+        others = RuntimeError("shapes cannot be multiplied"), ValueError("gloo"), torch.OutOfMemoryError("CUDA out")
+        assert [parallel.lost_process_error(error, None) for error in others] == [None] * 3
+    assert parallel.lost_process_error(lost, None) is None
 
 
-def test_half_a_job_is_refused_and_none_is_a_world_of_one(monkeypatch):
+def test_half_a_job_is_refused_and_without_torchrun_there_is_one_process(monkeypatch):
     for name in ("RANK", "WORLD_SIZE", "TORCHELASTIC_RUN_ID"):
         monkeypatch.delenv(name, raising=False)
-    with parallel.join_job() as world:
-        assert world == parallel.ALONE
+    with parallel.join_job():
+        assert (parallel.rank(), parallel.world_size(), parallel.job_name()) == (0, 1, None)
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UserError, match="RANK is not; start several processes with torchrun"), parallel.join_job():
         pass
@@ -276,41 +274,36 @@ def test_each_process_takes_its_own_device(monkeypatch):
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
     monkeypatch.setattr("torch.cuda.set_device", taken.append)
     monkeypatch.setattr("torch.cuda.mem_get_info", None)  # which would take memory on every device
-    world = parallel.World(rank=3, size=4, local_rank=1, local_size=2)
-    assert [world.choose_device(word) for word in (None, "auto", "cuda", "cuda:0", "cpu")] == [*["cuda:1"] * 4, "cpu"]
-    assert taken == ["cuda:1"] * 4
-    with pytest.raises(UserError, match="4 processes here and there are 2 CUDA devices; use --nproc_per_node=2"):
-        parallel.World(size=4, local_size=4).choose_device(None)
-    with pytest.raises(UserError, match="--device mps"):
-        world.choose_device("mps")
-
-
-def test_processes_on_one_machine_share_its_memory(monkeypatch):
-    gpt = GPT(GPTConfig(n_layer=1, n_head=1, n_embd=8, block_size=16))
-    config = train.TrainConfig(device="cpu", batch_size=16, gradient_accumulation_steps=1, block_size=16)
-    need = memory.step_bytes(gpt.config, 4) / memory.HEADROOM + 1
-    monkeypatch.setattr(memory, "available_memory_bytes", lambda: int(2 * need))
-    monkeypatch.setattr(parallel.World, "smallest", lambda world, number: number)
-    world = parallel.World(size=2, local_size=2)
-    assert memory.fit_batch_size(gpt, config, None, world) == (4, 4)
+    with fake_job(rank=3, size=4, local_rank=1, local_size=2):
+        found = [parallel.choose_devices(word) for word in (None, "auto", "cuda", "cuda:0", "cpu")]
+        assert found == [*["cuda:1"] * 4, "cpu"]
+        assert taken == ["cuda:1"] * 4
+        with pytest.raises(UserError, match="--device mps"):
+            parallel.choose_devices("mps")
+    sentence = "4 processes on this machine, which has 2 CUDA devices; use --nproc_per_node=2"
+    with fake_job(size=4, local_size=4), pytest.raises(UserError, match=sentence):
+        parallel.choose_devices(None)
 
 
 def test_a_restart_takes_only_what_its_own_job_wrote(data, tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "print_sample", lambda *arguments: None)
-    monkeypatch.setattr(run_module, "draw_curves", lambda *arguments: False)
+    def after(options, given, job, restarts=0):
+        """The options with which that job's processes start."""
+        for name, value in (("TORCHELASTIC_RUN_ID", job), ("TORCHELASTIC_RESTART_COUNT", str(restarts))):
+            monkeypatch.setenv(name, value) if value else monkeypatch.delenv(name, raising=False)
+        return options_after_restart(options, given, read_info)
+
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "a")
     options = {**ADAMW, "max_iters": 2}
-    first = parallel.World(job="a")
-    assert run(data, tmp_path, world=first, **options) == 0
-    given = {**options, "out_dir": str(tmp_path), "init_from": "gpt2"}
-    config = train.TrainConfig(**given)
-    for world in (first, parallel.World(job="b", restarts=1), parallel.World(restarts=1)):
-        assert after_restart(config, given, world) == (config, given)
-    config, given = after_restart(config, given, parallel.World(job="a", restarts=1))
-    assert config.resume == given["resume"] == str(tmp_path / "chat2.pt")
-    assert config.init_from is None and "init_from" not in given
-    further = train.TrainConfig(resume=str(tmp_path / "chat2.pt"), max_iters=4)
+    assert run(data, tmp_path, **options) == 0
+    options, given = options_of_run(data, tmp_path, **options, init_from="gpt2")
+    for job, restarts in (("a", 0), ("b", 1), (None, 1)):
+        assert after(options, given, job, restarts) == (options, given)
+    options, given = after(options, given, "a", 1)
+    assert options.resume == given["resume"] == str(tmp_path / "chat2.pt")
+    assert options.init_from is None and "init_from" not in given
+
+    further = TrainOptions(resume=str(tmp_path / "chat2.pt"), max_iters=4)
     given = {"resume": further.resume, "max_iters": 4}
-    again = parallel.World(job="a", restarts=1)
-    assert after_restart(further, given, again)[0].resume == further.resume, "it has not been saved anew"
-    assert run(data, tmp_path, resume=tmp_path / "chat2.pt", max_iters=4, world=first) == 0
-    assert after_restart(further, given, again)[0].resume == str(tmp_path / "chat4.pt")
+    assert after(further, given, "a", 1)[0].resume == further.resume, "it has not been saved anew"
+    assert run(data, tmp_path, resume=tmp_path / "chat2.pt", max_iters=4) == 0
+    assert after(further, given, "a", 1)[0].resume == str(tmp_path / "chat4.pt")

@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 
 from common.cli import UserError
-from data.chat_layouts import conversations, layout_of
-from data.prepared import read_description, read_prepared
+from data.dataset import read_info
+from data.documents import read_prepared
+from data.layouts.chat import conversations, layout_of
 from setup_tokenizer import encode_chat, encode_document
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -100,7 +101,7 @@ def test_an_empty_system_message_is_left_out():
 
 
 def test_a_record_of_no_layout_is_named():
-    with pytest.raises(UserError, match=r"^my.jsonl: record 2 is no conversation \(its fields: body, id\)"):
+    with pytest.raises(UserError, match=r"^my.jsonl: record 2 is not a conversation \(its fields: body, id\)"):
         made({"messages": HELLO}, {"body": "x", "id": 1}, where="my.jsonl")
 
 
@@ -194,9 +195,9 @@ def run(script: str, *arguments, cwd: Path) -> subprocess.CompletedProcess:
 
 def prepared(folder: Path, name: str, split: str) -> tuple[list, np.ndarray]:
     """(documents, ids) of a prepared split."""
-    description = read_description(folder, name)
-    files = [np.fromfile(folder / each["file"], dtype="<u2") for each in description["splits"][split]["files"]]
-    return list(read_prepared(folder, description, split)), np.concatenate(files)
+    info = read_info(folder, name)
+    files = [np.fromfile(folder / each.file, dtype="<u2") for each in info.splits[split].files]
+    return list(read_prepared(folder, info, split)), np.concatenate(files)
 
 
 def chat_file(path: Path, n: int) -> Path:
@@ -227,8 +228,8 @@ def test_a_local_file_becomes_a_data_set(tmp_path):
     chat_file(tmp_path / "mine.jsonl", 40)
     done = run("prepare-chat.py", "--input", "mine.jsonl", "--licence", "MIT", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    description = read_description(tmp_path / "out", "chat")
-    assert (description["format"], description["source"], description["licence"]) == ("chat", "mine.jsonl", "MIT")
+    info = read_info(tmp_path / "out", "chat")
+    assert (info.format, info.source, info.licence) == ("chat", "mine.jsonl", "MIT")
     train, train_ids = prepared(tmp_path / "out", "chat", "train")
     val, val_ids = prepared(tmp_path / "out", "chat", "val")
     assert (len(train), len(val)) == (38, 2)
@@ -262,7 +263,7 @@ def test_every_path_of_a_tree_goes_to_one_split(tmp_path):
         ("a.jsonl", '{"messages": []}\n{"messages', "a.jsonl line 2: broken JSON"),
         ("a.jsonl", '{"messages": []}', "no usable conversation in a.jsonl (conversation without a question"),
         ("a.json", "[]", "no usable conversation in a.json (no record)"),
-        ("a.txt", "Hi", "a.txt is of no known kind"),
+        ("a.txt", "Hi", "a.txt is of unknown kind"),
     ],
 )
 def test_bad_input_is_one_sentence_and_leaves_what_was_there(tmp_path, name, content, message):
@@ -281,9 +282,9 @@ def test_bad_input_is_one_sentence_and_leaves_what_was_there(tmp_path, name, con
 def test_the_oasst_sample_gives_one_conversation_a_tree(tmp_path):
     done = run("prepare-chat.py", "--input", SAMPLES / "oasst1_en_validation.jsonl", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    description = read_description(tmp_path / "out", "chat")
-    assert sum(split["documents"] for split in description["splits"].values()) == 188
-    assert description["report"]["OASST message whose parent is missing"] == 3
+    info = read_info(tmp_path / "out", "chat")
+    assert sum(split.documents for split in info.splits.values()) == 188
+    assert info.report["OASST message whose parent is missing"] == 3
     for messages in prepared(tmp_path / "out", "chat", "train")[0]:
         assert [message["role"] for message in messages] == ["user", "assistant"] * (len(messages) // 2)
 
@@ -301,6 +302,6 @@ def test_educational_text_is_read_from_a_field_or_a_text_file(tmp_path):
         assert ids.tolist() == [each for document in found for each in encode_document(document)]
         documents += found
     assert sorted(documents) == sorted(texts)
-    assert len(read_description(tmp_path / "out", "education")["splits"]["train"]["files"]) > 1
+    assert len(read_info(tmp_path / "out", "education").splits["train"].files) > 1
     done = run("prepare-education.py", "--input", "a.jsonl", cwd=tmp_path)
     assert done.returncode == 1 and "--field (body)" in done.stderr

@@ -170,7 +170,7 @@ def test_a_folder_of_dailydialog_is_searched_as_other_folders_are(tmp_path, inli
 
 def test_a_folder_without_dailydialog_is_refused(tmp_path, inline):
     (tmp_path / "folder").mkdir()
-    for name, sentence in (("a.csv", "holds no file of a known kind"), ("readme.txt", "holds no dialogues_")):
+    for name, sentence in (("a.csv", "contains no file of a known kind"), ("readme.txt", "contains no dialogues_")):
         (tmp_path / "folder" / name).write_text("No dialogue.\n")
         with pytest.raises(UserError, match=sentence):
             inline("data/prepare-dailydialog.py", "--input", "folder", "--output_dir", "out")
@@ -186,13 +186,13 @@ def test_one_split_of_dailydialog_alone_is_divided(tmp_path, inline):
 @pytest.mark.parametrize(
     ("name", "content", "sentence"),
     [
-        ("x.zip", zipped({"../dialogues_train.txt": dialogue(1)}), "leaves its folder"),
-        ("x.zip", zipped({"readme.txt": "none"}), "holds no dialogues_"),
-        ("x.zip", b"PK no archive", "not a whole zip archive"),
+        ("x.zip", zipped({"../dialogues_train.txt": dialogue(1)}), "leaves the folder"),
+        ("x.zip", zipped({"readme.txt": "none"}), "contains no dialogues_"),
+        ("x.zip", b"PK no archive", "not a complete zip archive"),
         ("x.txt", b"Hi \xff __eou__\n", "not UTF-8 at byte 3"),
-        ("x.txt", b"Just some text.\n", "no DailyDialog text"),
+        ("x.txt", b"Just some text.\n", "not a DailyDialog text"),
         ("x.txt", b"", "is empty"),
-        ("x.csv", b"a,b", "no known kind"),
+        ("x.csv", b"a,b", "unknown kind"),
     ],
 )
 def test_bad_dailydialog_input_is_one_sentence(tmp_path, inline, name, content, sentence):
@@ -252,7 +252,7 @@ def test_encoding_again_loses_no_document(tmp_path, inline, choice, wanted):
     [
         ({}, ["--input", "no.txt"], "no.txt not found"),
         ({"a.jsonl": '{"text": "x"}\n{"text": \n'}, ["--input", "a.jsonl"], "line 2"),
-        ({"a.txt": "x", "b.jsonl": '{"messages": []}\n'}, ["--input", "a.txt", "b.jsonl"], "prepare them apart"),
+        ({"a.txt": "x", "b.jsonl": '{"messages": []}\n'}, ["--input", "a.txt", "b.jsonl"], "prepare them separately"),
         ({"a.txt": "x"}, ["--input", "a.txt", "--dataset", "story"], "exclude each other"),
         ({}, ["--dataset", "story"], "run: python data/prepare-story.py$"),
         ({}, ["--dataset", "notes"], "run: python prepare_with_extended_tokenizer.py --input FILE --name notes$"),

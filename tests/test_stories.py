@@ -5,9 +5,10 @@ from __future__ import annotations
 import numpy as np
 from test_evaluate import DOCUMENTS, write_dataset
 
+from data.dataset import open_dataset
+from data.token_stream import TokenStream
 from evaluation import stories
 from setup_tokenizer import encode_text
-from training.batches import TokenStream, open_dataset
 
 
 def test_copied_runs_are_found_wherever_they_are(tmp_path):

@@ -1,4 +1,4 @@
-"""The tools in testing_tools and the demo: what they report is true, whatever the file holds."""
+"""The tools in testing_tools and the demo: their reports are true, whatever a file contains."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from data.token_stream import TokenStream
 from setup_tokenizer import (
     ENDOFTEXT_ID,
     IM_END_ID,
@@ -24,7 +25,6 @@ from setup_tokenizer import (
     get_base_tokenizer,
     get_extended_tokenizer,
 )
-from training.batches import TokenStream
 
 ROOT = Path(__file__).resolve().parent.parent
 TOOLS = ROOT / "testing_tools"
@@ -132,16 +132,16 @@ def test_a_good_text_file_is_counted(tmp_path):
         ([IM_START_ID, 7220, 198, IM_START_ID, 7220, 198, IM_END_ID, 198, ENDOFTEXT_ID], "before the last message", 3),
         ([17250, IM_END_ID, 198, ENDOFTEXT_ID], "<|im_end|> without <|im_start|>", 1),
         ([IM_START_ID, 7220, 198, IM_END_ID, IM_END_ID, 198, ENDOFTEXT_ID], "<|im_end|> without <|im_start|>", 4),
-        ([IM_START_ID, 7220, 198, IM_END_ID, ENDOFTEXT_ID], "no line end after <|im_end|>", 4),
-        ([IM_START_ID, 7220, 198, IM_END_ID, 220, ENDOFTEXT_ID], "no line end after <|im_end|>", 5),
+        ([IM_START_ID, 7220, 198, IM_END_ID, ENDOFTEXT_ID], "no newline after <|im_end|>", 4),
+        ([IM_START_ID, 7220, 198, IM_END_ID, 220, ENDOFTEXT_ID], "no newline after <|im_end|>", 5),
         ([17250, IM_START_ID, 7220, 198, IM_END_ID, 198, ENDOFTEXT_ID], "text outside messages", 1),
         ([17250, ENDOFTEXT_ID], "text outside messages", 1),
         ([IM_START_ID, 17250, 198, IM_END_ID, 198, ENDOFTEXT_ID], "without a known role", 0),
         ([IM_START_ID, 7220, 17250, IM_END_ID, 198, ENDOFTEXT_ID], "without a known role", 0),
         ([IM_START_ID, 562, 198, IM_END_ID, 198, ENDOFTEXT_ID], "without a known role", 0),
         ([IM_START_ID, 7220, IM_END_ID, 198, ENDOFTEXT_ID], "without a known role", 0),
-        ([*encode_chat(CONVERSATIONS[0]), ENDOFTEXT_ID, ENDOFTEXT_ID], "document without any token", -1),
-        ([ENDOFTEXT_ID], "document without any token", 0),
+        ([*encode_chat(CONVERSATIONS[0]), ENDOFTEXT_ID, ENDOFTEXT_ID], "empty document", -1),
+        ([ENDOFTEXT_ID], "empty document", 0),
         (encode_chat(CONVERSATIONS[0]), "last document without <|endoftext|>", -1),
         ([IM_START_ID, 7220, 198], "message not closed at the end", 0),
         ([IM_START_ID], "without a known role", 0),
@@ -247,7 +247,7 @@ def test_one_file_of_a_data_set_is_checked_against_the_json(tmp_path):
     write_dataset(tmp_path, "mine", documents=5)
     done = run_tool(TOOLS / "check_special_tokens.py", tmp_path / "mine-train-00001.bin", "--sample", 0)
     assert done.returncode == 1
-    assert "mine.json says 5 documents, the file holds 3" in done.stdout
+    assert "mine.json says 5 documents, the file contains 3" in done.stdout
     assert "mine-val.bin" not in done.stdout and "[[" not in done.stdout
 
 
@@ -281,10 +281,10 @@ def test_a_changed_bin_or_a_missing_data_set_is_one_sentence(tmp_path):
         assert sentence in done.stderr and done.stderr.count("\n") == 1
 
 
-def test_a_file_without_documents_is_given_up_in_time(tmp_path, monkeypatch):
-    monkeypatch.setattr(check, "LONGEST_DOCUMENT_TOKENS", 64)
+def test_a_file_without_documents_is_refused_before_all_of_it_is_in_memory(tmp_path):
+    stream = TokenStream([write_bin(tmp_path / "a.bin", [17250] * 1000)])
     with pytest.raises(check.UserError, match=r"no <\|endoftext\|> in"):
-        inspect_ids([17250] * 1000, tmp_path, chunk_tokens=8)
+        list(check.whole_documents(stream, chunk_tokens=8, longest=64))
 
 
 # --- compare_tokenizers.py and extended_tokenizer.py ---

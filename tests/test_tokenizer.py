@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from data.encoding import encode_documents
 from setup_tokenizer import (
     IM_END_ID,
     IM_START_ID,
@@ -16,7 +17,6 @@ from setup_tokenizer import (
     SPECIAL_TOKENS,
     encode_chat,
     encode_document,
-    encode_documents,
     encode_text,
     encode_with_extended_tokenizer,
     get_base_tokenizer,

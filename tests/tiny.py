@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
+
+import torch
+from torch.nn.modules.module import register_module_forward_hook
 
 import train
 from common.checkpoint import load_checkpoint
+from common.speedups import load_speedups
+from model import GPT
+from training.config import TrainOptions
 from training.metrics import read_metrics
-from training.parallel import ALONE, World
+from training.signals import StopSignal
 
 sys.path.append(str(Path(train.__file__).parent / "testing_tools"))
 from crash_test import differences, write_dataset
 
-__all__ = ["OPTIONS", "StopAfter", "differences", "load_checkpoint", "losses", "prepare", "run"]
+__all__ = ["OPTIONS", "differences", "load_checkpoint", "losses", "prepare", "run", "same_as"]
 
 OPTIONS = {
     "dataset": "text",
@@ -30,18 +38,44 @@ def prepare(folder: Path, kind: str = "text", name: str | None = None, n_tokens:
     return folder
 
 
-def run(data_dir: Path, out_dir: Path, resume: bool | Path = False, world: World = ALONE, **changes) -> int:
-    """Train in this process; returns the exit status. A resumed run is given `changes` alone, as a person would."""
+def options_of_run(data_dir: Path, out_dir: Path, resume: bool | Path = False, **changes) -> tuple[TrainOptions, dict]:
+    """A run's TrainOptions and the options given. A resumed run is given `changes` alone, as a user would."""
     folders = {"data_dir": str(data_dir), "out_dir": str(out_dir)}
     if resume is False:
         given = {**OPTIONS, **folders, **changes}
-        return train.train(train.TrainConfig(**given), given, world)
+        return TrainOptions(**given), given
     given = {**folders, **changes, "resume": "" if resume is True else str(resume)}
-    return train.train(train.TrainConfig(**{"dataset": "text", "max_iters": 10, **given}), given, world)
+    return TrainOptions(**{"dataset": "text", "max_iters": 10, **given}), given
 
 
-class StopAfter:
-    """Stands in for run.StopSignal: asks the run to stop after so many steps."""
+def run(
+    data_dir: Path,
+    out_dir: Path,
+    resume: bool | Path = False,
+    *,
+    stop_after: int | None = None,
+    draw: Callable[..., object] = lambda *arguments: False,
+    sample: Callable[..., None] = lambda *arguments: None,
+    adjust: Callable[[train.Training], object] = lambda training: None,
+    **changes,
+) -> int:
+    """Train in this process; returns the exit status.
+
+    Without curves and samples, which take longer than the training here, unless they are passed. `stop_after` so many
+    steps a signal asks the run to stop. `adjust` may change what has been built before training starts.
+    """
+    options, given = options_of_run(data_dir, out_dir, resume, **changes)
+    fast = load_speedups(options.plain)
+    planned = train.plan(options, given, fast)
+    if planned is None:
+        return 0
+    training = train.build(planned, fast, draw, sample)
+    adjust(training)
+    return train.carry_out(training, fast, StopSignal if stop_after is None else lambda: StopAfter(stop_after))
+
+
+class StopAfter(StopSignal):
+    """A signal that asks the run to stop after so many steps."""
 
     def __init__(self, steps: int):
         self.steps = steps
@@ -58,9 +92,59 @@ class StopAfter:
         return 0 if self.steps >= 0 else 2
 
 
+@contextlib.contextmanager
+def in_step(step: int | None, action: Callable) -> Iterator[None]:
+    """Call `action(model, output)` in the forward pass of the given training step, counted from here; None: in each.
+
+    It may raise, as a step may fail, or return another output.
+    """
+    count = 0
+
+    def hook(module, arguments, output):
+        nonlocal count
+        if not (isinstance(module, GPT) and module.training and torch.is_grad_enabled()):
+            return None
+        count += 1
+        return action(module, output) if step in (None, count) else None
+
+    handle = register_module_forward_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def fail(error: BaseException) -> Callable:
+    """An action for `in_step` that raises."""
+
+    def action(model, output):
+        raise error
+
+    return action
+
+
+def failing_at(call: int, real: Callable) -> Callable:
+    """`real`, except that the given call of it, counted from here, raises a RuntimeError."""
+    calls = [0]
+
+    def function(*arguments, **settings):
+        calls[0] += 1
+        if calls[0] == call:
+            raise RuntimeError("a bug")
+        return real(*arguments, **settings)
+
+    return function
+
+
 def losses(path: Path) -> list[tuple]:
     """What a run's log says beside times and speeds."""
     return [
         tuple(record.get(key) for key in ("iter_num", "loss", "val_loss", "learning_rate", "grad_norm", "tokens_seen"))
         for record in read_metrics(path)
     ]
+
+
+def same_as(folder: Path, straight: Path) -> list[str]:
+    """The differences between two runs that printed no samples."""
+    folder.with_suffix(".txt").touch()
+    return differences(folder, straight)

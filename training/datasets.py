@@ -7,16 +7,19 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-from training.batches import ChatRows, TextRows, fixed_batches, open_dataset, require_length
+from data.dataset import DatasetInfo, open_dataset, require_length
+from data.token_stream import TokenStream
+from training.batches import fixed_batches
 from training.config import RunConfig
 from training.mixture import MixedRows, data_parts, mixture_facts, parse_mixture
+from training.rows import ChatRows, TextRows
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainingData:
     """The opened data sets of --dataset, with their shares of the rows."""
 
-    parts: dict[str, tuple[dict, dict]]  # each part's streams and facts, as open_dataset returns them
+    parts: dict[str, tuple[dict[str, TokenStream], DatasetInfo]]  # as open_dataset returns them
     shares: dict[str, Fraction]
     facts: dict[str, Any]  # what a checkpoint keeps of them, see mixture_facts
 
@@ -39,16 +42,17 @@ def open_data(dataset: str, data_dir: str) -> TrainingData:
     """Open and check the data sets that --dataset names. Raises UserError, see `open_dataset`."""
     shares = parse_mixture(dataset)
     parts = {name: open_dataset(Path(data_dir), name) for name in shares}
-    return TrainingData(parts, shares, mixture_facts({name: facts for name, (_, facts) in parts.items()}, shares))
+    facts = mixture_facts({name: info.to_json() for name, (_, info) in parts.items()}, shares)
+    return TrainingData(parts, shares, facts)
 
 
 def make_rows(data: TrainingData, config: RunConfig) -> tuple[TextRows | ChatRows | MixedRows, dict[str, list]]:
     """The rows to train on, mixed if there are several parts, and each part's validation batches."""
     rows, val_batches = [], {}
-    for name, (streams, facts) in data.parts.items():
-        train_rows, val_rows = (_rows_of(streams[split], facts["format"], config) for split in ("train", "val"))
+    for name, (streams, info) in data.parts.items():
+        train_rows, val_rows = (_rows_of(streams[split], info.format, config) for split in ("train", "val"))
         if isinstance(train_rows, ChatRows):
-            n_rows, share = train_rows.start_epoch(0), train_rows.real_token_share()
+            n_rows, share = train_rows.start_epoch(0), train_rows.real_token_fraction()
             print(f"rows: {name}'s conversations fill {n_rows:,} rows; {share:.1%} of the tokens are not padding")
         rows.append(train_rows)
         val_batches[name] = fixed_batches(val_rows, config.batch_size, config.val_rows)
@@ -57,7 +61,7 @@ def make_rows(data: TrainingData, config: RunConfig) -> tuple[TextRows | ChatRow
     return MixedRows(rows, list(data.shares.values()), config.seed), val_batches
 
 
-def _rows_of(stream, kind: str, config: RunConfig) -> TextRows | ChatRows:
+def _rows_of(stream: TokenStream, kind: str, config: RunConfig) -> TextRows | ChatRows:
     """How a stream is cut into rows: chat by whole conversations, text by pieces of block_size."""
     if kind == "chat":
         return ChatRows(stream, config.block_size, config.seed, config.loss_on, end_pieces=config.document_mask)

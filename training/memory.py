@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import gc
 from collections.abc import Callable
 from pathlib import Path
@@ -99,17 +100,15 @@ def find_micro_batch(
     if a step cannot fit.
     """
     unchanged = batch_size, gradient_accumulation_steps
-    if requested != "auto":
-        if step.device == "cpu":
-            check_memory(step, batch_size, gradient_accumulation_steps)
-        if requested is not None or not step.device.startswith("cuda"):
-            return unchanged
-    if world_size() > 1 and step.is_sharded:
-        if requested == "auto":
-            raise UserError("--batch_size auto cannot try sizes with --parallel fsdp; give a number")
-        return unchanged
+    if requested != "auto" and step.device == "cpu":
+        check_memory(step, batch_size, gradient_accumulation_steps)
+    is_sharded = step.is_sharded and world_size() > 1
+    if is_sharded and requested == "auto":
+        raise UserError("--batch_size auto cannot try sizes with --parallel fsdp; give a number")
     sequences = batch_size * gradient_accumulation_steps
-    sizes = [size for size in divisors(sequences // world_size()) if requested == "auto" or size <= batch_size]
+    sizes = sizes_to_try(step.device, requested, batch_size, sequences // world_size())
+    if is_sharded or not sizes:
+        return unchanged
     if step.device == "cpu":
         size = largest_by_estimate(step, sizes)
     else:
@@ -124,6 +123,15 @@ def find_micro_batch(
         tokens = f"{sequences * step.model.block_size:,} tokens per iteration"
         print(f"batch size ({kind}): {size} x {steps} sequences, {tokens}")
     return size, steps
+
+
+def sizes_to_try(device: str, requested: int | str | None, batch_size: int, sequences: int) -> list[int]:
+    """The micro-batches of a process that makes `sequences` per iteration, largest first; none if its size is given."""
+    if requested == "auto":
+        return divisors(sequences)
+    if requested is None and device.startswith("cuda"):  # a small card should be able to start with the defaults
+        return [size for size in divisors(sequences) if size <= batch_size]
+    return []
 
 
 def check_memory(step: StepMemory, batch_size: int, steps: int) -> None:
@@ -170,7 +178,7 @@ def largest_by_trying(step: StepMemory, sizes: list[int], speed_up: SpeedUp | No
         raise _no_room_error(step.model, step.device) from error
     if speed_up:
         speed_up(model, step.activation_checkpointing)
-    return next((size for size in sizes if fits(model, lambda size=size: try_step(model, step, size), step.device)), 1)
+    return next((size for size in sizes if fits(model, functools.partial(try_step, model, step, size), step.device)), 1)
 
 
 def try_step(model: GPT, step: StepMemory, batch_size: int) -> None:

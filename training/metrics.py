@@ -7,6 +7,7 @@ import math
 import os
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from common.cli import UserError
 from common.files import atomic_write, write_error
@@ -126,14 +127,15 @@ def draw_curves(path: Path, records: list[dict], title: str) -> bool:
     figure = Figure(figsize=(8, 7), layout="constrained", dpi=110)
     losses, rates, norms = figure.subplots(3, 1, sharex=True, height_ratios=[3, 1, 1])
     parts = dict.fromkeys(key for record in records for key in record if key.startswith(PART_LOSS))
-    dashed = {"linestyle": "--", "marker": "o", "markersize": 3}
-    for axes, key, label, style in (
+    dashed: dict[str, Any] = {"linestyle": "--", "marker": "o", "markersize": 3}
+    curves: tuple[tuple[Any, str, str | None, dict[str, Any]], ...] = (
         (losses, "loss", "training", {"color": "tab:blue", "alpha": 0.7, "linewidth": 1}),
         (losses, "val_loss", "validation", {"color": "tab:orange", "marker": "o", "markersize": 3}),
         *((losses, key, f"validation, {key.removeprefix(PART_LOSS)}", dashed) for key in parts),
         (rates, "learning_rate", None, {"color": "tab:green"}),
         (norms, "grad_norm", None, {"color": "tab:red", "linewidth": 1}),
-    ):
+    )
+    for axes, key, label, style in curves:
         points = [(record["iter_num"], record[key]) for record in records if record.get(key) is not None]
         if points:
             axes.plot(*zip(*points, strict=True), label=label, **style)

@@ -9,6 +9,7 @@ are torch's, and so is the default by which the learning rate follows a matrix's
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,7 +26,7 @@ class Muon(torch.optim.Muon):
     """
 
     @torch.no_grad()
-    def step(self, closure=None) -> None:
+    def step(self, closure: Any = None) -> Any:  # the base class returns what a closure returns; there is none here
         for group in self.param_groups:
             for weights in same_shapes([weight for weight in group["params"] if weight.grad is not None]):
                 rows, columns = weights[0].shape
@@ -40,11 +41,12 @@ class Muon(torch.optim.Muon):
 
     def _direction(self, weight: Tensor, group: dict) -> Tensor:
         """The momentum's direction, with the current gradient added once more (Nesterov), whole and in bfloat16."""
-        state = self.state[weight]
+        state, gradient = self.state[weight], weight.grad
+        assert gradient is not None
         if "momentum_buffer" not in state:
-            state["momentum_buffer"] = torch.zeros_like(weight.grad)
-        momentum = state["momentum_buffer"].lerp_(weight.grad, 1 - group["momentum"])
-        direction = weight.grad.lerp(momentum, group["momentum"]) if group["nesterov"] else momentum
+            state["momentum_buffer"] = torch.zeros_like(gradient)
+        momentum = state["momentum_buffer"].lerp_(gradient, 1 - group["momentum"])
+        direction = gradient.lerp(momentum, group["momentum"]) if group["nesterov"] else momentum
         return full_tensor(direction.bfloat16())
 
 

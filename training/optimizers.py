@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from model import GPT
@@ -27,7 +29,8 @@ def make_optimizers(model: GPT, config: RunConfig) -> list[torch.optim.Optimizer
     embeddings = [model.wte.weight, model.wpe.weight]
     decay = 0.0 if config.optimizer == "muon" else config.weight_decay
     eps = EMBEDDING_EPS / config.tokens_per_iter
-    optimizers, groups = [], [{"params": embeddings, "weight_decay": decay, "eps": eps}]
+    optimizers: list[torch.optim.Optimizer] = []
+    groups: list[dict[str, Any]] = [{"params": embeddings, "weight_decay": decay, "eps": eps}]
     if config.optimizer == "muon":
         optimizers.append(Muon(blocks, lr=config.muon_learning_rate, weight_decay=config.muon_weight_decay))
     else:

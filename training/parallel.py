@@ -14,7 +14,7 @@ import datetime
 import os
 import sys
 from collections.abc import Callable, Iterator
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import numpy as np
 import torch
@@ -23,6 +23,9 @@ from torch import Tensor, nn
 
 from common.cli import UserError
 from common.device import choose_device, n_cuda_devices
+
+if TYPE_CHECKING:
+    from torch.distributed.fsdp import FSDPModule
 
 T = TypeVar("T")
 
@@ -110,6 +113,8 @@ def join_job() -> Iterator[None]:
     if missing := [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]:
         raise UserError(f"WORLD_SIZE is set but {missing[0]} is not; start several processes with torchrun")
     store, rank, size = next(iter(dist.rendezvous("env://", timeout=PATIENCE)))
+    # After a restart torchrun's store still holds the addresses of the dead processes (PyTorch issue 135712).
+    store = dist.PrefixStore(f"restart {n_restarts()}", store)
     with_nccl = torch.cuda.is_available() and dist.is_nccl_available()
     backend = "cpu:gloo,cuda:nccl" if with_nccl else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=PATIENCE)
@@ -246,7 +251,7 @@ def synchronizing(model: nn.Module, is_last: bool) -> Iterator[None]:
             yield
         return
     if hasattr(model, "set_requires_gradient_sync"):  # a sharded model
-        model.set_requires_gradient_sync(is_last)
+        cast(FSDPModule, model).set_requires_gradient_sync(is_last)
     yield
 
 

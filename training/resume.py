@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from common.cli import UserError
 from training.config import TrainOptions
@@ -69,9 +69,10 @@ def _require_same_sequences(resumed: TrainOptions, before: Mapping[str, Any], pa
     """Raise UserError if an iteration would have other sequences: the position in the data counts these."""
     sequences = before["batch_size"] * before["gradient_accumulation_steps"]
     batch_size = before["batch_size"] if resumed.batch_size == "auto" else resumed.batch_size
-    if batch_size * resumed.gradient_accumulation_steps != sequences:
+    accumulation = resumed.gradient_accumulation_steps
+    if cast(int, batch_size) * cast(int, accumulation) != sequences:
         raise UserError(
-            f"--batch_size {batch_size} x --gradient_accumulation_steps {resumed.gradient_accumulation_steps} "
+            f"--batch_size {batch_size} x --gradient_accumulation_steps {accumulation} "
             f"contradict {path}, which was made with {sequences} sequences per iteration; choose numbers with that "
             "product"
         )
@@ -87,7 +88,7 @@ def options_after_restart(
     job, restarts = broadcast((job_name(), n_restarts()))
     if not restarts:
         return options, given
-    names = {"dataset": options.dataset, "max_iters": options.max_iters, "out_dir": options.out_dir}
+    names: dict[str, Any] = {"dataset": options.dataset, "max_iters": options.max_iters, "out_dir": options.out_dir}
     if options.resume is not None:
         saved = read_info(options.checkpoint_path)["config"]
         names = {key: given.get(key, saved[key]) for key in names}

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from common.device import autocast
 from model import GPT, IGNORED
-from training.batches import document_numbers
 from training.config import RunConfig
 from training.parallel import mean, rank, reduce, share, synchronizing, world_size
 from training.sharding import full_tensor
+from training.targets import document_numbers
 
 
 def to_device(config: RunConfig, ids: np.ndarray, targets: np.ndarray) -> tuple[Tensor, Tensor, Tensor | None]:

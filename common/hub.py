@@ -1,0 +1,30 @@
+"""Files of the Hugging Face hub, downloaded once into the local cache."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from common.cli import UserError, first_cause
+
+
+def fetch_file(
+    repository: str, name: str, remedy: str, *, repo_type: str = "model", revision: str | None = None
+) -> Path:
+    """The path of one file of the hub in the local cache, downloaded first if it is not there.
+
+    huggingface_hub resumes, checks and caches the download, and reads HF_ENDPOINT, HF_HUB_OFFLINE and HF_TOKEN. If
+    it fails, for whatever reason, a UserError gives the file's address; `remedy` completes its "fetch URL ...".
+    """
+    import huggingface_hub
+    from huggingface_hub.errors import HTTPError
+
+    try:
+        return Path(huggingface_hub.hf_hub_download(repository, name, repo_type=repo_type, revision=revision))
+    except (OSError, HTTPError, ValueError) as error:  # ValueError: a file of the wrong length, an invalid name
+        url = huggingface_hub.hf_hub_url(repository, name, repo_type=repo_type, revision=revision)
+        raise not_downloaded(f"{name} of {repository}", error, f"fetch {url} {remedy}") from error
+
+
+def not_downloaded(what: str, error: Exception, remedy: str) -> UserError:
+    """The sentence for something that could not be downloaded."""
+    return UserError(f"{what} not downloaded ({first_cause(error)}); {remedy}")

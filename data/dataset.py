@@ -1,0 +1,227 @@
+"""The description of a prepared data set, data/<name>.json, and how a prepared data set is opened.
+
+    streams, info = open_dataset(Path("data"), "story")
+    streams["train"].read(0, 10), info.format
+
+This module is the only reader and writer of the .json files.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from common.cli import UserError
+from common.files import sha256_file
+from data.token_stream import TokenStream
+from setup_tokenizer import IM_START_ID, N_VOCAB, TOKENIZER_NAME
+
+SPLITS = ("train", "val")
+FORMATS = ("text", "chat")
+PREPARE_COMMANDS = {
+    "story": "python data/prepare-story.py",
+    "dailydialog": "python data/prepare-dailydialog.py",
+    "chat": "python data/prepare-chat.py",
+    "chitchat": "python data/prepare-chitchat.py",
+    "education": "python data/prepare-education.py",
+}
+
+
+# --- the description ---
+
+
+@dataclass(frozen=True)
+class FileInfo:
+    """One .bin file of a split. `tokens` is None in descriptions that other programs wrote."""
+
+    file: str
+    sha256: str
+    tokens: int | None = None
+
+    @classmethod
+    def from_json(cls, entry: Mapping[str, Any]) -> FileInfo:
+        """Raises ValueError, KeyError or TypeError for an entry that is not a file's."""
+        return cls(_typed(entry["file"], str), _typed(entry["sha256"], str), entry.get("tokens"))
+
+    def to_json(self) -> dict:
+        return _without_none({"file": self.file, "tokens": self.tokens, "sha256": self.sha256})
+
+
+@dataclass(frozen=True)
+class SplitInfo:
+    """One split. `text_bytes` are UTF-8 bytes of text, without roles and control tokens."""
+
+    tokens: int
+    files: tuple[FileInfo, ...]
+    documents: int | None = None
+    text_bytes: int | None = None
+
+    @classmethod
+    def from_json(cls, entry: Mapping[str, Any]) -> SplitInfo:
+        """Raises ValueError, KeyError or TypeError for an entry that is not a split's."""
+        files = tuple(FileInfo.from_json(file) for file in _typed(entry["files"], list))
+        if not files:
+            raise ValueError("a split has no file")
+        return cls(_typed(entry["tokens"], int), files, entry.get("documents"), entry.get("text_bytes"))
+
+    def to_json(self) -> dict:
+        counts = _without_none({"documents": self.documents, "tokens": self.tokens, "text_bytes": self.text_bytes})
+        return {**counts, "files": [file.to_json() for file in self.files]}
+
+
+@dataclass(frozen=True)
+class DatasetInfo:
+    """What `<name>.json` says about a prepared data set.
+
+    `format` is "text" (documents are texts) or "chat" (documents are lists of messages). Fields that are None are
+    absent from the file; `extra` holds the entries that this version does not know.
+    """
+
+    name: str
+    format: str
+    source: str | None = None
+    licence: str | None = None
+    non_commercial: bool = False
+    tokenizer: str = TOKENIZER_NAME
+    n_vocab: int = N_VOCAB
+    dtype: str | None = None
+    seed: int | None = None
+    options: Mapping[str, Any] | None = None  # those that decide what the files contain
+    input_digest: str | None = None  # identifies the input, to recognize a finished preparation
+    splits: Mapping[str, SplitInfo] = field(default_factory=dict)
+    report: Mapping[str, int] | None = None  # what each pass changed, dropped or found
+    report_files: tuple[str, ...] | None = None
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> DatasetInfo:
+        """Raises ValueError, KeyError or TypeError where an entry that training needs is missing or wrong."""
+        known = {each.name for each in dataclasses.fields(cls)} - {"extra"}
+        values = {key: value for key, value in _typed(content, dict).items() if key in known}
+        for key, kind in (("name", str), ("format", str), ("tokenizer", str), ("n_vocab", int), ("splits", dict)):
+            _typed(values[key], kind)
+        if values["format"] not in FORMATS:
+            raise ValueError(f"unknown format {values['format']!r}")
+        values["splits"] = {split: SplitInfo.from_json(values["splits"][split]) for split in SPLITS}
+        if values.get("report_files") is not None:
+            values["report_files"] = tuple(values["report_files"])
+        return cls(**values, extra={key: value for key, value in content.items() if key not in known})
+
+    def to_json(self) -> dict:
+        """The content of the .json file; a data set's entry in a checkpoint has the same layout."""
+        values: dict[str, Any] = {each.name: getattr(self, each.name) for each in dataclasses.fields(self)}
+        extra = values.pop("extra")
+        values["splits"] = {split: info.to_json() for split, info in self.splits.items()}
+        values["report_files"] = list(self.report_files) if self.report_files is not None else None
+        if self.options is None:  # not written by our prepare scripts, which record these two in any case
+            values["non_commercial"] = self.non_commercial or None
+            return {**_without_none(values), **extra}
+        return {key: value for key, value in values.items() if value is not None or key == "input_digest"} | dict(extra)
+
+
+def _typed(value: Any, kind: type) -> Any:
+    """`value`, which must be of `kind`. Raises TypeError."""
+    if not isinstance(value, kind):
+        raise TypeError(f"expected {kind.__name__}, found {type(value).__name__}")
+    return value
+
+
+def _without_none(values: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in values.items() if value is not None}
+
+
+def read_info(folder: Path, name: str) -> DatasetInfo | None:
+    """The description in `<name>.json`, or None if there is no such file. Raises UserError for a damaged one."""
+    path = Path(folder) / f"{name}.json"
+    if not path.is_file():
+        return None
+    try:
+        return DatasetInfo.from_json(json.loads(path.read_text(encoding="utf-8")))
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}); run: chmod u+r {path}") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is damaged; prepare the data again with: {prepare_command(name)}") from error
+
+
+def info_bytes(info: DatasetInfo) -> bytes:
+    """The bytes of the .json file."""
+    return json.dumps(info.to_json(), ensure_ascii=False, indent=1).encode() + b"\n"
+
+
+# --- opening ---
+
+
+def open_dataset(data_dir: Path, name: str) -> tuple[dict[str, TokenStream], DatasetInfo]:
+    """The "train" and "val" streams of a prepared data set, checked, and its description.
+
+    Raises UserError where a file is missing, empty or of odd length, contains ids outside the vocabulary, or does not
+    match the .json.
+    """
+    info = read_info(data_dir, name)
+    if info and info.tokenizer != TOKENIZER_NAME:
+        raise UserError(
+            f"{name} was prepared with the tokenizer {info.tokenizer}, not {TOKENIZER_NAME}; prepare it again "
+            f"with: {prepare_command(name)}"
+        )
+    streams = {split: TokenStream(_bin_paths(data_dir, name, split, info)) for split in SPLITS}
+    for stream in streams.values():
+        stream.check_ids(prepare_command(name))
+    return streams, info or _describe_bins(streams, name)
+
+
+def _describe_bins(streams: Mapping[str, TokenStream], name: str) -> DatasetInfo:
+    """The description of .bin files without a .json."""
+    kind = "chat" if len(streams["val"].positions_of(IM_START_ID)) else "text"
+    print(f"{name}: there is no {name}.json; the .bin files are read as {kind} in {TOKENIZER_NAME}")
+    splits = {}
+    for split, stream in streams.items():
+        files = (FileInfo(path.name, sha256_file(path), path.stat().st_size // 2) for path in stream.paths)
+        splits[split] = SplitInfo(len(stream), tuple(files))
+    return DatasetInfo(name, kind, splits=splits)
+
+
+def _bin_paths(data_dir: Path, name: str, split: str, info: DatasetInfo | None) -> list[Path]:
+    """The .bin files of a split, after checking their size and, if there is a .json, their sha256."""
+    files = info.splits[split].files if info else (FileInfo(f"{name}-{split}.bin", sha256=""),)
+    paths = [data_dir / entry.file for entry in files]
+    command = prepare_command(name)
+    for path, entry in zip(paths, files, strict=True):
+        if not path.is_file():
+            raise UserError(f"{path} not found; run: {command}{_already_prepared(data_dir)}")
+        size = path.stat().st_size
+        if size == 0:
+            raise UserError(f"{path} is empty; prepare the data again with: {command}")
+        if size % 2:
+            raise UserError(f"{path} has an odd number of bytes, so it is not uint16; prepare it again with: {command}")
+        if info and sha256_file(path) != entry.sha256:
+            raise UserError(f"{path} does not match the sha256 in {name}.json; prepare the data again with: {command}")
+    return paths
+
+
+def require_length(streams: Mapping[str, TokenStream], block_size: int) -> None:
+    """Raise UserError where a split is too short for one row."""
+    for stream in streams.values():
+        if len(stream) < block_size + 1:
+            raise UserError(
+                f"{stream.paths[0]} contains {len(stream)} tokens, but block_size {block_size} needs {block_size + 1}; "
+                "use a smaller --block_size or prepare more text"
+            )
+
+
+def prepare_command(name: str) -> str:
+    """The command that prepares a data set."""
+    return PREPARE_COMMANDS.get(name, f"python prepare_with_extended_tokenizer.py --input FILE --name {name}")
+
+
+def prepared_datasets(data_dir: Path) -> list[str]:
+    """The names of the data sets whose training split is in the data folder."""
+    return sorted({path.name.split("-train")[0] for path in data_dir.glob("*-train*.bin")})
+
+
+def _already_prepared(data_dir: Path) -> str:
+    found = prepared_datasets(data_dir)
+    return f" (already prepared: {', '.join(found)})" if found else " (nothing is prepared yet)"

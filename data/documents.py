@@ -1,0 +1,95 @@
+"""The documents of a prepared data set as text: how they are stored beside the ids, and how they are read back.
+
+    info = read_info(folder, "story")
+    for document in read_prepared(folder, info, "val"): ...
+
+Texts are in <name>-<split>.txt, each followed by a line `<|endoftext|>`; conversations are in <name>-<split>.jsonl,
+one {"messages": [...]} per line.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+
+from common.cli import UserError
+from data.dataset import DatasetInfo
+from setup_tokenizer import ENDOFTEXT, ENDOFTEXT_ID
+
+Document = str | list[dict]
+
+TEXT_END = f"\n{ENDOFTEXT}\n"  # ends each document of a .txt
+READ_TOKENS = 1 << 20
+
+_SEPARATOR_LINE = re.compile(r"^(\\*<\|endoftext\|>)$", re.MULTILINE)
+_ESCAPED_SEPARATOR_LINE = re.compile(r"^\\(\\*<\|endoftext\|>)$", re.MULTILINE)
+
+
+def document_line(document: Document) -> bytes:
+    """A text as stored in the .txt, or a conversation as stored in the .jsonl, including the final line end.
+
+    A line of a text that spells the separator is escaped with a backslash.
+    """
+    if not isinstance(document, str):
+        messages = [{"role": message["role"], "content": message["content"]} for message in document]
+        return json.dumps({"messages": messages}, ensure_ascii=False).encode() + b"\n"
+    if ENDOFTEXT in document:
+        document = _SEPARATOR_LINE.sub(r"\\\1", document)
+    return f"{document}{TEXT_END}".encode()
+
+
+def read_document_line(line: bytes, format: str) -> Document:
+    """The document that `document_line` stored as `line`. Raises ValueError, KeyError or TypeError for other bytes."""
+    if format == "chat":
+        return json.loads(line)["messages"]
+    text = line.decode().removesuffix(TEXT_END)
+    return _ESCAPED_SEPARATOR_LINE.sub(r"\1", text) if ENDOFTEXT in text else text
+
+
+def text_path(folder: Path, info: DatasetInfo, split: str) -> Path:
+    """The file with a split's documents as text."""
+    return Path(folder) / f"{info.name}-{split}.{'jsonl' if info.format == 'chat' else 'txt'}"
+
+
+def read_prepared(folder: Path, info: DatasetInfo, split: str) -> Iterator[Document]:
+    """The documents of a prepared split, exactly as they were encoded."""
+    path = text_path(folder, info, split)
+    try:
+        with path.open("rb") as file:
+            for line in file if info.format == "chat" else _text_lines(file):
+                yield read_document_line(line, info.format)
+    except FileNotFoundError as error:
+        raise UserError(f"{path} not found; prepare {info.name} again from its source") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is damaged; prepare {info.name} again from its source") from error
+
+
+def _text_lines(file: BinaryIO) -> Iterator[bytes]:
+    rest = b""
+    while chunk := file.read(1 << 20):
+        *whole, rest = (rest + chunk).split(TEXT_END.encode())
+        yield from whole
+    if rest:
+        raise ValueError("the last document does not end with the separator")
+
+
+def read_ids(folder: Path, info: DatasetInfo, split: str) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """(ids, number of tokens of each document) of a prepared split, in batches of about READ_TOKENS ids.
+
+    Every batch consists of whole documents.
+    """
+    rest = np.zeros(0, dtype="<u2")
+    for entry in info.splits[split].files:
+        with (folder / entry.file).open("rb") as file:
+            while len(part := np.fromfile(file, dtype="<u2", count=READ_TOKENS)):
+                ids = np.concatenate([rest, part])
+                ends = np.flatnonzero(ids == ENDOFTEXT_ID) + 1
+                whole = int(ends[-1]) if len(ends) else 0
+                ids, rest = ids[:whole], ids[whole:]
+                if whole:
+                    yield ids, np.diff(ends, prepend=0)

@@ -1,0 +1,310 @@
+"""The pipeline of every prepare script: options, cleaning, splitting, deduplication, parallel encoding, writing.
+
+    documents -> batches -> workers (clean, digest, encode) -> drop duplicates, split -> files
+
+A document is a `str`, or a conversation: a list of {"role", "content"} messages. Documents go from their source to the
+disk in batches, so memory grows only by the digests that detect duplicates, 21 to 43 bytes per document, and the
+files do not depend on the number of workers. For a data set named `mine`, the pipeline writes:
+
+    mine-train.bin, mine-val.bin       ids as little-endian uint16, each document followed by <|endoftext|>
+    mine-train.txt, mine-val.txt       the same documents as text, separated by lines `<|endoftext|>`; or
+    mine-train.jsonl, mine-val.jsonl   the same conversations, one {"messages": [...]} per line
+    mine.json                          the description (data/dataset.py): counts, source, licence, sha256, report
+    mine.md, mine-lengths.png          with --report: a page about the data set
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import itertools
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from common.cli import UserError, check_options, option
+from common.device import n_cores
+from common.files import FileLock, atomic_files, require_free_space, write_error
+from data.dataset import SPLITS, DatasetInfo, SplitInfo, info_bytes
+from data.dedup import Repeats, require_minhash
+from data.documents import Document, text_path
+from data.earlier import (
+    digest_of_files,
+    earlier_info,
+    finished_info,
+    refuse_foreign_page,
+    refuse_to_replace,
+    remove_leftovers,
+)
+from data.readers.files import is_text, split_suffix
+from data.report import write_report
+from data.splitting import with_split
+from data.workers import BATCH_CHARACTERS, Pass, Worker, encoded_batches
+from data.writing import Encoded, SplitWriter, staged_file
+
+DATA_FOLDER = Path(__file__).resolve().parent
+PIPELINE_VERSION = 2  # raised whenever the same input would give other files, so that finished data is prepared again
+MAX_DEFAULT_WORKERS = 8  # the one process that reads and writes cannot feed more
+
+
+@dataclass(frozen=True)
+class PrepareOptions:
+    """The options that every prepare script has."""
+
+    input: tuple[str, ...] = option((), "local files instead of the download", nargs="+", metavar="PATH", group="data")
+    output_dir: str | None = option(
+        None, "folder for the prepared files (default: the data folder)", metavar="DIR", group="output"
+    )
+    val_fraction: float = option(
+        0.05,
+        "fraction of the documents kept for validation, if the source has no such split",
+        above=0,
+        below=1,
+        metavar="F",
+        group="data",
+    )
+    seed: int = option(1337, "seed of the random split", at_least=0, below=2**64, metavar="N", group="data")
+    workers: int | None = option(
+        None, "number of processes that encode (default: all cores, up to 8)", at_least=1, metavar="N", group="output"
+    )
+    limit: int | None = option(
+        None, "use only the first N documents of each split", at_least=1, metavar="N", group="data"
+    )
+    shard_tokens: int | None = option(
+        None, "divide each .bin into files of N tokens", at_least=1, metavar="N", group="output"
+    )
+    max_document_tokens: int | None = option(
+        None, "drop documents of more than N tokens", at_least=1, metavar="N", group="data"
+    )
+    near_dedup: bool = option(False, "drop documents that nearly repeat an earlier one (MinHash)", group="data")
+    report: bool = option(
+        False, "write a page about the data set: counts, lengths, shared text, samples", group="output"
+    )
+    force: bool = option(False, "prepare again even if the files are up to date", group="output")
+
+    def __post_init__(self) -> None:
+        check_options(self)
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """What a prepare script prepares: `format` is "text" (documents are str) or "chat" (lists of messages)."""
+
+    name: str
+    format: str
+    source: str
+    licence: str
+    non_commercial: bool = False
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Documents and their origin.
+
+    `train` and `val` are consumed once and lazily. Without `val`, documents are divided by `val_fraction`, by their
+    content and the seed, so that neither order nor duplicates matter. `files` are the files that the documents come
+    from; `digest` identifies an input that is not files, such as the commit of a repository. `skipped` is a Counter
+    that the readers fill, by reason, while the documents are consumed.
+    """
+
+    train: Iterable[Document]
+    val: Iterable[Document] | None = None
+    files: Sequence[Path] = ()
+    digest: str | None = None
+    skipped: Mapping[str, int] = dataclasses.field(default_factory=Counter)
+
+
+def prepare(
+    dataset: Dataset,
+    options: PrepareOptions,
+    corpus: Corpus,
+    passes: Sequence[Pass] = (),
+    *,
+    keep: Mapping[str, Any] | None = None,
+    batch_characters: int = BATCH_CHARACTERS,
+) -> DatasetInfo:
+    """Write the data set's files into the output folder and return their description.
+
+    `passes` are applied to each document in order, inside the workers: picklable functions from a document to a
+    document, or to None to drop it. `keep` are fields of the description to take over from an earlier preparation.
+
+    Exact duplicates are dropped, and so are train documents that are also in val; with `near_dedup` near duplicates
+    too. The first of them is kept, and a given `val` comes before train. A preparation of the same inputs with the
+    same options is recognized as finished and not repeated. Either all files appear together at the end, or none.
+    Raises UserError for input without documents, an empty split, a full disk, or an output that would replace an input.
+    """
+    folder = output_folder(options)
+    if options.near_dedup:
+        require_minhash()
+    refuse_to_replace(corpus.files, folder, dataset.name)
+    print(f"{dataset.name}: {dataset.source}")
+    print(f"licence: {dataset.licence}{' (non-commercial use only)' if dataset.non_commercial else ''}")
+    wanted = DatasetInfo(
+        **dataclasses.asdict(dataset),
+        dtype="uint16",
+        seed=options.seed,
+        options=_recorded_options(options),
+        input_digest=corpus.digest or digest_of_files(corpus.files),
+    )
+    with FileLock(folder / f".{dataset.name}.lock", f"data set {dataset.name} in {folder}"):
+        earlier = earlier_info(folder, dataset.name)
+        if options.report:
+            refuse_foreign_page(folder, dataset.name, earlier)
+        if not options.force and (finished := finished_info(folder, wanted)):
+            print(f"{dataset.name} is already prepared in {folder}; --force prepares it again")
+            info = _with_report(folder, finished) if options.report else finished
+        else:
+            _require_space(folder, dataset.name, options, corpus.files)
+            with atomic_files(folder, dataset.name) as staging:
+                splits, counts = _write_splits(staging, wanted, options, corpus, passes, batch_characters)
+                report = dict(sorted(counts.items())) | dict(sorted(corpus.skipped.items()))
+                info = dataclasses.replace(wanted, **{"splits": splits, "report": report, **(keep or {})})
+                if options.report:
+                    info = write_report(staging, staging, info)
+                _write_info(staging, info)
+            remove_leftovers(folder, earlier, info)
+    _print_totals(info)
+    return info
+
+
+def output_folder(options: PrepareOptions) -> Path:
+    """The folder for the prepared files, created if it is missing."""
+    folder = Path(options.output_dir) if options.output_dir else DATA_FOLDER
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise write_error(folder, error) from error
+    return folder
+
+
+def _recorded_options(options: PrepareOptions) -> dict[str, Any]:
+    """The options that decide what the files contain; the seed is recorded on its own."""
+    without = ("input", "output_dir", "workers", "report", "force", "seed")
+    chosen = {name: value for name, value in dataclasses.asdict(options).items() if name not in without}
+    return {**chosen, "pipeline": PIPELINE_VERSION}
+
+
+def _write_info(staging: Path, info: DatasetInfo) -> None:
+    with staged_file(staging / f"{info.name}.json") as file:
+        file.write(info_bytes(info))
+
+
+def _with_report(folder: Path, info: DatasetInfo) -> DatasetInfo:
+    """The description of a finished preparation, after writing its page if that is missing."""
+    if info.report_files and all((folder / file).is_file() for file in info.report_files):
+        return info
+    with atomic_files(folder, info.name) as staging:
+        info = write_report(folder, staging, info)
+        _write_info(staging, info)
+    return info
+
+
+def _require_space(folder: Path, name: str, options: PrepareOptions, files: Sequence[Path]) -> None:
+    """Raise UserError early if the output will certainly not fit.
+
+    The output is a copy of the text, and 2 bytes of ids per 4 bytes or so of text. Compressed text takes at least as
+    much. How much of records and archives is text is unknown; a quarter is assumed.
+    """
+    if options.limit is None:
+        sizes = (file.stat().st_size * (1 if is_text(file) else 0.25) for file in files)
+        require_free_space(folder, int(1.5 * sum(sizes)), f"preparing {name}")
+
+
+# --- the splits ---
+
+
+def _write_splits(
+    staging: Path,
+    wanted: DatasetInfo,
+    options: PrepareOptions,
+    corpus: Corpus,
+    passes: Sequence[Pass],
+    batch_characters: int,
+) -> tuple[dict[str, SplitInfo], Counter]:
+    """Write both splits' files into `staging`; returns their entries for the .json and the counts for its report."""
+    worker = Worker(wanted.format, tuple(passes), options.seed, options.max_document_tokens, options.near_dedup)
+    n_workers = options.workers or min(n_cores(), MAX_DEFAULT_WORKERS)
+    counts: Counter = Counter()
+    with contextlib.ExitStack() as stack:
+        # disable=None: a bar on a terminal only, so that a pipe's stderr contains nothing but errors
+        total = _total_bytes(options, corpus.files)
+        bar = stack.enter_context(tqdm(total=total, desc=wanted.name, unit="B", unit_scale=True, disable=None))
+        writers = {
+            split: stack.enter_context(SplitWriter(text_path(staging, wanted, split), options.shard_tokens))
+            for split in SPLITS
+        }
+        repeats = Repeats(counts, options.near_dedup)
+
+        def encoded(source: Iterable[Document]) -> Iterator[Encoded]:
+            limited = itertools.islice(source, options.limit)
+            with contextlib.closing(encoded_batches(limited, worker, n_workers, batch_characters)) as stream:
+                for batch in stream:
+                    counts.update(batch.counts)
+                    bar.update(batch.read_characters)
+                    yield batch
+
+        if corpus.val is None:
+            for batch, in_val in with_split(encoded(corpus.train), options.val_fraction):
+                new = repeats.find_new(batch)
+                writers["val"].write(batch.select(new & in_val))
+                writers["train"].write(batch.select(new & ~in_val))
+        else:
+            for batch in encoded(corpus.val):
+                writers["val"].write(batch.select(repeats.find_new(batch)))
+            repeats.begin_train()
+            for batch in encoded(corpus.train):
+                writers["train"].write(batch.select(repeats.find_new(batch)))
+    splits = {split: writer.info() for split, writer in writers.items()}
+    _require_documents(wanted, options, splits, counts["read"], corpus)
+    return splits, counts
+
+
+def _total_bytes(options: PrepareOptions, files: Sequence[Path]) -> int | None:
+    """The number of bytes that will be read, or None if it is unknown."""
+    is_plain = all(is_text(file) and split_suffix(file)[1] is None for file in files)
+    return sum(file.stat().st_size for file in files) if files and is_plain and options.limit is None else None
+
+
+def _require_documents(
+    wanted: DatasetInfo,
+    options: PrepareOptions,
+    splits: Mapping[str, SplitInfo],
+    n_read: int,
+    corpus: Corpus,
+) -> None:
+    """Raise UserError, with the remedy, if a split has no documents."""
+    where = ", ".join(map(str, corpus.files)) or wanted.source
+    n_train, n_val = (splits[split].documents or 0 for split in SPLITS)
+    if not n_read:
+        raise UserError(f"no document found in {where}; give --input a file that contains some")
+    if not n_train and not n_val:
+        raise UserError(
+            f"all {n_read:,} documents of {where} are empty or too long; give --input a file that contains text"
+        )
+    if corpus.val is not None and not n_train:
+        raise UserError(
+            f"no train document is left of {where}, since all are empty or also in the validation file; give --input "
+            "a train file with other documents"
+        )
+    if corpus.val is not None and not n_val:
+        raise UserError("the validation file has no documents; leave it out, and the train file is divided")
+    if not n_train or not n_val:
+        raise UserError(
+            f"{where} has {n_train + n_val:,} distinct documents, too few to divide into train and validation with "
+            f"--val_fraction {options.val_fraction}; add documents or change --val_fraction"
+        )
+
+
+def _print_totals(info: DatasetInfo) -> None:
+    for note, count in (info.report or {}).items():
+        if count and note != "read":
+            print(f"  {note}: {count:,}")
+    for split in SPLITS:
+        totals = info.splits[split]
+        first, last = totals.files[0].file, totals.files[-1].file
+        names = first if first == last else f"{first} to {last}"
+        print(f"{split}: {totals.documents:,} documents, {totals.tokens:,} tokens in {names}")

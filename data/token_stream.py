@@ -1,0 +1,79 @@
+"""The token ids of one split, memory-mapped from its .bin files."""
+
+from __future__ import annotations
+
+import bisect
+import mmap
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import cast
+
+import numpy as np
+
+from common.cli import UserError
+from setup_tokenizer import ENDOFTEXT_ID, N_VOCAB
+
+PIECE_TOKENS = 1 << 24  # tokens scanned at once, so that memory stays flat
+MAX_MAPPED_BYTES = 64 << 20  # of a split's files, so that resident memory stays flat
+PAGE_BYTES = 2 << 20  # the system may map a whole huge page to read one byte
+
+
+class TokenStream:
+    """The ids of one split, memory-mapped: one .bin file, or several shards read as one stream."""
+
+    def __init__(self, paths: Sequence[Path], piece_tokens: int = PIECE_TOKENS):
+        self.paths = list(paths)
+        self._piece_tokens = piece_tokens
+        self._shards = [np.memmap(path, dtype="<u2", mode="r") for path in paths]
+        self._maps = [cast(mmap.mmap, shard.base) for shard in self._shards]
+        self._ends = np.cumsum([len(shard) for shard in self._shards]).tolist()
+        self._mapped_bytes = 0
+
+    def __len__(self) -> int:
+        return self._ends[-1]
+
+    def read(self, start: int, end: int) -> np.ndarray:
+        """Ids from start to end as int64. Positions outside the stream read as `<|endoftext|>`."""
+        ids = np.full(end - start, ENDOFTEXT_ID, dtype=np.int64)
+        position = max(start, 0)
+        while position < min(end, len(self)):
+            index = bisect.bisect_right(self._ends, position)
+            first = self._ends[index] - len(self._shards[index])
+            piece = self._shards[index][position - first : end - first]
+            ids[position - start : position - start + len(piece)] = piece
+            position += len(piece)
+        self._mapped_bytes += 2 * (end - start) + PAGE_BYTES
+        if self._mapped_bytes > MAX_MAPPED_BYTES:
+            self._unmap()
+        return ids
+
+    def positions_of(self, token_id: int) -> np.ndarray:
+        """Every position of `token_id`, in order."""
+        found = [np.zeros(0, dtype=np.int64)]
+        for shard, end in zip(self._shards, self._ends, strict=True):
+            for first, piece in self._pieces(shard):
+                found.append(np.flatnonzero(piece == token_id) + (end - len(shard) + first))
+        return np.concatenate(found)
+
+    def check_ids(self, command: str) -> None:
+        """Raise UserError for an id outside the vocabulary; `command` prepares the data again."""
+        for path, shard in zip(self.paths, self._shards, strict=True):
+            largest = max(int(piece.max()) for _, piece in self._pieces(shard))
+            if largest >= N_VOCAB:
+                raise UserError(
+                    f"{path} contains the id {largest}, but the vocabulary ends at {N_VOCAB - 1}; prepare it again "
+                    f"with: {command}"
+                )
+
+    def _pieces(self, shard: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
+        """A shard in pieces, each with its first position; only one is mapped at a time."""
+        for first in range(0, len(shard), self._piece_tokens):
+            yield first, shard[first : first + self._piece_tokens]
+            self._unmap()
+
+    def _unmap(self) -> None:
+        """Release the files' pages, which count as this process's memory; the system keeps them in its cache."""
+        self._mapped_bytes = 0
+        if hasattr(mmap, "MADV_DONTNEED"):  # missing on Windows
+            for shard_map in self._maps:
+                shard_map.madvise(mmap.MADV_DONTNEED)

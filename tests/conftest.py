@@ -1,0 +1,53 @@
+"""Fixtures that several test files share. A file that defines one of the same name uses its own."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.tiny import prepare, run
+
+
+@pytest.fixture
+def one_thread():
+    """One thread: faster for tiny models, and sums in one order."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def quick_disk(monkeypatch):
+    """No waiting for the disk; the crash test does wait."""
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory) -> Path:
+    """A folder with the prepared data sets "text" and "chat", of random ids."""
+    folder = prepare(tmp_path_factory.mktemp("data"))
+    return prepare(folder, "chat")
+
+
+@pytest.fixture(scope="session")
+def straight(data, tmp_path_factory) -> Path:
+    """The folder of a run of ten iterations that nothing disturbed."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    folder = tmp_path_factory.mktemp("straight") / "text10"
+    assert run(data, folder) == 0
+    torch.set_num_threads(threads)
+    folder.with_suffix(".txt").touch()  # it printed no samples
+    return folder
+
+
+@pytest.fixture
+def half(data, tmp_path, one_thread, quick_disk) -> Path:
+    """The folder of a run stopped at iteration 5 of 10."""
+    folder = tmp_path / "text10"
+    assert run(data, folder, stop_after=5) == 130
+    return folder

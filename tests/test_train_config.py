@@ -1,0 +1,162 @@
+"""From options to a configuration: what is refused, what is chosen, and that every field has its final value."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import re
+import typing
+from pathlib import Path
+
+import pytest
+
+import train
+from common.cli import UserError, given_options, parse_options
+from tests.tiny import load_checkpoint, run
+from training.config import RunConfig, TrainOptions, make_config
+from training.schedule import schedule
+
+ROOT = Path(train.__file__).parent
+TEXT = {"format": "text"}
+CHAT = {"format": "chat"}
+MIXED = {"format": "chat", "parts": [TEXT, CHAT]}
+
+
+def config_of(data=TEXT, device: str = "cpu", **options) -> RunConfig:
+    return make_config(TrainOptions(**options), options, device, data, speed_up=lambda *arguments: None)
+
+
+# The command line
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["--max_iters", "0"], "--max_iters must be at least 1, not 0"),
+        (["--batch_size", "0"], "--batch_size must be at least 1, not 0"),
+        (["--batch_size", "many"], "--batch_size must be a number or auto, not 'many'"),
+        (["--dropout", "1"], "--dropout must be at least 0 and below 1, not 1.0"),
+        (["--learning_rate", "nan"], "--learning_rate must be at least 0, not nan"),
+        (["--muon_learning_rate", "-1"], "--muon_learning_rate must be at least 0"),
+        (["--seed", str(2**63)], "--seed must be at least 0 and below"),
+        (["--init_from", ""], "--init_from must name a checkpoint, not be empty"),
+        (["--dataset", "../story"], "dataset must be a name such as story"),
+        (["--max_iter", "5"], "did you mean --max_iters"),
+    ],
+)
+def test_a_wrong_option_is_a_usage_error(words, sentence, capsys):
+    with pytest.raises(SystemExit) as stop:
+        parse_options(TrainOptions, "", words)
+    assert stop.value.code == 2 and sentence in capsys.readouterr().err
+
+
+def test_given_options_hold_what_was_given():
+    words = ["--resume", "--batch_size", "auto", "--no-compile"]
+    assert given_options(TrainOptions, words) == {"resume": "", "batch_size": "auto", "compile": False}
+    assert parse_options(TrainOptions, "", words).batch_size == "auto"
+
+
+def test_the_defaults_are_the_readmes():
+    options = TrainOptions()
+    assert (options.dataset, options.max_iters, options.seed) == ("story", 5000, 1337)
+    assert options.checkpoint_path == "models/story5000.pt"
+
+
+def test_every_option_is_in_a_group_and_is_read():
+    assert all(field.metadata["option"].group for field in dataclasses.fields(TrainOptions))
+    source = "".join(path.read_text("utf-8") for path in [ROOT / "train.py", *(ROOT / "training").glob("*.py")])
+    names = {field.name for field in dataclasses.fields(TrainOptions)}
+    unread = {name for name in names if not re.search(rf"\b(config|options)\.{name}\b", source)}
+    assert unread <= {"n_layer", "n_head", "n_embd"}  # read as names of training.initialization.SHAPE
+
+
+# What is chosen
+
+
+@pytest.mark.parametrize("device", ["cpu", "mps"])
+@pytest.mark.parametrize("data", [TEXT, CHAT, MIXED], ids=["text", "chat", "mixed"])
+def test_every_field_has_a_value_of_its_type(device, data):
+    config = config_of(data, device)
+    for name, kind in typing.get_type_hints(RunConfig).items():
+        assert isinstance(getattr(config, name), kind), name
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.batch_size = 1
+
+
+def test_the_fields_are_the_keys_of_a_checkpoint(straight):
+    saved = load_checkpoint(straight / "text10.pt")["info"]["config"]
+    assert list(saved) == [field.name for field in dataclasses.fields(RunConfig)]
+    # The keys of a checkpoint before there was a RunConfig (commit c54421c).
+    expected = """
+        dataset max_iters seed preset n_layer n_head n_embd block_size dropout batch_size gradient_accumulation_steps
+        loss_on document_mask optimizer learning_rate muon_learning_rate min_lr schedule warmup_iters weight_decay
+        muon_weight_decay grad_clip eval_interval eval_iters log_interval keep tensorboard device dtype compile
+        activation_checkpointing parallel deterministic data_dir out_dir resume init_from val_rows
+    """
+    assert list(saved) == expected.split()
+
+
+@pytest.mark.parametrize(
+    ("data", "given", "expected"),
+    [
+        (TEXT, {}, {"schedule": "wsd", "loss_on": "all", "document_mask": False, "preset": "small", "n_embd": 256}),
+        (CHAT, {}, {"schedule": "cosine", "loss_on": "assistant", "document_mask": True}),
+        (MIXED, {}, {"schedule": "cosine", "loss_on": "assistant", "document_mask": False}),
+        (CHAT, {"schedule": "wsd", "document_mask": False}, {"schedule": "wsd", "document_mask": False}),
+        (TEXT, {}, {"batch_size": 16, "gradient_accumulation_steps": 1, "val_rows": 320, "block_size": 256}),
+        (TEXT, {"n_embd": 384}, {"learning_rate": 3e-3, "min_lr": 3e-3 / 10}),
+        (TEXT, {"n_embd": 512}, {"learning_rate": 6e-4}),
+        (TEXT, {"max_iters": 100}, {"warmup_iters": 5, "eval_interval": 25, "compile": False}),
+        (TEXT, {"learning_rate": 0.0}, {"learning_rate": 0.0, "min_lr": 0.0}),
+    ],
+)
+def test_the_defaults_follow_from_data_device_and_shape(data, given, expected):
+    config = config_of(data, **given)
+    assert {name: getattr(config, name) for name in expected} == expected
+
+
+def test_without_the_fast_parts_nothing_is_compiled():
+    plain = make_config(TrainOptions(max_iters=5000), {}, "cpu", TEXT)
+    assert plain.compile is False
+    for name in ("compile", "activation_checkpointing"):
+        with pytest.raises(UserError, match=f"--{name} needs the folder fast/"):
+            make_config(TrainOptions(**{name: True}), {name: True}, "cpu", TEXT)
+
+
+def test_targets_that_text_cannot_have_are_refused(data, tmp_path):
+    with pytest.raises(UserError, match="--loss_on assistant: text is text, which has no assistant"):
+        run(data, tmp_path, loss_on="assistant")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_weight_decay_that_decays_nothing_is_refused(data, half, tmp_path):
+    for arguments in ({"out_dir": tmp_path / "new"}, {"out_dir": half, "resume": True}):
+        with pytest.raises(UserError, match="--weight_decay is for --optimizer adamw; with muon use --muon_weight_"):
+            run(data, weight_decay=0.2, **arguments)
+
+
+def test_heads_that_do_not_divide_the_width_are_refused():
+    with pytest.raises(UserError, match=r"n_embd .* must be a multiple of n_head .*; change --n_embd or --n_head"):
+        config_of(n_embd=10, n_head=3)
+
+
+# The schedule
+
+
+def shares(kind: str) -> list[float]:
+    config = config_of(max_iters=100, warmup_iters=10, learning_rate=1e-3, min_lr=1e-4, schedule=kind)
+    return [schedule(iter_num, config) for iter_num in range(101)]
+
+
+def test_the_schedule_warms_up_and_falls_to_the_lowest_rate():
+    values = shares("cosine")
+    assert values[0] == pytest.approx(0.1) and values[9] == values[10] == 1
+    assert all(a > b for a, b in itertools.pairwise(values[10:]))
+    assert values[55] == pytest.approx(0.1 + 0.9 / 2) and values[100] == pytest.approx(0.1)
+
+
+def test_wsd_stays_at_the_peak_until_a_fifth_is_left():
+    values = shares("wsd")
+    assert values[4] == pytest.approx(0.5) and set(values[9:81]) == {1}
+    assert all(a > b for a, b in itertools.pairwise(values[80:]))
+    assert values[85] == pytest.approx(1 - 0.9 / 2) and values[100] == pytest.approx(0.1)

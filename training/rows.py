@@ -1,0 +1,149 @@
+"""Rows of block_size ids with their targets, in a new order each epoch.
+
+Text rows cut the stream of documents into pieces, so that every token is a target exactly once an epoch. Chat rows
+pack whole conversations, and by default only what the assistant says is a target. The order depends only on the seed
+and the epoch, so an epoch and a row index are all that a resumed run needs.
+"""
+
+from __future__ import annotations
+
+import bisect
+
+import numpy as np
+
+from data.token_stream import TokenStream
+from model import IGNORED
+from setup_tokenizer import ENDOFTEXT_ID, IM_START_ID
+from training.targets import assistant_targets
+
+
+class TextRows:
+    """Rows of plain text: pieces of block_size tokens, shuffled and cut at a new offset each epoch.
+
+    Every token except the first is a target exactly once an epoch.
+    """
+
+    def __init__(self, stream: TokenStream, block_size: int, seed: int):
+        self.stream, self.block_size, self.seed = stream, block_size, seed
+
+    def start_epoch(self, epoch: int) -> int:
+        """Shuffle the rows of an epoch; returns their number."""
+        rng = np.random.default_rng([self.seed, epoch])
+        self._offset = int(rng.integers(self.block_size)) if epoch else 0
+        n_rows = -(-(len(self.stream) - 1 + self._offset) // self.block_size)
+        self._order = rng.permutation(n_rows)
+        return n_rows
+
+    def row(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        """Ids and targets, (block_size,) each, of the epoch's row `index`."""
+        start = int(self._order[index]) * self.block_size - self._offset
+        ids = self.stream.read(start, start + self.block_size + 1)
+        targets = ids[1:].copy()
+        positions = np.arange(start + 1, start + self.block_size + 1)
+        targets[(positions < 1) | (positions >= len(self.stream))] = IGNORED
+        return ids[:-1], targets
+
+
+class ChatRows:
+    """Rows of whole conversations, packed best fit; a conversation longer than a row is cut between messages.
+
+    The targets are what the assistant says or, with `loss_on="all"`, every id except the padding. With `end_pieces`
+    each piece of a cut conversation is followed by an `<|endoftext|>` that is not a target, so that `document_numbers`
+    separates it from the next piece in the row.
+    """
+
+    def __init__(
+        self, stream: TokenStream, block_size: int, seed: int, loss_on: str = "assistant", end_pieces: bool = False
+    ):
+        self.stream, self.block_size, self.seed, self.loss_on = stream, block_size, seed, loss_on
+        ends = complete_ends = stream.positions_of(ENDOFTEXT_ID) + 1
+        if not len(ends) or ends[-1] < len(stream):
+            ends = np.append(ends, len(stream))
+        starts = np.concatenate([[0], ends[:-1]])
+        is_short = ends - starts <= block_size + 1
+        pieces = [np.stack([starts, starts, ends], axis=1)[is_short]]  # (start of the message, start, end)
+        for start, end in zip(starts[~is_short].tolist(), ends[~is_short].tolist(), strict=True):
+            pieces.append(np.array(self._cut_at_messages(start, end, block_size + 1), dtype=np.int64))
+        self._pieces = np.concatenate(pieces)
+        self._lengths = self._pieces[:, 2] - self._pieces[:, 1]
+        self._epoch: int | None = None  # the epoch whose rows are packed
+        self._rows: list[list[int]] = []
+        if end_pieces:
+            is_cut = ~np.isin(self._pieces[:, 2], complete_ends)
+            self._lengths = np.minimum(self._lengths + is_cut, block_size + 1)
+
+    def _cut_at_messages(self, start: int, end: int, capacity: int) -> list[tuple[int, int, int]]:
+        """The pieces of a long conversation, as few as possible; a message that is too long itself is split.
+
+        Each is (start of the message in which it starts, start, end).
+        """
+        starts = (np.flatnonzero(self.stream.read(start, end) == IM_START_ID) + start).tolist()
+        if starts[:1] != [start]:  # whatever comes before the first message is cut like a message
+            starts = [start, *starts]
+        pieces, message, position = [], start, start
+        for next_start, next_end in zip(starts, [*starts[1:], end], strict=True):
+            if next_end - position > capacity and next_start > position:
+                pieces.append((message, position, next_start))
+                message = position = next_start
+            while next_end - position > capacity:
+                pieces.append((message, position, position + capacity))
+                message, position = next_start, position + capacity
+        return [*pieces, (message, position, end)]
+
+    def start_epoch(self, epoch: int) -> int:
+        """Pack the conversations into rows and shuffle these; returns their number."""
+        if epoch == self._epoch:
+            return len(self._rows)
+        rng = np.random.default_rng([self.seed, epoch])
+        shuffled = rng.permutation(len(self._pieces))
+        longest_first = shuffled[np.argsort(-self._lengths[shuffled], kind="stable")]
+        rows = pack_best_fit(longest_first.tolist(), self._lengths, self.block_size + 1)
+        self._rows, self._epoch = [rows[index] for index in rng.permutation(len(rows))], epoch
+        return len(rows)
+
+    def real_token_fraction(self) -> float:
+        """The fraction of the tokens in the epoch's rows that are not padding."""
+        return float(self._lengths.sum() / (len(self._rows) * (self.block_size + 1)))
+
+    def row(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        """Ids and targets, (block_size,) each, of the epoch's row `index`."""
+        ids = np.full(self.block_size + 1, ENDOFTEXT_ID, dtype=np.int64)
+        counts = np.zeros(self.block_size + 1, dtype=bool)
+        position = 0
+        for piece in self._rows[index]:
+            message, begin, end = self._pieces[piece].tolist()
+            span = slice(position, position + end - begin)
+            ids[span] = self.stream.read(begin, end)
+            counts[span] = self._is_target(message, end)[begin - message :]
+            counts[position] &= begin == message  # the middle of a message does not follow from the ids before it
+            position += int(self._lengths[piece])  # any gap keeps its `<|endoftext|>`
+        return ids[:-1], np.where(counts, ids, IGNORED)[1:]
+
+    def _is_target(self, start: int, end: int) -> np.ndarray:
+        if self.loss_on == "all":
+            return np.ones(end - start, dtype=bool)
+        return assistant_targets(self.stream.read(start, end))
+
+
+def pack_best_fit(items: list[int], lengths: np.ndarray, capacity: int) -> list[list[int]]:
+    """Items packed into rows of `capacity`: each goes where it leaves the least space (best fit; Johnson 1973)."""
+    rows: list[list[int]] = []
+    by_space: list[list[int]] = [[] for _ in range(capacity + 1)]  # rows with exactly that much space left
+    spaces: list[int] = []  # the amounts of space that occur, sorted
+    for item in items:
+        length = int(lengths[item])
+        at = bisect.bisect_left(spaces, length)
+        if at == len(spaces):
+            row, space = len(rows), capacity
+            rows.append([])
+        else:
+            space = spaces[at]
+            row = by_space[space].pop()
+            if not by_space[space]:
+                spaces.pop(at)
+        rows[row].append(item)
+        space -= length
+        if not by_space[space]:
+            bisect.insort(spaces, space)
+        by_space[space].append(row)
+    return rows

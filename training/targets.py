@@ -1,0 +1,38 @@
+"""Which tokens are targets, and where documents begin, derived from the control ids of prepared data."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from setup_tokenizer import ENDOFTEXT_ID, ROLES, message_spans
+
+
+def assistant_targets(ids: np.ndarray) -> np.ndarray:
+    """Which of the ids (N,) the assistant says: the contents of its messages and the `<|im_end|>` after each.
+
+    True at position i means that id i is a target. `<|im_start|>`, the role with its line end, and everything that
+    the others say are False.
+    """
+    ids = np.asarray(ids)
+    messages = message_spans(ids)
+    is_assistant = messages.role == ROLES.index("assistant")
+    steps = np.zeros(len(ids) + 1, dtype=np.int8)  # +1 where a message's content begins, -1 after its end
+    steps[messages.content[is_assistant]] += 1
+    steps[messages.end[is_assistant]] -= 1
+    return np.cumsum(steps[:-1], dtype=np.int8).astype(bool)
+
+
+def document_numbers(ids: np.ndarray) -> np.ndarray:
+    """The number of the document that each id of the rows (B, T) belongs to, counted from 0 in each row.
+
+    A text begins with the `<|endoftext|>` that ends the previous one, and a conversation with its first
+    `<|im_start|>`, because that is how gen.py and evaluate.py begin them.
+
+    >>> document_numbers(np.array([[7, 8, 50256, 9]]))
+    array([[0, 0, 1, 1]])
+    """
+    begins = (ids == ENDOFTEXT_ID).ravel()
+    starts = message_spans(ids.ravel()).start
+    starts = starts[starts % ids.shape[1] > 0]  # the first id of a row belongs to document 0 in any case
+    begins[starts] = begins[starts - 1]
+    return np.cumsum(begins.reshape(ids.shape), axis=1)
