@@ -32,7 +32,9 @@ def executable() -> str | None:
 @contextlib.contextmanager
 def launched_browser() -> Iterator:
     """A browser with a new, empty profile. Skips the test, with the reason, where there is none."""
-    sync_api = pytest.importorskip("playwright.sync_api", reason="Playwright is missing: pip install -r requirements-dev.txt")
+    sync_api = pytest.importorskip(
+        "playwright.sync_api", reason="Playwright is missing: pip install -r requirements-dev.txt"
+    )
     if executable() is None:
         pytest.skip("no browser is installed: apt-get install chromium")
     with sync_api.sync_playwright() as playwright:
@@ -41,12 +43,12 @@ def launched_browser() -> Iterator:
         browser.close()
 
 
-def until(page, expression: str, seconds: float = 10) -> None:
-    """Wait until a JavaScript expression is true. Playwright's own way needs eval in the page, which its policy forbids."""
+def until(page, expression: str, seconds: float = 30) -> None:
+    """Wait until a JavaScript expression is true. Playwright's own way needs eval, which the page's policy forbids."""
     deadline = time.monotonic() + seconds
     while not page.evaluate(expression):
         assert time.monotonic() < deadline, f"after {seconds} s still not true: {expression}"
-        page.wait_for_timeout(20)
+        page.wait_for_timeout(30)
 
 
 class Watcher:
@@ -69,50 +71,51 @@ class Watcher:
             self.faults.append(f"request: {requested}")
 
 
-# Every visible element with text of its own: its text and background colours, as the browser computed them.
-CONTRASTS = """() => {
-  const canvas = new OffscreenCanvas(1, 1).getContext("2d", { willReadFrequently: true });
-  const rgba = (colour) => {
-    canvas.clearRect(0, 0, 1, 1);
-    canvas.fillStyle = colour;
-    canvas.fillRect(0, 0, 1, 1);
-    return [...canvas.getImageData(0, 0, 1, 1).data];
-  };
-  const luminance = (colour) => {
-    const [r, g, b] = colour.map((value) => (value / 255 <= 0.04045 ? value / 255 / 12.92 : ((value / 255 + 0.055) / 1.055) ** 2.4));
-    return 0.2126 * r + 0.7152 * g + 0.0722 * b;
-  };
-  const background = (node) => {
-    for (; node; node = node.parentElement) {
-      const colour = rgba(getComputedStyle(node).backgroundColor);
-      if (colour[3] === 255) return colour;
-    }
-    return [255, 255, 255, 255];
-  };
-  const found = [];
-  for (const node of document.querySelectorAll("body *")) {
-    const own = [...node.childNodes].filter((child) => child.nodeType === 3 && child.data.trim());
-    const isField = ["INPUT", "TEXTAREA", "SELECT"].includes(node.tagName);
-    if ((own.length === 0 && !isField) || !node.checkVisibility({ opacityProperty: true, visibilityProperty: true })) continue;
-    if (node.disabled || node.closest(".visually-hidden")) continue;
-    const dialog = document.querySelector("dialog[open]");
-    if (dialog && !dialog.contains(node)) continue;
-    const [one, other] = [luminance(rgba(getComputedStyle(node).color)), luminance(background(node))];
-    const ratio = (Math.max(one, other) + 0.05) / (Math.min(one, other) + 0.05);
-    found.push([ratio, `${node.tagName}.${node.className} ${node.textContent.trim().slice(0, 30)}`]);
-  }
-  return found;
-}"""
+@pytest.fixture(scope="module")
+def browser():
+    with launched_browser() as browser:
+        yield browser
 
-# Controls without an accessible name, and ids that occur twice.
-UNNAMED = """() => {
-  const named = (node) => {
-    const by = node.getAttribute("aria-labelledby");
-    return node.getAttribute("aria-label") || (by && document.getElementById(by)?.textContent)
-      || [...(node.labels ?? [])].some((label) => label.textContent.trim()) || (node.tagName !== "SELECT" && node.textContent.trim());
-  };
-  const controls = "button, a[href], input, select, textarea, meter, [role=button], [role=group], [role=dialog], dialog[open], summary, nav, aside, section, [role=log]";
-  const unnamed = [...document.querySelectorAll(controls)].filter((node) => !named(node)).map((node) => node.outerHTML.slice(0, 80));
-  const ids = [...document.querySelectorAll("[id]")].map((node) => node.id);
-  return unnamed.concat(ids.filter((id, i) => ids.indexOf(id) !== i));
-}"""
+
+@pytest.fixture
+def visit(browser):
+    """Opens the page of a stand-in with an empty profile; at the end nothing that `Watcher` forbids has happened."""
+    opened = []
+
+    def open_page(server, path: str = "", **context_options):
+        context = browser.new_context(**{"viewport": WIDE, "accept_downloads": True, **context_options})
+        context.set_default_timeout(30_000)
+        page = context.new_page()
+        opened.append((context, Watcher(page, server.url)))
+        page.goto(server.url + path)
+        return page
+
+    yield open_page
+    for context, watcher in opened:
+        context.close()
+        assert watcher.faults == []
+
+
+def button(page, name: str):
+    return page.get_by_role("button", name=name, exact=True)
+
+
+def replies(page):
+    return page.locator("#messages .assistant")
+
+
+def send(page, text: str, wait: bool = True) -> None:
+    page.locator("#chat-model option").first.wait_for(state="attached")
+    page.get_by_label("Message", exact=True).fill(text)
+    page.keyboard.press("Enter")
+    if wait:
+        wait_for_end(page)
+
+
+def wait_for_end(page) -> None:
+    button(page, "Send").wait_for()
+    until(page, "document.querySelector('.running') === null")
+
+
+def text_of_last(page) -> str:
+    return replies(page).last.locator(".text").inner_text()

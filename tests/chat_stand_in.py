@@ -30,11 +30,22 @@ DEFAULTS = {"temperature": 0.5, "top_k": 50, "max_tokens": 200}
 
 
 def model(name: str, format: str = "chat", block_size: int = 256) -> dict:
-    details = {"parameters": 7_265_024, "dataset": "chitchat" if format == "chat" else "story", "block_size": block_size}
-    return {"id": name, "object": "model", "created": 0, "owned_by": "jojo", "format": format, "default": DEFAULTS, **details}
+    """A model as GET /v1/models lists it."""
+    return {
+        "id": name,
+        "object": "model",
+        "created": 0,
+        "owned_by": "jojo",
+        "format": format,
+        "block_size": block_size,
+        "default": DEFAULTS,
+        "parameters": 7_265_024,
+        "dataset": "chitchat" if format == "chat" else "story",
+    }
 
 
 MODELS = [model("jojo-chat"), model("jojo-before"), model("jojo-story", "text")]
+REPLY = "Hello there, my friend. How are you today?"
 ALTERNATIVES = [(" quietly", -1.2), (" loudly", -2.5), ("\n", -4.0), (" <b>never</b>", -6.0), ("7", -8.0)]
 
 
@@ -50,14 +61,16 @@ def token_id(text: str) -> int:
 class ChatStandIn:
     """`reply(messages)` or `reply(prompt)` is the text of a reply, and `continuation` what follows a given prefix.
 
-    Each request for a reply takes one of `faults` from the list, if there is one: "busy" (429), "broken" (500), "waiting"
-    (a second in the queue), "cut" (the connection closes in the middle), "error" (an event that tells an error), None (no fault). `requests` are the bodies that arrived, `n_left` how many clients left
-    before their reply was complete.
+    Each request for a reply takes one of `faults` from the list, if there is one:
+    - "busy": 429; "broken": 500; "waiting": a second in the queue
+    - "cut": the connection closes in the middle; "error": an event that tells an error in the middle
+    - None: no fault
+    `requests` are the bodies that arrived, `n_left` how many clients left before their reply was complete.
     """
 
     def __init__(
         self,
-        reply: Callable = lambda messages: "Hello there, my friend. How are you today?",
+        reply: Callable = lambda messages: REPLY,
         continuation: str = " and all was well.",
         models: list[dict] = MODELS,
         faults: tuple = (),

@@ -4,9 +4,62 @@ from __future__ import annotations
 
 import pytest
 
-from tests.browser import CONTRASTS, NARROW, UNNAMED, WIDE
-from tests.chat_stand_in import ChatStandIn
-from tests.test_page import REPLY, browser, button, replies, send, text_of_last, until, visit, wait_for_end  # noqa: F401
+from tests.browser import NARROW, WIDE, button, send, text_of_last, until, wait_for_end
+from tests.chat_stand_in import REPLY, ChatStandIn
+
+pytest_plugins = ["tests.browser"]  # the fixture `visit`
+
+# Every visible element with text of its own: its text and background colours, as the browser computed them.
+CONTRASTS = """() => {
+  const canvas = new OffscreenCanvas(1, 1).getContext("2d", { willReadFrequently: true });
+  const rgba = (colour) => {
+    canvas.clearRect(0, 0, 1, 1);
+    canvas.fillStyle = colour;
+    canvas.fillRect(0, 0, 1, 1);
+    return [...canvas.getImageData(0, 0, 1, 1).data];
+  };
+  const luminance = (colour) => {
+    const linear = (value) => (value <= 0.04045 ? value / 12.92 : ((value + 0.055) / 1.055) ** 2.4);
+    const [r, g, b] = colour.map((value) => linear(value / 255));
+    return 0.2126 * r + 0.7152 * g + 0.0722 * b;
+  };
+  const background = (node) => {
+    for (; node; node = node.parentElement) {
+      const colour = rgba(getComputedStyle(node).backgroundColor);
+      if (colour[3] === 255) return colour;
+    }
+    return [255, 255, 255, 255];
+  };
+  const found = [];
+  for (const node of document.querySelectorAll("body *")) {
+    const own = [...node.childNodes].filter((child) => child.nodeType === 3 && child.data.trim());
+    const isField = ["INPUT", "TEXTAREA", "SELECT"].includes(node.tagName);
+    if (own.length === 0 && !isField) continue;
+    if (!node.checkVisibility({ opacityProperty: true, visibilityProperty: true })) continue;
+    if (node.disabled || node.closest(".visually-hidden")) continue;
+    const dialog = document.querySelector("dialog[open]");
+    if (dialog && !dialog.contains(node)) continue;
+    const [one, other] = [luminance(rgba(getComputedStyle(node).color)), luminance(background(node))];
+    const ratio = (Math.max(one, other) + 0.05) / (Math.min(one, other) + 0.05);
+    found.push([ratio, `${node.tagName}.${node.className} ${node.textContent.trim().slice(0, 30)}`]);
+  }
+  return found;
+}"""
+
+# Controls without an accessible name, and ids that occur twice.
+UNNAMED = """() => {
+  const named = (node) => {
+    const by = node.getAttribute("aria-labelledby");
+    return node.getAttribute("aria-label") || (by && document.getElementById(by)?.textContent)
+      || [...(node.labels ?? [])].some((label) => label.textContent.trim())
+      || (node.tagName !== "SELECT" && node.textContent.trim());
+  };
+  const controls = "button, a[href], input, select, textarea, meter, summary, nav, aside, section, dialog[open], "
+    + "[role=button], [role=group], [role=dialog], [role=log]";
+  const unnamed = [...document.querySelectorAll(controls)].filter((node) => !named(node));
+  const ids = [...document.querySelectorAll("[id]")].map((node) => node.id);
+  return unnamed.map((node) => node.outerHTML.slice(0, 80)).concat(ids.filter((id, i) => ids.indexOf(id) !== i));
+}"""
 
 
 def press_tab_until(page, condition: str, limit: int = 40, key: str = "Tab") -> None:
@@ -14,12 +67,14 @@ def press_tab_until(page, condition: str, limit: int = 40, key: str = "Tab") -> 
     for _ in range(limit):
         page.keyboard.press(key)
         if page.evaluate(f"(() => {{ const node = document.activeElement; return {condition}; }})()"):
-            assert page.evaluate("getComputedStyle(document.activeElement).outlineStyle !== 'none' || document.activeElement.matches('.composer textarea, .token')")
+            shown = "getComputedStyle(document.activeElement).outlineStyle !== 'none'"
+            drawn_otherwise = "document.activeElement.matches('.composer textarea, .token')"
+            assert page.evaluate(f"{shown} || {drawn_otherwise}")
             return
     raise AssertionError(f"{limit} times {key} do not reach {condition}")
 
 
-def test_everything_by_keyboard(visit):  # noqa: F811
+def test_everything_by_keyboard(visit):
     with ChatStandIn() as server:
         page = visit(server)
         page.locator("#chat-model option").first.wait_for(state="attached")
@@ -64,7 +119,7 @@ def test_everything_by_keyboard(visit):  # noqa: F811
         assert [request["temperature"] for request in server.requests[3:]] == [0.2, 0.2]
 
 
-def test_the_skip_link_leads_to_the_message_box(visit):  # noqa: F811
+def test_the_skip_link_leads_to_the_message_box(visit):
     with ChatStandIn() as server:
         page = visit(server)
         page.evaluate("document.activeElement.blur(), document.getElementById('skip').focus()")
@@ -73,13 +128,14 @@ def test_the_skip_link_leads_to_the_message_box(visit):  # noqa: F811
         assert page.evaluate("document.activeElement.id") == "chat-text"
 
 
-def test_a_screen_reader_is_told(visit):  # noqa: F811
-    with ChatStandIn(seconds_per_token=0.02) as server:
+def test_a_screen_reader_is_told(visit):
+    with ChatStandIn(seconds_per_token=0.1) as server:
         page = visit(server)
         page.evaluate("""() => {
           window.spoken = [];
           const status = document.getElementById("status");
-          new MutationObserver(() => status.textContent && window.spoken.push(status.textContent)).observe(status, { childList: true });
+          const listen = () => status.textContent && window.spoken.push(status.textContent);
+          new MutationObserver(listen).observe(status, { childList: true });
         }""")
         send(page, "Hi", wait=False)
         page.locator(".running[aria-busy=true]").wait_for()
@@ -94,8 +150,8 @@ def test_a_screen_reader_is_told(visit):  # noqa: F811
 
 @pytest.mark.parametrize("scheme", ["dark", "light"])
 @pytest.mark.parametrize("viewport", [WIDE, NARROW], ids=["wide", "narrow"])
-def test_names_contrast_and_width(visit, scheme, viewport):  # noqa: F811
-    """Each state of the page: every control has a name, text has a contrast of 4.5, nothing is wider than the window."""
+def test_names_contrast_and_width(visit, scheme, viewport):
+    """In each state every control has a name, text has a contrast of 4.5, and nothing is wider than the window."""
     with ChatStandIn(faults=[None, "broken"]) as server:
         page = visit(server, color_scheme=scheme, viewport=viewport)
         is_dark = page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(22, 24, 27)"
@@ -106,7 +162,9 @@ def test_names_contrast_and_width(visit, scheme, viewport):  # noqa: F811
             poor = [f"{what}: {ratio:.1f}" for ratio, what in page.evaluate(CONTRASTS) if ratio < 4.5]
             assert poor == [], state
             assert page.evaluate("document.documentElement.scrollWidth <= innerWidth"), state
-            assert page.evaluate("[...document.querySelectorAll('.scroll')].every((area) => area.scrollWidth <= area.clientWidth)"), state
+            assert page.evaluate(
+                "[...document.querySelectorAll('.scroll')].every((area) => area.scrollWidth <= area.clientWidth)"
+            ), state
 
         check("empty")
         send(page, "A message that is long enough to be wrapped " + "and-a-word-without-spaces" * 10)
@@ -132,11 +190,13 @@ def test_names_contrast_and_width(visit, scheme, viewport):  # noqa: F811
             page.get_by_role("link", name=name).click()
             page.get_by_label(label).fill("Hi")
             page.keyboard.press("Enter")
-            until(page, "document.querySelector('.running') === null && document.querySelectorAll('.token').length > 10")
+            until(
+                page, "document.querySelector('.running') === null && document.querySelectorAll('.token').length > 10"
+            )
             check(name)
 
 
-def test_the_theme_switch_outlives_a_reload(visit):  # noqa: F811
+def test_the_theme_switch_outlives_a_reload(visit):
     with ChatStandIn() as server:
         page = visit(server, color_scheme="light")
         background = "getComputedStyle(document.body).backgroundColor"
