@@ -24,8 +24,8 @@ def test_a_chat_streams_and_is_kept(visit):
         assert text_of_last(page) == REPLY
         assert replies(page).last.locator(".numbers").inner_text().startswith("jojo-chat · 8 tokens · ")
         assert "tokens/s" in replies(page).last.inner_text()
-        meter = page.get_by_label("Window")
-        assert meter.get_attribute("max") == "256" and int(meter.get_attribute("value")) > 8
+        meter = page.get_by_role("meter")
+        assert meter.get_attribute("aria-valuemax") == "256" and int(meter.get_attribute("aria-valuenow")) > 8
         area = page.get_by_label("Message", exact=True)
         area.fill("two")
         page.keyboard.press("Shift+Enter")
@@ -90,6 +90,8 @@ def test_edit_a_message_and_continue_from_there(visit):
         button(page, "Edit and continue from here").first.click()
         page.get_by_label("Edit your message").fill("Uno")
         page.keyboard.press("Enter")
+        assert "The 3 messages after this one will be removed" in page.get_by_role("dialog").inner_text()
+        button(page, "Continue").click()
         wait_for_end(page)
         assert page.locator("#messages .user").count() == 1 and replies(page).count() == 1
         assert server.requests[-1]["messages"] == [{"role": "user", "content": "Uno"}]

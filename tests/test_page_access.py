@@ -54,7 +54,7 @@ UNNAMED = """() => {
       || [...(node.labels ?? [])].some((label) => label.textContent.trim())
       || (node.tagName !== "SELECT" && node.textContent.trim());
   };
-  const controls = "button, a[href], input, select, textarea, meter, summary, nav, aside, section, dialog[open], "
+  const controls = "button, a[href], input, select, textarea, [role=meter], summary, nav, aside, section, dialog[open], "
     + "[role=button], [role=group], [role=dialog], [role=log]";
   const unnamed = [...document.querySelectorAll(controls)].filter((node) => !named(node));
   const ids = [...document.querySelectorAll("[id]")].map((node) => node.id);

@@ -76,6 +76,7 @@ def test_payloads_in_imports_and_in_the_browsers_store_stay_text(visit, tmp_path
             assert text_of_last(page) == text and page.locator(".user .text").inner_text() == text
         assert_harmless(page)
         page.evaluate("localStorage.setItem('jojo.chat.broken', 'not JSON')")
+        page.evaluate("localStorage.setItem('jojo.chat.strange', '{}')")
         page.evaluate("localStorage.setItem('jojo.settings', 'not JSON')")
         page.reload()
         assert page.locator(".open-chat").count() == len(lines)

@@ -1,6 +1,7 @@
 // The page "Chat": one chat with its messages, and what a person can do with them.
 
 import { Composer } from "./composer.js";
+import { askToConfirm } from "./dialogs.js";
 import { announce, byId, element, iconButton } from "./dom.js";
 import { announceReply, copyButton, ReplyView, userMessage } from "./message.js";
 import { editor } from "./editor.js";
@@ -51,7 +52,11 @@ export class ChatPage {
     if (chat.model && findModel(this.models, chat.model)) this.picker.value = chat.model;
     this.#showMessages();
     this.composer.setRunning(this.running.has(chat.id));
-    document.title = `${titleOf(chat)} – Jojo`;
+    this.showTitle();
+  }
+
+  showTitle() {
+    document.title = `${titleOf(this.chat)} – Jojo`;
   }
 
   focus() {
@@ -148,8 +153,8 @@ export class ChatPage {
   }
 
   /** Another version of a reply; what came after the old one belongs to the old one and is dropped. */
-  #newVersion(message, reply) {
-    this.#dropAfter(message);
+  async #newVersion(message, reply) {
+    if (!(await this.#dropAfter(message))) return;
     message.versions.push(reply);
     message.version = message.versions.length - 1;
     this.views.get(message.id).update(reply);
@@ -160,20 +165,26 @@ export class ChatPage {
     return this.#newVersion(message, newReply(reply.model, { tokens: takeInstead(reply, index, alternative) }));
   }
 
-  #dropAfter(message) {
-    this.stop();
+  /** Drop the messages after this one; asks first, and returns false on a no, where the person wrote one of them. */
+  async #dropAfter(message) {
     const { messages } = this.chat;
+    const after = messages.slice(messages.indexOf(message) + 1);
+    const question = `The ${after.length} messages after this one will be removed from the chat.`;
+    const needsConsent = after.some((one) => one.role === "user");
+    if (needsConsent && !(await askToConfirm("Continue from here?", question, "Continue"))) return false;
+    this.stop();
     for (const dropped of messages.splice(messages.indexOf(message) + 1)) {
       this.log.querySelector(`[data-id="${dropped.id}"]`)?.remove();
       this.views.delete(dropped.id);
     }
+    return true;
   }
 
   #editUser(message) {
     const node = this.log.querySelector(`[data-id="${message.id}"]`);
-    const send = (text) => {
+    const send = async (text) => {
+      if (!(await this.#dropAfter(message))) return;
       message.text = text;
-      this.#dropAfter(message);
       node.replaceWith(this.#view(message));
       this.#answer();
       this.focus();
@@ -183,8 +194,8 @@ export class ChatPage {
 
   #editReply(message, reply) {
     const edited = (text) => newReply(reply.model, { text });
-    const save = (text) => {
-      this.#dropAfter(message);
+    const save = async (text) => {
+      if (!(await this.#dropAfter(message))) return;
       message.versions.push({ ...edited(text), finish: "stop" });
       message.version = message.versions.length - 1;
       this.views.get(message.id).update(shownReply(message));
@@ -235,7 +246,7 @@ export class ChatPage {
     const message = "The browser has no room for more chats. Export and delete some; this one is lost when you close the page.";
     byId("chat-notice").replaceChildren(...(kept ? [] : [element("p", { class: "error", role: "alert" }, message)]));
     this.onChange(chat);
-    if (chat === this.chat) document.title = `${titleOf(chat)} – Jojo`;
+    this.showTitle();
   }
 
   /** How full the window of the model was at the last reply. */
@@ -246,8 +257,15 @@ export class ChatPage {
     byId("window").hidden = !usage || !size;
     if (!usage || !size) return;
     const text = `${usage.total_tokens.toLocaleString("en")} of ${size.toLocaleString("en")} tokens`;
+    const share = Math.min(1, usage.total_tokens / size);
+    const meter = byId("window-meter");
     byId("window-text").textContent = text;
-    Object.assign(byId("window-meter"), { max: size, low: 0.85 * size, high: 0.95 * size, value: usage.total_tokens, title: text });
+    meter.title = text;
+    meter.setAttribute("aria-valuenow", usage.total_tokens);
+    meter.setAttribute("aria-valuemax", size);
+    meter.setAttribute("aria-valuetext", text);
+    meter.classList.toggle("nearly-full", share > 0.95);
+    meter.firstChild.style.width = `${100 * share}%`;
   }
 
   /** Keep the end in view, unless the person has scrolled up to read. */

@@ -154,6 +154,7 @@ export function describe(reply) {
   if (reply.tokensPerSecond) parts.push(`${reply.tokensPerSecond.toFixed(1)} tokens/s`);
   if (reply.finish === "length") parts.push("reached the limit");
   if (reply.finish === "stopped") parts.push("stopped");
-  if (reply.usage?.dropped_messages) parts.push(`the oldest ${reply.usage.dropped_messages} messages no longer fit`);
+  const dropped = reply.usage?.dropped_messages;
+  if (dropped) parts.push(dropped === 1 ? "the oldest message no longer fits" : `the oldest ${dropped} messages no longer fit`);
   return parts.join(" · ");
 }

@@ -86,6 +86,7 @@ export class Sidebar {
     const chat = this.page.chatInMemory(id) ?? loadChat(id);
     chat.title = name;
     saveChat(chat);
+    if (chat === this.page.chat) this.page.showTitle();
     this.show();
   }
 

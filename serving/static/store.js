@@ -37,7 +37,8 @@ export function allChats() {
   const chats = [];
   for (const key of keysOf(CHAT)) {
     try {
-      chats.push(JSON.parse(localStorage.getItem(key)));
+      const chat = JSON.parse(localStorage.getItem(key));
+      if (Array.isArray(chat?.messages)) chats.push(chat);
     } catch {
       // Not written by this page; leave it alone.
     }
