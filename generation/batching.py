@@ -46,9 +46,11 @@ class BatchEngine:
         max_rows: int = 16,
         max_waiting: int = 64,
         decode: DecodeRows = decode_rows,
+        piece_tokens: int = PIECE_TOKENS,
         clock: Callable[[], float] = time.perf_counter,
     ):
-        self.model, self.max_waiting, self.decode, self.clock = model, max_waiting, decode, clock
+        self.model, self.max_waiting, self.decode = model, max_waiting, decode
+        self.piece_tokens, self.clock = piece_tokens, clock
         self.block_size, self.n_vocab = model.config.block_size, model.config.n_vocab
         weight = model.ln_f.weight
         self.device = weight.device
@@ -149,7 +151,7 @@ class BatchEngine:
                 tokens[stream.row] = []
             stream.cached_tokens = 0 if request.prompt_logprobs else self.cache.share_prefix(stream.row, stream.context)
         start = len(tokens[stream.row])
-        ids = stream.context[start : start + PIECE_TOKENS]
+        ids = stream.context[start : start + self.piece_tokens]
         hidden = prefill_piece(self.model, self.cache, stream.row, ids)
         if request.prompt_logprobs and not stream.n_tokens:
             self._keep_prompt_logprobs(stream, start, hidden)

@@ -98,8 +98,8 @@ class ModelPool:
         self.loaded: dict[str, LoadedModel] = {}
         self.failure: UserError | None = None
         self._changing = asyncio.Lock()  # held while models are loaded or dropped; waiters are served in order
-        self._loading: dict[str, asyncio.Task[None]] = {}
-        self._n_waiting = 0
+        self._waiting: dict[str, list[asyncio.Future[LoadedModel]]] = {}  # for models that are being loaded, by id
+        self._tasks: set[asyncio.Task[None]] = set()
 
     def card(self, name: str | None) -> ModelCard:
         """The card of a model, of the first one if no name is given. Raises ApiError 404."""
@@ -117,7 +117,7 @@ class ModelPool:
     @property
     def n_waiting(self) -> int:
         """Texts that wait for a row or for their model."""
-        return self._n_waiting + sum(len(model.engine.waiting) for model in list(self.loaded.values()))
+        return self._n_waiting_for_models + sum(len(model.engine.waiting) for model in list(self.loaded.values()))
 
     @property
     def rows_in_use(self) -> int:
@@ -135,30 +135,43 @@ class ModelPool:
         if model := self.acquire_loaded(card):
             return model
         self.check_waiting()
-        self._n_waiting += 1
+        waiting = asyncio.get_running_loop().create_future()
+        if card.id not in self._waiting:
+            self._waiting[card.id] = []
+            task = asyncio.create_task(self._bring(card))  # its own: a client that leaves stops nobody's loading
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+        self._waiting[card.id].append(waiting)
         try:
-            while True:
-                if card.id not in self._loading:
-                    task = asyncio.create_task(self._bring(card))
-                    self._loading[card.id] = task
-                    task.add_done_callback(lambda done: self._loading.pop(card.id))
-                await asyncio.shield(self._loading[card.id])  # a client that leaves stops nobody's loading
-                if model := self.acquire_loaded(card):
-                    return model
-        finally:
-            self._n_waiting -= 1
+            return await waiting
+        except asyncio.CancelledError:
+            if waiting.done() and not waiting.cancelled() and not waiting.exception():
+                self.release(waiting.result())
+            raise
 
     async def _bring(self, card: ModelCard) -> None:
-        """Load a model unless it is there, after room has been made for it."""
+        """Load a model, after room has been made for it, and hand it to all who wait for it."""
         async with self._changing:
-            if card.id not in self.loaded:
+            try:
                 await self._make_room()
-                await self._load(card)
+                model = await self._load(card)
+            except Exception as error:
+                for waiting in self._waiting.pop(card.id):
+                    if not waiting.done():
+                        waiting.set_exception(error)
+                return
+            for waiting in self._waiting.pop(card.id):
+                if not waiting.done():
+                    waiting.set_result(self._use(model))  # at once, so that it is not idle before they resume
 
     def check_waiting(self) -> None:
         """Raise QueueFull if too many requests wait for a model."""
-        if self._n_waiting >= self.settings.max_waiting:
+        if self._n_waiting_for_models >= self.settings.max_waiting:
             raise QueueFull
+
+    @property
+    def _n_waiting_for_models(self) -> int:
+        return sum(map(len, self._waiting.values()))
 
     def release(self, model: LoadedModel) -> None:
         """Say that one request no longer uses a model."""
@@ -183,7 +196,7 @@ class ModelPool:
             del oldest
             gc.collect()
 
-    async def _load(self, card: ModelCard) -> None:
+    async def _load(self, card: ModelCard) -> LoadedModel:
         log.info("loading model %s", card.id)
         started = time.monotonic()
         try:
@@ -192,9 +205,10 @@ class ModelPool:
             self.failure = error
             log.error("model %s not loaded: %s", card.id, error)
             raise ApiError(503, "the model could not be loaded; the server's log says why", param="model") from error
-        self.loaded[card.id] = LoadedModel(card, engine)
+        model = self.loaded[card.id] = LoadedModel(card, engine)
         self.worker.engines.append(engine)
         log.info("model %s ready after %.1f s", card.id, time.monotonic() - started)
+        return model
 
     def _make_engine(self, card: ModelCard) -> BatchEngine:
         model, decode = self.load(card.path)

@@ -174,7 +174,7 @@ def parse_body(fields: type[Fields], body: bytes) -> Fields:
 
 def _is_type_name(part: int | str) -> bool:
     """Whether part of an error's location is the name of an alternative of a union, not of a field."""
-    return isinstance(part, str) and (part in ("str", "int", "float") or "[" in part)
+    return isinstance(part, str) and (part in ("str", "int", "float") or not part.isidentifier())
 
 
 def check_stream_options(fields: GenerationFields) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import hmac
 import ipaddress
+import re
 import socket
 from urllib.parse import urlsplit
 
@@ -34,6 +35,7 @@ PREFLIGHT_HEADERS = {
     "Access-Control-Allow-Headers": "Authorization, Content-Type",
     "Access-Control-Max-Age": "600",
 }
+HOST = re.compile(r"(\[(?P<address>[0-9A-Fa-f:.]+)\]|(?P<name>[0-9A-Za-z._-]+))(:[0-9]*)?")
 OPEN_PATHS = ("/", "/health", "/favicon.ico")  # without a key: the page asks for it
 
 
@@ -126,12 +128,8 @@ def is_open(path: str) -> bool:
 
 def host_name(host: str) -> str | None:
     """The name in a Host header, in lower case, without its port; None if it is malformed."""
-    try:
-        parts = urlsplit(f"//{host}")
-        _ = parts.port
-        return None if parts.path or parts.query or parts.fragment or "@" in host else parts.hostname
-    except ValueError:
-        return None
+    match = HOST.fullmatch(host)
+    return (match["address"] or match["name"]).lower() if match else None
 
 
 def is_same_origin(origin: str, host: str) -> bool:
