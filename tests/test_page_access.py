@@ -54,8 +54,8 @@ UNNAMED = """() => {
       || [...(node.labels ?? [])].some((label) => label.textContent.trim())
       || (node.tagName !== "SELECT" && node.textContent.trim());
   };
-  const controls = "button, a[href], input, select, textarea, [role=meter], summary, nav, aside, section, dialog[open], "
-    + "[role=button], [role=group], [role=dialog], [role=log]";
+  const controls = "button, a[href], input, select, textarea, summary, nav, aside, section, dialog[open], "
+    + "[role=meter], [role=button], [role=group], [role=dialog], [role=log]";
   const unnamed = [...document.querySelectorAll(controls)].filter((node) => !named(node));
   const ids = [...document.querySelectorAll("[id]")].map((node) => node.id);
   return unnamed.map((node) => node.outerHTML.slice(0, 80)).concat(ids.filter((id, i) => ids.indexOf(id) !== i));
