@@ -21,10 +21,10 @@ FORMATS = {"models/chatty.pt": "chat", "models/texty.pt": "text"}
 
 
 @functools.cache
-def tiny_model(seed: int, block_size: int = CONFIG["block_size"]) -> GPT:
+def tiny_model(seed: int, **changes) -> GPT:
     """A model whose logits differ enough that rounding does not change the likeliest id."""
     torch.manual_seed(seed)
-    model = GPT(GPTConfig(**{**CONFIG, "block_size": block_size})).eval().requires_grad_(False)
+    model = GPT(GPTConfig(**{**CONFIG, **changes})).eval().requires_grad_(False)
     for parameter in model.parameters():
         parameter.mul_(6)
     return model

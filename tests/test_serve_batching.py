@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 import random
 
 import pytest
 import torch
 
+from fast import speed_up_generation
 from generation.batching import BatchEngine, QueueFull, draw_each, token_logprobs
 from generation.decoding import generate, prefill
-from generation.row_cache import RowCache, decode_rows
+from generation.row_cache import RowCache, decode_rows, prefill_piece
 from generation.sampling import Sampling
 from generation.stream import Request, Stream
 from generation.window import MessageTooLong, fit_window
-from model import KVCache
+from model import GPT, GPTConfig, KVCache
 from setup_tokenizer import encode_chat, encode_text, get_extended_tokenizer
 from tests.live_server import tiny_model
 
@@ -291,3 +293,21 @@ def test_the_window_keeps_the_system_message_and_drops_whole_exchanges():
     ):
         fit_window([*messages, {"role": "user", "content": " word" * 400}], 120)
     assert len(encode_text(" word" * 400)) == 400
+
+
+@pytest.mark.parametrize("rows", [[3], [5, 1, 6], [7, 2, 3, 0]], ids=str)
+def test_the_packed_layers_decode_any_rows_like_the_plain_ones(rows):
+    torch.manual_seed(0)
+    plain = GPT(GPTConfig(block_size=128, n_layer=2, n_head=4, n_embd=128)).bfloat16().eval().requires_grad_(False)
+    packed = copy.deepcopy(plain)
+    if speed_up_generation(packed, None, 4).description == "plain layers":
+        pytest.skip("this processor has no kernels for packed layers")
+    found = []
+    for model in (plain, packed):
+        cache = RowCache(model.config, 8, torch.device("cpu"), torch.bfloat16)
+        with torch.inference_mode():
+            for row in rows:
+                prefill_piece(model, cache, row, list(range(9 * (row + 1))))
+            lengths = [len(cache.tokens[row]) for row in rows]
+            found.append(decode_rows(model, torch.arange(len(rows)), rows, lengths, cache))
+    torch.testing.assert_close(found[1], found[0], rtol=0.02, atol=0.02)
