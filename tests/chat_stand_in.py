@@ -199,17 +199,10 @@ def _choice(token: str, index: int, is_chat: bool) -> dict:
     """A token with probabilities that vary, its alternatives below it."""
     logprob = (-0.02, -0.4, -0.9, -1.6, -3.0, -5.0)[index % 6]
     top = [(token, logprob), *ALTERNATIVES]
-    if is_chat:
-        entries = [{"id": token_id(t), "token": t, "bytes": list(t.encode()), "logprob": p} for t, p in top]
-        return {
-            "index": 0,
-            "delta": {"content": token},
-            "finish_reason": None,
-            "logprobs": {"content": [{**entries[0], "top_logprobs": entries}]},
-        }
-    logprobs = {"tokens": [token], "token_logprobs": [logprob], "top_logprobs": [dict(top)], "text_offset": [0]}
-    logprobs |= {"ids": [token_id(token)], "top_ids": [[token_id(t) for t, _ in sorted(top, key=lambda one: -one[1])]]}
-    return {"index": 0, "text": token, "finish_reason": None, "logprobs": logprobs}
+    entries = [{"id": token_id(t), "token": t, "bytes": list(t.encode()), "logprob": p} for t, p in top]
+    logprobs = {"content": [{**entries[0], "top_logprobs": entries}]}
+    text = {"delta": {"content": token}} if is_chat else {"text": token}
+    return {"index": 0, **text, "finish_reason": None, "logprobs": logprobs}
 
 
 if __name__ == "__main__":

@@ -176,6 +176,7 @@ def test_export_is_what_prepare_chat_reads_and_import_reads_it_again(visit, tmp_
         page = visit(server)
         page.get_by_text("System message", exact=False).first.click()
         page.locator("#system-message").fill("You are kind.")
+        assert page.locator("summary").inner_text() == "System message (set)"
         send(page, "Hi \u2028 there")  # a line separator, which ends no line of JSONL
         with page.expect_download() as download:
             button(page, "Export all chats").click()

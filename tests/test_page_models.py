@@ -106,7 +106,6 @@ def test_a_text_model_completes_text(visit):
         tokens.nth(1).click()
         page.get_by_role("button", name="7, 0.034%, take this one instead").click()
         until(page, "document.querySelector('#document')?.innerText.includes('all was well')")
-        # A key like "7" comes first in a JavaScript object: ids are looked up by token, not by position.
         assert server.requests[1]["prefix_ids"] == [token_id(" there"), token_id("7")]
         button(page, "Continue this text").click()
         until(page, "document.querySelector('#document')?.innerText.split('all was well').length === 3")

@@ -38,32 +38,13 @@ export function showTokens(tokens) {
 
 const bytesOf = (token) => (token.bytes ? new Uint8Array(token.bytes) : encoder.encode(token.text));
 
-/** The tokens of a completion are strings, in which bytes that are no whole character are written as \xe2. */
-function parseToken(string) {
-  const text = string.replace(/^bytes:/, "");
-  const parts = text.split(/\\x([89a-f][0-9a-f])/i); // every second part is a byte; none of ASCII is ever escaped
-  if (parts.length === 1) return { text: string };
-  const bytes = parts.flatMap((part, i) => (i % 2 === 1 ? Number.parseInt(part, 16) : [...encoder.encode(part)]));
-  return { text: new TextDecoder().decode(new Uint8Array(bytes)), bytes };
-}
-
-function chatToken({ id, token, bytes, logprob, top_logprobs: top }) {
+/** A token as the API describes it, of a chat or of a text. */
+function parseToken({ id, token, bytes, logprob, top_logprobs: top }) {
   const isText = !bytes || new TextDecoder().decode(new Uint8Array(bytes)) === token;
   const made = { id, text: token, logprob };
   if (!isText || token.includes("\ufffd")) made.bytes = bytes;
-  if (top) made.top = top.map(chatToken);
+  if (top) made.top = top.map(parseToken);
   return made;
-}
-
-function* completionTokens({ tokens, token_logprobs: logprobs, top_logprobs: tops, ids, top_ids: topIds }) {
-  for (const [i, string] of tokens.entries()) {
-    // By probability, as ids in a list are: JavaScript moves keys like "7" of an object to its front.
-    const known = topIds?.[i] ?? {};
-    const top = Object.entries(tops?.[i] ?? {})
-      .sort(([, one], [, other]) => other - one)
-      .map(([name, logprob], rank) => ({ ...parseToken(name), id: Array.isArray(known) ? known[rank] : known[name], logprob }));
-    yield { ...parseToken(string), id: ids?.[i], logprob: logprobs[i], top };
-  }
 }
 
 function bodyOf(reply, model, { messages, prompt }) {
@@ -110,7 +91,7 @@ export async function generate(reply, model, input, signal, onUpdate) {
         if (event.usage) reply.usage = event.usage;
         const choice = event.choices?.[0];
         const text = choice?.delta?.content ?? choice?.text ?? "";
-        const tokens = choice?.logprobs?.content?.map(chatToken) ?? (choice?.logprobs?.tokens ? [...completionTokens(choice.logprobs)] : []);
+        const tokens = choice?.logprobs?.content?.map(parseToken) ?? [];
         for (const token of tokens) reply.tokens.push({ ...token, shown: decoder.decode(bytesOf(token), { stream: true }) });
         reply.text += text;
         if (tokens.length > 0 || text) {
