@@ -7,6 +7,8 @@ import json
 import sys
 from pathlib import Path
 
+import jinja2
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -16,7 +18,7 @@ import export as export_module
 from common.checkpoint import save_checkpoint
 from common.cli import UserError
 from exchange.loading import load_model
-from exchange.tokenizer_files import merges, vocabulary
+from exchange.tokenizer_files import CHAT_TEMPLATE, merges, vocabulary
 from export import ExportOptions, export
 from generation.decoding import generate
 from generation.sampling import CHAT_SAMPLING, TEXT_SAMPLING, Sampling
@@ -31,6 +33,7 @@ from setup_tokenizer import (
     encode_text,
     encode_with_extended_tokenizer,
 )
+from training.targets import assistant_targets
 
 CONFIG = GPTConfig(block_size=64, n_layer=2, n_head=2, n_embd=32)
 DATA = {
@@ -54,6 +57,14 @@ CHATS = [
     [{"role": "system", "content": "\n  Be kind. "}, {"role": "user", "content": "  \n\nHi"}],
     [{"role": "user", "content": ""}, {"role": "assistant", "content": "ünïcode 漢字 👩‍👩‍👧\t\n"}],
     [{"role": "user", "content": "{{ messages }} {% if %} 'quoted' \\n"}, {"role": "assistant", "content": "\n"}],
+]
+TURNS = [
+    {"role": "system", "content": "You are an assistant."},
+    {"role": "user", "content": "assistant"},
+    {"role": "assistant", "content": "Yes?\n\n  漢字"},
+    {"role": "user", "content": "Hi"},
+    {"role": "assistant", "content": ""},
+    {"role": "assistant", "content": "Anything else?"},
 ]
 
 
@@ -152,6 +163,30 @@ def test_the_chat_template_makes_the_ids_of_encode_chat(tokenizer, messages, add
         messages, add_generation_prompt=add_generation_prompt, tokenize=True, return_dict=False
     )
     assert theirs == encode_chat(messages, add_generation_prompt)
+
+
+@pytest.mark.parametrize("add_generation_prompt", [False, True])
+@pytest.mark.parametrize("messages", [*CHATS[:3], TURNS])  # the fourth's answer shares a token with its header
+def test_the_chat_template_marks_the_targets_of_training(tokenizer, messages, add_generation_prompt):
+    theirs = tokenizer.apply_chat_template(
+        messages,
+        add_generation_prompt=add_generation_prompt,
+        tokenize=True,
+        return_dict=True,
+        return_assistant_tokens_mask=True,
+    )
+    ids = encode_chat(messages, add_generation_prompt)
+    assert theirs["input_ids"] == ids
+    assert theirs["assistant_masks"] == assistant_targets(np.array(ids)).astype(int).tolist()
+
+
+@pytest.mark.parametrize("add_generation_prompt", [False, True])
+@pytest.mark.parametrize("messages", [*CHATS, TURNS])
+def test_the_marks_leave_the_text_of_the_chat_template_alone(tokenizer, messages, add_generation_prompt):
+    """GGUF holds the template without marks, because plain Jinja does not know {% generation %}."""
+    plain = jinja2.Environment().from_string(CHAT_TEMPLATE)
+    rendered = tokenizer.apply_chat_template(messages, add_generation_prompt=add_generation_prompt, tokenize=False)
+    assert rendered == plain.render(messages=messages, add_generation_prompt=add_generation_prompt)
 
 
 def test_the_card_is_right_that_spelled_control_tokens_become_control_ids(chat, tokenizer):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import sys
 from pathlib import Path
 
@@ -13,7 +12,7 @@ import pytest
 from common.cli import UserError
 from exchange import gguf_file
 from exchange.hugging_face import complete_weights
-from exchange.tokenizer_files import merges, vocabulary
+from exchange.tokenizer_files import CHAT_TEMPLATE, merges, vocabulary
 from export import ExportOptions, export
 from generation.decoding import generate
 from generation.sampling import Sampling
@@ -81,8 +80,7 @@ def test_gguf_holds_the_shape_and_the_tokenizer(chat, gguf_content):
     assert of_tokenizer["token_type"] == [normal] * 50256 + [control] * 3
     ends = [of_tokenizer[f"{name}_token_id"] for name in ("bos", "eos", "eot")]
     assert ends == [ENDOFTEXT_ID, IM_END_ID, IM_END_ID]
-    template = json.loads((chat / "tokenizer_config.json").read_text("utf-8"))["chat_template"]
-    assert facts["tokenizer.chat_template"] == template
+    assert facts["tokenizer.chat_template"] == CHAT_TEMPLATE
 
 
 @pytest.mark.parametrize(("kind", "error"), [("bf16", 2**-8), ("q8_0", 2**-7)])
