@@ -29,6 +29,7 @@ demo: $(VENV)/.installed ## train a small chat model from nothing and talk to it
 	@$(BIN)/python testing_tools/scripted_chat.py models/chitchat1700.pt
 	@echo
 	@echo "Talk to it yourself:       $(BIN)/python gen.py --chat"
+	@echo "Or in a browser:           $(BIN)/python serve.py"
 	@echo "Train it on stories next:  $(BIN)/python data/prepare-story.py && $(BIN)/python train.py"
 
 test: $(VENV)/.installed-dev ## run the tests

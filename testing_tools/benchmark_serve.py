@@ -1,4 +1,4 @@
-"""Measure serve.py: tokens per second and first tokens for several numbers of clients, next to gen.py and another server.
+"""Measure serve.py: tokens per second and times to the first token, next to gen.py and to another server.
 
     python testing_tools/benchmark.py serve --preset gpt2 --dtype bfloat16
     python testing_tools/benchmark.py serve --preset gpt2 --dtype bfloat16 --quantize int8 --json serve.json
@@ -104,9 +104,9 @@ def ask(target: Target, text: str, max_tokens: int) -> Reply:
             raise UserError(f"{target.name} answered {answer.status}: {answer.read(300)!r}; check --peer_url")
         pieces = []
         for line in answer:
-            if line.startswith(b"data: {") and (choices := json.loads(line[6:]).get("choices")):
-                if choices[0].get("delta", {}).get("content"):
-                    pieces.append(time.perf_counter())
+            choices = json.loads(line[6:]).get("choices") if line.startswith(b"data: {") else None
+            if choices and choices[0].get("delta", {}).get("content"):
+                pieces.append(time.perf_counter())
     if len(pieces) < 2:
         raise UserError(f"{target.name} ended a reply after {len(pieces)} tokens; use another --preset or seed")
     return Reply(started, pieces)
