@@ -6,7 +6,7 @@
 
 The server runs in a process of its own with random weights, which does not change the speed; the clients run in this
 one and take part of the cores. With --keep DIR the checkpoint stays, so that a peer can be started with the same
-weights (python export.py DIR/random.pt --hf DIR/hf); its address is given with --peer_url, and the rounds alternate.
+weights (python export.py DIR/random.pt DIR/hf); its address is given with --peer_url, and the rounds alternate.
 """
 
 from __future__ import annotations
