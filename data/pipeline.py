@@ -160,8 +160,7 @@ def prepare(
         else:
             _require_space(folder, dataset.name, options, corpus.files)
             with atomic_files(folder, dataset.name) as staging:
-                splits, counts = _write_splits(staging, wanted, options, corpus, passes, batch_characters)
-                report = dict(sorted(counts.items())) | dict(sorted(corpus.skipped.items()))
+                splits, report = _write_splits(staging, wanted, options, corpus, passes, batch_characters)
                 info = dataclasses.replace(wanted, **{"splits": splits, "report": report, **(keep or {})})
                 if options.report:
                     info = write_report(staging, staging, info)
@@ -224,8 +223,8 @@ def _write_splits(
     corpus: Corpus,
     passes: Sequence[Pass],
     batch_characters: int,
-) -> tuple[dict[str, SplitInfo], Counter]:
-    """Write both splits' files into `staging`; returns their entries for the .json and the counts for its report."""
+) -> tuple[dict[str, SplitInfo], dict[str, int]]:
+    """Write both splits' files into `staging`; returns their entries for the .json, and its report."""
     worker = Worker(wanted.format, tuple(passes), options.seed, options.max_document_tokens, options.near_dedup)
     n_workers = options.workers or min(n_cores(), MAX_DEFAULT_WORKERS)
     counts: Counter = Counter()
@@ -260,7 +259,7 @@ def _write_splits(
                 writers["train"].write(batch.select(repeats.find_new(batch)))
     splits = {split: writer.info() for split, writer in writers.items()}
     _require_documents(wanted, options, splits, counts["read"], corpus)
-    return splits, counts
+    return splits, dict(sorted(counts.items())) | dict(sorted(corpus.skipped.items()))
 
 
 def _total_bytes(options: PrepareOptions, files: Sequence[Path]) -> int | None:

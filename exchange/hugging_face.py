@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from common.cli import UserError, first_cause
+from common.hub import fetch_file
 from exchange.tokenizer_files import vocabulary
 from model import GPT, GPTConfig
 from setup_tokenizer import (
@@ -272,7 +273,8 @@ def _weight_files(path: Path) -> list[Path]:
 def _file(path: Path, name: str) -> Path:
     """A file of the model: in the folder, or downloaded from the hub into its cache."""
     if not path.is_dir():
-        return _fetch(HUB_MODELS[str(path)], name)
+        other = "model.safetensors" if name == "config.json" else "config.json"
+        return fetch_file(HUB_MODELS[str(path)], name, f"and {other} by hand into a folder and use that folder instead")
     if (path / name).is_file():
         return path / name
     if name.endswith(".safetensors") and (path / "pytorch_model.bin").is_file():
@@ -283,20 +285,6 @@ def _file(path: Path, name: str) -> Path:
     raise UserError(
         f"{path / name} not found; use a folder with config.json and model.safetensors, or a file made by train.py"
     )
-
-
-def _fetch(repo_id: str, name: str) -> Path:
-    import huggingface_hub
-    from huggingface_hub.errors import HTTPError
-
-    try:
-        return Path(huggingface_hub.hf_hub_download(repo_id, name))
-    except (OSError, HTTPError, ValueError) as error:  # ValueError: a file of the wrong length
-        folder = huggingface_hub.hf_hub_url(repo_id, name).removesuffix(name)
-        raise UserError(
-            f"{name} of {repo_id} not downloaded ({first_cause(error)}); fetch {folder}config.json and "
-            "model.safetensors by hand into a folder and give that folder instead"
-        ) from error
 
 
 def _read_json(path: Path) -> dict:

@@ -80,7 +80,7 @@ class ChatAnswer(Answer):
         return {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
 
     def chunk(self, index: int, output: Output) -> list[dict]:
-        logprobs = {"content": self._content(output.logprobs), "refusal": None} if output.logprobs else None
+        logprobs = {"content": _content(output.logprobs), "refusal": None} if output.logprobs else None
         choices: list[dict] = []
         if output.text or logprobs:
             delta = {"content": output.text}
@@ -93,7 +93,7 @@ class ChatAnswer(Answer):
     def whole(self, outputs: list[list[Output]]) -> dict:
         choices = []
         for index, parts in enumerate(outputs):
-            entries = self._content([one for part in parts for one in part.logprobs])
+            entries = _content([one for part in parts for one in part.logprobs])
             asked = self.requests[index].top_logprobs is not None
             message = {"role": "assistant", "content": "".join(part.text for part in parts), "refusal": None}
             choices.append(
@@ -106,11 +106,13 @@ class ChatAnswer(Answer):
             )
         return self.envelope(self.object_name, choices, usage=self.usage())
 
-    def _content(self, logprobs: Sequence[TokenLogprob]) -> list[dict]:
-        return [
-            {**_described(one.id, one.logprob), "top_logprobs": [_described(*other) for other in one.likeliest]}
-            for one in logprobs
-        ]
+
+def _content(logprobs: Sequence[TokenLogprob]) -> list[dict]:
+    """Tokens with their likeliest alternatives, in the layout of chats."""
+    return [
+        {**_described(one.id, one.logprob), "top_logprobs": [_described(*other) for other in one.likeliest]}
+        for one in logprobs
+    ]
 
 
 def _described(token: int, logprob: float) -> dict:
@@ -147,7 +149,10 @@ class TextAnswer(Answer):
         return self.envelope(self.object_name, choices, usage=self.usage())
 
     def _logprobs(self, index: int, outputs: Sequence[Output]) -> dict | None:
-        """OpenAI's legacy layout; `ids` and `top_ids` are the ids of `tokens` and of `top_logprobs`."""
+        """OpenAI's legacy layout; `ids` and `top_ids` are the ids of `tokens` and of `top_logprobs`.
+
+        `content` is the same in the layout of chats, for clients whose objects do not keep the order of keys like "7".
+        """
         if self.requests[index].top_logprobs is None:
             return None
         entries = [one for output in outputs for one in (*output.prompt_logprobs, *output.logprobs)]
@@ -160,6 +165,7 @@ class TextAnswer(Answer):
             "text_offset": [self._offsets[index].of(one.id) for one in entries],
             "ids": [one.id for one in entries],
             "top_ids": [[token for token, _ in one.likeliest] for one in entries],
+            "content": _content(entries),
         }
 
 

@@ -25,7 +25,7 @@ from wrapped_tokenizer import ExtendedTokenizerWrapper
 
 from common.cli import UserError, check_options, option, parse_options, run_script
 from data.dataset import prepare_command, read_info
-from data.documents import read_prepared
+from data.documents import Document, read_prepared
 from data.pipeline import DATA_FOLDER
 from data.readers.recognize import read_documents, recognize
 from setup_tokenizer import (
@@ -96,7 +96,7 @@ class Measured:
 
 def read_conversations(options: CompareOptions) -> tuple[str, list[list[dict]]]:
     """(name, conversations) of the chosen source, or the built-in examples."""
-    documents: Iterator
+    documents: Iterator[Document]
     if options.input:
         found = recognize(options.input)
         if found.kind != "chat":
@@ -113,7 +113,8 @@ def read_conversations(options: CompareOptions) -> tuple[str, list[list[dict]]]:
         documents = read_prepared(Path(options.data_dir), info, options.split)
     else:
         return "built-in examples", EXAMPLES
-    conversations = list(itertools.islice(documents, options.limit))
+    chats = (document for document in documents if not isinstance(document, str))  # all are, in a chat file
+    conversations = list(itertools.islice(chats, options.limit))
     if not conversations:
         raise UserError(f"{name} contains no conversation; give --input a chat file")
     return name, conversations

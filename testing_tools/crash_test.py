@@ -1,4 +1,4 @@
-"""Kill training with SIGKILL at random moments, resume, and compare the end with an uninterrupted run, bit by bit.
+"""Kill training with SIGKILL at random moments, resume it, and compare the result with an uninterrupted run.
 
     python testing_tools/crash_test.py --kills 200
 
@@ -27,6 +27,7 @@ import time
 import traceback
 from collections import Counter
 from pathlib import Path
+from typing import IO, Any, cast
 
 import numpy as np
 import torch
@@ -56,9 +57,9 @@ VARIANTS = (
 
 @dataclasses.dataclass(frozen=True)
 class CrashOptions:
-    """What the campaign is made of."""
+    """The settings of the test."""
 
-    kills: int = option(200, "how many times training is killed")
+    kills: int = option(200, "number of times that training is killed")
     max_iters: int = option(100, "iterations of each run")
     seed: int = option(1, "seed of the moments")
     json: str | None = option(None, "also write the counts to this file", metavar="FILE")
@@ -66,7 +67,7 @@ class CrashOptions:
 
 @dataclasses.dataclass
 class Counts:
-    """What the campaign saw."""
+    """The results of the test."""
 
     runs: int = 0
     kills: int = 0
@@ -90,19 +91,20 @@ class Counts:
 def write_dataset(folder: Path, name: str, kind: str, n_tokens: int, seed: int, n_shards: int = 1) -> None:
     """A prepared data set of random ids in the project's layout, `kind` text or chat, its val split a quarter of it."""
     rng = np.random.default_rng(seed)
-    splits = {}
+    splits: dict[str, dict[str, Any]] = {}
     for split, size in (("train", n_tokens), ("val", n_tokens // 4)):
         ids = np.concatenate(list(_random_documents(rng, kind, size)))[:size].astype("<u2")
         shards = np.array_split(ids, n_shards)
         paths = [folder / f"{name}-{split}{f'-{n:05d}' if n_shards > 1 else ''}.bin" for n in range(n_shards)]
-        files = []
+        files: list[dict[str, Any]] = []
         for path, shard in zip(paths, shards, strict=True):
             path.write_bytes(shard.tobytes())
             sha256 = hashlib.sha256(shard.tobytes()).hexdigest()
             files.append({"file": path.name, "tokens": len(shard), "sha256": sha256})
         splits[split] = {"documents": 1, "tokens": len(ids), "text_bytes": len(ids), "files": files}
-    facts = {"name": name, "format": kind, "tokenizer": setup_tokenizer.TOKENIZER_NAME, "splits": splits}
-    facts |= {"n_vocab": setup_tokenizer.N_VOCAB, "dtype": "uint16", "source": "random", "licence": "none"}
+    facts: dict[str, Any] = {"name": name, "format": kind, "splits": splits}
+    facts |= {"tokenizer": setup_tokenizer.TOKENIZER_NAME, "n_vocab": setup_tokenizer.N_VOCAB, "dtype": "uint16"}
+    facts |= {"source": "random", "licence": "none"}
     (folder / f"{name}.json").write_text(json.dumps(facts), encoding="utf-8")
 
 
@@ -151,7 +153,7 @@ def start_training(arguments: list[str], output: Path, phase: mmap.mmap) -> int:
 
 def _slow_down_saves(phase: mmap.mmap) -> None:
     """Make each step of a save take a while and show in `phase` which one it is; draw no curves, which takes long."""
-    sys.modules["matplotlib.figure"] = None  # as if matplotlib were not installed
+    sys.modules["matplotlib.figure"] = cast(Any, None)  # as if matplotlib were not installed
     os.fsync = _slowly(os.fsync, phase, "fsync")
     os.replace = _slowly(os.replace, phase, "rename")
     os.link = _slowly(os.link, phase, "rename")
@@ -159,9 +161,9 @@ def _slow_down_saves(phase: mmap.mmap) -> None:
 
     def save_slowly(content, file):
         with _in_phase(phase, "writing"):
-            save(content, _SlowFile(file))
+            save(content, cast(IO[bytes], _SlowFile(file)))
 
-    torch.save = save_slowly
+    setattr(torch, "save", save_slowly)  # noqa: B010  an assignment would need the exact signature
 
 
 def _slowly(function, phase: mmap.mmap, name: str):
@@ -259,11 +261,11 @@ def differences(folder: Path, reference: Path) -> list[str]:
         keys = ours.keys() | theirs.keys()
         found += [f"{path.name}: {key}" for key in sorted(keys) if digest(ours.get(key)) != digest(theirs.get(key))]
     for path in reference.glob("*.jsonl"):
-        ours, theirs = (
+        our_records, their_records = (
             [{k: v for k, v in record.items() if k not in ("tokens_per_s", "elapsed_s")} for record in read_metrics(p)]
             for p in (folder / path.name, path)
         )
-        if ours != theirs:
+        if our_records != their_records:
             found.append(path.name)
     if read_samples(folder.with_suffix(".txt")) != read_samples(reference.with_suffix(".txt")):
         found.append("samples")
@@ -288,7 +290,8 @@ def campaign_run(folder: Path, number: int, kills: int, options: CrashOptions, c
     interval_s = (time.perf_counter() - start) / (options.max_iters / 5)
 
     arguments += ["--out_dir", str(killed)]
-    iter_num, hits = -1, Counter()
+    iter_num = -1
+    hits: Counter[str] = Counter()
     while True:
         resume = ["--resume"] if (killed / f"{name}.pt").exists() else []
         counts.resumes += len(resume)

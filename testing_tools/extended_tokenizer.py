@@ -3,7 +3,8 @@
     python testing_tools/extended_tokenizer.py
     python testing_tools/extended_tokenizer.py "Hello <|im_start|>user text <|im_end|>"
 
-Prints the tokens that the wrapper adds, the ids of a text, and whether `setup_tokenizer` gives the same ids. `wrapped_tokenizer.py` contains the wrapper.
+Prints the tokens that the wrapper adds, the ids of a text, and whether `setup_tokenizer` gives the same ids. The
+wrapper is in wrapped_tokenizer.py.
 """
 
 from __future__ import annotations

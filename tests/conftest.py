@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from common.checkpoint import save_checkpoint
 from tests.tiny import prepare, run
+from tests.tiny_gpt import text_gpt
 
 
 @pytest.fixture
@@ -42,6 +44,18 @@ def straight(data, tmp_path_factory) -> Path:
     assert run(data, folder) == 0
     torch.set_num_threads(threads)
     folder.with_suffix(".txt").touch()  # it printed no samples
+    return folder
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory) -> Path:
+    """A folder to run gen.py in, with models/story5000.pt (text) and, newer, models/chitchat600.pt (chat)."""
+    folder = tmp_path_factory.mktemp("run")
+    (folder / "models").mkdir()
+    for name, kind, block_size in (("story5000", "text", 64), ("chitchat600", "chat", 1024)):
+        info = {"dataset": name.rstrip("0123456789"), "format": kind, "iter_num": 1, "config": {}, "data": {}}
+        info |= {"tokens_seen": 2, "train_loss": 3.0, "val_loss": 3.5}
+        save_checkpoint(folder / "models" / f"{name}.pt", text_gpt(block_size), info)
     return folder
 
 

@@ -72,15 +72,15 @@ def fake_clock(*moments: float):
 
 
 def test_a_round_is_timed_until_the_device_has_done_it():
-    told = []
+    events = []
 
     def step() -> int:
-        told.append("step")
+        events.append("step")
         return 50
 
-    work = benchmark_timing.Work(step, lambda: None, lambda: told.append("wait"))
+    work = benchmark_timing.Work(step, lambda: None, lambda: events.append("wait"))
     assert benchmark_timing.timed(work, 3, fake_clock(10.0, 12.5)) == (2.5, 150)
-    assert told == ["wait", "step", "step", "step", "wait"]
+    assert events == ["wait", "step", "step", "step", "wait"]
 
 
 def test_rounds_alternate_and_the_ratio_is_that_of_the_medians():

@@ -164,13 +164,15 @@ def test_a_bit_flip_is_refused_or_harmless(path):
     damaged = path.with_name("damaged.pt")
     refused = 0
     # Half of the flips go where the structure is: the pickle at the start and the zip's directory at the end.
-    places = [draw.randrange(len(content)) for _ in range(200)]
-    places += [draw.randrange(4000) for _ in range(150)] + [len(content) - 1 - draw.randrange(3000) for _ in range(100)]
-    for place in places:
+    positions = [draw.randrange(len(content)) for _ in range(200)]
+    positions += [draw.randrange(4000) for _ in range(150)] + [
+        len(content) - 1 - draw.randrange(3000) for _ in range(100)
+    ]
+    for position in positions:
         flipped = bytearray(content)
-        flipped[place] ^= 1 << draw.randrange(8)
+        flipped[position] ^= 1 << draw.randrange(8)
         refused += not check_damaged(damaged, bytes(flipped), expected)
-    assert 150 < refused < len(places)  # some flips hit padding, the zip's dates and the like
+    assert 150 < refused < len(positions)  # some flips hit padding, the zip's dates and the like
 
 
 def test_a_block_of_zeros_or_of_another_file_is_refused_or_harmless(path):

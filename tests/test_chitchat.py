@@ -292,7 +292,7 @@ def test_a_reply_of_another_kind_never_fits(questions):
         (IM_END, "empty"),
         ("Hello, Zorba!" + IM_END, "unexpected word 'zorba'"),
         ("Hello hello hello" + IM_END, "three times"),
-        ("I'm doing well, thank you!" + IM_END, "another kind"),
+        ("I'm doing well, thank you!" + IM_END, "this kind of opener"),
         ("Hello! I helo you" + IM_END, "unexpected word 'helo'"),
         ("Hello.\nHow are you?" + IM_END, "more than one line"),
         ("Hello! Goodbye!" + IM_END, "unfitting"),

@@ -79,18 +79,18 @@ def write_checkpoint(path: Path, model: GPT, dataset: str, **info) -> str:
 
 def val_split(folder: Path, name: str, limit: int | None = None):
     streams, facts = open_dataset(folder, name)
-    return read_split(name, streams["val"], facts["format"] == "chat", limit)
+    return read_split(name, streams["val"], facts.format == "chat", limit)
 
 
-def brute_force(model: GPT, context_start: int, ids: list[int], place: int) -> tuple[float, bool]:
+def brute_force(model: GPT, context_start: int, ids: list[int], position: int) -> tuple[float, bool]:
     """Loss and correctness of one id from one forward pass over exactly its context."""
-    logits = model(torch.tensor([ids[context_start:place]]))[0][0, -1, : model.config.n_vocab].double()
-    return -logits.log_softmax(-1)[ids[place]].item(), int(logits.argmax()) == ids[place]
+    logits = model(torch.tensor([ids[context_start:position]]))[0][0, -1, : model.config.n_vocab].double()
+    return -logits.log_softmax(-1)[ids[position]].item(), int(logits.argmax()) == ids[position]
 
 
-def context_start(span_start: int, place: int, stride: int) -> int:
-    """Where the context of `place` begins: the first window, starting every `stride`, that reaches to it."""
-    window = max(0, math.ceil((place - span_start - BLOCK_SIZE + 1) / stride))
+def context_start(span_start: int, position: int, stride: int) -> int:
+    """Where the context of `position` begins: the first window, starting every `stride`, that reaches to it."""
+    window = max(0, math.ceil((position - span_start - BLOCK_SIZE + 1) / stride))
     return span_start + window * stride - 1
 
 
@@ -101,7 +101,9 @@ def test_text_is_scored_as_brute_force_does(tmp_path, stride, shards):
     split, model = val_split(tmp_path, "story"), tiny_model()
     losses, is_right = score(model, split, stride, batch_size=3)
     ids = [ENDOFTEXT_ID, *(i for document in DOCUMENTS for i in encode_document(document))]
-    expected = [brute_force(model, context_start(1, place, stride), ids, place) for place in range(1, len(ids))]
+    expected = [
+        brute_force(model, context_start(1, position, stride), ids, position) for position in range(1, len(ids))
+    ]
     assert math.isnan(losses[0])
     np.testing.assert_allclose(losses[1:], [loss for loss, _ in expected], atol=2e-4)
     assert is_right[1:].tolist() == [right for _, right in expected]
@@ -118,14 +120,14 @@ def test_each_conversation_is_scored_alone(tmp_path):
     write_dataset(tmp_path, "chat", CONVERSATIONS)
     split, model, stride = val_split(tmp_path, "chat"), tiny_model(), 4
     losses, is_right = score(model, split, stride, batch_size=2)
-    expected, said, place = [], [], 1
+    expected, said, position = [], [], 1
     for conversation in CONVERSATIONS:
         ids = encode_chat(conversation, end_of_conversation=True)
         assert len(ids) > BLOCK_SIZE or conversation is not CONVERSATIONS[0]
-        assert math.isnan(losses[place])  # <|im_start|> is given
+        assert math.isnan(losses[position])  # <|im_start|> is given
         expected += [brute_force(model, context_start(1, n, stride), ids, n)[0] for n in range(1, len(ids))]
         said += assistant_targets(np.array(ids))[1:].tolist()
-        place += len(ids)
+        position += len(ids)
     scored = losses[~np.isnan(losses)]
     np.testing.assert_allclose(scored, expected, atol=2e-4)
     everything, assistant = (summarize(split, scope, losses, is_right) for scope in ("all", "assistant"))
@@ -160,18 +162,17 @@ def test_windows_score_each_place_once_with_enough_context(length, stride):
 
 def test_the_prepared_bytes_are_the_counted_ones(tmp_path):
     """What the preparation writes into the .json and what evaluate.py counts from the ids is the same number."""
-    from data import corpus
+    from data import pipeline
 
     for name, documents in (("story", DOCUMENTS * 30), ("chat", CONVERSATIONS * 30)):
         kind = "text" if name == "story" else "chat"
-        options = corpus.PrepareOptions(output_dir=str(tmp_path), workers=1)
+        options = pipeline.PrepareOptions(output_dir=str(tmp_path), workers=1)
         numbered = [f"{n} {d}" for n, d in enumerate(documents)]
         if kind == "chat":
             numbered = [[{**m, "content": f"{m['content']} {n}"} for m in d] for n, d in enumerate(documents)]
-        facts = corpus.prepare(
-            corpus.Dataset(name, kind, "the test", "none"), options, iter(numbered[10:]), iter(numbered[:10])
-        )
-        assert val_split(tmp_path, name).counted["all"][1] == facts["splits"]["val"]["text_bytes"]
+        dataset = pipeline.Dataset(name, kind, "the test", "none")
+        info = pipeline.prepare(dataset, options, pipeline.Corpus(iter(numbered[10:]), iter(numbered[:10])))
+        assert val_split(tmp_path, name).counted["all"][1] == info.splits["val"].text_bytes
 
 
 def test_limit_takes_the_beginning_and_whole_conversations(tmp_path):
@@ -297,7 +298,7 @@ def test_a_broken_model_is_refused_and_changed_data_is_mentioned(tmp_path, capsy
     _, facts = open_dataset(tmp_path, "story")
     model = tiny_model()
     model.wte.weight[11] = math.nan
-    path = write_checkpoint(tmp_path / "x.pt", model, "story", data=facts)
+    path = write_checkpoint(tmp_path / "x.pt", model, "story", data=facts.to_json())
     write_dataset(tmp_path, "story", DOCUMENTS[::-1])
     with pytest.raises(UserError, match="not finite"):
         measure(EvaluateOptions((path,), data_dir=str(tmp_path), device="cpu", dtype="float32"))
@@ -307,7 +308,7 @@ def test_a_broken_model_is_refused_and_changed_data_is_mentioned(tmp_path, capsy
 def test_a_mixtures_parts_are_measured_each_on_its_own(tmp_path, capsys):
     write_dataset(tmp_path, "talk", CONVERSATIONS)
     write_dataset(tmp_path, "story", DOCUMENTS)
-    facts = {name: open_dataset(tmp_path, name)[1] for name in ("talk", "story")}
+    facts = {name: open_dataset(tmp_path, name)[1].to_json() for name in ("talk", "story")}
     data = mixture_facts(facts, parse_mixture("talk=0.3,story=0.7"))
     mixed = write_checkpoint(tmp_path / "talk+story1.pt", tiny_model(), "talk+story", format="chat", data=data)
     write_dataset(tmp_path, "story", DOCUMENTS[::-1])

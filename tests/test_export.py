@@ -306,9 +306,9 @@ def test_a_failure_leaves_the_folder_as_it_was(tmp_path, monkeypatch, exists):
     assert not [path for path in tmp_path.rglob("*") if path.name not in ("chat700.pt", "deep", "out")]
 
 
-@pytest.mark.parametrize("place", [".out.export.tmp", "out/.out.export.tmp"])
-def test_what_a_killed_export_left_is_no_obstacle(tmp_path, place):
-    left = tmp_path / place
+@pytest.mark.parametrize("leftover", [".out.export.tmp", "out/.out.export.tmp"])
+def test_what_a_killed_export_left_is_no_obstacle(tmp_path, leftover):
+    left = tmp_path / leftover
     left.mkdir(parents=True)
     (left / "model.safetensors").write_bytes(b"half")
     names = export(ExportOptions(save(tmp_path, "text"), str(tmp_path / "out")))

@@ -54,17 +54,6 @@ TABLE: dict[str, set[str]] = {
 EXCEPTIONS = {
     ("common.speedups", "fast"),  # the one loader of the package
 }
-# These are being removed; both sets must end up empty once data/ is divided.
-TEMPORARY = {
-    ("evaluation.splits", "training.batches"),
-    ("evaluation.stories", "training.batches"),
-}
-NOT_YET = {
-    ("training", "data.dataset"),
-    ("training", "data.token_stream"),
-    ("evaluation", "data.token_stream"),
-    ("evaluation", "training.targets"),
-}
 
 # Modules that load without torch, so that --help and data preparation start at once.
 NO_TORCH_ROOMS = ("data",)
@@ -179,7 +168,7 @@ def test_the_reader_of_imports_sees_all_of_them():
 
 def test_imports_follow_the_table():
     unexpected = {edge for edge in edges() if not is_allowed(*edge)}
-    assert unexpected - EXCEPTIONS - TEMPORARY == set()
+    assert unexpected - EXCEPTIONS == set()
     assert unexpected >= EXCEPTIONS, "an exception that nothing needs any more"
 
 
@@ -192,7 +181,7 @@ def test_the_table_allows_nothing_that_no_module_needs():
         for name in TABLE[room]
         if not any(room == other and f"{imported}.".startswith(f"{name}.") for other, imported in needed)
     }
-    assert unused - NOT_YET == set()
+    assert unused == set()
 
 
 def test_the_table_points_downward():

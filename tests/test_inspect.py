@@ -76,8 +76,8 @@ class Page(HTMLParser):
         if tag not in ("meta", "br"):
             self.open.append((tag, attributes.get("class")))
         if tag == "span":
-            place = self.tokens if ("div", "text") in self.open else self.legend
-            place.append([attributes.get("style"), attributes.get("title"), ""])
+            target = self.tokens if ("div", "text") in self.open else self.legend
+            target.append([attributes.get("style"), attributes.get("title"), ""])
 
     def handle_endtag(self, tag):
         assert self.open.pop()[0] == tag
@@ -116,8 +116,8 @@ def test_token_losses_and_ranks_are_those_of_the_logits():
     expected = F.cross_entropy(logits, torch.tensor(ids[1:]), reduction="none")
     np.testing.assert_allclose([token.loss for token in seen], expected, atol=1e-3)
     order = logits.argsort(-1, descending=True)
-    for place, token in enumerate(seen):
-        assert order[place, token.rank - 1] == token.token_id == ids[place + 1]
+    for position, token in enumerate(seen):
+        assert order[position, token.rank - 1] == token.token_id == ids[position + 1]
         assert token.probability == pytest.approx(math.exp(-token.loss))
 
 
@@ -245,7 +245,7 @@ def test_runs_are_drawn_into_one_picture(tmp_path):
     assert (tmp_path / "one" / "runs.png").read_bytes().startswith(PNG)
     empty = tmp_path / "empty.jsonl"
     empty.write_text('{"iter_num": 1}\n')
-    for argument, words in ((empty, "holds no loss"), (tmp_path / "x.jsonl", "not found")):
+    for argument, words in ((empty, "contains no loss"), (tmp_path / "x.jsonl", "not found")):
         done = subprocess.run([sys.executable, script, argument], capture_output=True, text=True, cwd=tmp_path)
         assert done.returncode == 1 and words in done.stderr and "Traceback" not in done.stderr
 

@@ -112,7 +112,7 @@ def test_the_file_overview_is_complete_and_names_nothing_else():
     listed = {name for first, _ in cells for name in re.findall(r"`([^`]+)`", first)}
     within = {f"data/{name}" for first, text in cells if first == "`data/`" for name in re.findall(r"`([^`]+)`", text)}
     scripts = {path.name for path in ROOT.glob("*.py")}
-    rooms = {f"{path.parent.name}/" for path in ROOT.glob("*/*.py")}
+    rooms = {f"{path.parent.name}/" for path in ROOT.glob("[!.]*/*.py")}
     assert listed == scripts | rooms
     assert within == {f"data/{path.name}" for path in ROOT.glob("data/prepare-*.py")}
 

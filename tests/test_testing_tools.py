@@ -80,7 +80,7 @@ def write_bin(path: Path, ids) -> Path:
 
 
 def write_dataset(folder: Path, name: str, **changes) -> None:
-    """A prepared chat data set, as data/corpus.py leaves it; train in two shards."""
+    """A prepared chat data set, as data/pipeline.py writes it; train in two shards."""
     ids = chat_ids()
     parts = {"train": [ids[:20], ids[20:]], "val": [chat_ids(CONVERSATIONS[:1])]}
     splits = {}
@@ -195,9 +195,9 @@ def test_damage_is_found_exactly_where_the_slow_reference_finds_it(tmp_path):
     for _ in range(400):
         ids = chat_ids(rng.sample(CONVERSATIONS, rng.randint(1, 3)))
         for _ in range(rng.randint(0, 2)):
-            place = rng.randrange(len(ids))
+            position = rng.randrange(len(ids))
             change = rng.choice(["replace", "insert", "delete"])
-            ids[place : place + (change != "insert")] = [] if change == "delete" else [rng.choice(tokens)]
+            ids[position : position + (change != "insert")] = [] if change == "delete" else [rng.choice(tokens)]
         if not ids:
             continue
         expected = is_well_formed(ids)
@@ -210,8 +210,8 @@ def test_damage_is_found_exactly_where_the_slow_reference_finds_it(tmp_path):
 def test_the_size_of_the_chunks_changes_nothing(tmp_path):
     rng = random.Random(7)
     ids = chat_ids(CONVERSATIONS * 3)
-    for place in rng.sample(range(len(ids)), 5):
-        ids[place] = rng.choice([IM_START_ID, IM_END_ID, 17250])
+    for position in rng.sample(range(len(ids)), 5):
+        ids[position] = rng.choice([IM_START_ID, IM_END_ID, 17250])
     whole = inspect_ids(ids, tmp_path)
     assert whole.problems
     for chunk_tokens in (1, 5, 33):

@@ -50,6 +50,14 @@ def generating_gpt(seed: int = 0, dtype: torch.dtype = torch.float32, **changes)
     return gpt.eval().requires_grad_(False)
 
 
+def text_gpt(block_size: int = 64) -> GPT:
+    """A random model with the tokenizer's vocabulary, for text."""
+    torch.manual_seed(0)
+    gpt = GPT(GPTConfig(block_size=block_size, n_layer=1, n_head=2, n_embd=16))
+    gpt.wpe.weight.data.normal_(std=1.0)  # so that it does not repeat one id forever
+    return gpt.eval().requires_grad_(False)
+
+
 def random_ids(*shape: int, seed: int = 2) -> Tensor:
     return torch.randint(0, CONFIG.n_vocab, shape, generator=seeded(seed))
 
