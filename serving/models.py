@@ -97,6 +97,7 @@ class ModelPool:
         self.worker = Worker()
         self.loaded: dict[str, LoadedModel] = {}
         self.failure: UserError | None = None
+        self.is_ready = False  # from the first model on
         self._changing = asyncio.Lock()  # held while models are loaded or dropped; waiters are served in order
         self._waiting: dict[str, list[asyncio.Future[LoadedModel]]] = {}  # for models that are being loaded, by id
         self._tasks: set[asyncio.Task[None]] = set()
@@ -109,10 +110,6 @@ class ModelPool:
             known = ", ".join(self.cards)
             raise ApiError(404, f"this server has no such model; it has {known}", param="model", code="model_not_found")
         return self.cards[name]
-
-    @property
-    def is_ready(self) -> bool:
-        return bool(self.loaded)
 
     @property
     def n_waiting(self) -> int:
@@ -206,6 +203,7 @@ class ModelPool:
             log.error("model %s not loaded: %s", card.id, error)
             raise ApiError(503, "the model could not be loaded; the server's log says why", param="model") from error
         model = self.loaded[card.id] = LoadedModel(card, engine)
+        self.is_ready = True
         self.worker.engines.append(engine)
         log.info("model %s ready after %.1f s", card.id, time.monotonic() - started)
         return model
