@@ -29,6 +29,7 @@ demo: $(VENV)/.installed ## train a small chat model from scratch and talk to it
 	@$(BIN)/python testing_tools/scripted_chat.py models/chitchat1700.pt
 	@echo
 	@echo "Talk to it yourself:       $(BIN)/python gen.py --chat"
+	@echo "Or in a browser:           $(BIN)/python serve.py"
 	@echo "Train it on stories next:  $(BIN)/python data/prepare-story.py && $(BIN)/python train.py"
 
 data: $(VENV)/.installed ## download and prepare every data set (4 GB), and say what is missing

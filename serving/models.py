@@ -16,7 +16,7 @@ from pathlib import Path
 
 from common.cli import UserError
 from generation.batching import BatchEngine, QueueFull
-from generation.row_cache import DecodeRows
+from generation.row_cache import DecodeRows, decode_each
 from generation.sampling import CHAT_SAMPLING, TEXT_SAMPLING
 from generation.worker import Worker
 from model import GPT, GPTConfig
@@ -97,6 +97,7 @@ class ModelPool:
         self.worker = Worker()
         self.loaded: dict[str, LoadedModel] = {}
         self.failure: UserError | None = None
+        self.is_ready = False  # from the first model on
         self._changing = asyncio.Lock()  # held while models are loaded or dropped; waiters are served in order
         self._waiting: dict[str, list[asyncio.Future[LoadedModel]]] = {}  # for models that are being loaded, by id
         self._tasks: set[asyncio.Task[None]] = set()
@@ -109,10 +110,6 @@ class ModelPool:
             known = ", ".join(self.cards)
             raise ApiError(404, f"this server has no such model; it has {known}", param="model", code="model_not_found")
         return self.cards[name]
-
-    @property
-    def is_ready(self) -> bool:
-        return bool(self.loaded)
 
     @property
     def n_waiting(self) -> int:
@@ -206,10 +203,15 @@ class ModelPool:
             log.error("model %s not loaded: %s", card.id, error)
             raise ApiError(503, "the model could not be loaded; the server's log says why", param="model") from error
         model = self.loaded[card.id] = LoadedModel(card, engine)
+        self.is_ready = True
         self.worker.engines.append(engine)
         log.info("model %s ready after %.1f s", card.id, time.monotonic() - started)
         return model
 
     def _make_engine(self, card: ModelCard) -> BatchEngine:
         model, decode = self.load(card.path)
-        return BatchEngine(model, self.settings.max_rows, self.settings.max_waiting, decode)
+        rows, waiting = self.settings.max_rows, self.settings.max_waiting
+        if self.settings.exact:
+            whole = card.config.block_size  # prompts in one pass, as gen.py prefills them
+            return BatchEngine(model, rows, waiting, decode_each, piece_tokens=whole, keep_prefixes=False)
+        return BatchEngine(model, rows, waiting, decode)

@@ -1,4 +1,4 @@
-"""Measure serve.py: tokens per second and time to first token for several numbers of clients, next to other servers.
+"""Measure serve.py: tokens per second and times to the first token, next to gen.py and to another server.
 
     python testing_tools/benchmark.py serve --preset gpt2 --dtype bfloat16
     python testing_tools/benchmark.py serve --preset gpt2 --dtype bfloat16 --quantize int8 --json serve.json
@@ -6,7 +6,7 @@
 
 The server runs in a process of its own with random weights, which does not change the speed; the clients run in this
 one and take part of the cores. With --keep DIR the checkpoint stays, so that a peer can be started with the same
-weights (python export.py DIR/random.pt --hf DIR/hf); its address is given with --peer_url, and the rounds alternate.
+weights (python export.py DIR/random.pt DIR/hf); its address is given with --peer_url, and the rounds alternate.
 """
 
 from __future__ import annotations
