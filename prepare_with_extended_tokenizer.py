@@ -15,6 +15,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import re
+import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -77,8 +78,7 @@ def main() -> None:
             "--near_dedup, --max_document_tokens and --limit select documents, which --dataset does not; "
             "give them to the script that prepares the data set from its source"
         )
-    for name in datasets_to_encode(options):
-        encode_again(name, options)
+    encode_all_again(datasets_to_encode(options), options)
 
 
 # --- your own files ---
@@ -144,6 +144,22 @@ def prepared_by_us(folder: Path, name: str) -> DatasetInfo | None:
     """The description of a data set that a prepare script made; None if `<name>.json` is something else."""
     info = earlier_info(folder, name)
     return info if info and info.source is not None and info.licence is not None else None
+
+
+def encode_all_again(names: list[str], options: ExtendedOptions) -> None:
+    """Encode data sets again; one that fails does not stop the others. Raises UserError that names those that did."""
+    failed = []
+    for name in names:
+        try:
+            encode_again(name, options)
+        except UserError as error:
+            if len(names) == 1:
+                raise
+            print(f"{name} not encoded again: {error}", file=sys.stderr)
+            failed.append(name)
+    if failed:
+        commands = "; ".join(prepare_command(name) for name in failed)
+        raise UserError(f"{len(failed)} of {len(names)} data sets were not encoded again; run: {commands}")
 
 
 def encode_again(name: str, options: ExtendedOptions) -> None:

@@ -63,6 +63,9 @@ class ServeOptions:
         64, "texts that wait for a row; further requests are refused", group="capacity", at_least=0, at_most=100_000
     )
     max_models: int = option(1, "models in memory at a time", group="capacity", at_least=1, at_most=1000)
+    exact: bool = option(
+        False, "compute each text as if it were alone: gen.py's ids to the bit, at one text's speed", group="capacity"
+    )
     grace: float = option(
         20.0, "seconds that running requests get after SIGTERM", group="capacity", metavar="S", at_least=0, at_most=3600
     )
@@ -180,6 +183,7 @@ def main() -> None:
         options.max_rows,
         options.max_waiting,
         options.max_models,
+        options.exact,
         options.grace,
     )
     pool = ModelPool(model_cards({path: read_info(path) for path in paths}), load, settings)

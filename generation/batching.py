@@ -47,10 +47,11 @@ class BatchEngine:
         max_waiting: int = 64,
         decode: DecodeRows = decode_rows,
         piece_tokens: int = PIECE_TOKENS,
+        keep_prefixes: bool = True,
         clock: Callable[[], float] = time.perf_counter,
     ):
         self.model, self.max_waiting, self.decode = model, max_waiting, decode
-        self.piece_tokens, self.clock = piece_tokens, clock
+        self.piece_tokens, self.keep_prefixes, self.clock = piece_tokens, keep_prefixes, clock
         self.block_size, self.n_vocab = model.config.block_size, model.config.n_vocab
         weight = model.ln_f.weight
         self.device = weight.device
@@ -147,9 +148,10 @@ class BatchEngine:
     def _prefill_piece(self, stream: Stream) -> None:
         request, tokens = stream.request, self.cache.tokens
         if stream.cached_tokens is None:
-            if request.prompt_logprobs:
-                tokens[stream.row] = []
-            stream.cached_tokens = 0 if request.prompt_logprobs else self.cache.share_prefix(stream.row, stream.context)
+            if request.prompt_logprobs or not self.keep_prefixes:
+                tokens[stream.row], stream.cached_tokens = [], 0
+            else:
+                stream.cached_tokens = self.cache.share_prefix(stream.row, stream.context)
         start = len(tokens[stream.row])
         ids = stream.context[start : start + self.piece_tokens]
         hidden = prefill_piece(self.model, self.cache, stream.row, ids)

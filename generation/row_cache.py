@@ -85,3 +85,12 @@ def decode_rows(model: GPT, ids: Tensor, rows: list[int], lengths: list[int], ca
     cache.select_rows(torch.tensor(rows, device=ids.device), positions, end)
     mask = torch.arange(end, device=ids.device) <= positions[:, None, None, None]  # (N, 1, 1, end)
     return model.logits(model.hidden(ids[:, None], cache, positions[:, None], mask)[:, 0])
+
+
+def decode_each(model: GPT, ids: Tensor, rows: list[int], lengths: list[int], cache: RowCache) -> Tensor:
+    """`decode_rows` with a pass for each row: slower, but a row's logits do not depend on which others there are.
+
+    The products of a batch are rounded differently from those of a single row.
+    """
+    each = zip(ids.split(1), rows, lengths, strict=True)
+    return torch.cat([decode_rows(model, one, [row], [length], cache) for one, row, length in each])

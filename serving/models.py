@@ -16,7 +16,7 @@ from pathlib import Path
 
 from common.cli import UserError
 from generation.batching import BatchEngine, QueueFull
-from generation.row_cache import DecodeRows
+from generation.row_cache import DecodeRows, decode_each
 from generation.sampling import CHAT_SAMPLING, TEXT_SAMPLING
 from generation.worker import Worker
 from model import GPT, GPTConfig
@@ -212,4 +212,8 @@ class ModelPool:
 
     def _make_engine(self, card: ModelCard) -> BatchEngine:
         model, decode = self.load(card.path)
-        return BatchEngine(model, self.settings.max_rows, self.settings.max_waiting, decode)
+        rows, waiting = self.settings.max_rows, self.settings.max_waiting
+        if self.settings.exact:
+            whole = card.config.block_size  # prompts in one pass, as gen.py prefills them
+            return BatchEngine(model, rows, waiting, decode_each, piece_tokens=whole, keep_prefixes=False)
+        return BatchEngine(model, rows, waiting, decode)

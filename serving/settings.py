@@ -15,6 +15,7 @@ class ServerSettings:
     max_rows: int = 16  # texts generated at a time
     max_waiting: int = 64  # texts that wait for a row; with more, requests are answered with 429
     max_models: int = 1  # models in memory
+    exact: bool = False  # compute each text as if it were alone
     grace_s: float = 20.0  # for running requests after SIGTERM
     max_body_bytes: int = 1 << 20
     body_s: float = 20.0  # a request's body must arrive within this time

@@ -11,7 +11,7 @@ import torch
 from fast import speed_up_generation
 from generation.batching import BatchEngine, QueueFull, draw_each, token_logprobs
 from generation.decoding import generate, prefill
-from generation.row_cache import RowCache, decode_rows, prefill_piece
+from generation.row_cache import RowCache, decode_each, decode_rows, prefill_piece
 from generation.sampling import Sampling
 from generation.stream import Request, Stream
 from generation.window import MessageTooLong, fit_window
@@ -112,6 +112,26 @@ def test_a_batched_step_computes_the_logits_of_single_rows(model):
         lengths = [len(prompt) for prompt in prompts]
         logits = decode_rows(model, torch.full((6,), 11), rows, lengths, cache)
     torch.testing.assert_close(logits, torch.cat(expected), rtol=1e-4, atol=1e-4)
+
+
+def keep_logprobs(logprobs: list[torch.Tensor]):
+    """An observer for `generate` that appends each step's log probabilities."""
+    return lambda logits: logprobs.append(logits[0].log_softmax(-1))
+
+
+def test_in_exact_mode_numbers_are_equal_to_the_bit(model):
+    requests = [Request(prompt, 20, WARM, seed=n, top_logprobs=2) for n, prompt in enumerate(random_prompts(6, 40, 4))]
+    exact = {"decode": decode_each, "piece_tokens": 64, "keep_prefixes": False}
+    together = run(BatchEngine(model, 4, **exact), *requests)
+    for number, request in enumerate(requests):
+        by_itself = run(BatchEngine(model, 1, **exact), request)
+        found = [one for output in together.outputs[number] for one in output.logprobs]
+        assert found == [one for output in by_itself.outputs[0] for one in output.logprobs]
+        logprobs: list[torch.Tensor] = []
+        limits = {"generator": torch.Generator().manual_seed(number), "observe": keep_logprobs(logprobs)}
+        for _ in generate(model, [request.prompt], len(found), WARM, **limits):
+            pass
+        assert [one.logprob for one in found] == [float(row[one.id]) for one, row in zip(found, logprobs, strict=True)]
 
 
 def test_a_conversation_keeps_its_prefix_and_others_do_not_lose_theirs(model):
