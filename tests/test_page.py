@@ -9,8 +9,6 @@ import pytest
 from tests.browser import button, replies, send, text_of_last, until, wait_for_end
 from tests.chat_stand_in import REPLY, ChatStandIn
 
-pytest_plugins = ["tests.browser"]  # the fixture `visit`
-
 
 def test_a_chat_streams_and_is_kept(visit):
     with ChatStandIn(seconds_per_token=0.05) as server:

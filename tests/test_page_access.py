@@ -7,8 +7,6 @@ import pytest
 from tests.browser import NARROW, WIDE, button, send, text_of_last, until, wait_for_end
 from tests.chat_stand_in import REPLY, ChatStandIn
 
-pytest_plugins = ["tests.browser"]  # the fixture `visit`
-
 # Every visible element with text of its own: its text and background colours, as the browser computed them.
 CONTRASTS = """() => {
   const canvas = new OffscreenCanvas(1, 1).getContext("2d", { willReadFrequently: true });

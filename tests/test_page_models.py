@@ -5,8 +5,6 @@ from __future__ import annotations
 from tests.browser import NARROW, button, replies, send, text_of_last, until, wait_for_end
 from tests.chat_stand_in import ALTERNATIVES, MODELS, REPLY, ChatStandIn, token_id
 
-pytest_plugins = ["tests.browser"]  # the fixture `visit`
-
 
 def test_the_model_picker_offers_chat_models_and_each_chat_keeps_its_own(visit):
     with ChatStandIn() as server:

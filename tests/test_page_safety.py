@@ -10,8 +10,6 @@ import pytest
 from tests.browser import button, replies, send, text_of_last, until, wait_for_end
 from tests.chat_stand_in import MODELS, REPLY, STATIC, ChatStandIn, model
 
-pytest_plugins = ["tests.browser"]  # the fixture `visit`
-
 PAYLOADS = (
     "<script>window.hacked = 1</script>",
     "<img src=x onerror='window.hacked = 1'>",

@@ -9,8 +9,6 @@ import pytest
 from tests.browser import button, replies, send, text_of_last, until, wait_for_end
 from tests.live_server import LiveServer
 
-pytest_plugins = ["tests.browser"]  # the fixture `visit`
-
 
 @pytest.fixture(scope="module")
 def server():
