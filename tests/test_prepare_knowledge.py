@@ -126,7 +126,8 @@ def test_texts_are_collected_in_spite_of_faults_and_nothing_is_asked_twice(run, 
 
         asked = len(server.asked)
         again = run(server, *arguments)
-        assert "already prepared" in again.output and "0 answers, 0 tokens" in again.output
+        assert "already prepared" in again.output and "this run: 0 answers, 0 tokens" in again.output
+        assert f"with earlier runs: {answers} answers, {answers * 100:,} tokens in" in again.output
         assert len(server.asked) == asked
         more = run(server, *arguments[:2], "--documents", "70")
         assert not more.status and set(documents(tmp_path / "out")) > set(found)
