@@ -80,7 +80,7 @@ def write_bin(path: Path, ids) -> Path:
 
 
 def write_dataset(folder: Path, name: str, **changes) -> None:
-    """A prepared chat data set, as data/corpus.py leaves it; train in two shards."""
+    """A prepared chat data set, as data/pipeline.py writes it; train in two shards."""
     ids = chat_ids()
     parts = {"train": [ids[:20], ids[20:]], "val": [chat_ids(CONVERSATIONS[:1])]}
     splits = {}
