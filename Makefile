@@ -21,7 +21,7 @@ $(VENV)/.installed-dev: requirements-dev.txt $(VENV)/.installed
 
 # 1,700 iterations take six to seven minutes on two CPU cores with AMX, and twice that without. The redirection from
 # /dev/null keeps train.py from asking which GPU to use; it chooses the one with the most free memory.
-demo: $(VENV)/.installed ## train a small chat model from nothing and talk to it
+demo: $(VENV)/.installed ## train a small chat model from scratch and talk to it
 	$(BIN)/python data/prepare-chitchat.py
 	$(BIN)/python train.py --dataset chitchat --preset tiny --max_iters 1700 \
 		--learning_rate 2e-3 --min_lr 6e-5 --eval_iters 10 < /dev/null
@@ -52,7 +52,7 @@ check: lint ## run everything that CI runs: lint, format, types, tests
 	$(BIN)/mypy
 	$(BIN)/python -m pytest
 
-lock: $(VENV)/.installed-dev ## update requirements.lock after a change of a requirements file
+lock: $(VENV)/.installed-dev ## update requirements.lock after changing a requirements file
 	$(BIN)/python .ci/make_lock.py
 
 clean: ## remove caches and temporary files; data, models and .venv stay

@@ -251,7 +251,7 @@ def synchronizing(model: nn.Module, is_last: bool) -> Iterator[None]:
             yield
         return
     if hasattr(model, "set_requires_gradient_sync"):  # a sharded model
-        cast(FSDPModule, model).set_requires_gradient_sync(is_last)
+        cast("FSDPModule", model).set_requires_gradient_sync(is_last)
     yield
 
 

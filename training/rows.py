@@ -47,7 +47,8 @@ class TextRows:
 class ChatRows:
     """Rows of whole conversations, packed best fit; a conversation longer than a row is cut between messages.
 
-    The targets are what the assistant says or, with `loss_on="all"`, every id except the padding. With `end_pieces`
+    The targets are what the assistant says or, with `loss_on="all"`, every id except the padding; answers of
+    weight 0 never are. With `end_pieces`
     each piece of a cut conversation is followed by an `<|endoftext|>` that is not a target, so that `document_numbers`
     separates it from the next piece in the row.
     """
@@ -120,9 +121,8 @@ class ChatRows:
         return ids[:-1], np.where(counts, ids, IGNORED)[1:]
 
     def _is_target(self, start: int, end: int) -> np.ndarray:
-        if self.loss_on == "all":
-            return np.ones(end - start, dtype=bool)
-        return assistant_targets(self.stream.read(start, end))
+        is_trained = self.stream.is_trained(start, end)
+        return is_trained if self.loss_on == "all" else is_trained & assistant_targets(self.stream.read(start, end))
 
 
 def pack_best_fit(items: list[int], lengths: np.ndarray, capacity: int) -> list[list[int]]:
