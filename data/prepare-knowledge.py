@@ -223,6 +223,8 @@ def collect(options: KnowledgeOptions, client: Client, journal: Journal, request
         finally:
             bar.close()
             print(f"this run: {costs.in_words(price)}; retries: {client.n_retries:,}")
+            if collector.costs.answers > costs.answers:
+                print(f"with earlier runs: {collector.costs.in_words(price)}")
             if sys.exc_info()[0] is KeyboardInterrupt:
                 print(f"stopped with {len(journal):,} answers in {journal.path}; the same command continues")
             for reason, count in collector.failures.most_common():

@@ -126,7 +126,8 @@ def test_texts_are_collected_in_spite_of_faults_and_nothing_is_asked_twice(run, 
 
         asked = len(server.asked)
         again = run(server, *arguments)
-        assert "already prepared" in again.output and "0 answers, 0 tokens" in again.output
+        assert "already prepared" in again.output and "this run: 0 answers, 0 tokens" in again.output
+        assert f"with earlier runs: {answers} answers, {answers * 100:,} tokens in" in again.output
         assert len(server.asked) == asked
         more = run(server, *arguments[:2], "--documents", "70")
         assert not more.status and set(documents(tmp_path / "out")) > set(found)
@@ -374,3 +375,15 @@ def test_squad_is_read_from_the_hub(tmp_path):
     assert process.returncode == 0, process.stderr
     assert {talk[0]["content"] for talk in documents(tmp_path / "out")} == {row["question"] for row in rows}
     assert read_info(tmp_path / "out", "knowledge").source == "written by writer from SQuAD questions (rajpurkar/squad)"
+
+
+def test_jojos_own_server_is_asked_like_every_other(run, tmp_path):
+    live_server = pytest.importorskip("live_server")  # needs torch, the script does not
+    load = lambda path: (live_server.tiny_model(0, block_size=1024), live_server.decode_rows)  # noqa: E731
+    with live_server.LiveServer({"models/chatty.pt": "chat"}, load=load, max_waiting=64) as server:
+        done = run(None, "--api_url", f"{server.url}/v1", "--documents", "10", "--max_tokens", "4")
+    assert "model: chatty" in done.output, done
+    answers = [json.loads(line) for line in (tmp_path / "out" / "knowledge-answers.jsonl").open()]
+    assert answers and all(answer["prompt_tokens"] > 50 and answer["completion_tokens"] <= 4 for answer in answers)
+    assert {answer["finish_reason"] for answer in answers} <= {"length", "stop"}
+    assert "are of no use" in done.error, "a model of random weights writes nothing of use"

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 from common.cli import UserError
 from data.knowledge.client import Client, RequestFailed, Stopped, http_client
+from data.knowledge.costs import Costs
 from data.knowledge.filters import Selection
 from data.knowledge.journal import Answer, Journal
 from data.knowledge.plan import Request
@@ -44,6 +45,7 @@ class Collector:
     concurrency: int
     on_answer: Callable[[Request, Answer], None]
     failures: Counter[str] = field(default_factory=Counter)
+    costs: Costs = field(default_factory=Costs)  # of all answers that were judged, those of earlier runs too
     _failures_in_a_row: int = 0
 
     def collect(self, requests: Iterator[Request], n_documents: int) -> None:
@@ -66,15 +68,19 @@ class Collector:
             answer = self.journal.answer(request.key)
             n_missing = n_missing + 1 if answer is None else 0
             if answer is not None:
-                self.selection.add(request, answer)
+                self._add(request, answer)
 
     def _has(self, request: Request) -> bool:
         return self.journal.has(request.key, self.client.max_tokens)
 
+    def _add(self, request: Request, answer: Answer) -> None:
+        self.costs.add(answer)
+        self.selection.add(request, answer)
+
     def _judge(self, requests: Iterable[Request]) -> None:
         for request in requests:
             if (answer := self.journal.answer(request.key)) is not None:
-                self.selection.add(request, answer)
+                self._add(request, answer)
         n_kept, n_left_out = len(self.selection.kept), self.selection.counts.total()
         if n_kept + n_left_out >= MIN_JUDGED and n_kept < MIN_KEPT_SHARE * (n_kept + n_left_out):
             (reason, count), *_ = self.selection.counts.most_common(1)
