@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check -c requirements.lock
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check lint format types lock clean
+.PHONY: help demo data test check lint format types lock clean
 
 help: ## list these commands
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -29,7 +29,11 @@ demo: $(VENV)/.installed ## train a small chat model from scratch and talk to it
 	@$(BIN)/python testing_tools/scripted_chat.py models/chitchat1700.pt
 	@echo
 	@echo "Talk to it yourself:       $(BIN)/python gen.py --chat"
+	@echo "Or in a browser:           $(BIN)/python serve.py"
 	@echo "Train it on stories next:  $(BIN)/python data/prepare-story.py && $(BIN)/python train.py"
+
+data: $(VENV)/.installed ## download and prepare every data set (4 GB), and say what is missing
+	$(BIN)/python data/prepare-all.py
 
 test: $(VENV)/.installed-dev ## run the tests
 	$(BIN)/python -m pytest

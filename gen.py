@@ -160,21 +160,11 @@ class GenOptions:
 
 def choose_checkpoint(options: GenOptions) -> str:
     """The checkpoint to load. Raises UserError if --chat finds none that was trained on chat data."""
-    from common.checkpoint import find_checkpoints
-    from exchange.loading import read_info
+    from exchange.loading import newest_chat_checkpoint
 
     if options.checkpoint is not None or not options.chat:
         return options.checkpoint or DEFAULT_CHECKPOINT
-    found = find_checkpoints()
-    for path in found:
-        try:
-            if read_info(path).get("format") == "chat":
-                print(f"chatting with {path}", file=sys.stderr)
-                return str(path)
-        except UserError as error:
-            print(f"skipped: {error}", file=sys.stderr)
-    existing = f" (found: {', '.join(map(str, found[:8]))})" if found else ""
-    raise UserError(f"no checkpoint in models was trained on chat data{existing}; train one in minutes with: make demo")
+    return newest_chat_checkpoint()
 
 
 def load_engine(options: GenOptions) -> TextEngine:

@@ -38,8 +38,14 @@ from training.measurements import Measurements, not_finite_error
 from training.memory import move_model
 from training.metrics import draw_curves
 from training.optimizers import init_optimizer_states, make_optimizers, set_rates
-from training.progress import Clock, Sampler, describe_complete, describe_data, describe_end, describe_parts
-from training.resume import is_complete, options_after_restart, require_resumable, require_same_data, resumed_options
+from training.progress import Clock, Sampler, describe_data, describe_end, describe_parts
+from training.resume import (
+    options_after_restart,
+    print_if_complete,
+    require_resumable,
+    require_same_data,
+    resumed_options,
+)
 from training.run import Run
 from training.run_files import RunFiles
 from training.schedule import schedule
@@ -50,7 +56,7 @@ from training.step import clip_gradients, evaluate, forward_backward, to_device
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What to train, on what, and from where."""
+    """What `plan` settles."""
 
     config: RunConfig
     data: TrainingData
@@ -85,8 +91,7 @@ def plan(options: TrainOptions, given: dict[str, Any], fast: ModuleType | None) 
         checkpoint = load_checkpoint(path)
         require_resumable(checkpoint, path)
         options = resumed_options(options, given, path, checkpoint["info"])
-        if is_complete(checkpoint["info"], options.max_iters):
-            print(describe_complete(path, checkpoint["info"], options.max_iters))
+        if print_if_complete(checkpoint["info"], options.max_iters, path):
             return None
     elif options.init_from is not None:
         checkpoint = load_checkpoint(options.init_from, ("info", "model"))
@@ -214,14 +219,14 @@ def loop(training: Training, model: torch.nn.Module, stop: StopSignal) -> int:
         norm_on_device = clip_gradients(training.model, optimizers, scaler, config.grad_clip)
         measurements.add(step, learning_rate, loss_on_device, norm_on_device)
 
-        # Reading a number makes the program wait for the device, so it is read only when it is needed.
+        # Reading a number makes the program wait for the device, so `read` is called only when one is needed. It raises
+        # an error if the loss is not finite.
         is_logged = step % config.log_interval == 0 or step in (1, config.max_iters)
-        is_sound, loss, grad_norm = True, math.nan, math.nan
-        if is_logged or step % config.eval_interval == 0 or measurements.every_step:
-            loss, grad_norm = measurements.read()  # raises UserError if the loss is not finite
-            is_sound = math.isfinite(grad_norm)
+        is_needed = is_logged or step % config.eval_interval == 0 or measurements.every_step
+        loss, grad_norm = measurements.read() if is_needed else (0.0, 0.0)
 
         # Update the weights, unless float16 overflowed: then the step is skipped, and the scaler lowers its factor.
+        is_sound = math.isfinite(grad_norm)
         with run.updating():
             if is_sound:
                 for optimizer in optimizers:

@@ -193,8 +193,15 @@ def option_parser(
         target = parser if spec.group is None else groups[spec.group]
         settings = _argparse_settings(field, spec, option_type(hints[name]))
         default = parser_settings.get("argument_default", field.default)
-        target.add_argument(name if spec.positional else f"--{name}", default=default, **settings)
+        if not spec.positional:
+            settings["dest"] = name
+        target.add_argument(shown_name(name, spec), default=default, **settings)
     return parser
+
+
+def shown_name(name: str, spec: Option) -> str:
+    """An option as it is typed; a field such as `as_`, which Python's keywords force, becomes `--as`."""
+    return name if spec.positional else f"--{name.rstrip('_')}"
 
 
 def _positional_words(cls: type) -> list[str]:
@@ -307,12 +314,12 @@ def _word_parser(kind: Any) -> Callable[[str], Any]:
 def _check_values(cls: type, values: dict[str, Any]) -> None:
     for name, (_, spec) in options_of(cls).items():
         value = values.get(name)
-        shown_name = name if spec.positional else f"--{name}"
+        shown = shown_name(name, spec)
         for item in value if isinstance(value, tuple) else (value,):
             if spec.choices and item is not None and item not in spec.choices:
-                raise ValueError(f"{shown_name} must be {alternatives(spec.choices)}, not {item!r}")
+                raise ValueError(f"{shown} must be {alternatives(spec.choices)}, not {item!r}")
             if spec.bounds and _is_number(item) and not _is_within(item, spec.bounds):
-                raise ValueError(f"{shown_name} must be {range_in_words(spec.bounds, item)}, not {item}")
+                raise ValueError(f"{shown} must be {range_in_words(spec.bounds, item)}, not {item}")
 
 
 def _is_number(value: Any) -> bool:

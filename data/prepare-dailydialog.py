@@ -33,15 +33,10 @@ from data.cleaning import DAILYDIALOG_PASSES
 from data.pipeline import Corpus, Dataset, PrepareOptions, prepare
 from data.readers.archives import zip_members
 from data.readers.files import input_files, not_utf8, read_blocks, split_suffix
-from data.readers.hub import fetch_data_file
+from data.readers.hub import fetch_data_files
 from data.readers.records import read_records
+from data.sources import SOURCES
 
-# The original repository has a loading script that `datasets` no longer runs; this copy has parquet files.
-REPOSITORY = "OpenRL/daily_dialog"
-FILES = (
-    "data/train-00000-of-00001-f151c79abb2c1fd5.parquet",
-    "data/validation-00000-of-00001-2407eb323af19881.parquet",
-)
 DATASET = Dataset("dailydialog", "chat", "DailyDialog (Li et al., 2017)", "CC BY-NC-SA 4.0", non_commercial=True)
 END_OF_TURN = "__eou__"
 SPLITS = ("train", "validation", "test")
@@ -51,7 +46,7 @@ KINDS = "a .zip, .txt or .parquet file or a folder of them"
 
 def main() -> None:
     options = parse_options(PrepareOptions, __doc__)
-    files = corpus_files(options.input) if options.input else [fetch_data_file(REPOSITORY, name) for name in FILES]
+    files = corpus_files(options.input) if options.input else fetch_data_files(SOURCES["dailydialog"])
     by_split = read_splits(files)
     if "train" in by_split and "validation" in by_split:
         train, val = by_split["train"], by_split["validation"]
@@ -96,7 +91,9 @@ def read_splits(files: list[Path]) -> dict[str, list[list[dict]]]:
                 raise UserError(f"{file} contains no dialogues_*.txt; give --input {KINDS}")
             parts = [(name, text_dialogues(content, f"{file}/{name}")) for name, content in found]
         elif kind == ".parquet":
-            parts = [(file.name, record_dialogues(file))]
+            # The hub's own conversion has the split as its folder's name: default/train/0000.parquet.
+            name = file.parent.name if file.parent.name in SPLITS else file.name
+            parts = [(name, record_dialogues(file))]
         else:
             parts = [(file.name, text_dialogues(b"".join(read_blocks(file)), str(file)))]
         for name, dialogues in parts:

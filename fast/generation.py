@@ -21,6 +21,7 @@ from fast.cuda_graphs import CapturedDecode
 from fast.packed_linear import FewRowsLinear, Int8Linear, PackedLinear, RowLinear, is_exact
 from fast.row_kernels import attend, build
 from generation.decoding import DecodeStep, decode_step
+from generation.row_cache import RowCache
 from model import GPT, Block, KVCache
 
 
@@ -91,9 +92,10 @@ class PackedBlock(nn.Module):
         B, T, C = x.shape
         x = x.reshape(B * T, C)  # the shape the products work on; from any other they convert there and back
         qkv = self.c_attn.forward(normed(x, self.ln_1))
-        position = self._kernel_position(cache) if T == 1 and mask is None else None
-        if cache is not None and position is not None:
-            y = attend(qkv, cache.keys_values[self.layer], position)
+        if T == 1 and isinstance(cache, RowCache) and cache.chosen is not None and self.has_kernel:
+            y = attend(qkv, cache.keys_values[self.layer], cache.positions, cache.chosen, cache.end - 1)
+        elif T == 1 and mask is None and cache is not None and self._has_kernel_for(cache):
+            y = attend(qkv, cache.keys_values[self.layer], cache.positions, cache.rows)
         else:
             qkv = qkv.view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)  # (3, B, H, T, D)
             q, kv = qkv[0], qkv[1:]
@@ -103,11 +105,9 @@ class PackedBlock(nn.Module):
         x = self.attn_proj.added_to(x, y)
         return self.mlp_proj.added_to(x, self.c_fc.with_gelu(normed(x, self.ln_2))).view(B, T, C)
 
-    def _kernel_position(self, cache: KVCache | None) -> int | None:
-        """The position of the new token, if the kernel can attend from it: all rows, at the same position."""
-        if cache is None or not self.has_kernel or cache.rows != slice(None):
-            return None
-        return cache.positions.start if isinstance(cache.positions, slice) else None
+    def _has_kernel_for(self, cache: KVCache) -> bool:
+        """Whether the kernel can attend for rows one after another with their new token at the same position."""
+        return self.has_kernel and isinstance(cache.positions, slice)
 
 
 def normed(x: Tensor, layer: nn.LayerNorm) -> Tensor:

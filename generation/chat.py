@@ -15,6 +15,7 @@ from typing import ClassVar, Protocol
 
 from common.cli import UserError
 from common.files import atomic_write
+from generation.window import fit_window, room_for_reply
 from setup_tokenizer import ENDOFTEXT_ID, check_messages, encode_chat, encode_text
 
 Pieces = Generator[str, None, None]  # of a text, as it is generated; a generator, so that it can be closed
@@ -148,8 +149,7 @@ class ChatSession(PromptSession):
     @property
     def room_for_reply(self) -> int:
         """The number of tokens that a prompt must leave free."""
-        quarter = max(1, self.engine.block_size // 4)
-        return quarter if self.max_tokens is None else min(quarter, self.max_tokens)
+        return room_for_reply(self.engine.block_size, self.max_tokens)
 
     def reply(self, text: str) -> Pieces:
         """The assistant's reply to `text`, in pieces; adds both to the chat, the reply piece by piece.
@@ -171,23 +171,11 @@ class ChatSession(PromptSession):
 
     def _window(self, messages: list[dict]) -> list[int]:
         """The ids of `messages` that the model sees, without the oldest whole exchanges that do not fit."""
-        system = [message for message in messages[:1] if message["role"] == "system"]
-        starts = [index for index, message in enumerate(messages) if message["role"] == "user"]
-        capacity = self.engine.block_size - self.room_for_reply
-        for number, start in enumerate(starts):
-            first = len(system) if number == 0 else start
-            ids = chat_ids([*system, *messages[first:]])
-            if len(ids) <= capacity:
-                if number and not self._said_that_it_forgets:
-                    self.notify("the window is full: from now on the model no longer sees the oldest exchanges")
-                    self._said_that_it_forgets = True
-                return ids
-        message_tokens = len(encode_text(messages[-1]["content"]))
-        fixed_tokens = len(chat_ids([*system, messages[-1]])) - message_tokens
-        raise UserError(
-            f"the message has {message_tokens} tokens and the window has room for {max(0, capacity - fixed_tokens)}; "
-            "shorten it" + (" or the system message" if system else "")
-        )
+        ids, n_dropped = fit_window(messages, self.engine.block_size - self.room_for_reply)
+        if n_dropped and not self._said_that_it_forgets:
+            self.notify("the window is full: from now on the model no longer sees the oldest exchanges")
+            self._said_that_it_forgets = True
+        return ids
 
     def retry(self) -> Pieces:
         """Another reply to the last message, which replaces the previous one."""

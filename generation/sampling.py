@@ -39,12 +39,16 @@ def sample(logits: Tensor, sampling: Sampling = TEXT_SAMPLING, generator: torch.
     """Draw one id per row, (B,), from logits (B, V)."""
     if sampling.temperature < SMALLEST_TEMPERATURE:
         return logits.max(-1).indices  # on a CPU in a third of argmax's time
+    return draw(logits, sampling, torch.rand(len(logits), 1, generator=generator, device=logits.device))
+
+
+def draw(logits: Tensor, sampling: Sampling, uniform: Tensor) -> Tensor:
+    """The ids (B,) that numbers `uniform` (B, 1) in [0, 1) choose from logits (B, V)."""
     probabilities, ids = candidates(logits, sampling)
     exact = torch.float32 if logits.device.type == "mps" else torch.float64  # MPS has no float64
     cumulative = probabilities.to(exact).cumsum(-1)
-    # A number in (0, 1], so that the first position to reach it never has probability 0.
-    threshold = 1 - torch.rand(len(logits), 1, generator=generator, device=logits.device)
-    choice = torch.searchsorted(cumulative, threshold * cumulative[:, -1:])
+    # 1 - uniform is in (0, 1], so that the first position to reach it never has probability 0.
+    choice = torch.searchsorted(cumulative, (1 - uniform) * cumulative[:, -1:])
     return (choice if ids is None else ids.gather(1, choice))[:, 0]
 
 

@@ -12,15 +12,18 @@ class TextStream:
     """The text of ids fed one by one; holds back what may be the beginning of a character or of a stop text.
 
     Without stop texts, the joined pieces are `enc.decode(ids)`. `stopped` is set when a stop text is complete: the text
-    before it is returned, the stop text and what follows it are not.
+    before it is returned, the stop text and what follows it are not. `prefix` holds the ids before the first one fed: a
+    character that they leave incomplete is returned when it is complete.
     """
 
-    def __init__(self, enc: tiktoken.Encoding, stop_texts: Sequence[str] = ()):
+    def __init__(self, enc: tiktoken.Encoding, stop_texts: Sequence[str] = (), prefix: Sequence[int] = ()):
         self.enc = enc
         self.stop_texts = [text for text in stop_texts if text]
         self.stopped = False
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._held = ""
+        for token in prefix:
+            self._decoder.decode(enc.decode_single_token_bytes(token))
 
     def feed(self, token: int) -> str:
         """The text that is certain after one more id; often empty."""

@@ -1,4 +1,4 @@
-"""Kill training with SIGKILL at random moments, resume, and compare the end with an uninterrupted run, bit by bit.
+"""Kill training with SIGKILL at random moments, resume it, and compare the result with an uninterrupted run.
 
     python testing_tools/crash_test.py --kills 200
 
@@ -57,9 +57,9 @@ VARIANTS = (
 
 @dataclasses.dataclass(frozen=True)
 class CrashOptions:
-    """What the campaign is made of."""
+    """The settings of the test."""
 
-    kills: int = option(200, "how many times training is killed")
+    kills: int = option(200, "number of times that training is killed")
     max_iters: int = option(100, "iterations of each run")
     seed: int = option(1, "seed of the moments")
     json: str | None = option(None, "also write the counts to this file", metavar="FILE")
@@ -67,7 +67,7 @@ class CrashOptions:
 
 @dataclasses.dataclass
 class Counts:
-    """What the campaign saw."""
+    """The results of the test."""
 
     runs: int = 0
     kills: int = 0

@@ -52,8 +52,8 @@ def make_rows(data: TrainingData, config: RunConfig) -> tuple[TextRows | ChatRow
     for name, (streams, info) in data.parts.items():
         train_rows, val_rows = (_rows_of(streams[split], info.format, config) for split in ("train", "val"))
         if isinstance(train_rows, ChatRows):
-            n_rows, share = train_rows.start_epoch(0), train_rows.real_token_fraction()
-            print(f"rows: {name}'s conversations fill {n_rows:,} rows; {share:.1%} of the tokens are not padding")
+            train_rows.start_epoch(0)
+            print(f"rows: {name}'s conversations fill {train_rows.describe()}")
         rows.append(train_rows)
         val_batches[name] = fixed_batches(val_rows, config.batch_size, config.val_rows)
     if len(rows) == 1:

@@ -1,4 +1,4 @@
-"""A run's metrics: one JSON line for each iteration logged, and the loss curves as a picture."""
+"""A run's metrics: one JSON line per logged iteration, and the loss curves as a picture."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ PART_LOSS = "val_loss/"  # followed by the name of a mixture's part, the key of 
 
 
 class MetricsLog:
-    """Appends records, each a dict with "iter_num", to a new file that starts with `records`.
+    """Appends records, each a dict with "iter_num", to a file that starts with `records`.
 
     Records that cannot be written because the disk is full are kept and written as soon as there is space, so a log has
-    no gaps. A `board` gets the same records.
+    no gaps. `board` gets the same records.
     """
 
     def __init__(self, path: Path, records: Iterable[dict] = (), board: TensorBoard | None = None):
@@ -37,7 +37,7 @@ class MetricsLog:
         try:
             self._flush()
         except OSError as error:
-            print(f"warning: {write_error(self.path, error)}; training continues, and what is missing is written later")
+            print(f"warning: {write_error(self.path, error)}; training continues, and the records are written later")
 
     def _flush(self) -> None:
         while self._unwritten:
@@ -59,7 +59,7 @@ class MetricsLog:
 
 
 class TensorBoard:
-    """Copies a run's records into new event files for TensorBoard, which start with `records`.
+    """Copies a run's records into event files for TensorBoard, in a folder that starts with `records`.
 
     Raises UserError if the package is missing.
     """
@@ -96,7 +96,7 @@ def require_tensorboard() -> type:
 
 
 def _line(record: dict) -> bytes:
-    """A record as a line of JSON; numbers that are not finite, which JSON cannot represent, become null."""
+    """A record as a line of JSON, in which a number that is not finite becomes null."""
     finite = {
         key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in record.items()
     }
@@ -104,7 +104,7 @@ def _line(record: dict) -> bytes:
 
 
 def read_metrics(path: Path) -> list[dict]:
-    """The records of a log, without a line that a killed run or a power cut left unfinished."""
+    """The records of a log, without lines that a killed run or a power cut left unfinished."""
     records = []
     if path.is_file():
         for line in path.read_text(encoding="utf-8", errors="replace").splitlines():

@@ -26,7 +26,7 @@ class Muon(torch.optim.Muon):
     """
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> Any:  # only for the base class's signature; a closure is not called
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
         for group in self.param_groups:
             for weights in same_shapes([weight for weight in group["params"] if weight.grad is not None]):
                 rows, columns = weights[0].shape
@@ -42,7 +42,7 @@ class Muon(torch.optim.Muon):
     def _direction(self, weight: Tensor, group: dict) -> Tensor:
         """The momentum's direction, with the current gradient added once more (Nesterov), whole and in bfloat16."""
         state, gradient = self.state[weight], weight.grad
-        assert gradient is not None
+        assert gradient is not None  # `step` leaves out weights without one
         if "momentum_buffer" not in state:
             state["momentum_buffer"] = torch.zeros_like(gradient)
         momentum = state["momentum_buffer"].lerp_(gradient, 1 - group["momentum"])

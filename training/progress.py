@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import shlex
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -40,11 +40,6 @@ def describe_parts(val_losses: dict[str, float]) -> str:
     if len(val_losses) == 1:
         return ""
     return "; weighted mean of " + ", ".join(f"{name} {loss:.4f}" for name, loss in val_losses.items())
-
-
-def describe_complete(path: str, info: Mapping[str, Any], max_iters: int) -> str:
-    """What to print instead of resuming a run that has done all its iterations."""
-    return f"{path} is complete: iteration {info['iter_num']} of {max_iters}; continue with a larger --max_iters"
 
 
 def describe_end(run: Run, facts: dict, stopped_by: int) -> str:

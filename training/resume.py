@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from common.cli import UserError
 from training.config import TrainOptions
@@ -29,9 +29,12 @@ def require_resumable(checkpoint: Mapping[str, Any], path: str) -> None:
         raise UserError(f"{path} holds only weights and cannot be resumed; start from them with --init_from {path}")
 
 
-def is_complete(info: Mapping[str, Any], max_iters: int) -> bool:
-    """Whether a run has done all iterations and its last evaluation."""
-    return info["iter_num"] >= max_iters and info["record"] is None
+def print_if_complete(info: Mapping[str, Any], max_iters: int, path: str) -> bool:
+    """Whether a run has done all iterations and its last evaluation; if so, say how to continue it."""
+    if info["iter_num"] < max_iters or info["record"] is not None:
+        return False
+    print(f"{path} is complete: iteration {info['iter_num']} of {max_iters}; continue with a larger --max_iters")
+    return True
 
 
 def resumed_options(
@@ -68,13 +71,12 @@ def resumed_options(
 def _require_same_sequences(resumed: TrainOptions, before: Mapping[str, Any], path: str) -> None:
     """Raise UserError if the sequences per iteration would change: the run's rows are counted in whole iterations."""
     sequences = before["batch_size"] * before["gradient_accumulation_steps"]
-    batch_size = before["batch_size"] if resumed.batch_size == "auto" else resumed.batch_size
-    accumulation = resumed.gradient_accumulation_steps
-    if cast(int, batch_size) * cast(int, accumulation) != sequences:
+    batch_size = resumed.batch_size if isinstance(resumed.batch_size, int) else before["batch_size"]
+    steps = resumed.gradient_accumulation_steps or before["gradient_accumulation_steps"]
+    if batch_size * steps != sequences:
         raise UserError(
-            f"--batch_size {batch_size} x --gradient_accumulation_steps {accumulation} "
-            f"contradict {path}, which was made with {sequences} sequences per iteration; choose numbers with that "
-            "product"
+            f"--batch_size {batch_size} x --gradient_accumulation_steps {steps} contradict {path}, which was "
+            f"made with {sequences} sequences per iteration; choose numbers with that product"
         )
 
 
