@@ -1,5 +1,70 @@
-"""Fixtures that several test files use."""
+"""Fixtures that several test files share. A file that defines one of the same name uses its own."""
 
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from common.checkpoint import save_checkpoint
 from tests.browser import browser, visit
+from tests.tiny import prepare, run
+from tests.tiny_gpt import text_gpt
 
-__all__ = ["browser", "visit"]
+__all__ = ["browser", "visit"]  # fixtures that tests/browser.py defines
+
+
+@pytest.fixture
+def one_thread():
+    """One thread: faster for tiny models, and sums in one order."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def quick_disk(monkeypatch):
+    """No waiting for the disk; the crash test does wait."""
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory) -> Path:
+    """A folder with the prepared data sets "text" and "chat", of random ids."""
+    folder = prepare(tmp_path_factory.mktemp("data"))
+    return prepare(folder, "chat")
+
+
+@pytest.fixture(scope="session")
+def straight(data, tmp_path_factory) -> Path:
+    """The folder of a run of ten iterations that nothing disturbed."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    folder = tmp_path_factory.mktemp("straight") / "text10"
+    assert run(data, folder) == 0
+    torch.set_num_threads(threads)
+    folder.with_suffix(".txt").touch()  # it printed no samples
+    return folder
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory) -> Path:
+    """A folder to run gen.py in, with models/story5000.pt (text) and, newer, models/chitchat600.pt (chat)."""
+    folder = tmp_path_factory.mktemp("run")
+    (folder / "models").mkdir()
+    for name, kind, block_size in (("story5000", "text", 64), ("chitchat600", "chat", 1024)):
+        info = {"dataset": name.rstrip("0123456789"), "format": kind, "iter_num": 1, "config": {}, "data": {}}
+        info |= {"tokens_seen": 2, "train_loss": 3.0, "val_loss": 3.5}
+        save_checkpoint(folder / "models" / f"{name}.pt", text_gpt(block_size), info)
+    return folder
+
+
+@pytest.fixture
+def half(data, tmp_path, one_thread, quick_disk) -> Path:
+    """The folder of a run stopped at iteration 5 of 10."""
+    folder = tmp_path / "text10"
+    assert run(data, folder, stop_after=5) == 130
+    return folder

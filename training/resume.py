@@ -30,7 +30,7 @@ def require_resumable(checkpoint: Mapping[str, Any], path: str) -> None:
 
 
 def print_if_complete(info: Mapping[str, Any], max_iters: int, path: str) -> bool:
-    """Whether a run has done all iterations and its last evaluation; if so, say how to continue it."""
+    """Whether a run has done all iterations and its last evaluation; if so, print how to continue it."""
     if info["iter_num"] < max_iters or info["record"] is not None:
         return False
     print(f"{path} is complete: iteration {info['iter_num']} of {max_iters}; continue with a larger --max_iters")
