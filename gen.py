@@ -4,7 +4,7 @@
     python gen.py --chat                        # the newest checkpoint that was trained on chat data
     printf 'Hello!\\nWho are you?\\n' | python gen.py --chat
 
-Standard output receives the generated text alone, as it is generated; everything else goes to standard error.
+Only the generated text goes to standard output, as it is generated; everything else goes to standard error.
 """
 
 from __future__ import annotations
@@ -45,13 +45,13 @@ class GenOptions:
         positional=True,
     )
     prompt: str | None = option(
-        None, "text to continue (default: none, the model starts a new document)", group="prompt"
+        None, "text to continue (default: none; the model starts a new document)", group="prompt"
     )
     prompt_file: str | None = option(
         None, "file with the text to continue; - reads standard input", group="prompt", metavar="FILE"
     )
     interactive: bool = option(False, "continue prompts that you type one after another", group="prompt")
-    chat: bool = option(False, "chat: keeps the history and marks the speakers, as the chat data does", group="prompt")
+    chat: bool = option(False, "chat with the model, in the format of its training conversations", group="prompt")
     system: str | None = option(None, "system message of the chat", group="prompt", metavar="TEXT")
 
     max_tokens: int | None = option(
@@ -77,14 +77,14 @@ class GenOptions:
     )
     top_k: int | None = option(
         None,
-        "draw from the K likeliest tokens; 0: from all (default: 200, in a chat 50)",
+        "sample from the K likeliest tokens; 0: from all (default: 200, in a chat 50)",
         group="sampling",
         metavar="K",
         at_least=0,
     )
     top_p: float | None = option(
         None,
-        "draw from the likeliest tokens whose probabilities add up to P",
+        "sample from the likeliest tokens whose probabilities add up to P",
         group="sampling",
         metavar="P",
         above=0,
@@ -92,7 +92,7 @@ class GenOptions:
     )
     min_p: float | None = option(
         None,
-        "draw from tokens at least P times as likely as the likeliest one",
+        "sample from tokens at least P times as likely as the likeliest one",
         group="sampling",
         metavar="P",
         at_least=0,
@@ -100,17 +100,23 @@ class GenOptions:
     )
     repetition_penalty: float = option(
         1.0,
-        "above 1: make tokens less likely that are already in the context",
+        "above 1: tokens that are already in the context become less likely",
         group="sampling",
         metavar="X",
         at_least=0.01,
         at_most=100,
     )
     seed: int | None = option(
-        None, "generate the same text again (default: a new one each time)", group="sampling", at_least=0, below=2**63
+        None,
+        "the same seed gives the same text (default: a new one each time)",
+        group="sampling",
+        at_least=0,
+        below=2**63,
     )
 
-    device: str | None = option(None, "cpu, mps, cuda or cuda:N (default: asks, or takes the best one)", group="device")
+    device: str | None = option(
+        None, "cpu, mps, cuda or cuda:N (default: asks, or chooses the best one)", group="device"
+    )
     dtype: str | None = option(
         None, "precision (default: the device's best)", group="device", choices=("float32", "bfloat16", "float16")
     )
@@ -120,7 +126,7 @@ class GenOptions:
     plain: bool = option(False, "use only the plain code, without the faster parts in fast/", group="device")
 
     output: str | None = option(
-        None, "also write the text to a file, even when interrupted", group="files", metavar="FILE"
+        None, "also write the text to a file, even if interrupted", group="files", metavar="FILE"
     )
     logprobs: str | None = option(
         None,
@@ -129,15 +135,15 @@ class GenOptions:
         metavar="FILE",
     )
     no_delay: bool = option(False, "print tokens on a terminal at full speed, without the typing effect", group="files")
-    verbose: bool = option(False, "print facts about the model and the speed", group="files")
+    verbose: bool = option(False, "print details of the model and the speed", group="files")
 
     def __post_init__(self) -> None:
         check_options(self)
         is_session = self.chat or self.interactive
         if self.chat and self.interactive:
-            raise ValueError("--chat and --interactive exclude each other")
+            raise ValueError("--chat cannot be combined with --interactive; use one of them")
         if self.prompt is not None and self.prompt_file is not None:
-            raise ValueError("--prompt and --prompt_file exclude each other")
+            raise ValueError("--prompt cannot be combined with --prompt_file; use one of them")
         if self.interactive and (self.prompt is not None or self.prompt_file is not None):
             raise ValueError("--interactive asks for its prompts; leave --prompt and --prompt_file out")
         if is_session and (self.num_samples > 1 or self.nonstop):
@@ -149,7 +155,7 @@ class GenOptions:
         if self.stop and "" in self.stop:
             raise ValueError("--stop must not be empty")
         if self.plain and self.quantize:
-            raise ValueError("--quantize needs the parts that --plain leaves out; drop one of the two")
+            raise ValueError("--quantize needs fast/, which --plain leaves out; use one of them")
 
 
 def choose_checkpoint(options: GenOptions) -> str:
@@ -173,7 +179,7 @@ def load_engine(options: GenOptions) -> TextEngine:
     started = time.perf_counter()
     path = choose_checkpoint(options)
     info = read_info(path)
-    with contextlib.redirect_stdout(sys.stderr):  # their remarks are not generated text
+    with contextlib.redirect_stdout(sys.stderr):  # what they print is not generated text
         device = choose_device(options.device)
         dtype = choose_dtype(options.dtype, device)
     model, _ = load_model(path, device, dtype)
@@ -238,7 +244,7 @@ def engine_settings(options: GenOptions) -> Settings:
 
 
 def describe_model(path: str, info: dict, config: GPTConfig, n_params: int, device: str) -> str:
-    """The lines that --verbose prints about a model; `device` says in words where and how it computes."""
+    """The lines that --verbose prints about a model; `device` describes the device, the precision and the layers."""
     facts = {
         "checkpoint": path,
         "data": f"{info.get('dataset')} ({info.get('format')}), {info.get('tokens_seen')} tokens seen",
@@ -270,7 +276,7 @@ def read_prompt(options: GenOptions) -> str | None:
 
 
 def generate_text(engine: TextEngine, options: GenOptions, prompt: str | None, console: Console) -> None:
-    """Continue one prompt; several samples are printed one after another once all are complete."""
+    """Continue one prompt; several samples are printed one after another when all are complete."""
     prompt = prompt or ""
     ids = [ENDOFTEXT_ID, *encode_text(prompt)]
     if len(ids) > engine.block_size:
@@ -319,7 +325,7 @@ def talk(session: PromptSession, messages: Iterator[str], console: Console) -> N
 
 
 def write_results(engine: TextEngine, options: GenOptions, console: Console) -> None:
-    """Write what --output and --logprobs ask for, as far as it was generated."""
+    """Write the files of --output and --logprobs, with everything that has been generated."""
     if not console.shown:
         return
     if options.output is not None:
@@ -373,7 +379,7 @@ def main() -> None:
 
 
 def _terminate(number: int, frame) -> None:
-    """Exit as after Ctrl-C, so that what was generated is kept."""
+    """Exit as after Ctrl-C, so that the text generated so far is kept."""
     raise KeyboardInterrupt
 
 

@@ -165,14 +165,14 @@ def parse_options(
 
 
 def given_options(cls: type, argv: Sequence[str] | None = None) -> dict[str, Any]:
-    """The options that are really on the command line, without the defaults. A resumed run takes only these."""
+    """Only the options on the command line, without the defaults; a resumed run changes only these."""
     return _parse(option_parser(cls, "", argument_default=argparse.SUPPRESS), cls, argv)
 
 
 def option_parser(
     cls: type, description: str, examples: Sequence[str] | None = None, **parser_settings: Any
 ) -> argparse.ArgumentParser:
-    """The argparse parser behind `parse_options`."""
+    """The argparse parser that `parse_options` uses."""
     if examples is None:
         examples = example_commands(description)
     parser = _Parser(
@@ -361,7 +361,7 @@ def alternatives(choices: Sequence[Any]) -> str:
 
 
 def is_terminal() -> bool:
-    """Whether the program can ask the user: standard input and output are terminals and no launcher started it."""
+    """Whether the program can ask the user: standard input and output are terminals, and torchrun did not start it."""
     return sys.stdin is not None and sys.stdin.isatty() and sys.stdout.isatty() and "RANK" not in os.environ
 
 

@@ -1,7 +1,7 @@
-"""Generation that reads the weights faster, or half as many bytes of them.
+"""Generation that reads the weights faster, or as 8-bit weights with half the bytes.
 
-Replaces: on a CPU in bfloat16 (or with 8-bit weights) GPT's blocks and logits by the layers of fast/packed_linear.py
-and the attention kernel of fast/row_kernels.py; on CUDA the decode step by CUDA graphs (fast/cuda_graphs.py).
+Replaces: on a CPU in bfloat16 (or with 8-bit weights), GPT's blocks and logits with the layers of fast/packed_linear.py
+and the attention kernel of fast/row_kernels.py; on CUDA, the decode step with CUDA graphs (fast/cuda_graphs.py).
 Gains: see docs/performance.md, "What each fast part gains".
 Skipped: with --plain, on a CPU in float32 without 8-bit weights, and on a processor whose kernels are missing.
 """
@@ -27,7 +27,7 @@ from model import GPT, Block, KVCache
 
 @dataclasses.dataclass(frozen=True)
 class SpeedUps:
-    """What `speed_up_generation` put in: in words, and the decode step to pass to `generate`."""
+    """What `speed_up_generation` applied: its description, and the decode step to pass to `generate`."""
 
     description: str
     decode: DecodeStep = decode_step
@@ -36,7 +36,7 @@ class SpeedUps:
 def speed_up_generation(
     model: GPT, quantize: str | None = None, streams: int = 1, has_kernel: Callable[..., bool] = is_exact
 ) -> SpeedUps:
-    """Replace the parts of `model`, in place, whose plain versions generate slower; afterwards it only generates.
+    """Replace, in place, the parts of `model` whose plain versions generate more slowly; it cannot train after that.
 
     `quantize` is "int8" or None, `streams` the number of texts generated at a time. `has_kernel` says whether this
     processor has the kernel of a layer. Raises UserError if it has none for 8-bit weights.
@@ -76,7 +76,7 @@ class PackedGPT(GPT):
 
 
 class PackedBlock(nn.Module):
-    """A block of packed layers, in as few calls as possible: for a single token each call takes time of its own."""
+    """A block of packed layers, in as few calls as possible: for a single token, the overhead of each call matters."""
 
     def __init__(self, block: Block, layer: type[PackedLinear] | type[RowLinear] | type[Int8Linear]):
         super().__init__()

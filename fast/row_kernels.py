@@ -1,4 +1,4 @@
-"""Kernels in C for what generation computes for each token: builds them for this processor and calls them.
+"""C kernels for the work of each decode step; this module builds them for this processor and calls them.
 
     if build():
         y = RowProduct(weight, None, bias)(x)    # x @ weight.T + bias
@@ -49,7 +49,7 @@ class Step(ctypes.Structure):
 def build(processor: str = "native") -> ctypes.CDLL | None:
     """The compiled SOURCES; None without a C compiler or on a processor without AVX2.
 
-    They are built once per process, in half a second, so that nothing is left on the disk.
+    They are built once per process, which takes half a second and leaves nothing on the disk.
     """
     return _build(processor)
 

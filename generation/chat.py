@@ -1,4 +1,4 @@
-"""Sessions of prompts or of a chat: the history, what fits the window, and the slash commands; no terminal.
+"""Prompt and chat sessions without a terminal: the history, what fits the window, and the slash commands.
 
     session = ChatSession(engine, system="You are kind.")
     print("".join(session.reply("Hello!")))
@@ -31,7 +31,7 @@ class Engine(Protocol):
         """The text that follows `ids`, in pieces, as it is generated."""
 
     def statistics(self) -> str:
-        """What the last reply cost, in one line."""
+        """The number of tokens and the speed of the last reply, in one line."""
 
 
 class Quit(Exception):
@@ -72,11 +72,13 @@ class PromptSession:
     def command(self, line: str) -> str | Pieces:
         """Run a command such as "/temp 0.5"; returns a sentence about it, or a reply in pieces.
 
-        Raises UserError for a command that does not exist or fails, and Quit.
+        Raises UserError for a command that does not exist or fails, and Quit for /quit.
         """
         name, _, argument = line[1:].partition(" ")
         if name not in self.commands:
-            raise UserError(f"unknown command /{name}; /help lists the commands, and // at the start sends a slash")
+            raise UserError(
+                f"unknown command /{name}; /help lists the commands; to send a message that starts with /, type //"
+            )
         return getattr(self, f"_{name}")(argument.strip())
 
     def _help(self, argument: str) -> str:
@@ -146,11 +148,11 @@ class ChatSession(PromptSession):
 
     @property
     def room_for_reply(self) -> int:
-        """The least number of tokens that a prompt leaves free."""
+        """The number of tokens that a prompt must leave free."""
         return room_for_reply(self.engine.block_size, self.max_tokens)
 
     def reply(self, text: str) -> Pieces:
-        """The assistant's reply to `text`, in pieces; both are added to the chat, the reply as far as it was generated.
+        """The assistant's reply to `text`, in pieces; adds both to the chat, the reply piece by piece.
 
         Raises UserError, and changes nothing, for a text that does not fit the window.
         """
@@ -206,14 +208,14 @@ class ChatSession(PromptSession):
         self.messages = [message, *self.messages[len(self.system) :]]
 
     def save(self, path: str) -> None:
-        """Write the chat as one line of JSONL, which prepare-chat.py reads; overwrites only a file of this kind."""
+        """Write the chat as one line of JSONL, which prepare-chat.py reads; overwrites nothing but a saved chat."""
         if not any(message["role"] != "system" for message in self.messages):
             raise UserError("there is nothing to save yet; say something first")
         if Path(path).exists():
             try:
                 read_chat(path)
             except UserError as error:
-                raise UserError(f"{path} exists and is not one saved chat; choose another name") from error
+                raise UserError(f"{path} exists and is not a saved chat; choose another name") from error
         with atomic_write(path) as file:
             file.write((json.dumps({"messages": self.messages}, ensure_ascii=False) + "\n").encode())
 
@@ -274,5 +276,5 @@ def read_chat(path: str) -> list[dict]:
     except OSError as error:
         raise UserError(f"{path} not read: {error.strerror}; give a file that /save wrote") from error
     except (ValueError, KeyError, TypeError) as error:  # ValueError: undecodable, not JSON, not one line, no messages
-        raise UserError(f"{path} is not one saved chat; give a file that /save wrote") from error
+        raise UserError(f"{path} is not a saved chat; give a file that /save wrote") from error
     return [{"role": message["role"], "content": message["content"]} for message in messages]

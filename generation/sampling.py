@@ -15,7 +15,7 @@ from torch import Tensor
 class Sampling:
     """The settings of `sample`; by default ids are drawn from the model's own distribution.
 
-    The logits are divided by `temperature`; 0 takes the likeliest id. Then the filters apply, one after another:
+    The logits are divided by `temperature`; 0 takes the likeliest id. Then the filters are applied, one after another:
     `top_k` keeps the k likeliest ids; `top_p` the fewest likeliest whose probabilities add up to it ("nucleus
     sampling", Holtzman et al. 2020, section 3.1); `min_p` those at least that many times as likely as the likeliest
     ("min-p", Nguyen et al. 2024, section 3). A `repetition_penalty` above 1 makes ids that occurred before less likely
@@ -31,7 +31,7 @@ class Sampling:
 
 # What gen.py, the samples during training, evaluation and the tools use unless an option says otherwise.
 TEXT_SAMPLING = Sampling(temperature=0.8, top_k=200)
-CHAT_SAMPLING = Sampling(temperature=0.5, top_k=50)  # more focused, which replies of small models need
+CHAT_SAMPLING = Sampling(temperature=0.5, top_k=50)  # more focused: small models need that for sensible replies
 SMALLEST_TEMPERATURE = 1e-6  # below it, dividing by the temperature overflows float32; the result is the same as for 0
 
 
@@ -53,7 +53,7 @@ def draw(logits: Tensor, sampling: Sampling, uniform: Tensor) -> Tensor:
 
 
 def candidates(logits: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor | None]:
-    """What may be drawn: unnormalized probabilities (B, N) and ids (B, N), or None for all ids 0 to V - 1."""
+    """What can be drawn: unnormalized probabilities (B, N) and their ids (B, N), or None for all ids 0 to V - 1."""
     scores = (logits - logits.amax(-1, keepdim=True)) / sampling.temperature
     probabilities, ids = scores.softmax(-1), None
     if sampling.top_k is not None:

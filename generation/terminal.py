@@ -1,4 +1,4 @@
-"""Messages in, replies out: on a terminal with line editing, multi-line messages and colours; from a pipe, by line."""
+"""Reads messages and shows replies: on a terminal with line editing and colours, from a pipe one message per line."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Console:
         self.delay_s = DELAY_S if delay and self.is_terminal else 0.0
         self.shown: list[str] = []  # every reply, for --output
         if self.is_terminal:
-            with contextlib.suppress(ImportError):  # Windows has none
+            with contextlib.suppress(ImportError):  # not on Windows
                 import readline  # noqa: F401  gives input() line editing and history
         elif isinstance(sys.stdin, io.TextIOWrapper):
             sys.stdin.reconfigure(encoding="utf-8-sig", errors="replace")  # -sig: skips a byte order mark

@@ -8,7 +8,7 @@
 Prints a line per round and a table: tokens per second (median, minimum and maximum of the rounds), start-up (the first
 step, including compilation), peak memory, the ratio, FLOP/s and their share of the device's peak (model FLOPs
 utilization, MFU), and the limit: the speed at which the device would only do the work that no program can avoid. Each
-side runs in a process of its own, so that their memory is measured separately, and the rounds alternate (A B A B).
+side runs in its own process, so that its memory is measured separately, and the rounds alternate (A B A B).
 Weights and ids are random, which does not change the speed.
 """
 
@@ -70,7 +70,9 @@ class BenchmarkOptions:
     n_head: int | None = option(None, "attention heads (default: the preset's)", at_least=1, group="model")
     n_embd: int | None = option(None, "width (default: the preset's)", at_least=1, group="model")
     block_size: int | None = option(None, "context length in tokens (default: the preset's)", at_least=1, group="model")
-    device: str | None = option(None, "cpu, mps, cuda, cuda:N (default: asks, or takes the best one)", group="device")
+    device: str | None = option(
+        None, "cpu, mps, cuda or cuda:N (default: asks, or chooses the best one)", group="device"
+    )
     dtype: str | None = option(
         None, "precision (default: the device's best)", choices=("float32", "bfloat16", "float16"), group="device"
     )

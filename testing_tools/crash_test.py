@@ -212,7 +212,7 @@ def kill_at(process_id: int, phase: mmap.mmap, delay_s: float, aim: str | None) 
     _, status = os.waitpid(process_id, os.WUNTRACED)
     if not os.WIFSTOPPED(status):
         return None
-    hit = PHASES[phase[0]]  # it stands still, so this is the phase that it is killed in
+    hit = PHASES[phase[0]]  # the process is stopped, so it is killed in this phase
     os.kill(process_id, signal.SIGKILL)
     os.waitpid(process_id, 0)
     return hit

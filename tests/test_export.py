@@ -283,8 +283,8 @@ def test_the_card_of_a_mixture_tells_every_part():
     assert (front["license"], front["license_name"]) == ("other", "CDLA-Sharing-1.0, CC BY-NC-SA 4.0")
     assert front["datasets"] == ["roneneldan/TinyStories"] and front["language"] == ["en"]
     for fact in (
-        "Data set: story; source: roneneldan/TinyStories (TinyStories V2); 25 % of the rows trained on",
-        "Data set: dailydialog; source: DailyDialog; 75 % of the rows trained on",
+        "Data set: story; source: roneneldan/TinyStories (TinyStories V2); 25 % of the training rows",
+        "Data set: dailydialog; source: DailyDialog; 75 % of the training rows",
         "Licence of the data: CC BY-NC-SA 4.0. Not for commercial use; this applies to models trained on it, too.",
         "story 2.5000, dailydialog 3.2500",
     ):

@@ -150,8 +150,11 @@ def test_8_bit_weights_generate_and_count_as_parameters(run, tmp_path):
             r"models/none.pt not found; there are .*story5000.pt.*; make another with: python train.py",
         ),
         (["models/foreign.pt"], "foreign.pt"),
-        (["--output", "no/such/folder/x.txt"], "--output no/such/folder/x.txt: there is no folder"),
-        (["--output", "models"], "--output models: that is a folder; name a file"),
+        (
+            ["--output", "no/such/folder/x.txt"],
+            "x.txt: the folder no/such/folder does not exist",
+        ),
+        (["--output", "models"], "--output models is a folder; name a file"),
         (
             ["--output", "models/../models/story5000.pt"],
             "story5000.pt: this is the name of a checkpoint; name another file",

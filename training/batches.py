@@ -15,7 +15,7 @@ from training.rows import ChatRows, TextRows
 
 
 class Rows(Protocol):
-    """Rows in epochs, as TextRows, ChatRows and MixedRows have them."""
+    """Rows in epochs: TextRows, ChatRows or MixedRows."""
 
     def start_epoch(self, epoch: int) -> int: ...
 
@@ -25,8 +25,8 @@ class Rows(Protocol):
 class Batches:
     """Endless batches of rows in epoch order, prefetched by a thread.
 
-    `position` is {"epoch", "row"} of the first row that has not been returned yet: new Batches at that position
-    continue with the same rows.
+    `position` is {"epoch", "row"} of the first row that has not been returned yet. New Batches that start at this
+    position continue with the same rows.
     """
 
     def __init__(self, rows: Rows, n_rows: int, position: dict | None = None):
@@ -82,7 +82,7 @@ class Batches:
 
 
 def fixed_batches(rows: TextRows | ChatRows, batch_size: int, max_rows: int) -> list[tuple[np.ndarray, np.ndarray]]:
-    """The first `max_rows` rows of a split's epoch 0 in batches, the same at every call: for validation.
+    """The first `max_rows` rows of a split's epoch 0 in batches, the same at every call, for validation.
 
     The last batch is padded with rows without targets, which do not count.
     """

@@ -12,14 +12,14 @@ from typing import Any
 from common.cli import UserError
 from common.files import atomic_write, write_error
 
-PART_LOSS = "val_loss/"  # with the part's name: the key of the validation loss of a mixture's part
+PART_LOSS = "val_loss/"  # followed by the name of a mixture's part, the key of its validation loss in a record
 
 
 class MetricsLog:
     """Appends records, each a dict with "iter_num", to a file that starts with `records`.
 
-    Records that a full disk refuses are kept and written as soon as there is room, so that a log has no gaps. `board`
-    gets the same records.
+    Records that cannot be written because the disk is full are kept and written as soon as there is space, so a log has
+    no gaps. `board` gets the same records.
     """
 
     def __init__(self, path: Path, records: Iterable[dict] = (), board: TensorBoard | None = None):
@@ -30,7 +30,7 @@ class MetricsLog:
         self._unwritten = b""
 
     def write(self, record: dict) -> None:
-        """Append a record and pass it to the system; if that fails, print a warning and keep it."""
+        """Append a record and write it to the file; if that fails, print a warning and keep the record."""
         self._unwritten += _line(record)
         if self._board:
             self._board.write(record)

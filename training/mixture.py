@@ -1,8 +1,8 @@
 """Mixtures of data sets: what `--dataset story=0.7,chat=0.3` means, and rows drawn from its parts by weight.
 
-A weight is a share of the rows that are trained on, each of block_size tokens; weights are divided by their sum. Rows
-are drawn in rounds, the shortest ones that hold a whole number of each part's rows. The order within a round depends on
-the seed and the round's number. Meanwhile each part goes through its own epochs, as it would alone.
+A weight is a share of the training rows, each block_size tokens long; weights are divided by their sum. Rows are drawn
+in rounds, as short as they can be with a whole number of rows from each part. The order within a round depends on the
+seed and the round's number. Each part has its own epochs, as if it were the only one.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def parse_mixture(dataset: str) -> dict[str, Fraction]:
 
 
 def _round_rows(shares) -> int:
-    """The rows of the shortest round that holds a whole number of each part's rows."""
+    """The number of rows in the shortest round with a whole number of rows from each part."""
     return math.lcm(*(share.denominator for share in shares))
 
 
@@ -59,7 +59,7 @@ def mixture_name(dataset: str) -> str:
 
 
 def mixture_facts(facts: Mapping[str, dict], shares: Mapping[str, Fraction]) -> dict:
-    """What a checkpoint says about its data: one data set's .json as it is, or a mixture's under "parts" with weights.
+    """What a checkpoint stores about the data: a data set's .json; for a mixture, a list of them under "parts".
 
     A mixture with a chat part trains a chat model, so its "format" is "chat".
     """
@@ -87,7 +87,7 @@ def trained_on(info: Mapping) -> dict[str, dict]:
 
 
 class MixedRows:
-    """Rows of several parts in rounds. A round is an epoch to `Batches`, so epoch and row are the whole position."""
+    """Rows of several parts in rounds. `Batches` treats a round as an epoch: epoch and row are the whole position."""
 
     def __init__(self, parts: Sequence, shares: Sequence[Fraction], seed: int):
         n_rows = _round_rows(shares)
@@ -109,7 +109,7 @@ class MixedRows:
 
 
 class _EndlessRows:
-    """A part's rows, numbered across its epochs."""
+    """A part's rows, numbered consecutively across its epochs."""
 
     def __init__(self, rows):
         self._rows, self._epoch, self._first, self._n_rows = rows, -1, 0, 0

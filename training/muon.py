@@ -1,9 +1,9 @@
 """torch's Muon, for several matrices at a time and for sharded matrices.
 
-Muon moves a matrix by its momentum after all singular values of that are made nearly one ("Muon: An optimizer for
-hidden layers in neural networks", Jordan et al. 2024). torch.optim.Muon takes one matrix after another, in products too
-small for two CPU cores, let alone a GPU; here the matrices of one shape are multiplied together. State and arithmetic
-are torch's, and so is the default by which the learning rate follows a matrix's shape.
+Muon updates a matrix by its orthogonalized momentum: all singular values are made nearly one ("Muon: An optimizer for
+hidden layers in neural networks", Jordan et al. 2024). torch.optim.Muon updates one matrix after another, with products
+too small to keep two CPU cores busy, let alone a GPU; here the matrices of one shape are multiplied together. State and
+arithmetic are torch's, and so is the default that adjusts the learning rate to a matrix's shape.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Rows of block_size ids with their targets, in a new order each epoch.
 
-Text rows cut the stream of documents into pieces, so that every token is a target exactly once an epoch. Chat rows
+Text rows cut the stream of documents into pieces, so that every token is a target exactly once per epoch. Chat rows
 pack whole conversations, and by default only what the assistant says is a target. The order depends only on the seed
-and the epoch, so an epoch and a row index are all that a resumed run needs.
+and the epoch, so a resumed run needs nothing but an epoch and a row index to continue.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ SCANNED_TOKENS = 1 << 20  # in memory at a time while answers are looked for
 class TextRows:
     """Rows of plain text: pieces of block_size tokens, shuffled and cut at a new offset each epoch.
 
-    Every token except the first is a target exactly once an epoch.
+    Every token except the first is a target exactly once per epoch. With random offsets, as in nanoGPT, some tokens
+    would be seen several times before others are seen at all.
     """
 
     def __init__(self, stream: TokenStream, block_size: int, seed: int):
@@ -32,6 +33,7 @@ class TextRows:
     def start_epoch(self, epoch: int) -> int:
         """Shuffle the rows of an epoch; returns their number."""
         rng = np.random.default_rng([self.seed, epoch])
+        # A new offset, so that a token that was early in its row, with little context, gets more in another epoch.
         self._offset = int(rng.integers(self.block_size)) if epoch else 0
         n_rows = -(-(len(self.stream) - 1 + self._offset) // self.block_size)
         self._order = rng.permutation(n_rows)
@@ -42,6 +44,7 @@ class TextRows:
         start = int(self._order[index]) * self.block_size - self._offset
         ids = self.stream.read(start, start + self.block_size + 1)
         targets = ids[1:].copy()
+        # The first and the last row of an epoch extend beyond the stream; what is there is padding.
         positions = np.arange(start + 1, start + self.block_size + 1)
         targets[(positions < 1) | (positions >= len(self.stream))] = IGNORED
         return ids[:-1], targets
@@ -64,7 +67,7 @@ class ChatRows:
         if not len(ends) or ends[-1] < len(stream):
             ends = np.append(ends, len(stream))
         starts = np.concatenate([[0], ends[:-1]])
-        is_short = ends - starts <= block_size + 1
+        is_short = ends - starts <= block_size + 1  # a row's ids, and one more that is only a target
         pieces = [np.stack([starts, starts, ends], axis=1)[is_short]]  # (start of the message, start, end)
         for start, end in zip(starts[~is_short].tolist(), ends[~is_short].tolist(), strict=True):
             pieces.append(np.array(self._cut_at_messages(start, end, block_size + 1), dtype=np.int64))
@@ -114,13 +117,14 @@ class ChatRows:
         return has_target
 
     def start_epoch(self, epoch: int) -> int:
-        """Pack the conversations into rows and shuffle these; returns the number of those with a target.
+        """Pack the conversations into rows and shuffle the rows; returns the number of rows with a target.
 
-        Raises UserError if there is none.
+        Raises UserError if no row has a target.
         """
         if epoch == self._epoch:
             return len(self._rows)
         rng = np.random.default_rng([self.seed, epoch])
+        # Longest first packs tightest. Among equal lengths the order is random, so rows differ from epoch to epoch.
         shuffled = rng.permutation(len(self._pieces))
         longest_first = shuffled[np.argsort(-self._lengths[shuffled], kind="stable")]
         rows = pack_best_fit(longest_first.tolist(), self._lengths, self.block_size + 1)
@@ -159,8 +163,9 @@ class ChatRows:
             span = slice(position, position + end - begin)
             ids[span] = self.stream.read(begin, end)
             counts[span] = self._is_target(message, end)[begin - message :]
-            counts[position] &= begin == message  # the middle of a message does not follow from the ids before it
-            position += int(self._lengths[piece])  # any gap keeps its `<|endoftext|>`
+            # The first id of a piece that starts in the middle of a message cannot be predicted from the ids before it.
+            counts[position] &= begin == message
+            position += int(self._lengths[piece])  # with `end_pieces` the next id stays `<|endoftext|>`
         return ids[:-1], np.where(counts, ids, IGNORED)[1:]
 
     def _is_target(self, start: int, end: int) -> np.ndarray:
