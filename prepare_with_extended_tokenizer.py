@@ -7,7 +7,8 @@
 `--input` reads text (.txt, .md), web pages, books and subtitles (.html, .epub, .srt), records (.jsonl, .json, .parquet,
 .csv, .tsv), each also .gz or .zst, and folders of them. Records are texts (--field) or conversations, recognized by
 their fields: messages, conversations, conversation, a list of messages, prompt and completion or response, question and
-answer, instruction and output, exports of ChatGPT, Claude, Telegram and Discord, and more (docs/data.md). It prints what each file contains and a sample; `--dry_run` stops there. Then run: python train.py --dataset mine
+answer, instruction and output, exports of ChatGPT, Claude, Telegram and Discord (docs/data.md has the whole list). It
+prints what each file contains and a sample; `--dry_run` stops there. Then run: python train.py --dataset mine
 `--dataset` encodes again the text that an earlier preparation kept in the data folder. Both print how many tokens the
 base tokenizer needs, which spells `<|im_start|>` with several tokens, and what the extended one saves.
 """

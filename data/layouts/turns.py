@@ -55,7 +55,8 @@ def usable_messages(turns: Sequence, skipped: Counter) -> list[Message] | None:
     while parsed and parsed[-1][0] != "assistant":
         parsed.pop()
     if not any(role == "user" for role, _, _ in parsed):
-        return _count_unanswered(turns, skipped)
+        _count_unanswered(turns, skipped)
+        return None
     notes: Counter = Counter()
     if len(parsed) < length:
         notes["message without an answer, cut off"] += length - len(parsed)
