@@ -7,8 +7,8 @@
 `--input` reads text (.txt, .md), web pages, books and subtitles (.html, .epub, .srt), records (.jsonl, .json, .parquet,
 .csv, .tsv), each also .gz or .zst, and folders of them. Records are texts (--field) or conversations, recognized by
 their fields: messages, conversations, conversation, a list of messages, prompt and completion or response, question and
-answer, instruction and output, exports of ChatGPT, Claude, Telegram and Discord, and more (docs/data.md). It prints
-what each file contains and a sample; `--dry_run` stops there. Then run: python train.py --dataset mine
+answer, instruction and output, exports of ChatGPT, Claude, Telegram and Discord (docs/data.md has the whole list). It
+prints what each file contains and a sample; `--dry_run` stops there. Then run: python train.py --dataset mine
 `--dataset` encodes again the text that an earlier preparation kept in the data folder. Both print how many tokens the
 base tokenizer needs, which spells `<|im_start|>` with several tokens, and what the extended one saves.
 """
@@ -18,7 +18,6 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import re
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -86,7 +85,8 @@ def main() -> None:
             "--near_dedup, --max_document_tokens and --limit select documents, which --dataset does not; "
             "give them to the script that prepares the data set from its source"
         )
-    encode_all_again(datasets_to_encode(options), options)
+    for name in datasets_to_encode(options):
+        encode_again(name, options)
 
 
 # --- your own files ---
@@ -148,22 +148,6 @@ def prepared_by_us(folder: Path, name: str) -> DatasetInfo | None:
     """The description of a data set that a prepare script made; None if `<name>.json` is something else."""
     info = earlier_info(folder, name)
     return info if info and info.source is not None and info.licence is not None else None
-
-
-def encode_all_again(names: list[str], options: ExtendedOptions) -> None:
-    """Encode data sets again; one that fails does not stop the others. Raises UserError that names those that did."""
-    failed = []
-    for name in names:
-        try:
-            encode_again(name, options)
-        except UserError as error:
-            if len(names) == 1:
-                raise
-            print(f"{name} not encoded again: {error}", file=sys.stderr)
-            failed.append(name)
-    if failed:
-        commands = "; ".join(prepare_command(name) for name in failed)
-        raise UserError(f"{len(failed)} of {len(names)} data sets were not encoded again; run: {commands}")
 
 
 def encode_again(name: str, options: ExtendedOptions) -> None:
