@@ -4,8 +4,10 @@
     python prepare_with_extended_tokenizer.py --input notes.txt chats.jsonl.gz --dry_run
     python prepare_with_extended_tokenizer.py --dataset chitchat
 
-`--input` reads text (.txt, .md), records (.jsonl, .json, .parquet), each also .gz or .zst, and folders of them. It
-prints what each file contains and a sample; `--dry_run` stops there. Then run: python train.py --dataset mine
+`--input` reads text (.txt, .md), web pages, books and subtitles (.html, .epub, .srt), records (.jsonl, .json, .parquet,
+.csv, .tsv), each also .gz or .zst, and folders of them. Records are texts (--field) or conversations, recognized by
+their fields: messages, conversations, conversation, a list of messages, prompt and completion or response, question and
+answer, instruction and output, exports of ChatGPT, Claude, Telegram and Discord, and more (docs/data.md). It prints what each file contains and a sample; `--dry_run` stops there. Then run: python train.py --dataset mine
 `--dataset` encodes again the text that an earlier preparation kept in the data folder. Both print how many tokens the
 base tokenizer needs, which spells `<|im_start|>` with several tokens, and what the extended one saves.
 """
@@ -15,21 +17,20 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import re
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from common.cli import UserError, option, parse_options, run_script
 from data.cleaning import CHAT_PASSES, TEXT_PASSES
+from data.counts import Skipped
 from data.dataset import DatasetInfo, prepare_command
 from data.documents import Document, read_prepared, text_path
 from data.earlier import earlier_info
 from data.pipeline import Corpus, Dataset, PrepareOptions, output_folder, prepare
 from data.readers.files import input_files
-from data.readers.recognize import Recognized, read_documents, recognize
+from data.readers.recognize import Recognized, first_document, read_documents, recognize
 from data.report import count_tokens
-from data.splitting import split_single_text
 from setup_tokenizer import render_chat
 
 SAMPLE_CHARACTERS = 300
@@ -54,6 +55,12 @@ class ExtendedOptions(PrepareOptions):
         "not stated (--licence)",
         "licence of the --input files, kept with the data set",
         metavar="TEXT",
+        group="data",
+    )
+    me: str | None = option(
+        None,
+        "in a Telegram, Discord or WhatsApp export: the person whose messages become the assistant's",
+        metavar="NAME",
         group="data",
     )
     dry_run: bool = option(False, "print what the files contain and a sample, then stop", group="output")
@@ -87,7 +94,7 @@ def main() -> None:
 def prepare_own(options: ExtendedOptions) -> None:
     """Prepare the files that --input names as data set --name, after printing what they contain."""
     files = input_files(options.input)
-    found = [recognize(file, options.field, options.divide_within_lines) for file in files]
+    found = [recognize(file, options.field, options.divide_within_lines, options.me) for file in files]
     for recognized in found:
         print(recognized)
     kinds = {recognized.kind for recognized in found}
@@ -95,30 +102,26 @@ def prepare_own(options: ExtendedOptions) -> None:
         raise UserError(
             "some files are text and some are conversations; prepare them separately, each with its own --name"
         )
-    show_sample(own_documents(found, Counter()))
+    show_sample(first_document(found))
     if options.dry_run:
         return
-    skipped: Counter = Counter()
+    skipped = Skipped()
     kind = kinds.pop()
     dataset = Dataset(options.name, kind, f"local: {', '.join(file.name for file in files)}", options.licence)
-    train, val = split_single_text(own_documents(found, skipped), options.val_fraction)
-    skipped.clear()
+    corpus = Corpus(own_documents(found, skipped), files=files, skipped=skipped)
     passes = CHAT_PASSES if kind == "chat" else TEXT_PASSES
-    info = prepare(dataset, options, Corpus(train, val, files, skipped=skipped), passes)
+    info = prepare(dataset, options, corpus, passes)
     report_saving(output_folder(options), info)
     print(f"now: python train.py --dataset {options.name}")
 
 
-def own_documents(found: Sequence[Recognized], skipped: Counter) -> Iterator[Document]:
+def own_documents(found: Sequence[Recognized], skipped: Skipped) -> Iterator[Document]:
     """The documents of the files, one file after another."""
     return itertools.chain.from_iterable(read_documents(recognized, skipped) for recognized in found)
 
 
-def show_sample(documents: Iterator[Document]) -> None:
-    """Print the beginning of the first document."""
-    first = next(documents, None)
-    if first is None:
-        raise UserError("no document found in the files; give --input files that contain some")
+def show_sample(first: Document) -> None:
+    """Print the beginning of a document."""
     text = first if isinstance(first, str) else render_chat(first)
     cut = " [...]" if len(text) > SAMPLE_CHARACTERS else ""
     print(f"\n{text[:SAMPLE_CHARACTERS]}{cut}\n")
@@ -155,7 +158,7 @@ def encode_again(name: str, options: ExtendedOptions) -> None:
     train, val = (read_prepared(folder, old, split) for split in ("train", "val"))
     if options.dry_run:
         print(f"{text_path(folder, old, 'train')}: {old.format}, {dataset.source}, {dataset.licence}")
-        show_sample(train)
+        show_sample(next(train))
         return
     recorded = old.options or {}
     shard_tokens = options.shard_tokens or recorded.get("shard_tokens")

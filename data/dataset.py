@@ -15,6 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from common.cli import UserError
 from common.files import sha256_file
 from data.token_stream import TokenStream
@@ -53,12 +55,16 @@ class FileInfo:
 
 @dataclass(frozen=True)
 class SplitInfo:
-    """One split. `text_bytes` are UTF-8 bytes of text, without roles and control tokens."""
+    """One split. `text_bytes` are UTF-8 bytes of text, without roles and control tokens.
+
+    `untrained` are the (start, end) positions in the split of answers of weight 0, which are no targets.
+    """
 
     tokens: int
     files: tuple[FileInfo, ...]
     documents: int | None = None
     text_bytes: int | None = None
+    untrained: tuple[tuple[int, int], ...] = ()
 
     @classmethod
     def from_json(cls, entry: Mapping[str, Any]) -> SplitInfo:
@@ -66,11 +72,13 @@ class SplitInfo:
         files = tuple(FileInfo.from_json(file) for file in _typed(entry["files"], list))
         if not files:
             raise ValueError("a split has no file")
-        return cls(_typed(entry["tokens"], int), files, entry.get("documents"), entry.get("text_bytes"))
+        untrained = tuple((_typed(start, int), _typed(end, int)) for start, end in entry.get("untrained") or ())
+        return cls(_typed(entry["tokens"], int), files, entry.get("documents"), entry.get("text_bytes"), untrained)
 
     def to_json(self) -> dict:
         counts = _without_none({"documents": self.documents, "tokens": self.tokens, "text_bytes": self.text_bytes})
-        return {**counts, "files": [file.to_json() for file in self.files]}
+        untrained = {"untrained": [list(span) for span in self.untrained]} if self.untrained else {}
+        return {**counts, "files": [file.to_json() for file in self.files], **untrained}
 
 
 @dataclass(frozen=True)
@@ -168,8 +176,10 @@ def open_dataset(data_dir: Path, name: str) -> tuple[dict[str, TokenStream], Dat
             f"with: {prepare_command(name)}"
         )
     streams = {split: TokenStream(_bin_paths(data_dir, name, split, info)) for split in SPLITS}
-    for stream in streams.values():
+    for split, stream in streams.items():
         stream.check_ids(prepare_command(name))
+        if info and info.splits[split].untrained:
+            stream.untrained = np.array(info.splits[split].untrained, dtype=np.int64)
     return streams, info or _describe_bins(streams, name)
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import BinaryIO
 
@@ -36,11 +36,19 @@ def document_line(document: Document) -> bytes:
     A line of a text that spells the separator is escaped with a backslash.
     """
     if not isinstance(document, str):
-        messages = [{"role": message["role"], "content": message["content"]} for message in document]
+        messages = [
+            {"role": message["role"], "content": message["content"], **({"weight": 0} if is_untrained(message) else {})}
+            for message in document
+        ]
         return json.dumps({"messages": messages}, ensure_ascii=False).encode() + b"\n"
     if ENDOFTEXT in document:
         document = _SEPARATOR_LINE.sub(r"\\\1", document)
     return f"{document}{TEXT_END}".encode()
+
+
+def is_untrained(message: Mapping) -> bool:
+    """Whether a message is an answer of weight 0, which is context for what follows and not a target."""
+    return message.get("weight") == 0
 
 
 def read_document_line(line: bytes, format: str) -> Document:
@@ -60,13 +68,22 @@ def read_prepared(folder: Path, info: DatasetInfo, split: str) -> Iterator[Docum
     """The documents of a prepared split, exactly as they were encoded."""
     path = text_path(folder, info, split)
     try:
-        with path.open("rb") as file:
-            for line in file if info.format == "chat" else _text_lines(file):
-                yield read_document_line(line, info.format)
+        for line in document_lines(folder, info, split):
+            yield read_document_line(line, info.format)
     except FileNotFoundError as error:
         raise UserError(f"{path} not found; prepare {info.name} again from its source") from error
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is damaged; prepare {info.name} again from its source") from error
+
+
+def document_lines(folder: Path, info: DatasetInfo, split: str) -> Iterator[bytes]:
+    """The documents of a prepared split as `document_line` stored them."""
+    with text_path(folder, info, split).open("rb") as file:
+        if info.format == "chat":
+            yield from file
+        else:
+            for text in _text_lines(file):
+                yield text + TEXT_END.encode()
 
 
 def _text_lines(file: BinaryIO) -> Iterator[bytes]:

@@ -29,6 +29,7 @@ from tqdm import tqdm
 from common.cli import UserError, check_options, option
 from common.device import n_cores
 from common.files import FileLock, atomic_files, require_free_space, write_error
+from data.counts import DIVIDED, n_dropped, reasons_in_words
 from data.dataset import SPLITS, DatasetInfo, SplitInfo, info_bytes
 from data.dedup import Repeats, require_minhash
 from data.documents import Document, text_path
@@ -41,13 +42,14 @@ from data.earlier import (
     remove_leftovers,
 )
 from data.readers.files import is_text, split_suffix
+from data.redividing import redivide
 from data.report import write_report
-from data.splitting import with_split
+from data.splitting import is_fair, with_split
 from data.workers import BATCH_CHARACTERS, Pass, Worker, encoded_batches
 from data.writing import Encoded, SplitWriter, staged_file
 
 DATA_FOLDER = Path(__file__).resolve().parent
-PIPELINE_VERSION = 2  # raised whenever the same input would give other files, so that finished data is prepared again
+PIPELINE_VERSION = 3  # raised whenever the same input would give other files, so that finished data is prepared again
 MAX_DEFAULT_WORKERS = 8  # the one process that reads and writes cannot feed more
 
 
@@ -61,7 +63,7 @@ class PrepareOptions:
     )
     val_fraction: float = option(
         0.05,
-        "fraction of the documents kept for validation, if the source has no such split",
+        "fraction of the tokens used for validation, if the source has no such split",
         above=0,
         below=1,
         metavar="F",
@@ -106,9 +108,9 @@ class Corpus:
     """Documents and their origin.
 
     `train` and `val` are consumed once and lazily. Without `val`, documents are divided by `val_fraction`, by their
-    content and the seed, so that neither order nor duplicates matter. `files` are the files that the documents come
-    from; `digest` identifies an input that is not files, such as the commit of a repository. `skipped` is a Counter
-    that the readers fill, by reason, while the documents are consumed.
+    content and the seed, so that neither order nor duplicates matter (data/splitting.py). `files` are the files that
+    the documents come from; `digest` identifies an input that is not files, such as the commit of a repository.
+    `skipped` is a Counter that the readers fill, by reason, while the documents are consumed.
     """
 
     train: Iterable[Document]
@@ -258,8 +260,36 @@ def _write_splits(
             for batch in encoded(corpus.train):
                 writers["train"].write(batch.select(repeats.find_new(batch)))
     splits = {split: writer.info() for split, writer in writers.items()}
-    _require_documents(wanted, options, splits, counts["read"], corpus)
+    if corpus.val is None:
+        splits = _divided_by_tokens(staging, dataclasses.replace(wanted, splits=splits), options, worker, counts)
+    _require_documents(wanted, options, splits, counts, corpus)
+    counts["read"] += n_dropped(corpus.skipped)
     return splits, dict(sorted(counts.items())) | dict(sorted(corpus.skipped.items()))
+
+
+def _divided_by_tokens(
+    staging: Path, info: DatasetInfo, options: PrepareOptions, worker: Worker, counts: Counter
+) -> dict[str, SplitInfo]:
+    """The splits of `info`, divided again if validation has too few or too many tokens; a warning if it still has."""
+    splits = dict(info.splits)
+    n_documents = sum(split.documents or 0 for split in splits.values())
+    if not n_documents or _is_fair(splits, options):
+        return splits
+    if again := redivide(staging, info, worker, options.val_fraction, options.shard_tokens):
+        splits, is_cut = again
+        counts.update({DIVIDED: 1} if is_cut else {})
+    if not _is_fair(splits, options) and all(split.documents for split in splits.values()):
+        share = splits["val"].tokens / sum(split.tokens for split in splits.values())
+        uncut = "conversations of fewer than 10 questions are" if info.format == "chat" else "short texts and words are"
+        print(
+            f"warning: validation holds {share:.1%} of the tokens, not {options.val_fraction:.1%}, because there are "
+            f"only {n_documents:,} documents and {uncut} not cut; add documents, or change --val_fraction"
+        )
+    return splits
+
+
+def _is_fair(splits: Mapping[str, SplitInfo], options: PrepareOptions) -> bool:
+    return is_fair(splits["val"].tokens, sum(split.tokens for split in splits.values()), options.val_fraction)
 
 
 def _total_bytes(options: PrepareOptions, files: Sequence[Path]) -> int | None:
@@ -272,17 +302,20 @@ def _require_documents(
     wanted: DatasetInfo,
     options: PrepareOptions,
     splits: Mapping[str, SplitInfo],
-    n_read: int,
+    counts: Counter,
     corpus: Corpus,
 ) -> None:
     """Raise UserError, with the remedy, if a split has no documents."""
     where = ", ".join(map(str, corpus.files)) or wanted.source
     n_train, n_val = (splits[split].documents or 0 for split in SPLITS)
-    if not n_read:
-        raise UserError(f"no document found in {where}; give --input a file that contains some")
+    reasons = reasons_in_words(counts + Counter(corpus.skipped))
+    if not counts["read"]:
+        found = f" ({reasons})" if reasons else ""
+        raise UserError(f"no document found in {where}{found}; give --input a file that contains some")
     if not n_train and not n_val:
         raise UserError(
-            f"all {n_read:,} documents of {where} are empty or too long; give --input a file that contains text"
+            f"all {counts['read']:,} documents of {where} are empty or too long ({reasons}); give --input a file that "
+            "contains text"
         )
     if corpus.val is not None and not n_train:
         raise UserError(
@@ -299,7 +332,10 @@ def _require_documents(
 
 
 def _print_totals(info: DatasetInfo) -> None:
-    for note, count in (info.report or {}).items():
+    report = info.report or {}
+    if "read" in report:
+        print(f"  read: {report['read']:,}, kept: {report['read'] - n_dropped(report):,}")
+    for note, count in report.items():
         if count and note != "read":
             print(f"  {note}: {count:,}")
     for split in SPLITS:

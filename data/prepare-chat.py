@@ -11,8 +11,9 @@ prints:
 
 Streams smol-smoltalk; try --limit 20000 first. The other sources are smaller: everyday (2,000 short conversations),
 oasst1 (answers by people, rated by people; the best-ranked ones are used), dolly (15,000 instructions). Local files may
-be JSON, JSONL or parquet with `messages`, ShareGPT's `conversations`, Alpaca's or Dolly's instructions, or OASST's
-messages and trees:
+be JSON, JSONL, parquet, CSV or TSV: `messages`, ShareGPT's `conversations`, `conversation`, lists of messages, prompts
+with a completion or response, questions with an answer, instructions with an output or response, OASST's messages and
+trees, exports of ChatGPT and Claude, and with --me of Telegram and Discord (docs/data.md has the whole list):
 
     python data/prepare-chat.py --input my-chat.jsonl
 
@@ -22,19 +23,21 @@ Then run: python train.py --dataset chat
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import sys
-from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that the project's modules are found anywhere
 
-from common.cli import UserError, option, parse_options, run_script
+from common.cli import option, parse_options, run_script
 from data.cleaning import CHAT_PASSES
+from data.counts import Skipped
 from data.layouts.chat import conversations
 from data.pipeline import Corpus, Dataset, PrepareOptions, prepare
 from data.readers.files import RECORD_SUFFIXES, input_files
 from data.readers.hub import hub_commit, stream_hub
+from data.readers.recognize import FIRST_RECORDS, no_document, warning_of_bad_records
 from data.readers.records import read_records
 from data.splitting import split_by_opening
 
@@ -82,6 +85,12 @@ class ChatOptions(PrepareOptions):
     )
     all_paths: bool = option(False, "OASST: use every path of each tree instead of the best-ranked one", group="data")
     language: str = option("en", "OASST: use only the trees in this language, or 'all'", metavar="CODE", group="data")
+    me: str | None = option(
+        None,
+        "in a Telegram or Discord export: the person whose messages become the assistant's",
+        metavar="NAME",
+        group="data",
+    )
     licence: str | None = option(
         None, "licence recorded with the data set (default: the source's)", metavar="TEXT", group="data"
     )
@@ -106,7 +115,7 @@ def hub_corpus(options: ChatOptions) -> Corpus:
     """The conversations of a data set of the hub, at its current commit."""
     source = SOURCES[options.source or "smol-smoltalk"]
     commit = hub_commit(source.repository)
-    skipped: Counter = Counter()
+    skipped = Skipped()
 
     def split(name: str) -> Iterator[list[dict]]:
         records = stream_hub(source.repository, split=name, revision=commit, files=source.files)
@@ -119,14 +128,16 @@ def hub_corpus(options: ChatOptions) -> Corpus:
 def local_corpus(options: ChatOptions) -> Corpus:
     """The conversations of the files that --input names."""
     files = input_files(options.input, RECORD_SUFFIXES)
-    skipped: Counter = Counter()
+    for file in files:
+        check_first_records(file, options)
+    skipped = Skipped()
     train = local_conversations(files, options, skipped)
     if options.all_paths:
         return Corpus(*split_by_opening(train, options.val_fraction, options.seed), files=files, skipped=skipped)
     return Corpus(train, files=files, skipped=skipped)
 
 
-def local_conversations(files: list[Path], options: ChatOptions, skipped: Counter) -> Iterator[list[dict]]:
+def local_conversations(files: list[Path], options: ChatOptions, skipped: Skipped) -> Iterator[list[dict]]:
     """The conversations of local files, one file after another. Raises UserError if none of them can be used."""
     found = 0
     for file in files:
@@ -134,18 +145,24 @@ def local_conversations(files: list[Path], options: ChatOptions, skipped: Counte
             found += 1
             yield messages
     if not found:
-        reasons = "; ".join(f"{reason}: {count}" for reason, count in skipped.items()) or "no record"
-        raise UserError(
-            f"no usable conversation in {', '.join(map(str, files))} ({reasons}); give --input another file"
-        )
+        raise no_document(files, "chat", skipped)
+
+
+def check_first_records(file: Path, options: ChatOptions) -> None:
+    """Print a warning if most of a file's first records are unusable."""
+    skipped = Skipped()
+    records = itertools.islice(read_records(file), FIRST_RECORDS)
+    n_kept = sum(1 for _ in read_conversations(records, options, skipped, file))
+    if n_kept and (warning := warning_of_bad_records(file, skipped, n_kept)):
+        print(warning)
 
 
 def read_conversations(
-    records: Iterable[dict], options: ChatOptions, skipped: Counter, where: str | Path
+    records: Iterable[dict], options: ChatOptions, skipped: Skipped, where: str | Path
 ) -> Iterator[list[dict]]:
     """The conversations of records, as the options choose them."""
     language = None if options.language == "all" else options.language
-    return conversations(records, options.all_paths, skipped, language, where)
+    return conversations(records, options.all_paths, skipped, language, where, options.me)
 
 
 if __name__ == "__main__":

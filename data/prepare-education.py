@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -29,9 +28,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that the p
 
 from common.cli import option, parse_options, run_script
 from data.cleaning import TEXT_PASSES
+from data.counts import Skipped
 from data.pipeline import Corpus, Dataset, PrepareOptions, prepare
-from data.readers.files import input_files, is_text
+from data.readers.files import PAGE_SUFFIXES, input_files, is_text, split_suffix
 from data.readers.hub import hub_commit, stream_hub
+from data.readers.pages import read_pages
 from data.readers.records import read_records, text_fields
 from data.readers.text import read_text_documents
 
@@ -65,7 +66,7 @@ class EducationOptions(PrepareOptions):
 
 def main() -> None:
     options = parse_options(EducationOptions, __doc__)
-    skipped: Counter = Counter()
+    skipped = Skipped()
     if options.input:
         files = input_files(options.input)
         corpus = Corpus(local_documents(files, options.field, skipped), files=files, skipped=skipped)
@@ -87,11 +88,13 @@ def describe(options: EducationOptions, files: Sequence[Path]) -> Dataset:
     return Dataset("education", "text", ": ".join(origin + names), licence)
 
 
-def local_documents(files: list[Path], field: str, skipped: Counter) -> Iterator[str]:
+def local_documents(files: list[Path], field: str, skipped: Skipped) -> Iterator[str]:
     """The texts of local files: a field of each record, or the documents of a text file."""
     for file in files:
         if is_text(file):
             yield from read_text_documents(file)
+        elif split_suffix(file)[0] in PAGE_SUFFIXES:
+            yield from read_pages(file)
         else:
             yield from text_fields(read_records(file), field, skipped, file)
 

@@ -1,18 +1,25 @@
-"""Divide documents into train and validation, by their content and a seed, so that order and repeats do not matter."""
+"""Divide documents into train and validation, by their content and a seed, so that order and repeats do not matter.
+
+The first division is by documents: those with the smallest digests become validation. That is right for many documents
+of similar length. Where it gives validation less than half or more than twice its share of the tokens, because there
+are few documents or some are huge, `data/redividing.py` divides again by tokens, with the functions at the end of this
+module, and cuts one document if no whole documents fit.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import itertools
-from collections.abc import Iterable, Iterator
+import re
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
-from data.documents import Document
 from data.writing import Encoded
 
 EXACT_SPLIT_DOCUMENTS = 50  # with more expected validation documents, a random share is close enough to the fraction
 EXACT_SPLIT_BYTES = 64 << 20
+FEWEST_EXCHANGES = 10  # a conversation with fewer questions is never cut
 
 
 def with_split(batches: Iterator[Encoded], val_fraction: float) -> Iterator[tuple[Encoded, np.ndarray]]:
@@ -38,6 +45,9 @@ def with_split(batches: Iterator[Encoded], val_fraction: float) -> Iterator[tupl
         yield batch, batch.digests[:, 0] < np.uint64(threshold)
 
 
+# --- conversations with the same opening ---
+
+
 def split_by_opening(
     conversations: Iterable[list[dict]], val_fraction: float, seed: int
 ) -> tuple[list[list[dict]], list[list[dict]] | None]:
@@ -49,8 +59,13 @@ def split_by_opening(
     groups: dict[str, list[list[dict]]] = {}
     for messages in conversations:
         groups.setdefault(messages[0]["content"], []).append(messages)
+    openings = sorted(groups, key=lambda opening: _digest(opening, seed))
+    sizes = [sum(len(m["content"]) for messages in groups[opening] for m in messages) for opening in openings]
     n_val = min(max(1, round(val_fraction * len(groups))), len(groups) - 1)
-    chosen = set(sorted(groups, key=lambda opening: _digest(opening, seed))[:n_val])
+    chosen = set(openings[:n_val])
+    if not is_fair(sum(sizes[:n_val]), sum(sizes), val_fraction):
+        by_size = {openings[index] for index in choose(sizes, val_fraction)}
+        chosen = by_size or chosen
     train = [messages for opening, group in groups.items() if opening not in chosen for messages in group]
     val = [messages for opening, group in groups.items() if opening in chosen for messages in group]
     return train, val or None
@@ -61,18 +76,85 @@ def _digest(text: str, seed: int) -> bytes:
     return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16, key=key).digest()
 
 
-def split_single_text(
-    documents: Iterator[Document], val_fraction: float
-) -> tuple[Iterable[Document], Iterable[Document] | None]:
-    """(train, val) of a corpus that may be one text: that is cut in two, and its end becomes validation.
+# --- shares of the tokens ---
 
-    Several documents, and conversations, are returned unchanged with val None.
+
+def fair_range(total: int, val_fraction: float) -> tuple[float, float]:
+    """The fewest and the most tokens of `total` that validation may hold: half and twice its share, and never all."""
+    return total * val_fraction / 2, total * min(2 * val_fraction, (1 + val_fraction) / 2)
+
+
+def is_fair(n_val: int, total: int, val_fraction: float) -> bool:
+    """Whether validation holds between half and twice its share of the tokens, and train the rest."""
+    lowest, highest = total * val_fraction / 2, total * 2 * val_fraction
+    return 0 < n_val < total and lowest <= n_val <= highest
+
+
+def choose(sizes: Sequence[int], val_fraction: float) -> list[int]:
+    """The indices of the validation documents by size, the first ones that fit; empty if none do.
+
+    A document that would take validation beyond its range is passed over.
     """
-    first = list(itertools.islice(documents, 2))
-    if len(first) != 1 or not isinstance(first[0], str):
-        return itertools.chain(first, documents), None
-    text = first[0].strip()
-    wanted = int(len(text) * (1 - val_fraction))
-    breaks = (text.rfind(mark, 0, wanted) for mark in ("\n\n", "\n", " "))
-    cut = next((position for position in breaks if position > wanted // 2), wanted)
-    return [text[:cut]], [text[cut:]]
+    total = sum(sizes)
+    highest = fair_range(total, val_fraction)[1]
+    chosen, held = [], 0
+    for index, size in enumerate(sizes):
+        if held >= total * val_fraction:
+            break
+        if held + size <= highest:
+            chosen.append(index)
+            held += size
+    return chosen
+
+
+# --- cutting a document ---
+
+# Where a text may be cut, best first: before a paragraph, a line, a sentence, a word. There is no cut inside a word.
+_BOUNDARIES = (
+    re.compile(r"\n[ \t]*\n\s*"),
+    re.compile(r"\n\s*"),
+    re.compile(r"(?<=[.!?…])[\"'”’)\]]*\s+|(?<=[。！？])"),
+    re.compile(r"\s+"),
+)
+
+
+def cut_text(text: str, tail: int, fewest: int, most: int) -> tuple[str, str] | None:
+    """A text in two, whose end has about `tail` characters, between `fewest` and `most`; None if there is no boundary.
+
+    The cut is at the last paragraph that leaves at least `tail` characters, or else the first one after that; without
+    any in the range, at a line, then at a sentence, then at a word.
+
+    >>> cut_text("One two.\\n\\nThree four.\\n\\nFive six.", 10, 5, 20)
+    ('One two.\\n\\nThree four.', 'Five six.')
+    """
+    wanted, first, last = len(text) - tail, len(text) - most, len(text) - fewest
+    start = max(first - 2, 0)
+    for boundary in _BOUNDARIES:
+        found = [match for match in boundary.finditer(text, start, min(last + 2, len(text)))]
+        cuts = [match for match in found if first <= match.end() <= last and match.start() > 0]
+        if cuts:
+            before = [match for match in cuts if match.end() <= wanted]
+            cut = before[-1] if before else cuts[0]
+            head, end = text[: cut.start()].rstrip(), text[cut.end() :].lstrip()
+            if head and end:
+                return head, end
+    return None
+
+
+def cut_conversation(messages: Sequence[dict], sizes: Sequence[int], tail: int) -> tuple[list[dict], list[dict]] | None:
+    """A long conversation in two at a question, so that its end has about `tail` tokens; None if it is short.
+
+    `sizes` are the tokens of each message. Both parts contain an answer.
+    """
+    questions = [index for index, message in enumerate(messages) if message["role"] == "user"]
+    if len(questions) < FEWEST_EXCHANGES:
+        return None
+    ends = np.cumsum(np.array(sizes)[::-1])[::-1]  # tokens from each message to the end
+    answers = [
+        index for index, message in enumerate(messages) if message["role"] == "assistant" and "weight" not in message
+    ]
+    cuts = [index for index in questions if answers and answers[0] < index <= answers[-1]]
+    if not cuts:
+        return None
+    cut = min(cuts, key=lambda index: abs(int(ends[index]) - tail))
+    return list(messages[:cut]), list(messages[cut:])

@@ -28,6 +28,7 @@ class TokenStream:
         self._maps = [cast(mmap.mmap, shard.base) for shard in self._shards]
         self._ends = np.cumsum([len(shard) for shard in self._shards]).tolist()
         self._mapped_bytes = 0
+        self.untrained = np.zeros((0, 2), dtype=np.int64)  # sorted (start, end) of answers of weight 0
 
     def __len__(self) -> int:
         return self._ends[-1]
@@ -46,6 +47,15 @@ class TokenStream:
         if self._mapped_bytes > MAX_MAPPED_BYTES:
             self._unmap()
         return ids
+
+    def is_trained(self, start: int, end: int) -> np.ndarray:
+        """Which of the positions from start to end are outside the answers of weight 0: (end - start,) bool."""
+        trained = np.ones(end - start, dtype=bool)
+        first = int(np.searchsorted(self.untrained[:, 1], start, side="right"))
+        last = int(np.searchsorted(self.untrained[:, 0], end))
+        for span_start, span_end in self.untrained[first:last].tolist():
+            trained[max(span_start - start, 0) : span_end - start] = False
+        return trained
 
     def positions_of(self, token_id: int) -> np.ndarray:
         """Every position of `token_id`, in order."""

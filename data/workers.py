@@ -18,10 +18,10 @@ import numpy as np
 
 from common.cli import UserError
 from data.dedup import band_keys
-from data.documents import Document, document_line
+from data.documents import Document, document_line, is_untrained
 from data.encoding import encode_documents
 from data.writing import Encoded
-from setup_tokenizer import ENDOFTEXT_ID, check_messages
+from setup_tokenizer import ENDOFTEXT_ID, check_messages, message_spans
 
 BATCH_CHARACTERS = 1 << 18  # of the documents that a worker gets at once
 MIN_BATCHES_FOR_PROCESSES = 16  # with fewer batches, starting processes takes longer than the work
@@ -55,7 +55,7 @@ class Worker:
                 except ValueError as error:
                     raise UserError(f"conversation {index + 1}: {error}; fix or remove it") from error
             documents.append(cleaned)
-        encoded = self._encode(documents, sum(map(_characters, batch)), counts)
+        encoded = self.encode(documents, sum(map(_characters, batch)), counts)
         if self.max_document_tokens is not None:
             fits = encoded.n_tokens - 1 <= self.max_document_tokens
             counts[f"longer than {self.max_document_tokens} tokens"] += int((~fits).sum())
@@ -64,14 +64,19 @@ class Worker:
             encoded.band_keys = band_keys(encoded.ids, encoded.n_tokens)
         return encoded
 
-    def _encode(self, documents: list[Document], read_characters: int, counts: Counter) -> Encoded:
-        lines = [document_line(document) for document in documents]
+    def digests(self, lines: Iterable[bytes]) -> np.ndarray:
+        """The digests of documents as stored, (documents, 2) uint64; they depend on the seed."""
         key = self.seed.to_bytes(8, "little")
         digests = b"".join(hashlib.blake2b(line, digest_size=16, key=key).digest() for line in lines)
+        return np.frombuffer(digests, dtype="<u8").reshape(-1, 2)
+
+    def encode(self, documents: list[Document], read_characters: int = 0, counts: Counter | None = None) -> Encoded:
+        """Clean documents, encoded; `read_characters` and `counts` are passed on."""
+        lines = [document_line(document) for document in documents]
         ids = encode_documents(documents).astype(np.uint16)
         ends = np.flatnonzero(ids == ENDOFTEXT_ID) + 1
         return Encoded(
-            digests=np.frombuffer(digests, dtype="<u8").reshape(-1, 2),
+            digests=self.digests(lines),
             ids=ids,
             n_tokens=np.diff(ends, prepend=0),
             text_bytes=np.array([text_bytes(document) for document in documents], dtype=np.int64),
@@ -79,7 +84,8 @@ class Worker:
             line_bytes=np.array([len(line) for line in lines], dtype=np.int64),
             band_keys=None,
             read_characters=read_characters,
-            counts=counts,
+            counts=Counter() if counts is None else counts,
+            untrained=_untrained(documents, ids, np.diff(ends, prepend=0)),
         )
 
     def _clean(self, document: Document, counts: Counter) -> Document | None:
@@ -112,6 +118,25 @@ def _without_surrogates(document: Document, counts: Counter) -> Document:
     counts["unpaired surrogates"] += 1
     ignored: Counter = Counter()
     return [{**message, "content": _without_surrogates(message["content"], ignored)} for message in document]
+
+
+def _untrained(documents: list[Document], ids: np.ndarray, n_tokens: np.ndarray) -> np.ndarray:
+    """The answers of weight 0 in conversations whose ids these are, as in `Encoded.untrained`."""
+    found = [
+        (index, position)
+        for index, document in enumerate(documents)
+        if not isinstance(document, str)
+        for position, message in enumerate(document)
+        if is_untrained(message)
+    ]
+    if not found:
+        return np.zeros((0, 3), dtype=np.int64)
+    messages = message_spans(ids)
+    document, position = np.array(found, dtype=np.int64).T
+    first_message = np.cumsum([0, *map(len, documents)])[:-1]
+    message = first_message[document] + position
+    start = (np.cumsum(n_tokens) - n_tokens)[document]
+    return np.column_stack([document, messages.content[message] - start, messages.end[message] - start])
 
 
 def text_bytes(document: Document) -> int:

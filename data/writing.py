@@ -30,6 +30,8 @@ class Encoded:
     band_keys: np.ndarray | None  # (documents, BANDS) uint64, to find near duplicates
     read_characters: int
     counts: Counter
+    # Answers of weight 0: (n, 3) of the document's index, and the first and last + 1 id within the document.
+    untrained: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros((0, 3), dtype=np.int64))
 
     def select(self, chosen: np.ndarray) -> Encoded:
         """The batch with the chosen documents only; `chosen` is (documents,) bool."""
@@ -45,7 +47,13 @@ class Encoded:
             lines=b"".join(_runs(memoryview(self.lines), self.line_bytes, edges)),
             line_bytes=self.line_bytes[chosen],
             band_keys=None if self.band_keys is None else self.band_keys[chosen],
+            untrained=self._untrained_of(chosen),
         )
+
+    def _untrained_of(self, chosen: np.ndarray) -> np.ndarray:
+        """`untrained` of the chosen documents, with their new indices."""
+        kept = self.untrained[chosen[self.untrained[:, 0]]]
+        return np.column_stack([(np.cumsum(chosen) - 1)[kept[:, 0]], kept[:, 1:]]) if len(kept) else kept
 
 
 def _runs(data, lengths: np.ndarray, edges: np.ndarray) -> list:
@@ -61,7 +69,8 @@ class SplitWriter:
         self._folder, self._stem, self._shard_tokens = text_path.parent, text_path.stem, shard_tokens
         self._stack = contextlib.ExitStack()
         self._files: list[FileInfo] = []  # the finished shards
-        self._documents = self._text_bytes = 0
+        self._documents = self._text_bytes = self._tokens = 0
+        self._untrained: list[tuple[int, int]] = []
         self._text = self._stack.enter_context(staged_file(text_path))
         self._bin_stack = self._stack.enter_context(contextlib.ExitStack())
         self._open_shard()
@@ -78,6 +87,10 @@ class SplitWriter:
         """Append the documents of a batch."""
         self._documents += len(batch.n_tokens)
         self._text_bytes += int(batch.text_bytes.sum())
+        starts = self._tokens + np.cumsum(batch.n_tokens) - batch.n_tokens
+        for document, start, end in batch.untrained.tolist():
+            self._untrained.append((int(starts[document]) + start, int(starts[document]) + end))
+        self._tokens += int(batch.n_tokens.sum())
         self._write(self._text, batch.lines)
         ids = batch.ids
         while len(ids):
@@ -95,7 +108,7 @@ class SplitWriter:
     def info(self) -> SplitInfo:
         """The split's entry in the .json, once the writer is closed."""
         tokens = sum(file.tokens or 0 for file in self._files)
-        return SplitInfo(tokens, tuple(self._files), self._documents, self._text_bytes)
+        return SplitInfo(tokens, tuple(self._files), self._documents, self._text_bytes, tuple(self._untrained))
 
     def _write(self, file: BinaryIO, data: bytes) -> None:
         try:

@@ -59,7 +59,9 @@ def read_split(name: str, stream: TokenStream, is_chat: bool, limit: int | None 
     if not is_scored.any():
         raise UserError(f"{name}: --limit {limit} is shorter than the first conversation; use a larger --limit")
     unit, unit_name = _units(ids, "conversations" if is_chat else "documents")
-    return Split(name, ids, spans, _counted(ids, is_scored, is_chat), unit, unit_name)
+    return Split(
+        name, ids, spans, _counted(ids, is_scored, is_chat, stream.is_trained(-1, len(ids) - 1)), unit, unit_name
+    )
 
 
 def _whole_conversations(ids: np.ndarray, ends_the_stream: bool) -> tuple[np.ndarray, list[tuple[int, int]]]:
@@ -73,12 +75,14 @@ def _whole_conversations(ids: np.ndarray, ends_the_stream: bool) -> tuple[np.nda
     return ids, spans
 
 
-def _counted(ids: np.ndarray, is_scored: np.ndarray, is_chat: bool) -> dict[str, tuple[np.ndarray, int]]:
+def _counted(
+    ids: np.ndarray, is_scored: np.ndarray, is_chat: bool, is_trained: np.ndarray
+) -> dict[str, tuple[np.ndarray, int]]:
     """`Split.counted`; the scope that matters most comes first."""
     byte_lengths = id_bytes()
     if not is_chat:
         return {"all": (is_scored, int(byte_lengths[ids[1:]].sum()))}
-    is_assistant = assistant_targets(ids) & is_scored
+    is_assistant = assistant_targets(ids) & is_scored & is_trained
     return {
         "assistant": (is_assistant, int(byte_lengths[ids[is_assistant]].sum())),
         "all": (is_scored, content_bytes(ids, byte_lengths)),

@@ -143,7 +143,8 @@ def inspect(stream: TokenStream, is_chat: bool, n_vocab: int = N_VOCAB, chunk_to
             _inspect_ids(ids, offset, n_vocab, findings)
             if is_chat:
                 _inspect_messages(ids, offset, findings)
-                findings.targets += int(assistant_targets(ids).sum())
+                targets = assistant_targets(ids)
+                findings.targets += int((targets & stream.is_trained(offset, offset + len(ids))).sum())
             else:
                 findings.report("control token of a chat in a text", offset + np.flatnonzero(ids > ENDOFTEXT_ID))
                 findings.targets += len(ids)
@@ -226,9 +227,12 @@ def _begins_with_newline() -> np.ndarray:
     return np.array([enc.decode_single_token_bytes(token)[:1] == b"\n" for token in range(N_VOCAB)])
 
 
-def show_sample(ids: np.ndarray) -> str:
-    """The text of conversations with their targets in green, or in [[ ]] without colours."""
-    mask = assistant_targets(ids)
+def show_sample(ids: np.ndarray, is_trained: np.ndarray | None = None) -> str:
+    """The text of conversations with their targets in green, or in [[ ]] without colours.
+
+    `is_trained` is False where an answer has weight 0 and is no target.
+    """
+    mask = assistant_targets(ids) if is_trained is None else assistant_targets(ids) & is_trained
     borders = np.flatnonzero(np.diff(mask)) + 1
     opening, closing = ("\x1b[32m", "\x1b[0m") if shows_colour() else ("[[", "]]")
     shown = []
@@ -283,6 +287,8 @@ def print_findings(name: str, stream: TokenStream, findings: Findings, is_chat: 
     if is_chat:
         for role, count in findings.messages.items():
             print(f"  {role + ' messages':<19}{count:>12,}")
+        if len(stream.untrained):
+            print(f"  {'answers of weight 0':<19}{len(stream.untrained):>12,}  (no targets)")
         print(f"  {'targets':<19}{findings.targets:>12,}  ({findings.targets / findings.tokens:.1%} of the tokens)")
     for problem, count in findings.problems.items():
         position = findings.first[problem]
@@ -325,7 +331,7 @@ def main() -> int:
         print("".join(f"  MALFORMED: {sentence}\n" for sentence in disagreeing), end="")
         n_problems += len(findings.problems) + len(disagreeing)
         if is_chat and options.sample:
-            print(f"\n{show_sample(head[: options.sample])}")
+            print(f"\n{show_sample(head[: options.sample], stream.is_trained(0, len(head[: options.sample])))}")
     return 1 if n_problems else 0
 
 

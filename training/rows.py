@@ -50,7 +50,8 @@ class TextRows:
 class ChatRows:
     """Rows of whole conversations, packed best fit; a conversation longer than a row is cut between messages.
 
-    Rows without a target, such as a piece of a long system message, are left out. The targets are what the assistant says or, with `loss_on="all"`, every id except the padding. With `end_pieces`
+    Rows without a target, such as a piece of a long system message, are left out. The targets are what the assistant
+    says or, with `loss_on="all"`, every id except the padding; answers of weight 0 never are. With `end_pieces`
     each piece of a cut conversation is followed by an `<|endoftext|>` that is not a target, so that `document_numbers`
     separates it from the next piece in the row.
     """
@@ -97,7 +98,9 @@ class ChatRows:
 
     def _find_targets(self, n_whole: int) -> np.ndarray:
         """Which pieces contain a target; the first `n_whole` pieces are whole conversations, in order."""
-        if self.loss_on == "all":
+        if len(self.stream.untrained):  # rare: answers of weight 0
+            n_whole = 0
+        elif self.loss_on == "all":
             return self._lengths > 1  # the first id of a row is not a target
         has_target = np.zeros(len(self._pieces), dtype=bool)
         ends = self._pieces[:n_whole, 2]
@@ -161,9 +164,8 @@ class ChatRows:
         return ids[:-1], np.where(counts, ids, IGNORED)[1:]
 
     def _is_target(self, start: int, end: int) -> np.ndarray:
-        if self.loss_on == "all":
-            return np.ones(end - start, dtype=bool)
-        return assistant_targets(self.stream.read(start, end))
+        is_trained = self.stream.is_trained(start, end)
+        return is_trained if self.loss_on == "all" else is_trained & assistant_targets(self.stream.read(start, end))
 
 
 def first_spoken_ids(ids: np.ndarray) -> np.ndarray:

@@ -12,21 +12,33 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from common.cli import UserError
+from data.counts import NO_LAYOUT, Skipped
+from data.layouts.exports import chatgpt_turns, claude_turns, is_chatgpt, is_claude
+from data.layouts.messengers import is_messenger_export, messenger_conversations
 from data.layouts.oasst import oasst_conversations, rows_of_tree, slim_row
-from data.layouts.turns import Message, usable_messages
+from data.layouts.turn_lists import PAIRS, is_list_of_turns, list_of_turns, pair_of_turns
+from data.layouts.turns import Message, first_present, usable_messages
+
+_SYSTEM_FIELDS = ("system", "system_prompt", "system_message")
+_PREFERENCES = (
+    *("chosen", "rejected", "chosen_response", "rejected_response", "preferred_output", "non_preferred_output"),
+    *("response_j", "response_k"),
+)
+PREFERENCE = "preference data (chosen and rejected answers), not trained as answers"
+LABEL_FALSE = "preference data (label false), not trained as an answer"
 
 
 @dataclass(frozen=True)
 class Layout:
     """How one kind of chat record is recognized, and what its turns are: mappings of role and content.
 
-    `turns` is None for OASST, whose trees are several conversations.
+    `turns` returns the turns of each conversation of a record, of which there is usually one. It is None for layouts
+    that `conversations` treats on their own.
     """
 
     name: str
     matches: Callable[[Mapping], bool]
-    turns: Callable[[Mapping], list] | None = None
+    turns: Callable[[Mapping], list[list]] | None = None
 
 
 def layout_of(record: Mapping) -> str | None:
@@ -35,8 +47,17 @@ def layout_of(record: Mapping) -> str | None:
     >>> layout_of({"instruction": "Add 1 and 2", "context": "", "response": "3"})
     'dolly'
     """
-    layout = _find_layout(record)
-    return layout.name if layout else None
+    found = _find_layout(record)
+    return found[0].name if found else None
+
+
+def known_layouts() -> str:
+    """The layouts as a phrase for messages: the fields by which they are recognized."""
+    pairs = ", ".join(f"{question}/{answer}" for question, answer in PAIRS[:6])
+    return (
+        f"messages, conversations, conversation, a list of messages, {pairs}, OASST fields, or an export of ChatGPT, "
+        "Claude, Telegram or Discord"
+    )
 
 
 def conversations(
@@ -45,74 +66,145 @@ def conversations(
     skipped: Counter | None = None,
     language: str | None = None,
     where: str | Path = "the input",
+    me: str | None = None,
 ) -> Iterator[list[Message]]:
-    """Conversations of chat records, whose layout is recognized record by record.
+    """Conversations of chat records, whose layout is recognized record by record: see LAYOUTS.
 
-    `messages` (role and content, which may be a list of text parts), ShareGPT, Alpaca, Dolly, OASST message rows and
-    OASST trees: of each tree the best-ranked path, or every path. Roles become system, user and assistant, and a
-    conversation ends with the assistant's last message. Whatever cannot be used is counted by reason in `skipped`.
-    `language` selects OASST trees. OASST's message rows are all in memory before their trees are walked. Raises
-    UserError for a record of an unknown layout.
+    A field that is null counts as absent. Roles become system, user and assistant, and a conversation ends with the
+    assistant's last message. Whatever cannot be used, a record of an unknown layout too, is counted by reason in
+    `skipped`. `language` selects OASST trees, of which the best-ranked path is used, or every path. OASST's message
+    rows are all in memory before their trees are walked. `me` is the person whose messages become the assistant's in
+    the export of a messenger; raises UserError for such an export without it.
     """
     skipped = Counter() if skipped is None else skipped
     oasst_rows: list[Mapping] = []
-    for number, record in enumerate(records, 1):
-        layout = _find_layout(record)
-        if layout is None:
-            fields = ", ".join(map(str, record)) or "none"
-            raise UserError(
-                f"{where}: record {number} is not a conversation (its fields: {fields}); give messages, conversations, "
-                "instruction and output, instruction and response, or OASST fields"
-            )
+    for record in records:
+        found = _find_layout(record)
+        if found is None:
+            _count_unknown(record, skipped)
+            continue
+        layout, record = found
         if layout.name == "oasst messages":
             oasst_rows.append(slim_row(record))
-        elif layout.turns is None:
+        elif layout.name == "oasst trees":
             yield from oasst_conversations(rows_of_tree(record["prompt"]), oasst_all_paths, skipped, language)
-        elif messages := usable_messages(_system_turn(record) + layout.turns(record), skipped):
-            yield messages
+        elif layout.name == "preference data":
+            skipped[PREFERENCE] += 1
+        elif record.get("label") is False:
+            skipped[LABEL_FALSE] += 1
+        elif layout.turns is None:
+            yield from messenger_conversations(record, me, skipped, where)
+        else:
+            for turns in layout.turns(record):
+                if messages := usable_messages(_system_turn(record, turns) + turns, skipped):
+                    yield messages
     yield from oasst_conversations(oasst_rows, oasst_all_paths, skipped, language)
 
 
-def _find_layout(record: Mapping) -> Layout | None:
-    return next((layout for layout in LAYOUTS if layout.matches(record)), None)
+def _count_unknown(record: Mapping, skipped: Counter) -> None:
+    skipped[NO_LAYOUT] += 1
+    if isinstance(skipped, Skipped) and not skipped.fields:
+        skipped.fields = tuple(map(str, record)) or ("none",)
 
 
-def _system_turn(record: Mapping) -> list:
-    """The turn of a system prompt that a record keeps in a field of its own."""
-    system = record.get("system")
-    return [{"role": "system", "content": system}] if isinstance(system, str) and system.strip() else []
+def _find_layout(record: Mapping) -> tuple[Layout, Mapping] | None:
+    """The layout of a record and the record as that layout reads it.
+
+    A null or an empty list counts as absent, and then capitals as small letters; only if that leaves no layout, the
+    fields are taken as they are, so that a record with an empty answer is counted as such.
+    """
+    present = {field: value for field, value in record.items() if value is not None and value != []}
+    small = {str(field).strip().lower(): value for field, value in present.items()}
+    for candidate in (present, small, record):
+        for layout in LAYOUTS:
+            if layout.matches(candidate):
+                return layout, candidate
+    return None
 
 
-def _has(*fields: str) -> Callable[[Mapping], bool]:
-    return lambda record: record.keys() >= set(fields)
+def _system_turn(record: Mapping, turns: list) -> list:
+    """The turn of a system prompt that a record keeps in a field of its own, unless the turns begin with one."""
+    system = first_present(record, _SYSTEM_FIELDS)
+    first = turns[0] if turns and isinstance(turns[0], Mapping) else {}
+    if not isinstance(system, str) or not system.strip() or "system" in (first.get("role"), first.get("from")):
+        return []
+    return [{"role": "system", "content": system}]
 
 
-def _has_list(field: str) -> Callable[[Mapping], bool]:
-    return lambda record: isinstance(record.get(field), list)
+# --- recognizing and reading each layout ---
 
 
-def _question_and_answer(question: str, addition: str, answer: str) -> Callable[[Mapping], list]:
-    """The two turns of a record with a question, which another field may extend, and an answer."""
+def _turn_list_in(*fields: str) -> tuple[Callable[[Mapping], bool], Callable[[Mapping], list[list]]]:
+    """(matches, turns) of a layout whose conversation is a list in one of `fields`."""
 
-    def turns(record: Mapping) -> list:
-        asked, added = record[question], record.get(addition)
-        if isinstance(asked, str) and isinstance(added, str) and added.strip():
-            asked = f"{asked}\n\n{added}"
-        return [{"role": "user", "content": asked}, {"role": "assistant", "content": record[answer]}]
+    def found(record: Mapping) -> str | None:
+        return next((field for field in fields if is_list_of_turns(record.get(field))), None)
 
-    return turns
+    return lambda record: found(record) is not None, lambda record: [list_of_turns(record[found(record) or ""])]
+
+
+def _pair(question: str, answer: str, *additions: str) -> tuple[Callable, Callable]:
+    """(matches, turns) of a record with a question, which another field may extend, and an answer."""
+
+    others = tuple(field for field in additions if field != question)
+
+    def turns(record: Mapping) -> list[list]:
+        return [_history(record) + pair_of_turns(record[question], record[answer], first_present(record, others))]
+
+    return lambda record: question in record and answer in record, turns
+
+
+def _history(record: Mapping) -> list:
+    """Alpaca's earlier turns: a list of [question, answer]."""
+    history = record.get("history")
+    return list_of_turns(history) if is_list_of_turns(history) else []
+
+
+def _instances(record: Mapping) -> list[list]:
+    """Self-Instruct: an instruction with several inputs, each with its output."""
+    return [
+        pair_of_turns(record["instruction"], instance.get("output"), instance.get("input"))
+        for instance in record["instances"]
+        if isinstance(instance, Mapping)
+    ] or [[]]
 
 
 def _is_oasst_tree(record: Mapping) -> bool:
     return isinstance(record.get("prompt"), Mapping) and "replies" in record["prompt"]
 
 
-# A record has the first layout that matches.
+def _is_preference(record: Mapping) -> bool:
+    return any(field in record for field in _PREFERENCES)
+
+
+def _has_instances(record: Mapping) -> bool:
+    return "instruction" in record and isinstance(record.get("instances"), list)
+
+
+def _has_strings(record: Mapping) -> bool:
+    """UltraChat: the turns are strings in the field "data"."""
+    turns = record.get("data")
+    return isinstance(turns, list) and len(turns) > 1 and all(isinstance(turn, str) for turn in turns)
+
+
+def _is_oasst_row(record: Mapping) -> bool:
+    return record.keys() >= {"message_id", "role", "text"} and ("parent_id" in record or "message_tree_id" in record)
+
+
+# A record has the first layout that matches. To add one, add a row.
 LAYOUTS = (
-    Layout("messages", _has_list("messages"), lambda record: record["messages"]),
-    Layout("sharegpt", _has_list("conversations"), lambda record: record["conversations"]),
+    Layout("preference data", _is_preference),
+    Layout("telegram or discord", is_messenger_export),
+    Layout("chatgpt export", is_chatgpt, chatgpt_turns),
+    Layout("claude export", is_claude, claude_turns),
+    Layout("messages", *_turn_list_in("messages")),
+    Layout("sharegpt", *_turn_list_in("conversations")),
+    Layout("conversation", *_turn_list_in("conversation", "dialog", "dialogue", "turns", "utterances", "chat")),
+    Layout("list of strings", _has_strings, lambda record: [list_of_turns(record["data"])]),
     Layout("oasst trees", _is_oasst_tree),
-    Layout("oasst messages", _has("message_id", "parent_id", "role", "text")),
-    Layout("alpaca", _has("instruction", "output"), _question_and_answer("instruction", "input", "output")),
-    Layout("dolly", _has("instruction", "response"), _question_and_answer("instruction", "context", "response")),
+    Layout("oasst messages", _is_oasst_row),
+    Layout("instances", _has_instances, _instances),
+    Layout("alpaca", *_pair("instruction", "output", "input", "context")),
+    Layout("dolly", *_pair("instruction", "response", "context", "input")),
+    *(Layout(f"{question} and {answer}", *_pair(question, answer, "input", "context")) for question, answer in PAIRS),
 )

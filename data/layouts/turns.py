@@ -2,93 +2,164 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from typing import Any
 
-Message = dict[str, str]
+from data.counts import UNKNOWN_ROLE, Skipped
 
-ROLE_NAMES = {
-    "system": "system",
-    "developer": "system",
-    "user": "user",
-    "human": "user",
-    "prompter": "user",
-    "assistant": "assistant",
-    "gpt": "assistant",
-    "chatgpt": "assistant",
-    "bot": "assistant",
-    "model": "assistant",
+Message = dict[str, Any]  # {"role", "content"}, and "weight": 0 for an answer that is not a target
+
+_NAMES = {
+    "system": "system developer system_prompt",
+    "user": "user human prompter person customer questioner asker student me input question instruction prompt",
+    "assistant": (
+        "assistant gpt chatgpt bot model ai bing bard chatbot claude gemini llama copilot palm agent answerer teacher "
+        "machine robot_assistant ai_assistant assistant_response output answer response completion openai mistral "
+        "vicuna alpaca koala grok deepseek qwen"
+    ),
 }
+ROLE_NAMES = {name: role for role, names in _NAMES.items() for name in names.split()}
+_MODEL_NAME = re.compile(r"(chat-?)?gpt-?\d|(claude|gemini|llama|mistral|vicuna|palm|qwen|deepseek|bard|bing)-")
 TOOL_ROLES = (
     "function",
     "tool",
     "function_call",
     "function_response",
     "tool_call",
+    "tool_calls",
     "tool_response",
+    "tool_result",
+    "tool_output",
+    "function-call",
     "observation",
     "ipython",
 )
+_TOOL_FIELDS = ("tool_calls", "function_call", "tool_call_id")
+_ROLE_FIELDS = ("role", "from", "sender", "author", "speaker")
+_CONTENT_FIELDS = ("content", "value", "text", "message", "utterance")
+_WEIGHT_FIELDS = ("weight", "loss_weight", "train", "loss")
+
+_NOT_TEXT = "conversation with content that is not text"
 
 
 def usable_messages(turns: Sequence, skipped: Counter) -> list[Message] | None:
     """The conversation with our roles and text contents, or None, counted by reason, if it cannot be used.
 
-    Turns after the assistant's last message are cut off, and system messages that are unusable are left out.
+    Turns after the assistant's last message are cut off, and system messages that are unusable are left out. An answer
+    of weight 0 has "weight": 0: it is context for the following ones, not a target.
     """
-    parsed = [_role_and_content(turn) for turn in turns]
+    parsed = [_parsed(turn) for turn in turns]
     length = len(parsed)
     while parsed and parsed[-1][0] != "assistant":
         parsed.pop()
-    if not any(role == "user" for role, _ in parsed):
-        skipped["conversation without a question and an answer"] += 1
-        return None
+    if not any(role == "user" for role, _, _ in parsed):
+        return _count_unanswered(turns, skipped)
+    notes: Counter = Counter()
     if len(parsed) < length:
-        skipped["message without an answer, cut off"] += length - len(parsed)
+        notes["message without an answer, cut off"] += length - len(parsed)
     messages: list[Message] = []
-    for role, content in parsed:
+    for (role, content, is_target), turn in zip(parsed, turns, strict=False):
         if fault := _fault(role, content):
-            skipped[fault] += 1
-            if role == "system":
+            if role == "system" and fault != UNKNOWN_ROLE:
+                notes[fault] += 1
                 continue
+            _count_fault(fault, turn, skipped)
             return None
         assert role is not None and content is not None  # otherwise _fault has found a fault
-        messages.append({"role": role, "content": content})
+        messages.append({"role": role, "content": content, **({} if is_target else {"weight": 0})})
+    answers = [message for message in messages if message["role"] == "assistant"]
+    if all("weight" in message for message in answers):
+        skipped["conversation whose answers all have weight 0"] += 1
+        return None
+    if zeros := sum("weight" in message for message in answers):
+        notes["answer of weight 0, no target"] += zeros
+    skipped.update(notes)
     return messages
+
+
+def _count_unanswered(turns: Sequence, skipped: Counter) -> None:
+    """Count a conversation that has no question with an answer after it, under the reason that explains most."""
+    for turn in turns:
+        role, content, _ = _parsed(turn)
+        if role is None or role == "tool":
+            _count_fault(_fault(role, content) or "", turn, skipped)
+            return
+    skipped["conversation without a question and an answer"] += 1
+
+
+def _count_fault(fault: str, turn, skipped: Counter) -> None:
+    skipped[fault] += 1
+    if fault == UNKNOWN_ROLE and isinstance(skipped, Skipped):
+        skipped.note_role(_role_name(turn) or "none" if isinstance(turn, Mapping) else "none")
 
 
 def _fault(role: str | None, content: str | None) -> str | None:
     """Why a message cannot be used, None if it can."""
     if role is None:
-        return "conversation with an unknown role"
+        return UNKNOWN_ROLE
     if role == "tool":
         return "conversation with a function or tool message"
     if content is None:
-        return "conversation with content that is not text"
+        return "system message that is not text, left out" if role == "system" else _NOT_TEXT
     if not content.strip("\ufeff \t\r\n"):
         return "empty system message" if role == "system" else "conversation with an empty message"
     return None
 
 
-def _role_and_content(turn) -> tuple[str | None, str | None]:
-    """(role, content) of a turn: one of our roles, "tool" or None; content is None if it is not text."""
+def _parsed(turn) -> tuple[str | None, str | None, bool]:
+    """(role, content, is a target) of a turn: one of our roles, "tool" or None; content is None if it is not text."""
     if not isinstance(turn, Mapping):
-        return None, None
-    name = str(turn.get("role") or turn.get("from")).strip().lower()
-    role = "tool" if name in TOOL_ROLES or turn.get("tool_calls") else ROLE_NAMES.get(name)
-    content = turn.get("content", turn.get("value"))
+        return None, None, True
+    role = known_role(_role_name(turn))
+    if any(turn.get(field) for field in _TOOL_FIELDS):
+        role = "tool"
+    content = first_present(turn, _CONTENT_FIELDS)
+    if isinstance(content, Mapping):  # ChatGPT's export: {"content_type": "text", "parts": [...]}
+        content = content.get("parts", content.get("text"))
     if isinstance(content, list):
-        content = _joined_parts(content)
+        content = joined_parts(content)
     elif content is None:
         content = ""
-    return role, content if isinstance(content, str) else None
+    is_target = role != "assistant" or not any(_is_zero(turn.get(field)) for field in _WEIGHT_FIELDS)
+    return role, content if isinstance(content, str) else None, is_target
 
 
-def _joined_parts(parts: Sequence) -> str | None:
+def _is_zero(weight) -> bool:
+    return weight is False or (isinstance(weight, int | float) and weight == 0)
+
+
+def first_present(record: Mapping, fields: Sequence[str]):
+    """The first of the fields that is not null, None if all are."""
+    return next((record[field] for field in fields if record.get(field) is not None), None)
+
+
+def _role_name(turn: Mapping) -> str:
+    role = first_present(turn, _ROLE_FIELDS)
+    if isinstance(role, Mapping):  # ChatGPT's export: "author": {"role": "user"}
+        role = role.get("role")
+    return "" if role is None else str(role).strip()
+
+
+def known_role(name: str) -> str | None:
+    """Our role for a role's name in a published data set, "tool" for a tool's, None if it is unknown.
+
+    >>> known_role("Human"), known_role("gpt-4"), known_role("ipython"), known_role("narrator")
+    ('user', 'assistant', 'tool', None)
+    """
+    name = name.lower()
+    if name in TOOL_ROLES:
+        return "tool"
+    role = ROLE_NAMES.get(name.replace(" ", "_"))
+    return role or ("assistant" if _MODEL_NAME.match(name) else None)
+
+
+def joined_parts(parts: Sequence) -> str | None:
     """The text of a content given as parts, None if a part is not text."""
     texts: list[str] = []
     for part in parts:
-        text = part.get("text") if isinstance(part, Mapping) else part
+        text = first_present(part, ("text", "value", "content")) if isinstance(part, Mapping) else part
         if not isinstance(text, str):
             return None
         texts.append(text)

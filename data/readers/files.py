@@ -11,7 +11,9 @@ from pathlib import Path
 from common.cli import UserError, first_cause
 
 TEXT_SUFFIXES = (".txt", ".md", ".text", ".markdown")
-RECORD_SUFFIXES = (".json", ".jsonl", ".ndjson", ".parquet")
+RECORD_SUFFIXES = (".json", ".jsonl", ".ndjson", ".parquet", ".csv", ".tsv")
+PAGE_SUFFIXES = (".html", ".htm", ".xhtml", ".epub", ".srt")  # read as text by data/readers/pages.py
+ALL_SUFFIXES = TEXT_SUFFIXES + RECORD_SUFFIXES + PAGE_SUFFIXES
 COMPRESSION_SUFFIXES = {".gz": "gzip", ".zst": "zstd"}
 
 BLOCK_BYTES = 1 << 20
@@ -20,7 +22,7 @@ BLOCK_BYTES = 1 << 20
 # --- names ---
 
 
-def input_files(paths: Iterable[str | Path], suffixes: Sequence[str] = TEXT_SUFFIXES + RECORD_SUFFIXES) -> list[Path]:
+def input_files(paths: Iterable[str | Path], suffixes: Sequence[str] = ALL_SUFFIXES) -> list[Path]:
     """The files that --input names. A folder means all files of a known kind in it, sorted, except hidden ones.
 
     Raises UserError for a path that does not exist, a file of unknown kind, and a folder without files of known kind.

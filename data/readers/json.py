@@ -5,6 +5,7 @@ Everything is streamed, except that a .json file with a single object is loaded 
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ from pathlib import Path
 
 from common.cli import UserError
 from data.layouts.chat import layout_of
+from data.layouts.turn_lists import is_turn
 from data.readers.files import decoded_blocks
 
 # A longer JSON record is assumed to be broken (or an attack), not data.
@@ -22,7 +24,7 @@ def read_json_lines(path: str | Path) -> Iterator[dict]:
     """The records of a .jsonl file, one per line; blank lines are skipped. Raises UserError with the line number."""
     for number, line in enumerate(_lines(path), 1):
         if line.strip():
-            yield _as_object(_parse_json(line, path, number), path, number)
+            yield _as_record(_parse_json(line, path, number))
 
 
 def read_json(path: str | Path) -> Iterator[dict]:
@@ -31,16 +33,14 @@ def read_json(path: str | Path) -> Iterator[dict]:
     A list is read element by element, anything else line by line or as a whole.
     """
     if JsonReader(decoded_blocks(path), path).peek() == "[":
-        for line, value in JsonReader(decoded_blocks(path), path).list_elements():
-            yield _as_object(value, path, line)
+        yield from _records_of_list(value for _, value in JsonReader(decoded_blocks(path), path).list_elements())
         return
     lines = (line for line in _lines(path) if line.strip())
     first, second = next(lines, ""), next(lines, "")
     if second and _is_json_object(first):
         yield from read_json_lines(path)
     elif first:
-        value = _as_object(_parse_json("".join(decoded_blocks(path)), path, 1), path, 1)
-        yield from _records_within(value, path)
+        yield from _records_within(_as_record(_parse_json("".join(decoded_blocks(path)), path, 1)))
 
 
 def _lines(path: str | Path) -> Iterator[str]:
@@ -73,10 +73,16 @@ def _broken_json(path: str | Path, line: int, error: ValueError | RecursionError
     return UserError(f"{path} line {line}: broken JSON ({what}); fix or remove that line")
 
 
-def _as_object(value, path: str | Path, line: int) -> dict:
-    if not isinstance(value, dict):
-        raise UserError(f"{path} line {line}: expected an object, found {type(value).__name__}; fix or remove it")
-    return value
+def _as_record(value) -> dict:
+    """A JSON value as a record: a list is a conversation, and a string is a text.
+
+    Null, a number or a boolean is a record without fields, which is counted as unusable by whoever reads the records.
+    """
+    if isinstance(value, dict):
+        return value
+    if isinstance(value, list):
+        return {"messages": value}
+    return {"text": value} if isinstance(value, str) else {}
 
 
 def _is_json_object(text: str) -> bool:
@@ -86,14 +92,22 @@ def _is_json_object(text: str) -> bool:
         return False
 
 
-def _records_within(value: dict, path: str | Path) -> Iterator[dict]:
+def _records_of_list(values: Iterator[object]) -> Iterator[dict]:
+    """The records in a list; a list of turns is one conversation."""
+    first = list(itertools.islice(values, 1))
+    if first and is_turn(first[0]):
+        yield {"messages": [*first, *values]}
+    else:
+        yield from map(_as_record, itertools.chain(first, values))
+
+
+def _records_within(value: dict) -> Iterator[dict]:
     """The records in the only field with a list of objects, or `value` itself if it is a record."""
     lists = [field for field, content in value.items() if _is_list_of_objects(content)]
     if layout_of(value) or len(lists) != 1:
         yield value
         return
-    for record in value[lists[0]]:
-        yield _as_object(record, path, 1)
+    yield from _records_of_list(iter(value[lists[0]]))
 
 
 def _is_list_of_objects(content) -> bool:

@@ -1,4 +1,4 @@
-"""Recognize what a file contains, by its name and its first record, and read its documents accordingly.
+"""Recognize what a file contains, by its name and its first records, and read its documents accordingly.
 
 found = recognize("chats.jsonl")
 print(found)
@@ -7,17 +7,23 @@ for document in read_documents(found): ...
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from common.cli import UserError
+from data.counts import Skipped, n_dropped, nothing_usable, reasons_in_words
 from data.documents import Document
-from data.layouts.chat import conversations, layout_of
-from data.readers.files import is_text, split_suffix
+from data.layouts.chat import conversations, known_layouts, layout_of
+from data.layouts.messengers import check_me, conversations_with, is_whatsapp, whatsapp_messages
+from data.readers.files import PAGE_SUFFIXES, decoded_blocks, is_text, split_suffix
+from data.readers.pages import read_pages
 from data.readers.records import field_names, read_records, text_fields
 from data.readers.text import read_text_documents, text_layout
+
+FIRST_RECORDS = 1000  # so many decide what a file contains, and whether most of its records are unusable
 
 
 @dataclass(frozen=True)
@@ -25,7 +31,7 @@ class Recognized:
     """What a file contains: `kind` is "text" or "chat", and `layout` says in words how it is stored.
 
     `field` is the field with the text, if the file consists of records; `divide_within_lines` is as for
-    `read_text_documents`.
+    `read_text_documents`, and `me` as for `conversations`.
     """
 
     path: Path
@@ -33,35 +39,128 @@ class Recognized:
     layout: str
     field: str
     divide_within_lines: bool
+    me: str | None = None
 
     def __str__(self) -> str:
         compression = split_suffix(self.path)[1]
         return f"{self.path}: {self.kind} ({self.layout}{f', {compression}' if compression else ''})"
 
 
-def recognize(path: str | Path, field: str = "text", divide_within_lines: bool = False) -> Recognized:
+def recognize(
+    path: str | Path, field: str = "text", divide_within_lines: bool = False, me: str | None = None
+) -> Recognized:
     """What a file contains. Raises UserError for an unknown kind, and for records that are neither chat nor text."""
     path = Path(path)
+    kind, layout = _kind_and_layout(path, field, divide_within_lines, me)
+    return Recognized(path, kind, layout, field, divide_within_lines, me)
+
+
+def _kind_and_layout(path: Path, field: str, divide_within_lines: bool, me: str | None) -> tuple[str, str]:
+    if split_suffix(path)[0] in PAGE_SUFFIXES:
+        return "text", {".srt": "subtitles", ".epub": "a book, a document per chapter"}.get(
+            split_suffix(path)[0], "a web page"
+        )
     if is_text(path):
-        return Recognized(path, "text", text_layout(path, divide_within_lines), field, divide_within_lines)
-    first = next(read_records(path), None)
+        if not _is_whatsapp(path):
+            return "text", text_layout(path, divide_within_lines)
+        if me is not None:
+            return "chat", "whatsapp export"
+        return "text", "plain text; it looks like a WhatsApp export, which --me NAME makes conversations of"
+    first = None
+    for record in itertools.islice(read_records(path), FIRST_RECORDS):
+        first = first or record
+        if layout := layout_of(record):
+            return "chat", layout
+        if isinstance(record.get(field), str):
+            return "text", f"records with the field {field!r}"
     if first is None:
         raise UserError(f"{path} contains no record; give --input a file that contains documents")
-    if layout := layout_of(first):
-        return Recognized(path, "chat", layout, field, divide_within_lines)
-    if not isinstance(first.get(field), str):
-        raise UserError(
-            f"{path} contains neither chat nor a text field {field!r}; name the field with the text with --field "
-            f"({field_names(first)})"
-        )
-    return Recognized(path, "text", f"records with the field {field!r}", field, divide_within_lines)
+    raise UserError(
+        f"{path} contains neither chat nor a text field {field!r}; name the field with the text with --field "
+        f"({field_names(first)}), or give conversations ({known_layouts()})"
+    )
 
 
-def read_documents(found: Recognized, skipped: Counter | None = None) -> Iterator[Document]:
-    """The documents of a recognized file: texts or conversations. What is left out is counted in `skipped`."""
-    if found.kind == "chat":
-        yield from conversations(read_records(found.path), skipped=skipped, where=found.path)
+def _is_whatsapp(path: Path) -> bool:
+    try:
+        return is_whatsapp(next(decoded_blocks(path), "")[:10_000])
+    except UserError:
+        return False  # reading the text says what is wrong with it
+
+
+def read_documents(
+    found: Recognized, skipped: Counter | None = None, n_records: int | None = None
+) -> Iterator[Document]:
+    """The documents of a recognized file: texts or conversations. What is left out is counted in `skipped`.
+
+    `n_records` limits how many records are read.
+    """
+    skipped = Counter() if skipped is None else skipped
+    if split_suffix(found.path)[0] in PAGE_SUFFIXES:
+        yield from read_pages(found.path)
+    elif is_text(found.path) and found.kind == "chat":
+        said = list(whatsapp_messages("".join(decoded_blocks(found.path)).splitlines()))
+        check_me(found.me, said, found.path)
+        yield from conversations_with(said, found.me or "", skipped)
     elif is_text(found.path):
         yield from read_text_documents(found.path, found.divide_within_lines)
     else:
-        yield from text_fields(read_records(found.path), found.field, skipped, where=found.path)
+        records = itertools.islice(read_records(found.path), n_records)
+        if found.kind == "chat":
+            yield from conversations(records, skipped=skipped, where=found.path, me=found.me)
+        else:
+            yield from text_fields(records, found.field, skipped, where=found.path)
+
+
+def first_document(files: Sequence[Recognized]) -> Document:
+    """The first document of the files, after a warning about each file of whose first records most are unusable.
+
+    Raises UserError, with the counts by reason, if there is none in any file.
+    """
+    checked = [_check_file(found) for found in files]
+    first = next((document for document, _ in checked if document is not None), None)
+    if first is not None:
+        print("".join(f"{warning}\n" for _, warning in checked if warning), end="")
+        return first
+    skipped = Skipped()
+    for found in files:
+        for document in read_documents(found, skipped):
+            return document
+    raise no_document([found.path for found in files], files[0].kind, skipped)
+
+
+def _check_file(found: Recognized) -> tuple[Document | None, str]:
+    """The first document of a file, None if its first records have none, and a warning if most of these are bad."""
+    skipped = Skipped()
+    if is_text(found.path) or split_suffix(found.path)[0] in PAGE_SUFFIXES:
+        return next(read_documents(found, skipped), None), ""
+    documents = read_documents(found, skipped, FIRST_RECORDS)
+    first, n_kept = None, 0
+    try:
+        for document in documents:
+            first = document if first is None else first
+            n_kept += 1
+    except UserError:
+        if n_kept or not n_dropped(skipped):
+            raise
+    return first, warning_of_bad_records(found.path, skipped, n_kept)
+
+
+def warning_of_bad_records(where: Path, skipped: Skipped, n_kept: int) -> str:
+    """A warning if most of the first records of a file are unusable, otherwise ""."""
+    n_bad = n_dropped(skipped)
+    if n_bad <= n_kept:
+        return ""
+    return (
+        f"warning: {n_bad:,} of the first {n_bad + n_kept:,} records of {where} cannot be used "
+        f"({reasons_in_words(skipped)})"
+    )
+
+
+def no_document(files: Sequence[Path], kind: str, skipped: Skipped) -> UserError:
+    """The sentence for files without a usable document."""
+    where = ", ".join(map(str, files))
+    if kind != "chat":
+        return nothing_usable("document", where, skipped, "give --input files that contain some")
+    known = f"give --input another file; known layouts: {known_layouts()}"
+    return nothing_usable("conversation", where, skipped, known if skipped.fields else "give --input another file")
