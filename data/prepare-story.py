@@ -29,8 +29,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that the p
 
 from common.cli import parse_options, run_script
 from data.cleaning import TEXT_PASSES
-from data.pipeline import Corpus, Dataset, PrepareOptions, prepare
-from data.readers.files import TEXT_SUFFIXES, input_files
+from data.pipeline import Corpus, Dataset, TextOptions, files_of_input, prepare
+from data.readers.files import TEXT_SUFFIXES
 from data.readers.hub import fetch_data_file
 from data.readers.text import read_text_documents
 
@@ -40,9 +40,9 @@ DATASET = Dataset("story", "text", f"{REPOSITORY} (TinyStories V2)", "CDLA-Shari
 
 
 def main() -> None:
-    options = parse_options(PrepareOptions, __doc__)
+    options = parse_options(TextOptions, __doc__)
     if options.input:
-        files = input_files(options.input, TEXT_SUFFIXES)
+        files = files_of_input(options, TEXT_SUFFIXES)
     else:
         files = [fetch_data_file(REPOSITORY, name) for name in FILES]
     train, val = divide(files)
