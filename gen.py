@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 
 from common.cli import UserError, check_options, option, parse_options, run_script
 from common.device import choose_device, choose_dtype
+from common.encodings import decode_text
 from common.files import atomic_write, require_target
 from common.speedups import load_speedups
 from generation.chat import ChatSession, PromptSession, Quit
@@ -265,14 +266,9 @@ def read_prompt(options: GenOptions) -> str | None:
             content = sys.stdin.buffer.read()
         else:
             content = Path(options.prompt_file).read_bytes()
-        return content.decode("utf-8-sig").replace("\r\n", "\n")  # -sig: without a byte order mark
-    except UnicodeDecodeError as error:
-        raise UserError(
-            f"{options.prompt_file} is not UTF-8 (byte {error.start}); convert it with: "
-            "iconv -f WINDOWS-1252 -t UTF-8 FILE > NEW (or the encoding that it has)"
-        ) from error
     except OSError as error:
         raise UserError(f"{options.prompt_file} not read: {error.strerror}; check --prompt_file") from error
+    return decode_text(content, options.prompt_file)
 
 
 def generate_text(engine: TextEngine, options: GenOptions, prompt: str | None, console: Console) -> None:

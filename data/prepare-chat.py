@@ -34,8 +34,8 @@ from common.cli import option, parse_options, run_script
 from data.cleaning import CHAT_PASSES
 from data.counts import Skipped
 from data.layouts.chat import conversations
-from data.pipeline import Corpus, Dataset, PrepareOptions, prepare
-from data.readers.files import RECORD_SUFFIXES, input_files
+from data.pipeline import Corpus, Dataset, PrepareOptions, files_of_input, prepare
+from data.readers.files import RECORD_SUFFIXES
 from data.readers.hub import hub_commit, stream_hub
 from data.readers.recognize import FIRST_RECORDS, no_document, warning_of_bad_records
 from data.readers.records import read_records
@@ -113,7 +113,7 @@ def hub_corpus(options: ChatOptions) -> Corpus:
 
 def local_corpus(options: ChatOptions) -> Corpus:
     """The conversations of the files that --input names."""
-    files = input_files(options.input, RECORD_SUFFIXES)
+    files = files_of_input(options, RECORD_SUFFIXES)
     for file in files:
         check_first_records(file, options)
     skipped = Skipped()

@@ -29,8 +29,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that the p
 from common.cli import option, parse_options, run_script
 from data.cleaning import TEXT_PASSES
 from data.counts import Skipped
-from data.pipeline import Corpus, Dataset, PrepareOptions, prepare
-from data.readers.files import PAGE_SUFFIXES, input_files, is_text, split_suffix
+from data.pipeline import Corpus, Dataset, TextOptions, files_of_input, prepare
+from data.readers.files import PAGE_SUFFIXES, is_text, split_suffix
 from data.readers.hub import hub_commit, stream_hub
 from data.readers.pages import read_pages
 from data.readers.records import read_records, text_fields
@@ -52,7 +52,7 @@ CONFIGS = (
 
 
 @dataclasses.dataclass(frozen=True)
-class EducationOptions(PrepareOptions):
+class EducationOptions(TextOptions):
     config: str | None = option(
         None,
         "part of Cosmopedia (default: stories); with --input: the part that the files come from",
@@ -69,7 +69,7 @@ def main() -> None:
     options = parse_options(EducationOptions, __doc__)
     skipped = Skipped()
     if options.input:
-        files = input_files(options.input)
+        files = files_of_input(options)
         corpus = Corpus(local_documents(files, options.field, skipped), files=files, skipped=skipped)
     else:
         config = options.config or "stories"

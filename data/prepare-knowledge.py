@@ -48,8 +48,9 @@ from data.knowledge.plan import Request, plan
 from data.knowledge.prompts import Prompts, read_prompts
 from data.knowledge.topics import Question, Topic, read_questions, read_topics, text_lines
 from data.pipeline import DATA_FOLDER, Corpus, Dataset, PrepareOptions, output_folder, prepare
-from data.readers.files import input_files, is_text
+from data.readers.files import is_text
 from data.readers.hub import fetch_data_files
+from data.readers.inputs import input_files
 from data.readers.records import read_records
 from data.sources import SOURCES
 

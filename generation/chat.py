@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import ClassVar, Protocol
 
 from common.cli import UserError
+from common.encodings import decode_text, unix_line_ends
 from common.files import atomic_write
 from generation.window import fit_window, room_for_reply
 from setup_tokenizer import ENDOFTEXT_ID, check_messages, encode_chat, encode_text
@@ -74,7 +75,7 @@ class PromptSession:
 
         Raises UserError for a command that does not exist or fails, and Quit for /quit.
         """
-        name, _, argument = line[1:].partition(" ")
+        name, _, argument = line[1:].rstrip().partition(" ")
         if name not in self.commands:
             raise UserError(
                 f"unknown command /{name}; /help lists the commands; to send a message that starts with /, type //"
@@ -269,7 +270,7 @@ def chat_ids(messages: list[dict]) -> list[int]:
 def read_chat(path: str) -> list[dict]:
     """The messages of a saved chat. Raises UserError for a file that is not one `{"messages": [...]}` line."""
     try:
-        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")  # only a line feed ends a line of JSONL
+        lines = decode_text(Path(path).read_bytes(), path).split("\n")
         (line,) = [line for line in lines if line.strip()]
         messages = json.loads(line)["messages"]
         check_messages(messages)
@@ -277,4 +278,4 @@ def read_chat(path: str) -> list[dict]:
         raise UserError(f"{path} not read: {error.strerror}; give a file that /save wrote") from error
     except (ValueError, KeyError, TypeError) as error:  # ValueError: undecodable, not JSON, not one line, no messages
         raise UserError(f"{path} is not a saved chat; give a file that /save wrote") from error
-    return [{"role": message["role"], "content": message["content"]} for message in messages]
+    return [{"role": message["role"], "content": unix_line_ends(message["content"])} for message in messages]

@@ -125,7 +125,19 @@ def speed(replies: Sequence[Reply]) -> float:
     return (sum(len(reply.pieces) for reply in replies) - 1) / (end - begin)
 
 
-def measure_clients(targets: Sequence[Target], n: int, options: ServeBenchmarkOptions) -> dict[str, dict[str, float]]:
+def steady_speed(replies: Sequence[Reply]) -> float | None:
+    """Tokens per second while all replies stream, so without the prompts; None if they never do all at once."""
+    begin, end = max(reply.pieces[0] for reply in replies), min(reply.pieces[-1] for reply in replies)
+    n_tokens = sum(begin < piece <= end for reply in replies for piece in reply.pieces)
+    return n_tokens / (end - begin) if end > begin else None
+
+
+def median_or_none(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return statistics.median(known) if known else None
+
+
+def measure_clients(targets: Sequence[Target], n: int, options: ServeBenchmarkOptions) -> dict[str, dict]:
     """Speeds and waiting times with `n` clients, in rounds that alternate between the servers."""
     found: dict[str, list[list[Reply]]] = {target.name: [] for target in targets}
     for number in range(options.rounds):
@@ -134,6 +146,7 @@ def measure_clients(targets: Sequence[Target], n: int, options: ServeBenchmarkOp
     return {
         name: {
             "tokens_per_s": statistics.median(map(speed, rounds)),
+            "steady_tokens_per_s": median_or_none([steady_speed(replies) for replies in rounds]),
             "first_token_s": statistics.median(reply.first_s for replies in rounds for reply in replies),
             "last_first_token_s": max(reply.first_s for replies in rounds for reply in replies),
             "step_s": statistics.median(reply.step_s for replies in rounds for reply in replies),
@@ -224,7 +237,9 @@ def table(found: dict) -> list[str]:
     for n, servers in found["clients"].items():
         for name, row in servers.items():
             first = f"first token {row['first_token_s']:.2f} s, at the latest {row['last_first_token_s']:.2f} s"
-            lines.append(f"{n:>3} clients, {name}: {row['tokens_per_s']:.1f} tokens/s, {first}")
+            steady = row["steady_tokens_per_s"]
+            all_at_once = f", {steady:.1f} while all stream" if steady else ""
+            lines.append(f"{n:>3} clients, {name}: {row['tokens_per_s']:.1f} tokens/s{all_at_once}, {first}")
     new = found["newcomer"]
     lines.append(
         f"first token alone {new['alone_s']:.2f} s, among others {new['among_others_s']:.2f} s "

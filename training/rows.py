@@ -101,7 +101,9 @@ class ChatRows:
 
     def _find_targets(self, n_whole: int) -> np.ndarray:
         """Which pieces contain a target; the first `n_whole` pieces are whole conversations, in order."""
-        if self.loss_on == "all":
+        if len(self.stream.untrained):  # rare: answers of weight 0
+            n_whole = 0
+        elif self.loss_on == "all":
             return self._lengths > 1  # the first id of a row is not a target
         has_target = np.zeros(len(self._pieces), dtype=bool)
         ends = self._pieces[:n_whole, 2]
