@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 
 from common.cli import UserError, check_options, option, parse_options, run_script
 from common.device import choose_device, choose_dtype
-from common.encodings import decode_text
+from common.encodings import decode_text, unix_line_ends
 from common.files import atomic_write, require_target
 from common.speedups import load_speedups
 from generation.chat import ChatSession, PromptSession, Quit
@@ -67,7 +67,9 @@ class GenOptions:
     stop: tuple[str, ...] | None = option(
         None, "stop before this text; can be given several times", group="length", action="append", metavar="TEXT"
     )
-    num_samples: int = option(1, "continuations of the prompt, generated together", group="length", at_least=1)
+    num_samples: int = option(
+        1, "continuations of the prompt, generated together", group="length", at_least=1, at_most=4096
+    )
 
     temp: float | None = option(
         None,
@@ -260,7 +262,7 @@ def describe_model(path: str, info: dict, config: GPTConfig, n_params: int, devi
 def read_prompt(options: GenOptions) -> str | None:
     """The prompt that the options give, or None. Raises UserError for a file that cannot be read."""
     if options.prompt_file is None:
-        return options.prompt
+        return None if options.prompt is None else unix_line_ends(options.prompt)
     try:
         if options.prompt_file == "-":
             content = sys.stdin.buffer.read()

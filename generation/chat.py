@@ -58,6 +58,7 @@ class PromptSession:
 
     def reply(self, text: str) -> Pieces:
         """The continuation of `text`, in pieces. Raises UserError for a text that does not fit."""
+        text = unix_line_ends(text)
         ids = [ENDOFTEXT_ID, *encode_text(text)]
         if len(ids) > self.engine.block_size:
             raise UserError(f"the prompt has {len(ids) - 1} tokens and the window {self.engine.block_size}; shorten it")
@@ -157,7 +158,7 @@ class ChatSession(PromptSession):
 
         Raises UserError, and changes nothing, for a text that does not fit the window.
         """
-        messages = [*self.messages, {"role": "user", "content": text}]
+        messages = [*self.messages, {"role": "user", "content": unix_line_ends(text)}]
         ids = self._window(messages)
         self.messages = messages
         return self._answer(ids)
@@ -198,7 +199,7 @@ class ChatSession(PromptSession):
 
     def set_system(self, text: str) -> None:
         """Set the system message. Raises UserError if it leaves no room for a chat."""
-        message = {"role": "system", "content": text}
+        message = {"role": "system", "content": unix_line_ends(text)}
         n_tokens = len(chat_ids([message, {"role": "user", "content": ""}]))
         capacity = self.engine.block_size - self.room_for_reply
         if n_tokens >= capacity:

@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Iterable, Iterator
 
-from common.cli import is_terminal, shows_colour
+from common.cli import UserError, is_terminal, shows_colour
 
 QUOTES = '"""'
 DELAY_S = 0.01  # between the pieces of a reply, on a terminal
@@ -55,6 +55,11 @@ class Console:
         line = sys.stdin.readline()
         if not line:
             raise EOFError
+        if "\0" in line:
+            raise UserError(
+                "standard input contains NUL bytes, so it is not UTF-8 text; if it is UTF-16, convert it with: "
+                "iconv -f UTF-16 -t UTF-8 FILE > NEW"
+            )
         return line.removesuffix("\n").removesuffix("\r")
 
     def _read_rest(self, line: str) -> str:
