@@ -82,7 +82,8 @@ class Console:
             self.shown.append(piece)
             ended = piece[-1:]
             print(piece, end="", flush=True)
-            time.sleep(self.delay_s)
+            if self.delay_s:  # even sleep(0) gives up the processor
+                time.sleep(self.delay_s)
         if ended != "\n":
             self.end_line()
 

@@ -150,7 +150,7 @@ def test_the_python_examples_of_each_page_run(page, tmp_path):
     if page.name == "tutorial.md":
         pytest.skip("test_tutorial.py runs its blocks, in order")
     if page.name == "serving.md":
-        pytest.skip("its example needs a server; tests/test_serve_openai.py makes the same call")
+        pytest.skip("its example needs a server; tests/test_serve_api.py makes the same call")
     for name, content in FILES_OF_EXAMPLES.items():
         (tmp_path / name).write_text(content, encoding="utf-8")
     blocks = re.findall(r"^```python\n(.*?)^```\n(?:\n```text\n(.*?)^```$)?", text_of(page), re.DOTALL | re.MULTILINE)
