@@ -65,7 +65,7 @@ def test_the_prompt_can_be_a_file_or_standard_input(run, tmp_path):
     assert from_file == run("--prompt_file", "-", *arguments, stdin="Grüße")[0]
     assert from_file.startswith("Grüße")
     path.write_bytes(b"abc\xff")
-    with pytest.raises(UserError, match="not UTF-8 \\(byte 3\\)"):
+    with pytest.raises(UserError, match="not UTF-8 at byte 3"):
         run("--prompt_file", path)
     with pytest.raises(UserError, match=r"missing\.txt not read"):
         run("--prompt_file", tmp_path / "missing.txt")
