@@ -82,6 +82,16 @@ LAYOUTS = {
         "messages": None,
         "conversations": [{**turn, "role": None, "content": None} for turn in renamed("from", "value", "human", "gpt")],
     },
+    "null turns and parts": {
+        "messages": [None, {**FOUR[0], "content": ["Hi", None, {"type": "text", "text": None}]}, *FOUR[1:], None]
+    },
+    "structs of lists with nulls": {
+        "conversations": {
+            "from": ["human", "gpt", "human", "gpt", None],
+            "value": [*(turn["content"] for turn in FOUR), None],
+            "weight": [None] * 5,
+        }
+    },
     "null conversations": {"conversations": None, "messages": FOUR, "tools": None},
     "parts": {
         "messages": [{**turn, "content": [{"type": "text", "value": turn["content"], "text": None}]} for turn in FOUR]
@@ -145,6 +155,18 @@ def test_preferences_are_never_trained_as_answers():
     found, skipped = made(*records)
     assert found == [HELLO]
     assert sorted(skipped.values()) == [2, 2] and all(reason.startswith("preference data") for reason in skipped)
+
+
+def test_an_image_is_not_text():
+    turns = [{"role": "user", "content": [{"type": "image", "text": None}, {"type": "text", "text": "Hi"}]}, HELLO[1]]
+    assert made({"messages": turns}) == ([], {"conversation with content that is not text": 1})
+
+
+def test_records_with_the_text_field_stay_texts(tmp_path):
+    record = {"text": "One", "prompt": "Hi", "response": "Hello!"}
+    (tmp_path / "a.jsonl").write_text(json.dumps(record))
+    assert recognize(tmp_path / "a.jsonl").kind == "text"
+    assert recognize(tmp_path / "a.jsonl", "body").kind == "chat"
 
 
 def test_unknown_roles_are_named():

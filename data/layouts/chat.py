@@ -90,7 +90,7 @@ def conversations(
             yield from oasst_conversations(rows_of_tree(record["prompt"]), oasst_all_paths, skipped, language)
         elif layout.name == "preference data":
             skipped[PREFERENCE] += 1
-        elif record.get("label") is False:
+        elif str(record.get("label")).lower() == "false":
             skipped[LABEL_FALSE] += 1
         elif layout.turns is None:
             yield from messenger_conversations(record, me, skipped, where)
