@@ -103,7 +103,8 @@ def check_encoding(name: str) -> None:
 def _files_of_folder(folder: Path, suffixes: Sequence[str], strict: bool, takes_more: bool) -> list[Path]:
     """The files of a folder that are read; prints what is left out."""
     hidden: dict[str, None] = {}
-    unknown, candidates = [], []
+    unknown: list[Path] = []
+    candidates: list[Path] = []
     for file in sorted(folder.rglob("*")):
         parts = file.relative_to(folder).parts
         if hidden_part := next((part for part in parts if part.startswith(".")), None):
