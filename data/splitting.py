@@ -130,7 +130,7 @@ def cut_text(text: str, tail: int, fewest: int, most: int) -> tuple[str, str] | 
     wanted, first, last = len(text) - tail, len(text) - most, len(text) - fewest
     start = max(first - 2, 0)
     for boundary in _BOUNDARIES:
-        found = [match for match in boundary.finditer(text, start, min(last + 2, len(text)))]
+        found = boundary.finditer(text, start, min(last + 2, len(text)))
         cuts = [match for match in found if first <= match.end() <= last and match.start() > 0]
         if cuts:
             before = [match for match in cuts if match.end() <= wanted]

@@ -11,7 +11,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from common.cli import UserError
 from data.dataset import read_info
 from data.documents import read_prepared
 from data.layouts.chat import conversations, layout_of
@@ -100,9 +99,9 @@ def test_an_empty_system_message_is_left_out():
     assert made({"messages": turns}) == ([HELLO], {"empty system message": 1})
 
 
-def test_a_record_of_no_layout_is_named():
-    with pytest.raises(UserError, match=r"^my.jsonl: record 2 is not a conversation \(its fields: body, id\)"):
-        made({"messages": HELLO}, {"body": "x", "id": 1}, where="my.jsonl")
+def test_a_record_of_no_layout_is_counted_and_never_the_end_of_a_run():
+    found = made({"messages": HELLO}, {"body": "x", "id": 1}, {"messages": None}, {}, {"messages": HELLO})
+    assert found == ([HELLO, HELLO], {"record that is not a conversation": 3})
 
 
 # ---- OASST ---------------------------------------------------------------------------------------------------------

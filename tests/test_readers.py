@@ -203,14 +203,11 @@ def test_one_record_in_a_json_file_is_that_record(tmp_path):
     ("name", "content", "line"),
     [
         ("a.jsonl", '{"a": 1}\n\n{"a": \n', 3),
-        ("a.jsonl", '{"a": 1}\n[1]\n', 2),
         ("a.jsonl", '{"a": 1}\n{"a": 1} {"a": 2}\n', 2),
-        ("a.jsonl.gz", '{"a": 1}\nnull\n', 2),
         ("a.jsonl", '{"a": 1}\n' + '{"a":' * 100_000, 2),
         ("a.jsonl", '{"a": 1}\n{"a": ' + "9" * 5000 + "}", 2),
         ("a.json", '[\n{"a": 1},\n{"a": }\n]', 3),
         ("a.json", '[\n{"a": 1}\n{"a": 2}\n]', 3),
-        ("a.json", '[\n{"a": 1},\n"text"\n]', 3),
         ("a.json", '[{"a": 1},\n{"a": "never closed\n}]', 2),
         ("a.json", '[{"a": 1},\n', 2),
         ("a.json", '[{"a": 1}]\n\nmore', 3),
@@ -221,6 +218,16 @@ def test_one_record_in_a_json_file_is_that_record(tmp_path):
 def test_broken_json_is_reported_with_its_line(tmp_path, name, content, line):
     path = write(tmp_path / name, content)
     assert fault_of(read_records, path).startswith(f"{path} line {line}: ")
+
+
+def test_lists_strings_and_nulls_are_records_too(tmp_path):
+    turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
+    expected = [{"messages": turns}, {"text": "One"}, {}, {}, {"a": 1}]
+    values = [turns, "One", None, 5, {"a": 1}]
+    assert list(read_records(write(tmp_path / "a.jsonl", "\n".join(map(json.dumps, values))))) == expected
+    assert list(read_records(write(tmp_path / "a.json", json.dumps(values)))) == expected
+    assert list(read_records(write(tmp_path / "b.json", json.dumps([None, *values])))) == [{}, *expected]
+    assert list(read_records(write(tmp_path / "c.json", json.dumps(turns)))) == [{"messages": turns}]
 
 
 def test_a_json_file_of_spaces_holds_no_record(tmp_path):
@@ -263,8 +270,10 @@ def test_text_fields_count_what_has_no_text_and_name_the_fields(tmp_path):
     records = [{"text": "a"}, {"text": ""}, {"text": None}, {"text": "b"}]
     assert list(text_fields(records, "text", skipped)) == ["a", "b"]
     assert skipped == {"record without text": 2}
-    fault = fault_of(text_fields, [{"text": "a"}, {"body": "b"}], "text", None, "mine.jsonl")
-    assert fault.startswith("mine.jsonl: record 2 has no field 'text'") and "body" in fault
+    assert list(text_fields([{"text": "a"}, {"body": "b"}, {"text": 5}], "text", skipped)) == ["a"]
+    assert skipped == {"record without text": 3, "record whose field is not text": 1}
+    fault = fault_of(text_fields, [{"body": "b"}], "text", None, "mine.jsonl")
+    assert fault.startswith("mine.jsonl: record 1 has no field 'text'") and "body" in fault
     assert "is not text" in fault_of(text_fields, [{"text": 5}])
 
 

@@ -90,7 +90,7 @@ def conversations(
             yield from oasst_conversations(rows_of_tree(record["prompt"]), oasst_all_paths, skipped, language)
         elif layout.name == "preference data":
             skipped[PREFERENCE] += 1
-        elif record.get("label") is False:
+        elif str(record.get("label")).lower() == "false":
             skipped[LABEL_FALSE] += 1
         elif layout.turns is None:
             yield from messenger_conversations(record, me, skipped, where)
@@ -114,12 +114,13 @@ def _find_layout(record: Mapping) -> tuple[Layout, Mapping] | None:
     fields are taken as they are, so that a record with an empty answer is counted as such.
     """
     present = {field: value for field, value in record.items() if value is not None and value != []}
-    small = {str(field).strip().lower(): value for field, value in present.items()}
-    for candidate in (present, small, record):
-        for layout in LAYOUTS:
-            if layout.matches(candidate):
-                return layout, candidate
-    return None
+    if found := _match(present):
+        return found
+    return _match({str(field).strip().lower(): value for field, value in present.items()}) or _match(record)
+
+
+def _match(record: Mapping) -> tuple[Layout, Mapping] | None:
+    return next(((layout, record) for layout in LAYOUTS if layout.matches(record)), None)
 
 
 def _system_turn(record: Mapping, turns: list) -> list:

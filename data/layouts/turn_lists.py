@@ -32,6 +32,8 @@ PAIRS = (
     ("user", "assistant"),
     ("human", "assistant"),
     ("human", "bot"),
+    ("context", "response"),
+    ("inputs", "targets"),
 )
 
 
@@ -50,10 +52,12 @@ def is_list_of_turns(value) -> bool:
 
 
 def list_of_turns(value) -> list:
-    """The turns of a value for which `is_list_of_turns` is true. Elements that are no turns are kept as they are."""
+    """The turns of a value for which `is_list_of_turns` is true. Nulls are left out, other elements kept."""
     value = _parsed(value)
     if isinstance(value, Mapping):  # parquet: one list per field
-        return [dict(zip(value, row, strict=True)) for row in itertools.zip_longest(*value.values())]
+        rows = itertools.zip_longest(*value.values())
+        return [dict(zip(value, row, strict=True)) for row in rows if any(each is not None for each in row)]
+    value = [turn for turn in value if turn is not None]
     if all(isinstance(turn, str) for turn in value):
         return _alternating(value)
     return [made for turn in value for made in _turns_of_element(turn)]

@@ -13,11 +13,11 @@ Message = dict[str, Any]  # {"role", "content"}, and "weight": 0 for an answer t
 
 _NAMES = {
     "system": "system developer system_prompt",
-    "user": "user human prompter person customer questioner asker student me input question instruction prompt",
+    "user": "user human prompter person customer questioner asker student me q input question instruction prompt",
     "assistant": (
         "assistant gpt chatgpt bot model ai bing bard chatbot claude gemini llama copilot palm agent answerer teacher "
         "machine robot_assistant ai_assistant assistant_response output answer response completion openai mistral "
-        "vicuna alpaca koala grok deepseek qwen"
+        "vicuna alpaca koala grok deepseek qwen a"
     ),
 }
 ROLE_NAMES = {name: role for role, names in _NAMES.items() for name in names.split()}
@@ -55,7 +55,8 @@ def usable_messages(turns: Sequence, skipped: Counter) -> list[Message] | None:
     while parsed and parsed[-1][0] != "assistant":
         parsed.pop()
     if not any(role == "user" for role, _, _ in parsed):
-        return _count_unanswered(turns, skipped)
+        _count_unanswered(turns, skipped)
+        return None
     notes: Counter = Counter()
     if len(parsed) < length:
         notes["message without an answer, cut off"] += length - len(parsed)
@@ -160,6 +161,8 @@ def joined_parts(parts: Sequence) -> str | None:
     texts: list[str] = []
     for part in parts:
         text = first_present(part, ("text", "value", "content")) if isinstance(part, Mapping) else part
+        if text is None and (part is None or part.get("type") == "text"):
+            continue
         if not isinstance(text, str):
             return None
         texts.append(text)

@@ -59,7 +59,8 @@ class _Text(html.parser.HTMLParser):
         if tag in self._hidden:
             del self._hidden[self._hidden.index(tag) :]
         self._pre = max(0, self._pre - (tag == "pre"))
-        self._break(tag)
+        if tag in _BLOCKS:
+            self._break(tag)
 
     def handle_startendtag(self, tag: str, attrs) -> None:
         self._break(tag)  # XHTML: <script src="..."/> has no content
@@ -115,8 +116,8 @@ def _reading_order(files: dict[str, bytes]) -> list[str]:
     except ElementTree.ParseError:
         return pages
     folder = posixpath.dirname(package)
-    items = {item.get("id"): unquote(item.get("href") or "") for item in root.iter("{*}item")}
-    spine = [items.get(reference.get("idref"), "") for reference in root.iter("{*}itemref")]
+    items = {item.get("id"): unquote(item.get("href") or "") for item in root.findall(".//{*}item")}
+    spine = [items.get(reference.get("idref"), "") for reference in root.findall(".//{*}itemref")]
     ordered = [posixpath.normpath(posixpath.join(folder, name)) for name in spine]
     return [name for name in dict.fromkeys(ordered) if name in files] or pages
 

@@ -23,6 +23,8 @@ from data.readers.pages import read_pages
 from data.readers.records import field_names, read_records, text_fields
 from data.readers.text import read_text_documents, text_layout
 
+# Records of these layouts are chat even if they have the field with the text, too.
+CERTAIN_LAYOUTS = ("messages", "sharegpt", "oasst trees", "oasst messages", "alpaca", "dolly", "preference data")
 FIRST_RECORDS = 1000  # so many decide what a file contains, and whether most of its records are unusable
 
 
@@ -73,9 +75,11 @@ def _kind_and_layout(path: Path, field: str, divide_within_lines: bool, me: str 
     first = None
     for record in itertools.islice(read_records(path), FIRST_RECORDS):
         first = first or record
-        if layout := layout_of(record):
+        layout = layout_of(record)
+        has_text = isinstance(record.get(field), str)
+        if layout and not (has_text and layout not in CERTAIN_LAYOUTS):
             return "chat", layout
-        if isinstance(record.get(field), str):
+        if has_text:
             return "text", f"records with the field {field!r}"
     if first is None:
         raise UnknownContent(f"{path} contains no record; give --input a file that contains documents")

@@ -1,0 +1,451 @@
+"""The layouts of people's own files: each becomes the same conversations, and every record is kept or counted."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+import subprocess
+import sys
+import zipfile
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from common.cli import UserError
+from data.counts import Skipped, n_dropped, reasons_in_words
+from data.dataset import open_dataset, read_info
+from data.documents import read_prepared
+from data.layouts.chat import conversations, layout_of
+from data.pipeline import Corpus, Dataset, PrepareOptions, prepare
+from data.readers.recognize import first_document, read_documents, recognize
+from data.readers.records import read_records
+from setup_tokenizer import get_extended_tokenizer
+from training.rows import ChatRows
+
+ROOT = Path(__file__).resolve().parent.parent
+HELLO = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}]
+FOUR = [*HELLO, {"role": "user", "content": "Bye"}, {"role": "assistant", "content": "See you."}]
+SYSTEM = {"role": "system", "content": "Be brief."}
+
+
+def made(*records: dict, **more) -> tuple[list, dict]:
+    """(conversations, what was skipped)."""
+    skipped = Skipped()
+    return list(conversations(records, skipped=skipped, **more)), dict(skipped)
+
+
+def renamed(role: str, content: str, *names: str, turns=FOUR) -> list[dict]:
+    """Turns with other field names and other role names."""
+    roles = dict(zip(("user", "assistant"), names, strict=True))
+    return [{role: roles[turn["role"]], content: turn["content"]} for turn in turns]
+
+
+def chatgpt(branch: list[dict], **fields) -> dict:
+    """A conversation of ChatGPT's export, with a hidden message and an abandoned branch after the root."""
+    mapping: dict = {"r": {"id": "r", "message": None, "parent": None, "children": ["s"]}}
+    hidden = {"author": {"role": "system"}, "content": {"content_type": "text", "parts": [""]}, "weight": 0.0}
+    mapping["s"] = {"id": "s", "message": hidden, "parent": "r", "children": ["x", "0"]}
+    other = {"author": {"role": "user"}, "content": {"content_type": "text", "parts": ["abandoned"]}}
+    mapping["x"] = {"id": "x", "message": other, "parent": "s", "children": []}
+    for index, turn in enumerate(branch):
+        content = {"content_type": "text", "parts": [turn["content"]]}
+        message = {"author": {"role": turn["role"]}, "content": content, "weight": 1.0}
+        parent, child = str(index - 1) if index else "s", str(index + 1)
+        children = [child] if index + 1 < len(branch) else []
+        mapping[str(index)] = {"id": str(index), "message": message, "parent": parent, "children": children}
+    return {"title": "T", "mapping": mapping, "current_node": str(len(branch) - 1), **fields}
+
+
+LAYOUTS = {
+    "conversation": {"conversation_id": "x", "conversation": FOUR, "turn": 2, "language": "English"},
+    "messages as JSON text": {"messages": json.dumps(FOUR)},
+    "structs of lists": {"messages": {key: [turn[key] for turn in FOUR] for key in ("role", "content")}},
+    "strings": {"dialog": [turn["content"] for turn in FOUR]},
+    "ultrachat": {"id": "1", "data": [turn["content"] for turn in FOUR]},
+    "messages of strings": {"messages": [turn["content"] for turn in FOUR]},
+    "pairs": {"conversations": [{"human": "Hi", "assistant": "Hello!"}, {"human": "Bye", "assistant": "See you."}]},
+    "history": {"instruction": "Bye", "input": "", "output": "See you.", "history": [["Hi", "Hello!"]]},
+    "history of question and answer": {"question": "Bye", "answer": "See you.", "history": [["Hi", "Hello!"]]},
+    "trl": {"prompt": FOUR[:3], "completion": FOUR[3:]},
+    "chatgpt": chatgpt(FOUR),
+    "chatgpt without a current node": chatgpt(FOUR, current_node=None),
+    "claude": {"uuid": "u", "chat_messages": renamed("sender", "text", "human", "assistant")},
+    "null roles": {"conversations": [{**turn, "from": None, "value": None} for turn in FOUR]},
+    "null values": {
+        "messages": None,
+        "conversations": [{**turn, "role": None, "content": None} for turn in renamed("from", "value", "human", "gpt")],
+    },
+    "null turns and parts": {
+        "messages": [None, {**FOUR[0], "content": ["Hi", None, {"type": "text", "text": None}]}, *FOUR[1:], None]
+    },
+    "structs of lists with nulls": {
+        "conversations": {
+            "from": ["human", "gpt", "human", "gpt", None],
+            "value": [*(turn["content"] for turn in FOUR), None],
+            "weight": [None] * 5,
+        }
+    },
+    "null conversations": {"conversations": None, "messages": FOUR, "tools": None},
+    "parts": {
+        "messages": [{**turn, "content": [{"type": "text", "value": turn["content"], "text": None}]} for turn in FOUR]
+    },
+    **{
+        name: {"messages": renamed("role", "content", "Human", name)}
+        for name in ("ai", "AI", "bing", "bard", "chatbot", "gpt-4", "gpt-3.5-turbo", "claude-2", "Assistant", "model")
+    },
+    "authors": {"conversation": renamed("author", "text", "user", "bot")},
+}
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_every_layout_gives_the_same_conversation(name):
+    assert layout_of(LAYOUTS[name])
+    assert made(LAYOUTS[name]) == ([FOUR], {})
+
+
+@pytest.mark.parametrize(
+    ("question", "answer"),
+    [
+        *(("prompt", "completion"), ("prompt", "response"), ("question", "answer"), ("question", "response")),
+        *(("instruction", "output"), ("instruction", "response"), ("input", "output"), ("query", "response")),
+        *(("Question", "Answer"), ("problem", "solution"), ("PROMPT", "Completion")),
+    ],
+)
+def test_questions_with_an_answer(question, answer):
+    assert made({"id": 1, question: "Hi", answer: "Hello!", "extra": None}) == ([HELLO], {})
+    found = made({question: "Hi", answer: None}, {question: None, answer: "Hello!"})
+    assert found[0] == [] and sum(found[1].values()) == 2
+
+
+def test_system_prompts_of_every_name():
+    for field in ("system", "system_prompt", "system_message"):
+        assert made({field: "Be brief.", "question": "Hi", "response": "Hello!"}) == ([[SYSTEM, *HELLO]], {})
+    assert made({"system": "Be long.", "messages": [SYSTEM, *HELLO]}) == ([[SYSTEM, *HELLO]], {})
+
+
+def test_every_instance_of_an_instruction_is_a_conversation():
+    record = {"id": "seed", "instruction": "Add.", "instances": [{"input": n, "output": n} for n in ("1", "2")]}
+    assert [messages[0]["content"] for messages in made(record)[0]] == ["Add.\n\n1", "Add.\n\n2"]
+
+
+def test_a_function_call_counts_like_tool_calls():
+    call = {"name": "f", "arguments": "{}"}
+    reason = {"conversation with a function or tool message": 2}
+    with_call = [HELLO[0], {**HELLO[1], "function_call": call}]
+    assert made({"messages": with_call}, {"messages": [*with_call, *HELLO]}) == ([], reason)
+    assert made({"messages": [HELLO[0], {**HELLO[1], "function_call": None, "tool_calls": []}]}) == ([HELLO], {})
+
+
+def test_preferences_are_never_trained_as_answers():
+    chosen = {"from": "gpt", "value": "Hello!"}
+    records = [
+        {"conversations": FOUR, "chosen": chosen, "rejected": chosen},
+        {"prompt": "Hi", "chosen": "Hello!", "rejected": "No."},
+        {"messages": HELLO, "label": False},
+        {"prompt": "Hi", "completion": "No.", "label": False},
+        {"messages": HELLO, "label": True, "chosen": None},
+    ]
+    found, skipped = made(*records)
+    assert found == [HELLO]
+    assert sorted(skipped.values()) == [2, 2] and all(reason.startswith("preference data") for reason in skipped)
+
+
+def test_an_image_is_not_text():
+    turns = [{"role": "user", "content": [{"type": "image", "text": None}, {"type": "text", "text": "Hi"}]}, HELLO[1]]
+    assert made({"messages": turns}) == ([], {"conversation with content that is not text": 1})
+
+
+def test_records_with_the_text_field_stay_texts(tmp_path):
+    record = {"text": "One", "prompt": "Hi", "response": "Hello!"}
+    (tmp_path / "a.jsonl").write_text(json.dumps(record))
+    assert recognize(tmp_path / "a.jsonl").kind == "text"
+    assert recognize(tmp_path / "a.jsonl", "body").kind == "chat"
+
+
+def test_unknown_roles_are_named():
+    skipped = Skipped()
+    turns = [HELLO[0], {"role": "Narrator", "content": "x"}, HELLO[1]]
+    assert list(conversations([{"messages": turns}] * 3, skipped=skipped)) == []
+    assert reasons_in_words(skipped) == "conversation with an unknown role (Narrator): 3"
+
+
+# --- exports of messengers ---
+
+
+def telegram(*said: tuple[str, int, str]) -> dict:
+    messages = [
+        {"id": n, "type": "message", "date": f"2024-01-{1 + hour // 24:02}T{hour % 24:02}:00:00", "from": name}
+        | {"from_id": name, "text": text if n % 2 else [text[:1], {"type": "bold", "text": text[1:]}]}
+        for n, (name, hour, text) in enumerate(said)
+    ]
+    service = {"id": 99, "type": "service", "date": "2024-01-01T00:00:00", "actor": "Bo", "actor_id": "Bo", "text": ""}
+    return {"name": "Bo", "type": "personal_chat", "id": 1, "messages": [service, *messages]}
+
+
+SAID = [("Bo", 1, "Hi"), ("Al", 1, "Hello!"), ("Bo", 2, "Bye"), ("Al", 2, "See"), ("Al", 2, "you."), ("Bo", 30, "Hi")]
+SAID += [("Al", 31, "Hello!")]
+
+
+def test_telegram_and_discord_become_conversations_with_me_as_the_assistant():
+    expected = [[*FOUR[:3], {"role": "assistant", "content": "See\nyou."}], HELLO]
+    found, skipped = made(telegram(*SAID), me="Al")
+    assert found == expected
+    assert skipped == {"message without text or name, left out": 1}
+    assert made({"chats": {"list": [telegram(*SAID)]}}, me="Al")[0] == expected
+    discord = {"guild": {}, "channel": {"name": "c"}, "messages": []}
+    for message in telegram(*SAID)["messages"][1:]:
+        text = message["text"] if isinstance(message["text"], str) else message["text"][0] + message["text"][1]["text"]
+        author = {"id": "1", "name": message["from"]}
+        time = f"{message['date']}.123+00:00"
+        discord["messages"].append({"type": "Default", "timestamp": time, "content": text, "author": author})
+    assert made(discord, me="Al") == (expected, {})
+
+
+def test_an_export_without_me_says_what_is_missing():
+    for me, missing in ((None, "who is the assistant is not known"), ("Cy", "nobody in it is called 'Cy'")):
+        with pytest.raises(UserError, match=rf'{missing}.*--me "Bo" \(names in it: Al, Bo\)'):
+            made(telegram(*SAID), me=me)
+
+
+def test_others_of_a_group_are_named():
+    found = made(telegram(("Bo", 1, "Hi"), ("Cy", 1, "Hey"), ("Al", 1, "Hello!")), me="Al")[0]
+    assert found[0][0]["content"] == "Bo: Hi\nCy: Hey"
+
+
+@pytest.mark.parametrize("line", ["[{d}/12/2023, {h}:05:00] {n}: {t}", "12/{d}/23, {h}:05 - {n}: {t}"])
+def test_whatsapp_needs_me(tmp_path, line):
+    rows = [line.format(d=20 + hour // 24, h=hour % 24, n=name, t=text) for name, hour, text in SAID]
+    head = line.format(d=20, h=1, n="", t="x").split("{n}")[0].rstrip(": x") + " Messages are encrypted"
+    path = tmp_path / "_chat.txt"
+    path.write_text("\n".join([head, *rows[:-1], rows[-1].replace("Hello!", "Hello!\nsecond line")]))
+    assert "--me NAME" in str(recognize(path)) and recognize(path).kind == "text"
+    found = list(read_documents(recognize(path, me="Al")))
+    assert [len(messages) for messages in found] == [4, 2]
+    assert found[1][1]["content"] == "Hello!\nsecond line"
+    assert found[0][3]["content"] == "See\nyou."
+
+
+# --- other kinds of files ---
+
+
+def test_tables_are_records(tmp_path):
+    (tmp_path / "a.csv").write_text('question,answer\n"Hi","Hello!"\n"1,2\n3","a ""b"""\n,\n')
+    assert recognize(tmp_path / "a.csv").kind == "chat"
+    assert list(read_records(tmp_path / "a.csv"))[1] == {"question": "1,2\n3", "answer": 'a "b"'}
+    skipped = Skipped()
+    assert len(list(read_documents(recognize(tmp_path / "a.csv"), skipped))) == 2 and n_dropped(skipped) == 1
+    (tmp_path / "b.tsv").write_text("id\tbody\n1\tOne\n2\t\n3\tThree")
+    assert list(read_documents(recognize(tmp_path / "b.tsv", "body"))) == ["One", "Three"]
+    (tmp_path / "c.csv").write_text("id;body\n1;One\n")
+    assert list(read_documents(recognize(tmp_path / "c.csv", "body"))) == ["One"]
+    with pytest.raises(UserError, match=r"--field \(id, body\)"):
+        recognize(tmp_path / "b.tsv")
+
+
+def test_pages_books_and_subtitles_are_texts(tmp_path):
+    page = "<html><head><title>T</title><style>p{}</style></head><body><h1>One</h1><p>Tom &amp; Ann\n <b>ran</b>.</p>"
+    page += "<script>x()</script><pre>a\n  b</pre><ul><li>1</li><li>2</li></ul></body></html>"
+    (tmp_path / "a.html").write_text(page)
+    assert list(read_documents(recognize(tmp_path / "a.html"))) == ["One\n\nTom & Ann ran.\n\na\n  b\n\n1\n2"]
+    (tmp_path / "a.srt").write_text(
+        "1\r\n00:00:01,000 --> 00:00:02,000\r\n<i>Good</i>\r\nmorning.\r\n\r\n"
+        "2\r\n00:00:03,000 --> 00:00:04,000\r\n5\r\n"
+    )
+    assert list(read_documents(recognize(tmp_path / "a.srt"))) == ["Good morning.\n5"]
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w") as archive:
+        archive.writestr("META-INF/container.xml", "<container/>")
+        spine = "".join(f'<itemref idref="{n}"/>' for n in ("two", "one"))
+        items = "".join(f'<item id="{n}" href="text/{n}.xhtml"/>' for n in ("one", "two"))
+        package = f'<package xmlns="http://www.idpf.org/2007/opf"><manifest>{items}</manifest><spine>{spine}</spine>'
+        archive.writestr("OEBPS/content.opf", f"{package}</package>")
+        for name in ("one", "two"):
+            archive.writestr(
+                f"OEBPS/text/{name}.xhtml", f"<html><head><title/></head><body><p>{name}</p></body></html>"
+            )
+    (tmp_path / "a.epub").write_bytes(file.getvalue())
+    assert list(read_documents(recognize(tmp_path / "a.epub"))) == ["two", "one"]
+    (tmp_path / "b.epub").write_bytes(b"no zip")
+    with pytest.raises(UserError, match="not a complete zip archive"):
+        list(read_documents(recognize(tmp_path / "b.epub")))
+
+
+def test_nulls_and_structs_of_parquet(tmp_path):
+    records = [
+        {"messages": FOUR, "prompt": None},
+        {"messages": None, "prompt": "x"},
+        {"messages": HELLO, "prompt": None},
+    ]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(records), tmp_path / "a.parquet")
+    skipped = Skipped()
+    assert list(read_documents(recognize(tmp_path / "a.parquet"), skipped)) == [FOUR, HELLO]
+    assert skipped == {"record that is not a conversation": 1}
+    (tmp_path / "b.jsonl").write_text(json.dumps({"messages": None}) + "\n" + json.dumps({"messages": HELLO}))
+    assert recognize(tmp_path / "b.jsonl").kind == "chat"
+
+
+# --- answers of weight 0 ---
+
+
+@pytest.mark.parametrize(("field", "zero"), [("weight", 0), ("loss_weight", 0.0), ("train", False)])
+@pytest.mark.parametrize("loss_on", ["assistant", "all"])
+def test_answers_of_weight_0_are_no_targets(tmp_path, field, zero, loss_on):
+    turns = [FOUR[0], {**FOUR[1], field: zero}, *FOUR[2:]]
+    found, skipped = made(*({"messages": [{"role": "user", "content": f"n{n}"}, *turns[1:]]} for n in range(40)))
+    assert skipped == {"answer of weight 0, no target": 40}
+    options = PrepareOptions(output_dir=str(tmp_path), workers=1)
+    info = prepare(Dataset("mine", "chat", "a test", "MIT"), options, Corpus(found))
+    assert next(read_prepared(tmp_path, info, "train"))[1]["weight"] == 0
+    streams, _ = open_dataset(tmp_path, "mine")
+    rows = ChatRows(streams["train"], 100, 1, loss_on)
+    text = ""
+    for index in range(rows.start_epoch(0)):
+        targets = rows.row(index)[1]
+        text += get_extended_tokenizer().decode(targets[targets >= 0].tolist())
+    n_train = info.splits["train"].documents
+    assert text.count("See you.<|im_end|>") == n_train and "Hello!" not in text
+    check = [sys.executable, str(ROOT / "testing_tools" / "check_special_tokens.py"), "--sample", "60"]
+    done = subprocess.run([*check, str(tmp_path / "mine-train.bin")], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+    assert re.search(rf"answers of weight 0 +{n_train} ", done.stdout)
+    assert "[[See you.<|im_end|>]]" in done.stdout and "[[Hello" not in done.stdout
+
+
+def test_weights_are_found_in_any_part_of_a_stream(tmp_path):
+    found = [
+        [
+            {**turn, "content": f"{turn['content']} {n}", **({"weight": 0} if turn is FOUR[1] and n % 3 else {})}
+            for turn in FOUR
+        ]
+        for n in range(60)
+    ]
+    prepare(
+        Dataset("mine", "chat", "a test", "MIT"), PrepareOptions(output_dir=str(tmp_path), workers=1), Corpus(found)
+    )
+    stream = open_dataset(tmp_path, "mine")[0]["train"]
+    whole = stream.is_trained(0, len(stream))
+    assert 0 < (~whole).sum() < len(whole) / 2
+    for start, end in np.random.default_rng(0).integers(0, len(stream), (200, 2)):
+        assert (stream.is_trained(start, max(start, end)) == whole[start : max(start, end)]).all()
+
+
+def test_a_conversation_without_a_trained_answer_is_counted():
+    turns = [HELLO[0], {**HELLO[1], "weight": 0}]
+    assert made({"messages": turns}) == ([], {"conversation whose answers all have weight 0": 1})
+
+
+# --- nothing is dropped without a count ---
+
+GOOD = [
+    {"messages": [{"role": "user", "content": "Hi #"}, {"role": "assistant", "content": "Hello #!"}]},
+    [{"role": "user", "content": "Hi #"}, {"role": "assistant", "content": "A list #"}],
+    {"prompt": "Hi #", "completion": "Pair #"},
+    {"conversations": [{"from": "human", "value": "Hi #"}, {"from": "bing", "value": "Share #"}], "messages": None},
+]
+BAD = [
+    {"messages": None},
+    {"messages": []},
+    {"messages": [*HELLO, {"role": "tool", "content": "1"}, HELLO[1]]},
+    {"messages": [{"role": "narrator", "content": "x"}]},
+    {"messages": [HELLO[0], {"role": "assistant", "content": None}]},
+    {"messages": [HELLO[0], {"role": "assistant", "content": 7}]},
+    {"messages": 5},
+    {"body": "x"},
+    {},
+    None,
+    17,
+    "a text",
+    [],
+    [1, 2],
+    {"prompt": "x", "chosen": "y", "rejected": "z"},
+    {"messages": HELLO, "label": False},
+    {"messages": [HELLO[0], {**HELLO[1], "weight": 0}]},
+]
+
+
+def numbered(record, number: int):
+    return json.loads(json.dumps(record).replace("#", str(number)))
+
+
+@settings(max_examples=80, deadline=None)
+@given(st.lists(st.tuples(st.booleans(), st.integers(0, 100)), min_size=3, max_size=40), st.booleans())
+def test_records_read_are_kept_or_counted_by_reason(tmp_path_factory, choices, as_list):
+    folder = tmp_path_factory.mktemp("in")
+    records = [
+        numbered(GOOD[kind % len(GOOD)], number) if is_good else BAD[kind % len(BAD)]
+        for number, (is_good, kind) in enumerate(choices)
+    ]
+    n_good = sum(is_good for is_good, _ in choices)
+    path = folder / ("a.json" if as_list else "a.jsonl")
+    path.write_text(json.dumps(records) if as_list else "\n".join(map(json.dumps, records)))
+    skipped = Skipped()
+    if n_good < 2 or recognize(path).kind != "chat":
+        return
+    corpus = Corpus(read_documents(recognize(path), skipped), files=[path], skipped=skipped)
+    info = prepare(Dataset("mine", "chat", "a test", "MIT"), PrepareOptions(output_dir=str(folder), workers=1), corpus)
+    kept = sum(split.documents for split in info.splits.values())
+    assert kept == n_good
+    assert info.report["read"] == len(records) == kept + n_dropped(info.report)
+
+
+def run(script: str, *arguments, cwd: Path) -> subprocess.CompletedProcess:
+    command = [sys.executable, str(ROOT / script), *map(str, arguments), "--workers", "1", "--output_dir", "out"]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, encoding="utf-8")
+
+
+def test_both_scripts_say_the_same_of_the_same_file(tmp_path):
+    records = [
+        *BAD[:-6],
+        *(numbered(GOOD[n % 4], n) for n in range(4)),
+        *BAD[-3:],
+        *(numbered(GOOD[0], n) for n in (0, 8)),
+    ]
+    (tmp_path / "mine.jsonl").write_text("\n".join(map(json.dumps, records)))
+    own = run("prepare_with_extended_tokenizer.py", "--input", "mine.jsonl", "--name", "mine", cwd=tmp_path)
+    chat = run("data/prepare-chat.py", "--input", "mine.jsonl", cwd=tmp_path)
+    assert own.returncode == chat.returncode == 0, own.stderr + chat.stderr
+    reports = [read_info(tmp_path / "out", name).report for name in ("mine", "chat")]
+    assert reports[0] == reports[1]
+    assert reports[0]["read"] == len(records) == 5 + n_dropped(reports[0])
+    lines = [[line for line in done.stdout.splitlines() if line.startswith("  ")] for done in (own, chat)]
+    assert lines[0] == lines[1] and "  duplicates: 1" in lines[0]
+    assert "  conversation with an unknown role: 1" in lines[0]
+    for done in (own, chat):
+        assert "warning: 14 of the first 20 records of mine.jsonl cannot be used (" in done.stdout
+        assert done.stdout.index("warning: 14") < done.stdout.index("licence:"), "said first"
+
+
+def test_where_nothing_is_usable_both_say_the_same_with_the_reasons(tmp_path):
+    turns = [{"role": "narrator", "content": "x"}, {"role": "hero", "content": "y"}]
+    records = [{"messages": turns}] * 3 + [{"messages": [*turns[1:], *HELLO]}, {"messages": None}]
+    (tmp_path / "mine.jsonl").write_text("\n".join(map(json.dumps, records)))
+    own = run("prepare_with_extended_tokenizer.py", "--input", "mine.jsonl", cwd=tmp_path)
+    chat = run("data/prepare-chat.py", "--input", "mine.jsonl", cwd=tmp_path)
+    reasons = "(conversation with an unknown role (narrator, hero): 4; record that is not a conversation (its fields: "
+    for done in (own, chat):
+        assert done.returncode == 1
+        assert f"error: no usable conversation in mine.jsonl {reasons}messages): 1)" in done.stderr
+        assert "prompt/completion" in done.stderr, "the known layouts are named"
+    (tmp_path / "texts.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in ("", None)))
+    done = run("prepare_with_extended_tokenizer.py", "--input", "texts.jsonl", cwd=tmp_path)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+
+
+def test_a_file_in_which_most_records_are_bad_says_so_first(tmp_path, capsys):
+    lines = [json.dumps({"text": "One"})] + [json.dumps({"body": "x"})] * 3
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    assert first_document([recognize(tmp_path / "a.jsonl")]) == "One"
+    assert "warning: 3 of the first 4 records" in capsys.readouterr().out
+
+
+def test_counts_may_be_a_plain_counter():
+    skipped = Counter()
+    assert list(conversations([{"messages": [{"role": "x", "content": "y"}]}, {"a": 1}], skipped=skipped)) == []
+    assert n_dropped(skipped) == 2
