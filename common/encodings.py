@@ -93,7 +93,7 @@ def utf8_fault(path: str | Path, sample: bytes, offset: int, option: bool = True
         return (
             f"{path} is not UTF-8 at byte {offset}, although other characters are; drop the damaged ones with: {drop}"
         )
-    is_western = 4 * sum(byte > 0x7F for byte in sample) < len(sample)
+    is_western = sum(byte > 0x7F for byte in sample) <= max(4, len(sample) // 4)
     if is_western and _decodes(sample, "cp1252"):
         return _conversion(
             path, f"is not UTF-8 at byte {offset}; if it is Western European text,", "WINDOWS-1252", option
