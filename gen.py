@@ -21,9 +21,9 @@ from typing import TYPE_CHECKING
 
 from common.cli import UserError, check_options, option, parse_options, run_script
 from common.device import choose_device, choose_dtype
-from common.encodings import decode_text, unix_line_ends
 from common.files import atomic_write, require_target
 from common.speedups import load_speedups
+from common.text_files import decode_text, unix_line_ends
 from generation.chat import ChatSession, PromptSession, Quit
 from generation.terminal import Console
 from setup_tokenizer import ENDOFTEXT_ID, IM_END_ID, IM_START_ID, N_VOCAB, encode_text

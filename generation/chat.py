@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import ClassVar, Protocol
 
 from common.cli import UserError
-from common.encodings import decode_text, unix_line_ends
 from common.files import atomic_write
+from common.text_files import decode_text, unix_line_ends
 from generation.window import fit_window, room_for_reply
 from setup_tokenizer import ENDOFTEXT_ID, check_messages, encode_chat, encode_text
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from common.cli import UserError
-from common.encodings import decode_text, unix_line_ends
+from common.text_files import decode_text, unix_line_ends
 from data.pipeline import PrepareOptions
 from data.readers.inputs import check_encoding, input_files
 from data.readers.records import read_records

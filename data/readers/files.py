@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from common.cli import UserError, first_cause
-from common.encodings import binary_fault, nul_fault, utf8_fault
+from common.text_files import binary_fault, nul_fault, utf8_fault
 
 TEXT_SUFFIXES = (".txt", ".md", ".text", ".markdown")
 RECORD_SUFFIXES = (".json", ".jsonl", ".ndjson", ".parquet", ".csv", ".tsv")

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from common.cli import UserError
-from common.encodings import HEAD_BYTES, binary_fault
+from common.text_files import HEAD_BYTES, binary_fault
 from data.readers.files import (
     ALL_SUFFIXES,
     ARCHIVE_SUFFIXES,
