@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check -c requirements.lock
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check lint format types lock clean
+.PHONY: help demo data test check lint format types lock clean
 
 help: ## list these commands
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -21,7 +21,7 @@ $(VENV)/.installed-dev: requirements-dev.txt $(VENV)/.installed
 
 # 1,700 iterations take six to seven minutes on two CPU cores with AMX, and twice that without. The redirection from
 # /dev/null keeps train.py from asking which GPU to use; it chooses the one with the most free memory.
-demo: $(VENV)/.installed ## train a small chat model from nothing and talk to it
+demo: $(VENV)/.installed ## train a small chat model from scratch and talk to it
 	$(BIN)/python data/prepare-chitchat.py
 	$(BIN)/python train.py --dataset chitchat --preset tiny --max_iters 1700 \
 		--learning_rate 2e-3 --min_lr 6e-5 --eval_iters 10 < /dev/null
@@ -29,7 +29,11 @@ demo: $(VENV)/.installed ## train a small chat model from nothing and talk to it
 	@$(BIN)/python testing_tools/scripted_chat.py models/chitchat1700.pt
 	@echo
 	@echo "Talk to it yourself:       $(BIN)/python gen.py --chat"
+	@echo "Or in a browser:           $(BIN)/python serve.py"
 	@echo "Train it on stories next:  $(BIN)/python data/prepare-story.py && $(BIN)/python train.py"
+
+data: $(VENV)/.installed ## download and prepare every data set (4 GB), and say what is missing
+	$(BIN)/python data/prepare-all.py
 
 test: $(VENV)/.installed-dev ## run the tests
 	$(BIN)/python -m pytest
@@ -49,7 +53,7 @@ check: lint ## run everything that CI runs: lint, format, types, tests
 	$(BIN)/mypy
 	$(BIN)/python -m pytest
 
-lock: $(VENV)/.installed-dev ## update requirements.lock after a change of a requirements file
+lock: $(VENV)/.installed-dev ## update requirements.lock after changing a requirements file
 	$(BIN)/python .ci/make_lock.py
 
 clean: ## remove caches and temporary files; data, models and .venv stay

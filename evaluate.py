@@ -8,9 +8,9 @@ table counts only what the assistant says (message contents and the `<|im_end|>`
 With several checkpoints, each one's difference from the first follows with a 95 % interval, and a verdict comes last.
 The same command always prints the same numbers.
 
-`evaluation/splits.py` says which tokens are scored, `evaluation/scoring.py` in which context, and
-`evaluation/bootstrap.py` how sure a difference is. A model trained with --document_mask is scored like any other: in
-text it then also sees the documents before, which it never did in training.
+`evaluation/splits.py` defines which tokens are scored, `evaluation/scoring.py` in which context, and
+`evaluation/bootstrap.py` how certain a difference is. A model trained with --document_mask is scored like any other: in
+text, it then also sees earlier documents, which it never did in training.
 """
 
 from __future__ import annotations
@@ -68,7 +68,9 @@ class EvaluateOptions:
     json: str | None = option(
         None, "also write all numbers and stories to this file", metavar="FILE", group="evaluation"
     )
-    device: str | None = option(None, "cpu, mps, cuda, cuda:N (default: asks, or takes the best one)", group="device")
+    device: str | None = option(
+        None, "cpu, mps, cuda or cuda:N (default: asks, or chooses the best one)", group="device"
+    )
     dtype: str | None = option(
         None,
         "precision of matrix products (default: the device's best)",
@@ -79,12 +81,12 @@ class EvaluateOptions:
     quantize: str | None = option(
         None, "measure the models with 8-bit weights, as gen.py uses them", choices=("int8",), group="device"
     )
-    plain: bool = option(False, "use only the plain code, without the speedups of fast/", group="device")
+    plain: bool = option(False, "use only the plain code, without the faster parts in fast/", group="device")
 
     def __post_init__(self):
         check_options(self)
         if self.plain and self.quantize:
-            raise ValueError("--quantize is part of fast/; leave out --plain or --quantize")
+            raise ValueError("--quantize needs fast/, which --plain leaves out; use one of them")
 
 
 def dataset_names(options: EvaluateOptions, infos: list[dict]) -> list[str]:
@@ -110,12 +112,13 @@ def check_fit(path: str, info: dict, data: DatasetInfo) -> None:
         digests = [file["sha256"] for file in trained["splits"]["train"]["files"]]
         if digests != [file.sha256 for file in data.splits["train"].files]:
             print(
-                f"note: {data.name} has changed since {path} was trained; it may have seen what is now validation text"
+                f"note: {data.name} has changed since {path} was trained; the model may have been trained on what is "
+                "now validation text"
             )
 
 
 def stories_of(info: dict, fallback: str) -> str:
-    """The data set that a model's stories are compared with: the first text among those that it was trained on."""
+    """The data set that a model's stories are compared with: the first text data set that it was trained on."""
     parts = trained_on(info)
     texts = [name for name, facts in parts.items() if facts.get("format") == "text"]
     name = next(iter([*texts, *parts]))
@@ -180,7 +183,7 @@ def measure(options: EvaluateOptions, fast: ModuleType | None = None, story_toke
 
 
 def speed_up(model: GPT, quantize: str | None, fast: ModuleType | None) -> DecodeStep:
-    """Put the fast parts into a model, if there are any; returns the decode step to generate with."""
+    """Apply the fast parts to a model, if there are any; returns the decode step to generate with."""
     if fast is not None:
         return fast.speed_up_generation(model, quantize, len(STORY_PROMPTS)).decode
     if quantize:

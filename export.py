@@ -31,7 +31,7 @@ SUPERSEDED = (
 
 @dataclasses.dataclass(frozen=True)
 class ExportOptions:
-    """What to export and where to."""
+    """What to export, and where to write it."""
 
     checkpoint: str = option(
         None, "the model: a checkpoint, a Hugging Face folder, or gpt2", positional=True, nargs=None
@@ -40,7 +40,7 @@ class ExportOptions:
     gguf: str | None = option(
         None, "also write a GGUF file in this precision, and a Modelfile", choices=("f32", "bf16", "q8_0")
     )
-    force: bool = option(False, "write into a folder that is not empty, and overwrite files of the same names")
+    force: bool = option(False, "write into a folder that is not empty, and overwrite files with the same names")
 
 
 def export(options: ExportOptions) -> list[str]:

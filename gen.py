@@ -4,7 +4,7 @@
     python gen.py --chat                        # the newest checkpoint that was trained on chat data
     printf 'Hello!\\nWho are you?\\n' | python gen.py --chat
 
-Standard output receives the generated text alone, as it is generated; everything else goes to standard error.
+Only the generated text goes to standard output, as it is generated; everything else goes to standard error.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 
 from common.cli import UserError, check_options, option, parse_options, run_script
 from common.device import choose_device, choose_dtype
+from common.encodings import decode_text, unix_line_ends
 from common.files import atomic_write, require_target
 from common.speedups import load_speedups
 from generation.chat import ChatSession, PromptSession, Quit
@@ -45,13 +46,13 @@ class GenOptions:
         positional=True,
     )
     prompt: str | None = option(
-        None, "text to continue (default: none, the model starts a new document)", group="prompt"
+        None, "text to continue (default: none; the model starts a new document)", group="prompt"
     )
     prompt_file: str | None = option(
         None, "file with the text to continue; - reads standard input", group="prompt", metavar="FILE"
     )
     interactive: bool = option(False, "continue prompts that you type one after another", group="prompt")
-    chat: bool = option(False, "chat: keeps the history and marks the speakers, as the chat data does", group="prompt")
+    chat: bool = option(False, "chat with the model, in the format of its training conversations", group="prompt")
     system: str | None = option(None, "system message of the chat", group="prompt", metavar="TEXT")
 
     max_tokens: int | None = option(
@@ -66,7 +67,9 @@ class GenOptions:
     stop: tuple[str, ...] | None = option(
         None, "stop before this text; can be given several times", group="length", action="append", metavar="TEXT"
     )
-    num_samples: int = option(1, "continuations of the prompt, generated together", group="length", at_least=1)
+    num_samples: int = option(
+        1, "continuations of the prompt, generated together", group="length", at_least=1, at_most=4096
+    )
 
     temp: float | None = option(
         None,
@@ -77,14 +80,14 @@ class GenOptions:
     )
     top_k: int | None = option(
         None,
-        "draw from the K likeliest tokens; 0: from all (default: 200, in a chat 50)",
+        "sample from the K likeliest tokens; 0: from all (default: 200, in a chat 50)",
         group="sampling",
         metavar="K",
         at_least=0,
     )
     top_p: float | None = option(
         None,
-        "draw from the likeliest tokens whose probabilities add up to P",
+        "sample from the likeliest tokens whose probabilities add up to P",
         group="sampling",
         metavar="P",
         above=0,
@@ -92,7 +95,7 @@ class GenOptions:
     )
     min_p: float | None = option(
         None,
-        "draw from tokens at least P times as likely as the likeliest one",
+        "sample from tokens at least P times as likely as the likeliest one",
         group="sampling",
         metavar="P",
         at_least=0,
@@ -100,17 +103,23 @@ class GenOptions:
     )
     repetition_penalty: float = option(
         1.0,
-        "above 1: make tokens less likely that are already in the context",
+        "above 1: tokens that are already in the context become less likely",
         group="sampling",
         metavar="X",
         at_least=0.01,
         at_most=100,
     )
     seed: int | None = option(
-        None, "generate the same text again (default: a new one each time)", group="sampling", at_least=0, below=2**63
+        None,
+        "the same seed gives the same text (default: a new one each time)",
+        group="sampling",
+        at_least=0,
+        below=2**63,
     )
 
-    device: str | None = option(None, "cpu, mps, cuda or cuda:N (default: asks, or takes the best one)", group="device")
+    device: str | None = option(
+        None, "cpu, mps, cuda or cuda:N (default: asks, or chooses the best one)", group="device"
+    )
     dtype: str | None = option(
         None, "precision (default: the device's best)", group="device", choices=("float32", "bfloat16", "float16")
     )
@@ -120,7 +129,7 @@ class GenOptions:
     plain: bool = option(False, "use only the plain code, without the faster parts in fast/", group="device")
 
     output: str | None = option(
-        None, "also write the text to a file, even when interrupted", group="files", metavar="FILE"
+        None, "also write the text to a file, even if interrupted", group="files", metavar="FILE"
     )
     logprobs: str | None = option(
         None,
@@ -129,15 +138,15 @@ class GenOptions:
         metavar="FILE",
     )
     no_delay: bool = option(False, "print tokens on a terminal at full speed, without the typing effect", group="files")
-    verbose: bool = option(False, "print facts about the model and the speed", group="files")
+    verbose: bool = option(False, "print details of the model and the speed", group="files")
 
     def __post_init__(self) -> None:
         check_options(self)
         is_session = self.chat or self.interactive
         if self.chat and self.interactive:
-            raise ValueError("--chat and --interactive exclude each other")
+            raise ValueError("--chat cannot be combined with --interactive; use one of them")
         if self.prompt is not None and self.prompt_file is not None:
-            raise ValueError("--prompt and --prompt_file exclude each other")
+            raise ValueError("--prompt cannot be combined with --prompt_file; use one of them")
         if self.interactive and (self.prompt is not None or self.prompt_file is not None):
             raise ValueError("--interactive asks for its prompts; leave --prompt and --prompt_file out")
         if is_session and (self.num_samples > 1 or self.nonstop):
@@ -149,26 +158,16 @@ class GenOptions:
         if self.stop and "" in self.stop:
             raise ValueError("--stop must not be empty")
         if self.plain and self.quantize:
-            raise ValueError("--quantize needs the parts that --plain leaves out; drop one of the two")
+            raise ValueError("--quantize needs fast/, which --plain leaves out; use one of them")
 
 
 def choose_checkpoint(options: GenOptions) -> str:
     """The checkpoint to load. Raises UserError if --chat finds none that was trained on chat data."""
-    from common.checkpoint import find_checkpoints
-    from exchange.loading import read_info
+    from exchange.loading import newest_chat_checkpoint
 
     if options.checkpoint is not None or not options.chat:
         return options.checkpoint or DEFAULT_CHECKPOINT
-    found = find_checkpoints()
-    for path in found:
-        try:
-            if read_info(path).get("format") == "chat":
-                print(f"chatting with {path}", file=sys.stderr)
-                return str(path)
-        except UserError as error:
-            print(f"skipped: {error}", file=sys.stderr)
-    existing = f" (found: {', '.join(map(str, found[:8]))})" if found else ""
-    raise UserError(f"no checkpoint in models was trained on chat data{existing}; train one in minutes with: make demo")
+    return newest_chat_checkpoint()
 
 
 def load_engine(options: GenOptions) -> TextEngine:
@@ -183,7 +182,7 @@ def load_engine(options: GenOptions) -> TextEngine:
     started = time.perf_counter()
     path = choose_checkpoint(options)
     info = read_info(path)
-    with contextlib.redirect_stdout(sys.stderr):  # their remarks are not generated text
+    with contextlib.redirect_stdout(sys.stderr):  # what they print is not generated text
         device = choose_device(options.device)
         dtype = choose_dtype(options.dtype, device)
     model, _ = load_model(path, device, dtype)
@@ -248,7 +247,7 @@ def engine_settings(options: GenOptions) -> Settings:
 
 
 def describe_model(path: str, info: dict, config: GPTConfig, n_params: int, device: str) -> str:
-    """The lines that --verbose prints about a model; `device` says in words where and how it computes."""
+    """The lines that --verbose prints about a model; `device` describes the device, the precision and the layers."""
     facts = {
         "checkpoint": path,
         "data": f"{info.get('dataset')} ({info.get('format')}), {info.get('tokens_seen')} tokens seen",
@@ -263,24 +262,19 @@ def describe_model(path: str, info: dict, config: GPTConfig, n_params: int, devi
 def read_prompt(options: GenOptions) -> str | None:
     """The prompt that the options give, or None. Raises UserError for a file that cannot be read."""
     if options.prompt_file is None:
-        return options.prompt
+        return None if options.prompt is None else unix_line_ends(options.prompt)
     try:
         if options.prompt_file == "-":
             content = sys.stdin.buffer.read()
         else:
             content = Path(options.prompt_file).read_bytes()
-        return content.decode("utf-8-sig").replace("\r\n", "\n")  # -sig: without a byte order mark
-    except UnicodeDecodeError as error:
-        raise UserError(
-            f"{options.prompt_file} is not UTF-8 (byte {error.start}); convert it with: "
-            "iconv -f WINDOWS-1252 -t UTF-8 FILE > NEW (or the encoding that it has)"
-        ) from error
     except OSError as error:
         raise UserError(f"{options.prompt_file} not read: {error.strerror}; check --prompt_file") from error
+    return decode_text(content, options.prompt_file)
 
 
 def generate_text(engine: TextEngine, options: GenOptions, prompt: str | None, console: Console) -> None:
-    """Continue one prompt; several samples are printed one after another once all are complete."""
+    """Continue one prompt; several samples are printed one after another when all are complete."""
     prompt = prompt or ""
     ids = [ENDOFTEXT_ID, *encode_text(prompt)]
     if len(ids) > engine.block_size:
@@ -329,7 +323,7 @@ def talk(session: PromptSession, messages: Iterator[str], console: Console) -> N
 
 
 def write_results(engine: TextEngine, options: GenOptions, console: Console) -> None:
-    """Write what --output and --logprobs ask for, as far as it was generated."""
+    """Write the files of --output and --logprobs, with everything that has been generated."""
     if not console.shown:
         return
     if options.output is not None:
@@ -383,7 +377,7 @@ def main() -> None:
 
 
 def _terminate(number: int, frame) -> None:
-    """Exit as after Ctrl-C, so that what was generated is kept."""
+    """Exit as after Ctrl-C, so that the text generated so far is kept."""
     raise KeyboardInterrupt
 
 

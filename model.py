@@ -6,7 +6,7 @@
 
 After "Language Models are Unsupervised Multitask Learners" (Radford et al. 2019, section 2.3) and the code released
 with it. This file is the plain version and works alone; fast/ can replace its parts from outside with modules that
-compute the same numbers sooner or in less memory.
+compute the same numbers faster or in less memory.
 
 Shapes: B batch, T time (tokens), C n_embd, H n_head, D head size (C / H), V vocab_size, L n_layer.
 """
@@ -62,8 +62,8 @@ PRESETS = {
 class KVCache:
     """Keys and values of the tokens seen so far, so that generating a token does not recompute those before it.
 
-    Allocated once, with room for block_size tokens per row. The nth token of a row is stored at position n, so rows of
-    different lengths need no padding on the left. `tokens` holds the ids of each row that are in the cache.
+    Allocated once, for block_size tokens per row. The nth token of a row is stored at position n, so rows of different
+    lengths need no padding on the left. `tokens` lists the ids in the cache for each row.
     """
 
     def __init__(self, config: GPTConfig, batch_size: int, device: torch.device, dtype: torch.dtype):
@@ -87,7 +87,7 @@ class KVCache:
             self.each_row = torch.arange(len(positions), device=positions.device)
 
     def update(self, layer: int, keys_values: Tensor) -> Tensor:
-        """Store new keys and values (2, B, H, T, D) of a layer; returns all that its queries may attend to."""
+        """Store new keys and values (2, B, H, T, D) of a layer; returns all those that its queries may attend to."""
         target = self.target[layer]
         if isinstance(self.positions, slice):
             target.copy_(keys_values)
@@ -104,8 +104,9 @@ class Attention(nn.Module):
         self.layer = layer
         self.n_head = config.n_head
         self.dropout = config.dropout
-        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)  # q, k and v in one product
-        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+        # q, k and v in one product: one large matrix product is faster than three small ones.
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)  # mixes what the heads have found
 
     def forward(self, x: Tensor, cache: KVCache | None = None, mask: Tensor | None = None) -> Tensor:
         B, T, C = x.shape
@@ -118,7 +119,10 @@ class Attention(nn.Module):
         return F.dropout(y, self.dropout, self.training)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-        """softmax(q k' / sqrt(D)) v: each query attends to the keys up to its own position, or to those in `mask`."""
+        """softmax(q k' / sqrt(D)) v: each query attends to the keys up to its own position, or to those in `mask`.
+
+        sqrt(D) keeps the scores' variance near 1, because a softmax of large scores has almost no gradient.
+        """
         dropout = self.dropout if self.training else 0.0
         is_causal = mask is None and q.shape[2] > 1  # a single query, the newest token, attends to all keys
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=is_causal)
@@ -134,13 +138,17 @@ class MLP(nn.Module):
         self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        # GPT-2 uses the tanh approximation of GELU ("Gaussian Error Linear Units", Hendrycks and Gimpel 2016).
+        # GPT-2's weights were trained with the tanh approximation of GELU ("Gaussian Error Linear Units", Hendrycks and
+        # Gimpel 2016); the exact GELU would give slightly different outputs.
         x = self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))
         return F.dropout(x, self.dropout, self.training)
 
 
 class Block(nn.Module):
-    """One layer: attention and MLP, each applied to a LayerNorm of the residual stream and added to it (pre-norm)."""
+    """One layer: attention and MLP, each applied to a LayerNorm of the residual stream and added to it (pre-norm).
+
+    The residual stream itself is not normalized between layers, so gradients flow through it directly to every layer.
+    """
 
     def __init__(self, config: GPTConfig, layer: int):
         super().__init__()
@@ -158,7 +166,7 @@ class GPT(nn.Module):
     """GPT-2: token and learned position embeddings, n_layer blocks, a final LayerNorm, and a head.
 
     The head shares its weight with the token embedding ("Using the Output Embedding to Improve Language Models", Press
-    and Wolf 2017), so it is not a module of its own.
+    and Wolf 2017), so there is no separate module for it. In GPT-2 124M this saves about a quarter of the parameters.
     """
 
     def __init__(self, config: GPTConfig):
@@ -177,7 +185,7 @@ class GPT(nn.Module):
     @staticmethod
     def _init_weights(module: nn.Module) -> None:
         if isinstance(module, (nn.Linear, nn.Embedding)):
-            nn.init.normal_(module.weight, std=0.02)
+            nn.init.normal_(module.weight, std=0.02)  # as in GPT-2's code
         if isinstance(module, nn.Linear) and module.bias is not None:
             nn.init.zeros_(module.bias)
 
@@ -203,6 +211,7 @@ class GPT(nn.Module):
             return self.logits(x), None
         if n_targets is None:
             n_targets = (targets != IGNORED).sum().clamp(min=1)  # a batch without a target has the loss 0, not NaN
+        # All V rows, the padding ids too: they are never targets, so training makes them improbable.
         logits = F.linear(x, self.wte.weight).flatten(0, 1)  # (B * T, V)
         return None, F.cross_entropy(logits, targets.flatten(), ignore_index=IGNORED, reduction="sum") / n_targets
 
@@ -227,7 +236,7 @@ class GPT(nn.Module):
         positions: Tensor | None = None,
         mask: Tensor | None = None,
     ) -> Tensor:
-        """`hidden` for token embeddings (B, T, C) in place of ids."""
+        """`hidden` for token embeddings (B, T, C) instead of ids; separate, so that fast/ can replace the embedding."""
         if positions is None:
             positions = torch.arange(x.shape[1], device=x.device)
         x = F.dropout(x + self.wpe(positions), self.config.dropout, self.training)
@@ -236,7 +245,10 @@ class GPT(nn.Module):
         return self.ln_f(x)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Logits (..., n_vocab) in float32 of `hidden`'s output (..., C); the padding ids have none."""
+        """Logits (..., n_vocab) of `hidden`'s output (..., C); the padding ids have none.
+
+        In float32, because bfloat16 has too few digits for a softmax over so many ids.
+        """
         return F.linear(hidden, self.wte.weight[: self.config.n_vocab]).float()
 
     def document_mask(self, documents: Tensor) -> Tensor:
@@ -254,7 +266,8 @@ class GPT(nn.Module):
     def flops_per_token(self) -> float:
         """FLOPs of the forward and backward pass per token: 6 per weight in a product, and 12 L C T for attention.
 
-        "PaLM" (Chowdhery et al. 2022, appendix B), without the position embedding, which is only looked up.
+        A weight takes one multiplication and one addition forward, and twice that backward. After "PaLM" (Chowdhery et
+        al. 2022, appendix B), without the position embedding, which is only looked up.
         """
         config = self.config
         return 6 * (self.n_params() - self.wpe.weight.numel()) + 12 * config.n_layer * config.n_embd * config.block_size

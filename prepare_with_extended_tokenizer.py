@@ -7,8 +7,9 @@
 `--input` reads text (.txt, .md), web pages, books and subtitles (.html, .epub, .srt), records (.jsonl, .json, .parquet,
 .csv, .tsv), each also .gz or .zst, and folders of them. Records are texts (--field) or conversations, recognized by
 their fields: messages, conversations, conversation, a list of messages, prompt and completion or response, question and
-answer, instruction and output, exports of ChatGPT, Claude, Telegram and Discord (docs/data.md has the whole list). It
-prints what each file contains and a sample; `--dry_run` stops there. Then run: python train.py --dataset mine
+answer, instruction and output, exports of ChatGPT, Claude, Telegram and Discord (docs/data.md has the whole list).
+Other kinds of files are read as text with --suffix, other encodings than UTF-8 with --encoding. It prints what each
+file contains and a sample; `--dry_run` stops there. Then run: python train.py --dataset mine
 `--dataset` encodes again the text that an earlier preparation kept in the data folder. Both print how many tokens the
 base tokenizer needs, which spells `<|im_start|>` with several tokens, and what the extended one saves.
 """
@@ -28,9 +29,8 @@ from data.counts import Skipped
 from data.dataset import DatasetInfo, prepare_command
 from data.documents import Document, read_prepared, text_path
 from data.earlier import earlier_info
-from data.pipeline import Corpus, Dataset, PrepareOptions, output_folder, prepare
-from data.readers.files import input_files
-from data.readers.recognize import Recognized, first_document, read_documents, recognize
+from data.pipeline import Corpus, Dataset, TextOptions, files_of_input, output_folder, prepare
+from data.readers.recognize import Recognized, UnknownContent, first_document, read_documents, recognize
 from data.report import count_tokens
 from setup_tokenizer import render_chat
 
@@ -38,7 +38,7 @@ SAMPLE_CHARACTERS = 300
 
 
 @dataclasses.dataclass(frozen=True)
-class ExtendedOptions(PrepareOptions):
+class ExtendedOptions(TextOptions):
     dataset: str | None = option(
         None,
         "prepared data set to encode again: story, dailydialog, chat, chitchat, one of your own, or all",
@@ -94,14 +94,14 @@ def main() -> None:
 
 def prepare_own(options: ExtendedOptions) -> None:
     """Prepare the files that --input names as data set --name, after printing what they contain."""
-    files = input_files(options.input)
-    found = [recognize(file, options.field, options.divide_within_lines, options.me) for file in files]
-    for recognized in found:
-        print(recognized)
+    found = recognize_files(options)
+    files = [recognized.path for recognized in found]
     kinds = {recognized.kind for recognized in found}
     if len(kinds) > 1:
+        first = {recognized.kind: recognized.path for recognized in reversed(found)}
         raise UserError(
-            "some files are text and some are conversations; prepare them separately, each with its own --name"
+            f"some files are text ({first['text']}) and some are conversations ({first['chat']}); prepare them "
+            "separately, each with its own --name"
         )
     show_sample(first_document(found))
     if options.dry_run:
@@ -114,6 +114,25 @@ def prepare_own(options: ExtendedOptions) -> None:
     info = prepare(dataset, options, corpus, passes)
     report_saving(output_folder(options), info)
     print(f"now: python train.py --dataset {options.name}")
+
+
+def recognize_files(options: ExtendedOptions) -> list[Recognized]:
+    """What each file contains, printed; one that a folder contains, with records of an unknown kind, is left out."""
+    found, named = [], set(options.input)
+    files = files_of_input(options)
+    for file in files:
+        try:
+            recognized = recognize(file, options.field, options.divide_within_lines, options.me)
+        except UnknownContent as error:
+            if options.strict or str(file) in named or len(files) == 1:
+                raise
+            print(f"left out: {str(error).partition(';')[0]}")
+        else:
+            print(recognized)
+            found.append(recognized)
+    if not found:
+        raise UserError(f"no file in {', '.join(options.input)} contains text or conversations that are known")
+    return found
 
 
 def own_documents(found: Sequence[Recognized], skipped: Skipped) -> Iterator[Document]:

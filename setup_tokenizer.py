@@ -145,7 +145,7 @@ def encode_text(text: str, enc: tiktoken.Encoding | None = None) -> list[int]:
 
 
 def encode_with_extended_tokenizer(text: str) -> list[int]:
-    """Ids of `text`, in which the spelling of a control token IS that control token.
+    """Ids of `text`, in which the spelling of a control token becomes that control token.
 
     Use it only for text that your program wrote, such as the output of `render_chat`. Encode documents and people's
     messages with `encode_document` and `encode_chat`, where no text can forge a control token.
@@ -217,7 +217,7 @@ def encode_chat(
     end_of_conversation: bool = False,
     enc: tiktoken.Encoding | None = None,
 ) -> list[int]:
-    """Ids of a conversation in ChatML. All messages become ids here.
+    """Ids of a conversation in ChatML. No other function turns messages into ids.
 
     Control tokens are inserted as ids and content is encoded as ordinary text, so no content can forge a control
     token: `<|im_end|>` typed by a user stays text. Otherwise the ids are those of `render_chat`'s text.

@@ -7,8 +7,8 @@
 
 Three acts: plan what the run does, build the model and its optimizers, and loop. Prints the device, the model's size, a
 line every --log_interval iterations (loss, learning rate, tokens per second, time left) and, at each evaluation, the
-validation loss and a sample. The run is saved as models/{dataset}{max_iters}.pt, with its metrics beside it as .jsonl
-and, as loss curves, .png.
+validation loss and a sample. The checkpoint is models/{dataset}{max_iters}.pt; the metrics (.jsonl) and the loss curves
+(.png) are next to it.
 """
 
 from __future__ import annotations
@@ -39,18 +39,24 @@ from training.memory import move_model
 from training.metrics import draw_curves
 from training.optimizers import init_optimizer_states, make_optimizers, set_rates
 from training.progress import Clock, Sampler, describe_data, describe_end, describe_parts
-from training.resume import is_complete, options_after_restart, require_resumable, require_same_data, resumed_options
+from training.resume import (
+    options_after_restart,
+    print_if_complete,
+    require_resumable,
+    require_same_data,
+    resumed_options,
+)
 from training.run import Run
 from training.run_files import RunFiles
 from training.schedule import schedule
-from training.sharding import shard_model
+from training.sharding import is_sharded_run, shard_model
 from training.signals import StopSignal
 from training.step import clip_gradients, evaluate, forward_backward, to_device
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What to train, on what, and from where."""
+    """What `plan` settles."""
 
     config: RunConfig
     data: TrainingData
@@ -73,11 +79,11 @@ class Training:
     sample: Callable[..., None]
 
 
-# --- act 1: plan. Whatever can fail, fails here, before anything is built or written ---
+# --- act 1: plan. Wrong options and data are reported here, before anything is built or written ---
 
 
 def plan(options: TrainOptions, given: dict[str, Any], fast: ModuleType | None) -> Plan | None:
-    """Load the checkpoint, open the data, and settle the configuration; None if the run is complete already."""
+    """Load the checkpoint, open the data and make the configuration; None if the run is already complete."""
     options, given = options_after_restart(options, given, read_info)
     checkpoint = None
     if options.resume is not None:
@@ -85,11 +91,7 @@ def plan(options: TrainOptions, given: dict[str, Any], fast: ModuleType | None) 
         checkpoint = load_checkpoint(path)
         require_resumable(checkpoint, path)
         options = resumed_options(options, given, path, checkpoint["info"])
-        if is_complete(checkpoint["info"], options.max_iters):
-            iter_num = checkpoint["info"]["iter_num"]
-            print(
-                f"{path} is complete: iteration {iter_num} of {options.max_iters}; continue with a larger --max_iters"
-            )
+        if print_if_complete(checkpoint["info"], options.max_iters, path):
             return None
     elif options.init_from is not None:
         checkpoint = load_checkpoint(options.init_from, ("info", "model"))
@@ -118,7 +120,7 @@ def build(
 ) -> Training:
     """Everything that the loop needs, in the state in which training starts or continues.
 
-    `draw` draws the loss curves and `sample` prints a sample of the model.
+    `draw` draws the loss curves, and `sample` prints a text by the model.
     """
     config, checkpoint = plan.config, plan.checkpoint
     seed_everything(config.seed)
@@ -128,10 +130,10 @@ def build(
     print(f"model: {shape}, {model.n_params():,} parameters, {config.dtype}, block size {config.block_size}")
     if fast:
         fast.speed_up_training(model, config.activation_checkpointing)
-    model = shard_model(model, config.device) if is_sharded(config) else move_model(model, config.device)
+    model = shard_model(model, config.device) if is_sharded_run(config) else move_model(model, config.device)
     model.train()
     optimizers = make_optimizers(model, config)
-    # float16 has few exponents: the loss is scaled up so that small gradients do not become zero.
+    # float16 has a small range: the loss is scaled up so that small gradients do not become zero.
     scaler = torch.amp.GradScaler(config.device.partition(":")[0], enabled=config.dtype == "float16")
     parallel.seed_dropout(config.seed)
 
@@ -154,22 +156,17 @@ def build(
     )
 
 
-def is_sharded(config: RunConfig) -> bool:
-    """Whether each process holds a shard of the model."""
-    return config.parallel == "fsdp" and parallel.world_size() > 1
-
-
 def compile_and_wrap(training: Training, fast: ModuleType | None) -> torch.nn.Module:
     """The module to call in a step, compiled if the run says so.
 
-    Compiled before DistributedDataParallel wraps the model, which could not continue after a backward pass that failed.
+    The model is compiled before DistributedDataParallel wraps it, which could not recover from a failed backward pass.
     """
     config, model = training.config, training.model
     size = parallel.micro_batch_size(config.batch_size, config.gradient_accumulation_steps)
     ids, targets = (rows[:size] for rows in next(iter(training.val_batches.values()))[0])
 
     def trial_step() -> None:
-        """One micro-batch of the right shape, which leaves no trace."""
+        """Run one micro-batch of the right shape, then restore the gradients and the random states."""
         states = random_states(config.device)
         try:
             x, y, documents = to_device(config, ids, targets)
@@ -183,7 +180,7 @@ def compile_and_wrap(training: Training, fast: ModuleType | None) -> torch.nn.Mo
 
     if config.compile and fast:
         fast.compile_training(model, trial_step, parallel.any_process)
-    return model if is_sharded(config) else parallel.average_gradients(model, config.device)
+    return model if is_sharded_run(config) else parallel.average_gradients(model, config.device)
 
 
 # --- act 3: the loop ---
@@ -203,39 +200,39 @@ def loop(training: Training, model: torch.nn.Module, stop: StopSignal) -> int:
         learning_rate = scale * config.learning_rate
         set_rates(optimizers, config, scale)
 
-        # Evaluate, log and save what the last step made. `run.record` is None after that, so that a resumed run does
-        # it exactly once, also if the run before failed in between.
+        # Evaluate, log and save the last step. `run.record` is None after that, so this happens exactly once, even if
+        # the run fails in between and is resumed.
         is_last = run.iter_num >= config.max_iters
         if run.record and (run.iter_num % config.eval_interval == 0 or is_last):
             evaluate_and_save(training, learning_rate)
             clock.restart(run.iter_num)
         elif run.record:
             run.write_record()
-        stopped_by = int(parallel.reduce("max", stop.number)[0])  # all processes stop, whichever got the signal
+        stopped_by = int(parallel.reduce("max", stop.number)[0])  # all processes stop if any of them got the signal
         if is_last or stopped_by:
             return stopped_by
 
-        # Forward and backward over the iteration's rows. Batches are made ahead of time, in a thread.
+        # Forward and backward over the iteration's rows. A thread prepares the batches ahead of time.
         ids, targets = batches.next()
         step = run.iter_num + 1
         loss_on_device = forward_backward(model, config, ids, targets, scaler)
         norm_on_device = clip_gradients(training.model, optimizers, scaler, config.grad_clip)
         measurements.add(step, learning_rate, loss_on_device, norm_on_device)
 
-        # Reading a number waits for the device, so it is done only when the number is needed.
+        # Reading a number makes the program wait for the device, so `read` is called only when one is needed. It raises
+        # an error if the loss is not finite.
         is_logged = step % config.log_interval == 0 or step in (1, config.max_iters)
-        is_sound, loss, grad_norm = True, math.nan, math.nan
-        if is_logged or step % config.eval_interval == 0 or measurements.every_step:
-            loss, grad_norm = measurements.read()  # raises UserError if the loss is not finite
-            is_sound = math.isfinite(grad_norm)
+        is_needed = is_logged or step % config.eval_interval == 0 or measurements.every_step
+        loss, grad_norm = measurements.read() if is_needed else (0.0, 0.0)
 
-        # Update the weights, unless float16 overflowed: then no optimizer steps, and the scaler scales less.
+        # Update the weights, unless float16 overflowed: then the step is skipped, and the scaler lowers its factor.
+        is_sound = math.isfinite(grad_norm)
         with run.updating():
             if is_sound:
                 for optimizer in optimizers:
                     scaler.step(optimizer)
             scaler.update()
-            training.model.zero_grad(set_to_none=True)
+            training.model.zero_grad(set_to_none=True)  # None frees the memory until the next backward pass
             run.complete_step(ids.size, batches.position, is_skipped=not is_sound)
 
         if is_logged:
@@ -245,7 +242,7 @@ def loop(training: Training, model: torch.nn.Module, stop: StopSignal) -> int:
 
 
 def evaluate_and_save(training: Training, learning_rate: float) -> None:
-    """The validation loss and a sample of the model as it is now; then save the run."""
+    """Print the validation loss and a sample of the current model, then save the run."""
     config, data, run, model = training.config, training.data, training.run, training.model
     val_losses = {name: evaluate(model, batches, config) for name, batches in training.val_batches.items()}
     val_loss = data.mean_loss(val_losses)
@@ -253,7 +250,7 @@ def evaluate_and_save(training: Training, learning_rate: float) -> None:
         raise not_finite_error(run, "validation loss", val_loss, run.iter_num, learning_rate)
     best = " (best)" if run.iter_num and run.is_best(val_loss) else ""
     print(f"iter {run.iter_num}: validation loss {val_loss:.4f}{best}{describe_parts(val_losses)}")
-    if run.iter_num and parallel.is_first() and not is_sharded(config):  # a shard cannot generate by itself
+    if run.iter_num and parallel.is_first() and not is_sharded_run(config):  # a shard alone cannot generate
         for kind in data.formats:
             training.sample(model, config, kind == "chat", run.iter_num)
     run.finish_evaluation(val_loss, val_losses)
@@ -265,12 +262,12 @@ def evaluate_and_save(training: Training, learning_rate: float) -> None:
 def train(options: TrainOptions, given: dict[str, Any]) -> int:
     """Run the training that `options` describe; returns the exit status (128 + signal if one stopped it).
 
-    `given` holds the options that are really on the command line: a resumed run takes only these. Under torchrun every
-    process calls this alike.
+    `given` holds only the options on the command line: these are what --resume changes. Under torchrun, every process
+    calls this function.
     """
     fast = load_speedups(options.plain)
     if fast:
-        fast.keep_freed_memory()
+        fast.keep_freed_memory()  # before the first tensor is allocated
     planned = plan(options, given, fast)
     return carry_out(build(planned, fast), fast) if planned else 0
 
@@ -285,7 +282,7 @@ def carry_out(training: Training, fast: ModuleType | None, stop_signal: Callable
         run.mark(training.batches.position)
         with saving_after_errors(run, training.measurements):
             model = compile_and_wrap(training, fast)
-            if not config.resume:
+            if not config.resume:  # a resumed run has loaded them
                 init_optimizer_states(training.optimizers)
             stopped_by = loop(training, model, stop)
         training.measurements.read_pending()
@@ -302,4 +299,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    run_script(main, needs_output=False)  # training continues when the disk under its log is full
+    run_script(main, needs_output=False)  # training continues if its output goes to a full disk

@@ -65,7 +65,7 @@ def save_checkpoint(
 
 
 class _RememberError:
-    """A file that keeps its last write error, which torch replaces by a RuntimeError of its own."""
+    """A file that keeps its last write error, which torch hides by raising a RuntimeError instead."""
 
     def __init__(self, file):
         self._file = file
@@ -286,7 +286,7 @@ def set_random_states(states: Mapping, device: str) -> None:
 
 
 def checkpoint_bytes(model: GPT, optimizer_floats_per_weight: int = 2) -> int:
-    """Estimated size in bytes of a training checkpoint of `model`."""
+    """The estimated size of a training checkpoint of `model`, in bytes."""
     return model.n_params() * 4 * (1 + optimizer_floats_per_weight) + (1 << 20)
 
 

@@ -165,14 +165,14 @@ def parse_options(
 
 
 def given_options(cls: type, argv: Sequence[str] | None = None) -> dict[str, Any]:
-    """The options that are really on the command line, without the defaults. A resumed run takes only these."""
+    """Only the options on the command line, without the defaults; a resumed run changes only these."""
     return _parse(option_parser(cls, "", argument_default=argparse.SUPPRESS), cls, argv)
 
 
 def option_parser(
     cls: type, description: str, examples: Sequence[str] | None = None, **parser_settings: Any
 ) -> argparse.ArgumentParser:
-    """The argparse parser behind `parse_options`."""
+    """The argparse parser that `parse_options` uses."""
     if examples is None:
         examples = example_commands(description)
     parser = _Parser(
@@ -193,8 +193,15 @@ def option_parser(
         target = parser if spec.group is None else groups[spec.group]
         settings = _argparse_settings(field, spec, option_type(hints[name]))
         default = parser_settings.get("argument_default", field.default)
-        target.add_argument(name if spec.positional else f"--{name}", default=default, **settings)
+        if not spec.positional:
+            settings["dest"] = name
+        target.add_argument(shown_name(name, spec), default=default, **settings)
     return parser
+
+
+def shown_name(name: str, spec: Option) -> str:
+    """An option as it is typed; a field such as `as_`, which Python's keywords force, becomes `--as`."""
+    return name if spec.positional else f"--{name.rstrip('_')}"
 
 
 def _positional_words(cls: type) -> list[str]:
@@ -307,12 +314,12 @@ def _word_parser(kind: Any) -> Callable[[str], Any]:
 def _check_values(cls: type, values: dict[str, Any]) -> None:
     for name, (_, spec) in options_of(cls).items():
         value = values.get(name)
-        shown_name = name if spec.positional else f"--{name}"
+        shown = shown_name(name, spec)
         for item in value if isinstance(value, tuple) else (value,):
             if spec.choices and item is not None and item not in spec.choices:
-                raise ValueError(f"{shown_name} must be {alternatives(spec.choices)}, not {item!r}")
+                raise ValueError(f"{shown} must be {alternatives(spec.choices)}, not {item!r}")
             if spec.bounds and _is_number(item) and not _is_within(item, spec.bounds):
-                raise ValueError(f"{shown_name} must be {range_in_words(spec.bounds, item)}, not {item}")
+                raise ValueError(f"{shown} must be {range_in_words(spec.bounds, item)}, not {item}")
 
 
 def _is_number(value: Any) -> bool:
@@ -354,7 +361,7 @@ def alternatives(choices: Sequence[Any]) -> str:
 
 
 def is_terminal() -> bool:
-    """Whether the program can ask the user: standard input and output are terminals and no launcher started it."""
+    """Whether the program can ask the user: standard input and output are terminals, and torchrun did not start it."""
     return sys.stdin is not None and sys.stdin.isatty() and sys.stdout.isatty() and "RANK" not in os.environ
 
 

@@ -78,7 +78,7 @@ def choose_device(
     If `requested` is None or "auto", the user chooses from a list when there are CUDA devices and a terminal;
     otherwise it is the CUDA device with the most free memory, else MPS, else the CPU. Raises UserError if the machine
     does not have the requested device. A CUDA device becomes torch's current device, on which streams, graphs and
-    pinned memory are created. Tests pass `devices` and `ask` in place of the machine and the user.
+    pinned memory are created. Tests pass `devices` and `ask` to simulate a machine and a user.
     """
     import torch
 

@@ -188,9 +188,9 @@ def require_target(option: str, path: str | os.PathLike) -> None:
     """Raise UserError, before any work is done, if the file that an option names cannot be written."""
     path = Path(path)
     if path.is_dir():
-        raise UserError(f"--{option} {path}: that is a folder; name a file")
+        raise UserError(f"--{option} {path} is a folder; name a file")
     if not path.parent.is_dir():
-        raise UserError(f"--{option} {path}: there is no folder {path.parent}; run: mkdir -p {path.parent}")
+        raise UserError(f"--{option} {path}: the folder {path.parent} does not exist; run: mkdir -p {path.parent}")
 
 
 def require_free_space(folder: str | os.PathLike, needed_bytes: int, what: str) -> None:
@@ -198,6 +198,6 @@ def require_free_space(folder: str | os.PathLike, needed_bytes: int, what: str) 
     free_bytes = shutil.disk_usage(folder).free
     if free_bytes < needed_bytes:
         raise UserError(
-            f"{what} needs {needed_bytes / 2**30:.2f} GiB in {folder} and {free_bytes / 2**30:.2f} GiB is free; "
+            f"{what} needs {needed_bytes / 2**30:.2f} GiB in {folder}, but only {free_bytes / 2**30:.2f} GiB are free; "
             "free some space or choose another folder"
         )

@@ -7,13 +7,21 @@ from pathlib import Path
 from common.cli import UserError, first_cause
 
 
+class NotDownloaded(UserError):
+    """A file that could not be downloaded: `what` it is, the `reason`, and the `url` to fetch it from by hand."""
+
+    def __init__(self, what: str, reason: str, url: str, remedy: str):
+        super().__init__(f"{what} not downloaded ({reason}); fetch {url} {remedy}")
+        self.what, self.reason, self.url = what, reason, url
+
+
 def fetch_file(
     repository: str, name: str, remedy: str, *, repo_type: str = "model", revision: str | None = None
 ) -> Path:
     """The path of one file of the hub in the local cache, downloaded first if it is not there.
 
     huggingface_hub resumes, checks and caches the download, and reads HF_ENDPOINT, HF_HUB_OFFLINE and HF_TOKEN. If
-    it fails, for whatever reason, a UserError gives the file's address; `remedy` completes its "fetch URL ...".
+    it fails, for whatever reason, NotDownloaded gives the file's address; `remedy` completes its "fetch URL ...".
     """
     import huggingface_hub
     from huggingface_hub.errors import HTTPError
@@ -21,8 +29,15 @@ def fetch_file(
     try:
         return Path(huggingface_hub.hf_hub_download(repository, name, repo_type=repo_type, revision=revision))
     except (OSError, HTTPError, ValueError) as error:  # ValueError: a file of the wrong length, an invalid name
-        url = huggingface_hub.hf_hub_url(repository, name, repo_type=repo_type, revision=revision)
-        raise not_downloaded(f"{name} of {repository}", error, f"fetch {url} {remedy}") from error
+        url = file_url(repository, name, repo_type, revision)
+        raise NotDownloaded(f"{name} of {repository}", first_cause(error), url, remedy) from error
+
+
+def file_url(repository: str, name: str, repo_type: str, revision: str | None) -> str:
+    """The address from which a browser downloads a file of the hub."""
+    import huggingface_hub
+
+    return huggingface_hub.hf_hub_url(repository, name, repo_type=repo_type, revision=revision)
 
 
 def not_downloaded(what: str, error: Exception, remedy: str) -> UserError:

@@ -1,4 +1,4 @@
-"""64-bit hashes of n-grams of token ids: the only place where n-grams are hashed."""
+"""64-bit hashes of n-grams of token ids; no other module hashes n-grams."""
 
 from __future__ import annotations
 

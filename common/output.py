@@ -1,4 +1,4 @@
-"""Standard output that may be on a full disk."""
+"""Standard output that may go to a full disk."""
 
 from __future__ import annotations
 

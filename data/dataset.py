@@ -30,6 +30,7 @@ PREPARE_COMMANDS = {
     "chat": "python data/prepare-chat.py",
     "chitchat": "python data/prepare-chitchat.py",
     "education": "python data/prepare-education.py",
+    "knowledge": "python data/prepare-knowledge.py --api_url http://localhost:11434/v1 --model llama3.2",
 }
 
 

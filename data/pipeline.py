@@ -41,7 +41,8 @@ from data.earlier import (
     refuse_to_replace,
     remove_leftovers,
 )
-from data.readers.files import is_text, split_suffix
+from data.readers.files import ALL_SUFFIXES, is_text, split_suffix
+from data.readers.inputs import check_encoding, input_files, parse_suffixes
 from data.redividing import redivide
 from data.report import write_report
 from data.splitting import is_fair, with_split
@@ -58,6 +59,13 @@ class PrepareOptions:
     """The options that every prepare script has."""
 
     input: tuple[str, ...] = option((), "local files instead of the download", nargs="+", metavar="PATH", group="data")
+    encoding: str | None = option(
+        None,
+        "encoding of the --input files, such as windows-1252 or utf-16 (default: UTF-8)",
+        metavar="NAME",
+        group="data",
+    )
+    strict: bool = option(False, "refuse a folder with a file of unknown kind instead of leaving it out", group="data")
     output_dir: str | None = option(
         None, "folder for the prepared files (default: the data folder)", metavar="DIR", group="output"
     )
@@ -90,6 +98,28 @@ class PrepareOptions:
 
     def __post_init__(self) -> None:
         check_options(self)
+        if self.encoding is not None:
+            check_encoding(self.encoding)
+
+
+@dataclass(frozen=True)
+class TextOptions(PrepareOptions):
+    """The options of the scripts that read text."""
+
+    suffix: tuple[str, ...] = option(
+        (), "also read files whose names end like this as text, such as .py", nargs="+", metavar="S", group="data"
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        parse_suffixes(self.suffix)
+
+
+def files_of_input(options: PrepareOptions, suffixes: Sequence[str] = ALL_SUFFIXES) -> list[Path]:
+    """The files that --input names, as the options say; see `input_files`."""
+    takes_more = isinstance(options, TextOptions)
+    more = parse_suffixes(options.suffix) if isinstance(options, TextOptions) else ()
+    return input_files(options.input, suffixes, more, options.strict, options.encoding, takes_more)
 
 
 @dataclass(frozen=True)
@@ -142,7 +172,7 @@ def prepare(
     folder = output_folder(options)
     if options.near_dedup:
         require_minhash()
-    refuse_to_replace(corpus.files, folder, dataset.name)
+    refuse_to_replace([*corpus.files, *map(Path, options.input)], folder, dataset.name)
     print(f"{dataset.name}: {dataset.source}")
     print(f"licence: {dataset.licence}{' (non-commercial use only)' if dataset.non_commercial else ''}")
     wanted = DatasetInfo(
@@ -183,8 +213,8 @@ def output_folder(options: PrepareOptions) -> Path:
 
 
 def _recorded_options(options: PrepareOptions) -> dict[str, Any]:
-    """The options that decide what the files contain; the seed is recorded on its own."""
-    without = ("input", "output_dir", "workers", "report", "force", "seed")
+    """The options that decide what the files contain; the seed is recorded on its own, and the input as a digest."""
+    without = ("input", "encoding", "strict", "suffix", "output_dir", "workers", "report", "force", "seed")
     chosen = {name: value for name, value in dataclasses.asdict(options).items() if name not in without}
     return {**chosen, "pipeline": PIPELINE_VERSION}
 

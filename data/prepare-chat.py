@@ -34,44 +34,30 @@ from common.cli import option, parse_options, run_script
 from data.cleaning import CHAT_PASSES
 from data.counts import Skipped
 from data.layouts.chat import conversations
-from data.pipeline import Corpus, Dataset, PrepareOptions, prepare
-from data.readers.files import RECORD_SUFFIXES, input_files
+from data.pipeline import Corpus, Dataset, PrepareOptions, files_of_input, prepare
+from data.readers.files import RECORD_SUFFIXES
 from data.readers.hub import hub_commit, stream_hub
 from data.readers.recognize import FIRST_RECORDS, no_document, warning_of_bad_records
 from data.readers.records import read_records
+from data.sources import SOURCES, HubSource
 from data.splitting import split_by_opening
 
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """A data set of the hub: its repository, the splits to use, the files that contain them, its licence."""
+    """A data set of the hub: where it is, the splits to use, its licence."""
 
-    repository: str
+    hub: HubSource
     train: str
     val: str | None
-    files: str
     licence: str
 
 
-SOURCES = {
-    "smol-smoltalk": Source(
-        "HuggingFaceTB/smol-smoltalk", "train", "test", "data/train-*.parquet and data/test-*.parquet", "Apache-2.0"
-    ),
-    "everyday": Source(
-        "HuggingFaceTB/everyday-conversations-llama3.1-2k",
-        "train_sft",
-        "test_sft",
-        "data/train_sft-*.parquet and data/test_sft-*.parquet",
-        "Apache-2.0",
-    ),
-    "oasst1": Source(
-        "OpenAssistant/oasst1",
-        "train",
-        "validation",
-        "data/train-*.parquet and data/validation-*.parquet",
-        "Apache-2.0",
-    ),
-    "dolly": Source("databricks/databricks-dolly-15k", "train", None, "databricks-dolly-15k.jsonl", "CC BY-SA 3.0"),
+CHAT_SOURCES = {
+    "smol-smoltalk": Source(SOURCES["smol-smoltalk"][0], "train", "test", "Apache-2.0"),
+    "everyday": Source(SOURCES["everyday"][0], "train_sft", "test_sft", "Apache-2.0"),
+    "oasst1": Source(SOURCES["oasst1"][0], "train", "validation", "Apache-2.0"),
+    "dolly": Source(SOURCES["dolly"][0], "train", None, "CC BY-SA 3.0"),
 }
 
 
@@ -80,7 +66,7 @@ class ChatOptions(PrepareOptions):
     source: str | None = option(
         None,
         "data set of the hub (default: smol-smoltalk); with --input: the one that the files come from",
-        choices=tuple(SOURCES),
+        choices=tuple(CHAT_SOURCES),
         group="data",
     )
     all_paths: bool = option(False, "OASST: use every path of each tree instead of the best-ranked one", group="data")
@@ -104,22 +90,22 @@ def main() -> None:
 
 def describe(options: ChatOptions, files: Sequence[Path]) -> Dataset:
     """What the data set is. For local files, the source is their names, and the licence is as far as it is known."""
-    source = SOURCES.get(options.source or ("" if files else "smol-smoltalk"))
-    origin = [source.repository] if source else []
+    source = CHAT_SOURCES.get(options.source or ("" if files else "smol-smoltalk"))
+    origin = [source.hub.repository] if source else []
     names = [", ".join(file.name for file in files)] if files else []
     licence = options.licence or (source.licence if source else "not stated (state it with --licence)")
     return Dataset("chat", "chat", ": ".join(origin + names), licence)
 
 
 def hub_corpus(options: ChatOptions) -> Corpus:
-    """The conversations of a data set of the hub, at its current commit."""
-    source = SOURCES[options.source or "smol-smoltalk"]
-    commit = hub_commit(source.repository)
+    """The conversations of a data set of the hub, at its commit."""
+    source = CHAT_SOURCES[options.source or "smol-smoltalk"]
+    commit = hub_commit(source.hub)
     skipped = Skipped()
 
     def split(name: str) -> Iterator[list[dict]]:
-        records = stream_hub(source.repository, split=name, revision=commit, files=source.files)
-        return read_conversations(records, options, skipped, source.repository)
+        records = stream_hub(source.hub.repository, split=name, revision=commit, files=" and ".join(source.hub.files))
+        return read_conversations(records, options, skipped, source.hub.repository)
 
     val = split(source.val) if source.val else None
     return Corpus(split(source.train), val, digest=commit, skipped=skipped)
@@ -127,7 +113,7 @@ def hub_corpus(options: ChatOptions) -> Corpus:
 
 def local_corpus(options: ChatOptions) -> Corpus:
     """The conversations of the files that --input names."""
-    files = input_files(options.input, RECORD_SUFFIXES)
+    files = files_of_input(options, RECORD_SUFFIXES)
     for file in files:
         check_first_records(file, options)
     skipped = Skipped()

@@ -21,27 +21,23 @@ Then run: python train.py --dataset dailydialog
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that the project's modules are found anywhere
 
 from common.cli import UserError, parse_options, run_script
 from data.cleaning import DAILYDIALOG_PASSES
-from data.pipeline import Corpus, Dataset, PrepareOptions, prepare
+from data.pipeline import Corpus, Dataset, PrepareOptions, files_of_input, prepare
 from data.readers.archives import zip_members
-from data.readers.files import input_files, not_utf8, read_blocks, split_suffix
-from data.readers.hub import fetch_data_file
+from data.readers.files import not_utf8, split_suffix, text_blocks
+from data.readers.hub import fetch_data_files
 from data.readers.records import read_records
+from data.sources import SOURCES
 
-# The original repository has a loading script that `datasets` no longer runs; this copy has parquet files.
-REPOSITORY = "OpenRL/daily_dialog"
-FILES = (
-    "data/train-00000-of-00001-f151c79abb2c1fd5.parquet",
-    "data/validation-00000-of-00001-2407eb323af19881.parquet",
-)
 DATASET = Dataset("dailydialog", "chat", "DailyDialog (Li et al., 2017)", "CC BY-NC-SA 4.0", non_commercial=True)
 END_OF_TURN = "__eou__"
 SPLITS = ("train", "validation", "test")
@@ -51,7 +47,7 @@ KINDS = "a .zip, .txt or .parquet file or a folder of them"
 
 def main() -> None:
     options = parse_options(PrepareOptions, __doc__)
-    files = corpus_files(options.input) if options.input else [fetch_data_file(REPOSITORY, name) for name in FILES]
+    files = corpus_files(options) if options.input else fetch_data_files(SOURCES["dailydialog"])
     by_split = read_splits(files)
     if "train" in by_split and "validation" in by_split:
         train, val = by_split["train"], by_split["validation"]
@@ -61,11 +57,11 @@ def main() -> None:
     prepare(DATASET, options, Corpus(train, val, files), DAILYDIALOG_PASSES)
 
 
-def corpus_files(paths: Sequence[str]) -> list[Path]:
+def corpus_files(options: PrepareOptions) -> list[Path]:
     """The files that --input names. A folder means the archives, dialogue texts and parquet files in it."""
     files = []
-    for path in map(Path, paths):
-        found = input_files([path], SUFFIXES)
+    for path in map(Path, options.input):
+        found = files_of_input(dataclasses.replace(options, input=(str(path),)), SUFFIXES)
         if path.is_dir():
             found = [file for file in found if _is_of_corpus(file)]
             if not found:
@@ -96,9 +92,11 @@ def read_splits(files: list[Path]) -> dict[str, list[list[dict]]]:
                 raise UserError(f"{file} contains no dialogues_*.txt; give --input {KINDS}")
             parts = [(name, text_dialogues(content, f"{file}/{name}")) for name, content in found]
         elif kind == ".parquet":
-            parts = [(file.name, record_dialogues(file))]
+            # The hub's own conversion has the split as its folder's name: default/train/0000.parquet.
+            name = file.parent.name if file.parent.name in SPLITS else file.name
+            parts = [(name, record_dialogues(file))]
         else:
-            parts = [(file.name, text_dialogues(b"".join(read_blocks(file)), str(file)))]
+            parts = [(file.name, text_dialogues(b"".join(text_blocks(file)), str(file)))]
         for name, dialogues in parts:
             split = next((split for split in SPLITS if split[:5] in name.rpartition("/")[2].lower()), "whole")
             by_split.setdefault(split, []).extend(dialogues)
@@ -110,7 +108,7 @@ def text_dialogues(content: bytes, where: str) -> Iterator[list[dict]]:
     try:
         lines = content.decode("utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
-        raise not_utf8(where, error.start) from error
+        raise not_utf8(where, error.start, content) from error
     if any(line.strip() for line in lines) and not any(END_OF_TURN in line for line in lines):
         raise UserError(f"{where} contains no {END_OF_TURN}, so it is not a DailyDialog text; give --input {KINDS}")
     for line in lines:

@@ -29,14 +29,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that the p
 from common.cli import option, parse_options, run_script
 from data.cleaning import TEXT_PASSES
 from data.counts import Skipped
-from data.pipeline import Corpus, Dataset, PrepareOptions, prepare
-from data.readers.files import PAGE_SUFFIXES, input_files, is_text, split_suffix
+from data.pipeline import Corpus, Dataset, TextOptions, files_of_input, prepare
+from data.readers.files import PAGE_SUFFIXES, is_text, split_suffix
 from data.readers.hub import hub_commit, stream_hub
 from data.readers.pages import read_pages
 from data.readers.records import read_records, text_fields
 from data.readers.text import read_text_documents
+from data.sources import SOURCES
 
-REPOSITORY = "HuggingFaceTB/cosmopedia"
+(SOURCE,) = SOURCES["cosmopedia"]
 LICENCE = "Apache-2.0"
 CONFIGS = (
     "stories",
@@ -51,7 +52,7 @@ CONFIGS = (
 
 
 @dataclasses.dataclass(frozen=True)
-class EducationOptions(PrepareOptions):
+class EducationOptions(TextOptions):
     config: str | None = option(
         None,
         "part of Cosmopedia (default: stories); with --input: the part that the files come from",
@@ -68,13 +69,13 @@ def main() -> None:
     options = parse_options(EducationOptions, __doc__)
     skipped = Skipped()
     if options.input:
-        files = input_files(options.input)
+        files = files_of_input(options)
         corpus = Corpus(local_documents(files, options.field, skipped), files=files, skipped=skipped)
     else:
         config = options.config or "stories"
-        commit = hub_commit(REPOSITORY)
-        records = stream_hub(REPOSITORY, config, revision=commit, files=f"data/{config}/train-*.parquet")
-        documents = text_fields(records, options.field, skipped, REPOSITORY)
+        commit = hub_commit(SOURCE)
+        records = stream_hub(SOURCE.repository, config, revision=commit, files=f"data/{config}/train-*.parquet")
+        documents = text_fields(records, options.field, skipped, SOURCE.repository)
         corpus = Corpus(documents, digest=commit, skipped=skipped)
     prepare(describe(options, corpus.files), options, corpus, TEXT_PASSES)
 
@@ -82,7 +83,7 @@ def main() -> None:
 def describe(options: EducationOptions, files: Sequence[Path]) -> Dataset:
     """What the data set is. For local files, the source is their names, and the licence is as far as it is known."""
     is_cosmopedia = bool(options.config or not files)
-    origin = [f"{REPOSITORY}, {options.config or 'stories'}"] if is_cosmopedia else []
+    origin = [f"{SOURCE.repository}, {options.config or 'stories'}"] if is_cosmopedia else []
     names = [", ".join(file.name for file in files)] if files else []
     licence = options.licence or (LICENCE if is_cosmopedia else "not stated (state it with --licence)")
     return Dataset("education", "text", ": ".join(origin + names), licence)

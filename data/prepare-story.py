@@ -29,22 +29,21 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that the p
 
 from common.cli import parse_options, run_script
 from data.cleaning import TEXT_PASSES
-from data.pipeline import Corpus, Dataset, PrepareOptions, prepare
-from data.readers.files import TEXT_SUFFIXES, input_files
-from data.readers.hub import fetch_data_file
+from data.pipeline import Corpus, Dataset, TextOptions, files_of_input, prepare
+from data.readers.files import TEXT_SUFFIXES
+from data.readers.hub import fetch_data_files
 from data.readers.text import read_text_documents
+from data.sources import SOURCES
 
-REPOSITORY = "roneneldan/TinyStories"
-FILES = ("TinyStoriesV2-GPT4-train.txt", "TinyStoriesV2-GPT4-valid.txt")
-DATASET = Dataset("story", "text", f"{REPOSITORY} (TinyStories V2)", "CDLA-Sharing-1.0")
+DATASET = Dataset("story", "text", "roneneldan/TinyStories (TinyStories V2)", "CDLA-Sharing-1.0")
 
 
 def main() -> None:
-    options = parse_options(PrepareOptions, __doc__)
+    options = parse_options(TextOptions, __doc__)
     if options.input:
-        files = input_files(options.input, TEXT_SUFFIXES)
+        files = files_of_input(options, TEXT_SUFFIXES)
     else:
-        files = [fetch_data_file(REPOSITORY, name) for name in FILES]
+        files = fetch_data_files(SOURCES["story"])
     train, val = divide(files)
     corpus = Corpus(documents(train), documents(val) if val else None, files)
     prepare(DATASET, options, corpus, TEXT_PASSES)

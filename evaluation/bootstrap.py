@@ -1,4 +1,4 @@
-"""Which of two models is better, and how sure that is: a paired bootstrap over documents."""
+"""Which of two models is better, and how certain that is: a paired bootstrap over documents."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ import numpy as np
 from evaluation.splits import Split
 
 RESAMPLES = 2000
-FEWEST_UNITS = 10  # an interval from fewer documents or blocks would be too narrow to be true
+FEWEST_UNITS = 10  # with fewer documents or blocks, the interval would be too narrow
 
 
 def paired_bootstrap(split: Split, scope: str, first: np.ndarray, second: np.ndarray) -> dict | None:
-    """The difference of two models' mean losses, second - first, with its 95 % interval; None if there are few units.
+    """The difference of two models' mean losses, second - first, with its 95 % interval; None with too few documents.
 
     Documents are drawn with replacement, the same ones for both models, RESAMPLES times from a fixed seed; the
     interval runs from the 2.5th to the 97.5th percentile ("An Introduction to the Bootstrap", Efron and Tibshirani

@@ -60,7 +60,7 @@ def significant(value: float, digits: int) -> str:
 
 
 def decimals(interval: list[float]) -> int:
-    """The decimals that a difference deserves: those that show two digits of its uncertainty, half the interval.
+    """How many decimals to print of a difference: enough for two digits of its uncertainty, half the interval.
 
     >>> decimals([-1.06, -0.82]), decimals([0.001, 0.002])
     (2, 5)
@@ -70,7 +70,7 @@ def decimals(interval: list[float]) -> int:
 
 
 def comparison_line(comparison: dict) -> str:
-    """How a checkpoint differs from the baseline in loss, with the interval."""
+    """The difference in loss between a checkpoint and the baseline, with its interval."""
     names = f"{comparison['checkpoint']} - {comparison['baseline']}"
     bootstrap = comparison["bootstrap"]
     if bootstrap is None:
@@ -83,7 +83,7 @@ def comparison_line(comparison: dict) -> str:
 
 
 def verdict_line(name: str, verdict: dict) -> str:
-    """Which checkpoint is the best on a data set, and by how much; or that the data cannot tell."""
+    """Which checkpoint is the best on a data set, and by how much; or that the data is not enough to tell."""
     best, second, bootstrap = verdict["best"], verdict["second"], verdict["bootstrap"]
     where = f"Verdict on {name} ({SCOPE_NAMES[verdict['scope']]})"
     if bootstrap is None:

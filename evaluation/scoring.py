@@ -1,4 +1,4 @@
-"""The loss of a model at every scored position of a split, computed in overlapping windows, and what it sums up to.
+"""The loss of a model at every scored position of a split, computed in overlapping windows, and its summary.
 
 A text longer than block_size is scored in windows of block_size tokens, each `stride` tokens after the one before. The
 first window scores all its tokens, each later one only those that no earlier window contained, so that these have at
@@ -21,11 +21,11 @@ from evaluation.splits import Split
 from model import GPT
 from setup_tokenizer import ENDOFTEXT_ID
 
-HEAD_CHUNK = 1024  # rows of logits in memory at a time; all of a batch would be gigabytes
+HEAD_CHUNK = 1024  # rows of logits in memory at a time; those of a whole batch would take gigabytes
 
 
 def windows(start: int, end: int, block_size: int, stride: int) -> Iterator[tuple[int, int, int]]:
-    """Windows over the positions start to end as (begin, end, first): scores from `first` in the context from `begin`.
+    """Windows over positions start to end as (begin, end, first): the context starts at `begin`, the scores at `first`.
 
     Every position is scored exactly once, and in every window but the first it has block_size - stride positions of
     context or more.

@@ -22,11 +22,11 @@ BLOCK_TOKENS = 256
 
 @dataclass(frozen=True)
 class Split:
-    """A validation split: its ids (N + 1,), which of them are scored, and what they count for.
+    """A validation split: its ids (N + 1,), which of them are scored, and in which group each one counts.
 
     `ids` begins with an additional `<|endoftext|>`, the context of the first token. Each span (start, end) is a range
     of positions that share a context. `counted` maps "all", and for chat "assistant", to the positions that count,
-    (N + 1,) bool, and the bytes of text that they stand for. `unit` (N + 1,) is what the bootstrap resamples: the index
+    (N + 1,) bool, and the bytes of text that they contain. `unit` (N + 1,) is what the bootstrap resamples: the index
     of each position's document or block.
     """
 
@@ -90,7 +90,7 @@ def _counted(
 
 
 def _units(ids: np.ndarray, documents_name: str) -> tuple[np.ndarray, str]:
-    """The index of each position's document, or of its block if there are few documents; and what these are called."""
+    """The index of each position's document, or of its block if there are few documents; and the name of the units."""
     document = np.cumsum(ids == ENDOFTEXT_ID) - (ids == ENDOFTEXT_ID)
     if document[-1] >= FEWEST_DOCUMENTS:
         return document, documents_name
@@ -98,7 +98,7 @@ def _units(ids: np.ndarray, documents_name: str) -> tuple[np.ndarray, str]:
 
 
 def id_bytes() -> np.ndarray:
-    """How many bytes of text each id stands for, (n_vocab,); 0 for a control token."""
+    """The number of bytes of text for each id, (n_vocab,); 0 for a control token."""
     enc = get_extended_tokenizer()
     control_ids = {enc.encode_single_token(token) for token in enc.special_tokens_set}
     sizes = [0 if i in control_ids else len(enc.decode_single_token_bytes(i)) for i in range(enc.n_vocab)]

@@ -4,7 +4,7 @@
     stories = write_stories(model, seed=1337, max_tokens=STORY_TOKENS)
     judge_stories(stories, open_dataset(Path("data"), "story")[0])
 
-A copied share no larger than that of real, unseen stories means that the model writes rather than recites.
+If no more is copied than in real, unseen stories, the model writes rather than recites.
 """
 
 from __future__ import annotations
@@ -124,7 +124,7 @@ def _high_bits(hashes: np.ndarray) -> np.ndarray:
 def judge_stories(stories: list[list[int]], streams: dict[str, TokenStream]) -> dict:
     """How varied the stories are, and how much of them occurs in the training data, compared with real text.
 
-    The real text is as many documents from all over the validation split, each cut to STORY_TOKENS ids.
+    The real text is the same number of documents from all over the validation split, each cut to STORY_TOKENS ids.
     """
     real = real_texts(streams["val"], len(stories))
     grams = [[gram for text in texts for gram in ngrams(text, N_COPIED)] for texts in (stories, real)]

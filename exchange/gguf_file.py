@@ -2,7 +2,7 @@
 
     write_gguf(Path("model-q8_0.gguf"), weights, config, "q8_0", is_chat=True, name="story5000")
 
-The names are those of llama.cpp's gpt2 architecture. It uses the embedding as the output layer if the file has none.
+The names are those of llama.cpp's gpt2 architecture, which uses the embedding as the output layer if the file has none.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def require_gguf(kind: str, config: GPTConfig) -> None:
 
 
 def gguf_name(name: str) -> str:
-    """One of our weights' name in a GGUF file.
+    """The name of one of our weights in a GGUF file.
 
     >>> gguf_name("h.3.attn.c_proj.weight")
     'blk.3.attn_output.weight'

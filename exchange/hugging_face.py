@@ -164,7 +164,7 @@ def check_exportable(path: str, config: GPTConfig) -> None:
 
 
 def complete_weights(weights: Mapping[str, Tensor], config: GPTConfig) -> dict[str, Tensor]:
-    """Our weights in float32 as other programs expect them: no padding rows, and zeros for missing biases."""
+    """Our weights in float32 in the form that other programs expect: no padding rows, zeros for missing biases."""
     with torch.device("meta"):
         shapes = GPT(dataclasses.replace(config, vocab_size=config.n_vocab, bias=True)).state_dict()
     complete = {}
@@ -235,7 +235,7 @@ def padded_embedding(embedding: Tensor, n_kept: int, vocab_size: int) -> Tensor:
 
 
 def _n_kept_rows(vocab_size: int, tokenizer_ids: Mapping[str, int]) -> int:
-    """How many rows of an embedding to keep: without ChatML's two if other tokens have their ids."""
+    """How many rows of an embedding to keep: all except ChatML's two if other tokens use their ids."""
     chatml = {IM_START: IM_START_ID, IM_END: IM_END_ID}
     if vocab_size < N_VOCAB or any(tokenizer_ids.get(token, id_) != id_ for token, id_ in chatml.items()):
         return N_GPT2_VOCAB
@@ -274,7 +274,7 @@ def _file(path: Path, name: str) -> Path:
     """A file of the model: in the folder, or downloaded from the hub into its cache."""
     if not path.is_dir():
         other = "model.safetensors" if name == "config.json" else "config.json"
-        return fetch_file(HUB_MODELS[str(path)], name, f"and {other} by hand into a folder and use that folder instead")
+        return fetch_file(HUB_MODELS[str(path)], name, f"and {other} into a folder, and use that folder instead")
     if (path / name).is_file():
         return path / name
     if name.endswith(".safetensors") and (path / "pytorch_model.bin").is_file():

@@ -93,13 +93,13 @@ def _data(info: Mapping) -> str:
 
 
 def _data_of_part(part: Mapping) -> Iterator[str]:
-    share = f"; {100 * part['weight']:.4g} % of the rows trained on" if "weight" in part else ""
+    share = f"; {100 * part['weight']:.4g} % of the training rows" if "weight" in part else ""
     yield f"- Data set: {part['name']}; source: {part.get('source', 'unknown')}{share}"
     only = " Not for commercial use; this applies to models trained on it, too." if part.get("non_commercial") else ""
     yield f"- Licence of the data: {part.get('licence', 'not stated')}.{only}"
     for split in ("train", "val"):
         counts = part["splits"][split]
-        # Without a .json, only the number of tokens is known.
+        # A data set without a .json has only its number of tokens.
         documents = f"{counts['documents']:,} documents, " if "documents" in counts else ""
         yield f"- {split}: {documents}{counts['tokens']:,} tokens"
 
@@ -134,7 +134,7 @@ def _use(name: str, is_chat: bool, gguf_file: str | None, sampling: Sampling) ->
         f'model = AutoModelForCausalLM.from_pretrained("{name}")\n'
         f"{example}"
     )
-    text = f"In the folder above this one:\n\n```python\n{python}\n```"
+    text = f"In the parent folder:\n\n```python\n{python}\n```"
     if gguf_file:
         text += (
             f"\n\nllama.cpp: `llama-cli -m {gguf_file}`. Ollama, in this folder: "
@@ -145,7 +145,7 @@ def _use(name: str, is_chat: bool, gguf_file: str | None, sampling: Sampling) ->
 
 def _publish(folder_name: str) -> str:
     return (
-        "This folder was only written locally. To upload it to the Hugging Face Hub, run in the folder above it:"
+        "This folder was only written locally. To upload it to the Hugging Face Hub, run in its parent folder:"
         f"\n\n```bash\nhf auth login\nhf upload YOUR_NAME/{folder_name} {folder_name}\n```"
     )
 

@@ -18,7 +18,7 @@ def is_nanogpt(content: object) -> TypeGuard[dict]:
 
 
 def load_nanogpt(path: Path, content: dict, parts: Collection[str]) -> dict:
-    """The named parts of a nanoGPT checkpoint, in the form of our own; "training" is None.
+    """The named parts of a nanoGPT checkpoint, in our own format; "training" is None.
 
     Raises UserError for a file that is damaged or incomplete.
     """
@@ -41,7 +41,7 @@ def load_nanogpt(path: Path, content: dict, parts: Collection[str]) -> dict:
 
 
 def _check_crc(path: Path) -> None:
-    """Raise UserError if the zip file's checksums do not match; nanoGPT stores no digest of its own."""
+    """Raise UserError if the zip file's checksums do not match; nanoGPT's checkpoints contain no digest."""
     try:
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()

@@ -13,10 +13,22 @@ import tiktoken
 
 from setup_tokenizer import ENDOFTEXT, IM_END, IM_START, SPECIAL_TOKENS, get_extended_tokenizer
 
-# The layout that encode_chat writes, as a Jinja template for transformers and llama.cpp.
+# The layout that encode_chat writes, as a Jinja template for llama.cpp.
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
     f"{{{{ '{IM_START}' + message['role'] + '\\n' + message['content'] + '{IM_END}' + '\\n' }}}}"
+    "{% endfor %}"
+    f"{{% if add_generation_prompt %}}{{{{ '{IM_START}assistant\\n' }}}}{{% endif %}}"
+)
+# The same text, for transformers. {% generation %} is an addition of theirs, which plain Jinja refuses: it marks what
+# the assistant says, so that other trainers (with assistant_only_loss, for example) learn from these tokens alone.
+TRAINING_CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    f"{{{{ '{IM_START}' + message['role'] + '\\n' }}}}"
+    "{% if message['role'] == 'assistant' %}"
+    f"{{% generation %}}{{{{ message['content'] + '{IM_END}' }}}}{{% endgeneration %}}"
+    f"{{% else %}}{{{{ message['content'] + '{IM_END}' }}}}{{% endif %}}"
+    "{{ '\\n' }}"
     "{% endfor %}"
     f"{{% if add_generation_prompt %}}{{{{ '{IM_START}assistant\\n' }}}}{{% endif %}}"
 )
@@ -110,4 +122,4 @@ def tokenizer_config(n_vocab: int, block_size: int, is_chat: bool) -> dict:
         "unk_token": ENDOFTEXT,
         "additional_special_tokens": chatml,
     }
-    return config | ({"chat_template": CHAT_TEMPLATE} if is_chat else {})
+    return config | ({"chat_template": TRAINING_CHAT_TEMPLATE} if is_chat else {})

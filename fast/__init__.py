@@ -1,12 +1,12 @@
-"""Faster or smaller versions of the plain parts, put in from outside; without this folder every script still runs.
+"""Faster or smaller versions of the plain parts, applied from outside; without this folder every script still runs.
 
     keep_freed_memory()                              # before the first tensor
     speed_up_training(model)                         # the same losses and gradients in less time and memory
     compile_training(model, trial_step, any_failed)  # after that: torch.compile for the blocks
     speed_up_generation(model, quantize="int8")      # a model that only generates from then on
 
-Scripts get this package from `common.speedups.load_speedups`. No other module imports it or knows one of its parts.
-Replaced modules keep their parameters and the parameters' names, so checkpoints are the same with and without.
+Scripts get this package from `common.speedups.load_speedups`. No other module imports it or knows its parts. Replaced
+modules keep their parameters and the parameters' names, so checkpoints are the same with this package and without it.
 """
 
 from fast.allocator import keep_freed_memory

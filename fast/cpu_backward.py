@@ -1,6 +1,6 @@
-"""Backward passes written by hand for compiled training on a CPU, where torch's own take up to three times as long.
+"""Custom backward passes for compiled training on a CPU, where torch's own take up to three times as long.
 
-Replaces: F.linear and F.scaled_dot_product_attention, whose results `linear` and `attention` return.
+Replaces: F.linear and F.scaled_dot_product_attention; `linear` and `attention` return the same results.
 Gains: see docs/performance.md, "What each fast part gains".
 Skipped: in eager steps, on other devices, in evaluation; `linear` also in float32, `attention` also with dropout.
 
@@ -30,7 +30,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, key_block: i
 
 
 class _Linear(torch.autograd.Function):
-    """For the weight's gradient, the first and smaller matrix of the product is copied row by row beforehand.
+    """F.linear that copies the first, smaller matrix of the product for the weight's gradient into row-major order.
 
     torch multiplies a transposed view instead, which takes twice as long.
     """

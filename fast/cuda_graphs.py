@@ -49,7 +49,7 @@ def capture_graph(step: Callable[[], Tensor], device: torch.device) -> tuple[tor
 class CapturedDecode:
     """A `DecodeStep` that captures its kernels at the first call for a cache and a context, and replays them later.
 
-    A context is rounded up to a multiple of `context_step`. `capture` is replaced where there is no CUDA device.
+    A context is rounded up to a multiple of `context_step`. Tests without a CUDA device replace `capture`.
     """
 
     def __init__(self, context_step: int = GRAPH_CONTEXT, capture: Capture = capture_graph) -> None:

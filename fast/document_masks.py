@@ -1,8 +1,8 @@
 """Document masks in the form that each device's attention handles fastest.
 
-Replaces: the bool mask of GPT.document_mask. On a CPU and in eager steps by numbers that are added to the scores: from
-a bool mask every layer would make its own copy of these for the backward pass. In compiled training on CUDA by a
-BlockMask, with which FlexAttention skips the blocks of the score matrix that are masked out entirely.
+Replaces: the bool mask of GPT.document_mask. On a CPU and in eager steps, it becomes numbers that are added to the
+scores; from a bool mask, every layer would make its own copy of these numbers for the backward pass. In compiled
+training on CUDA, it becomes a BlockMask: FlexAttention skips the blocks of the score matrix that are fully masked.
 Gains: see docs/performance.md, "What each fast part gains"; FlexAttention is not measured yet.
 Skipped: with --plain; FlexAttention also with dropout, which it lacks, and on a CPU, where it has no backward pass.
 """

@@ -1,7 +1,7 @@
-"""Generation that reads the weights faster, or half as many bytes of them.
+"""Generation that reads the weights faster, or as 8-bit weights with half the bytes.
 
-Replaces: on a CPU in bfloat16 (or with 8-bit weights) GPT's blocks and logits by the layers of fast/packed_linear.py
-and the attention kernel of fast/row_kernels.py; on CUDA the decode step by CUDA graphs (fast/cuda_graphs.py).
+Replaces: on a CPU in bfloat16 (or with 8-bit weights), GPT's blocks and logits with the layers of fast/packed_linear.py
+and the attention kernel of fast/row_kernels.py; on CUDA, the decode step with CUDA graphs (fast/cuda_graphs.py).
 Gains: see docs/performance.md, "What each fast part gains".
 Skipped: with --plain, on a CPU in float32 without 8-bit weights, and on a processor whose kernels are missing.
 """
@@ -21,12 +21,13 @@ from fast.cuda_graphs import CapturedDecode
 from fast.packed_linear import FewRowsLinear, Int8Linear, PackedLinear, RowLinear, is_exact
 from fast.row_kernels import attend, build
 from generation.decoding import DecodeStep, decode_step
+from generation.row_cache import RowCache
 from model import GPT, Block, KVCache
 
 
 @dataclasses.dataclass(frozen=True)
 class SpeedUps:
-    """What `speed_up_generation` put in: in words, and the decode step to pass to `generate`."""
+    """What `speed_up_generation` applied: its description, and the decode step to pass to `generate`."""
 
     description: str
     decode: DecodeStep = decode_step
@@ -35,7 +36,7 @@ class SpeedUps:
 def speed_up_generation(
     model: GPT, quantize: str | None = None, streams: int = 1, has_kernel: Callable[..., bool] = is_exact
 ) -> SpeedUps:
-    """Replace the parts of `model`, in place, whose plain versions generate slower; afterwards it only generates.
+    """Replace, in place, the parts of `model` whose plain versions generate more slowly; it cannot train after that.
 
     `quantize` is "int8" or None, `streams` the number of texts generated at a time. `has_kernel` says whether this
     processor has the kernel of a layer. Raises UserError if it has none for 8-bit weights.
@@ -75,7 +76,7 @@ class PackedGPT(GPT):
 
 
 class PackedBlock(nn.Module):
-    """A block of packed layers, in as few calls as possible: for a single token each call takes time of its own."""
+    """A block of packed layers, in as few calls as possible: for a single token, the overhead of each call matters."""
 
     def __init__(self, block: Block, layer: type[PackedLinear] | type[RowLinear] | type[Int8Linear]):
         super().__init__()
@@ -91,9 +92,10 @@ class PackedBlock(nn.Module):
         B, T, C = x.shape
         x = x.reshape(B * T, C)  # the shape the products work on; from any other they convert there and back
         qkv = self.c_attn.forward(normed(x, self.ln_1))
-        position = self._kernel_position(cache) if T == 1 and mask is None else None
-        if cache is not None and position is not None:
-            y = attend(qkv, cache.keys_values[self.layer], position)
+        if T == 1 and isinstance(cache, RowCache) and cache.chosen is not None and self.has_kernel:
+            y = attend(qkv, cache.keys_values[self.layer], cache.positions, cache.chosen, cache.end - 1)
+        elif T == 1 and mask is None and cache is not None and self._has_kernel_for(cache):
+            y = attend(qkv, cache.keys_values[self.layer], cache.positions, cache.rows)
         else:
             qkv = qkv.view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)  # (3, B, H, T, D)
             q, kv = qkv[0], qkv[1:]
@@ -103,11 +105,9 @@ class PackedBlock(nn.Module):
         x = self.attn_proj.added_to(x, y)
         return self.mlp_proj.added_to(x, self.c_fc.with_gelu(normed(x, self.ln_2))).view(B, T, C)
 
-    def _kernel_position(self, cache: KVCache | None) -> int | None:
-        """The position of the new token, if the kernel can attend from it: all rows, at the same position."""
-        if cache is None or not self.has_kernel or cache.rows != slice(None):
-            return None
-        return cache.positions.start if isinstance(cache.positions, slice) else None
+    def _has_kernel_for(self, cache: KVCache) -> bool:
+        """Whether the kernel can attend for rows one after another with their new token at the same position."""
+        return self.has_kernel and isinstance(cache.positions, slice)
 
 
 def normed(x: Tensor, layer: nn.LayerNorm) -> Tensor:

@@ -1,7 +1,7 @@
-"""Linear layers for generation on a CPU: read in the order of memory, or quantized to 8 bits.
+"""Linear layers for generation on a CPU: read in memory order, or quantized to 8 bits.
 
 Replaces: nn.Linear in the blocks and the head (see fast/generation.py). Generation reads every weight for every token,
-so its speed is the memory's: half the bytes, twice the tokens.
+so memory bandwidth limits its speed: with half the bytes it is up to twice as fast.
 Gains: see docs/performance.md, "What each fast part gains".
 Skipped: for float32 without 8-bit weights, and where a kernel is missing or computes wrong results (`is_exact`).
 
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from fast.row_kernels import RowProduct, build
 
 CHECK_SHAPE = (20, 64)  # rows and columns of the weight that `is_exact` multiplies with
-TORCH_INT8_ROWS = 4  # up to so many rows torch's 8-bit kernel is faster than a product with widened weights
+TORCH_INT8_ROWS = 4  # up to this many rows, torch's 8-bit kernel is faster than a product with widened weights
 
 
 class PackedLinear(nn.Module):
@@ -121,7 +121,7 @@ def quantize_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
 def is_exact(
     layer: type[PackedLinear] | type[RowLinear] | type[Int8Linear], dtype: torch.dtype, tolerance: float
 ) -> bool:
-    """Whether a layer's kernels exist in this torch, run on this processor and compute right results."""
+    """Whether a layer's kernels exist in this torch version, run on this processor and compute correct results."""
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(CHECK_SHAPE, generator=generator).to(dtype)
     x = torch.randn(3, CHECK_SHAPE[1], generator=generator).to(dtype)

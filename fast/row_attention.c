@@ -2,6 +2,7 @@
  *
  * Parallel regions run on the OpenMP library that torch has loaded, so both share its threads.
  */
+#include <omp.h>
 #include <string.h>
 
 #include "lanes.h"
@@ -45,19 +46,29 @@ static inline __attribute__((always_inline)) void attend(
 /* Whether heads of this size are supported. */
 int serves_heads(long size) { return size % LANES == 0 && size <= LARGEST_HEAD; }
 
-/* Store the keys and values of qkv (rows, 3, heads, size) at `position` of a layer's (2, rows, heads, room, size) and
- * let each query attend to those up to there: y (rows, heads, size). All are bfloat16. */
-void row_attention(
-    const uint16_t *qkv, uint16_t *keys_values, uint16_t *y, long rows, long heads, long size, long room, long position
-) {
-    const long width = heads * size;
+/* The tokens of one step, each in its own row of a cache of `cache_rows` rows. Token number n is in row rows[n] at
+ * positions[n]; where these are NULL, in row first_row + n at `longest`, which is the largest position in any case. */
+struct step {
+    const long *rows, *positions;
+    long tokens, first_row, longest, cache_rows, heads, size, room;
+};
+
+/* Store the keys and values of qkv (tokens, 3, heads, size) in a layer's (2, cache_rows, heads, room, size) and let each
+ * query attend to those up to its own position: y (tokens, heads, size). All are bfloat16. */
+void row_attention(const struct step *step, const uint16_t *qkv, uint16_t *keys_values, uint16_t *y) {
+    const long heads = step->heads, size = step->size, room = step->room, width = heads * size;
+    const long threads = omp_get_max_threads(), chunk = (heads + threads - 1) / threads;
 #pragma omp parallel
     {
-        float weights[position + 1 + LANES];
-#pragma omp for schedule(static)
-        for (long head = 0; head < rows * heads; head++) {
-            const uint16_t *query = qkv + head / heads * 3 * width + head % heads * size;
-            uint16_t *keys = keys_values + head * room * size, *values = keys + rows * heads * room * size;
+        float weights[step->longest + 1 + LANES];
+/* Each thread takes a part of every row's heads, because rows differ in length. */
+#pragma omp for schedule(static, chunk)
+        for (long head = 0; head < step->tokens * heads; head++) {
+            const long token = head / heads, row = step->rows ? step->rows[token] : step->first_row + token;
+            const long position = step->positions ? step->positions[token] : step->longest;
+            const uint16_t *query = qkv + token * 3 * width + head % heads * size;
+            uint16_t *keys = keys_values + (row * heads + head % heads) * room * size;
+            uint16_t *values = keys + step->cache_rows * heads * room * size;
             const uint16_t *next = keys + room * size;
             memcpy(keys + position * size, query + width, size * sizeof(uint16_t));
             memcpy(values + position * size, query + 2 * width, size * sizeof(uint16_t));

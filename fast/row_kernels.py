@@ -1,8 +1,8 @@
-"""Kernels in C for what generation computes for each token: builds them for this processor and calls them.
+"""C kernels for the work of each decode step; this module builds them for this processor and calls them.
 
     if build():
         y = RowProduct(weight, None, bias)(x)    # x @ weight.T + bias
-        y = attend(qkv, keys_values, position)
+        y = attend(qkv, keys_values, slice(position, position + 1))
 
 Replaces: F.linear for a few rows (row_product.c) and attention of one new token per row (row_attention.c).
 Gains: see docs/performance.md, "What each fast part gains".
@@ -37,10 +37,19 @@ class Layer(ctypes.Structure):
     )
 
 
+class Step(ctypes.Structure):
+    """`struct step` of row_attention.c."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("rows", "positions")),
+        *((name, ctypes.c_long) for name in ("tokens", "first_row", "longest", "cache_rows", "heads", "size", "room")),
+    )
+
+
 def build(processor: str = "native") -> ctypes.CDLL | None:
     """The compiled SOURCES; None without a C compiler or on a processor without AVX2.
 
-    They are built once per process, in half a second, so that nothing is left on the disk.
+    They are built once per process, which takes half a second and leaves nothing on the disk.
     """
     return _build(processor)
 
@@ -66,7 +75,7 @@ def _build(processor: str) -> ctypes.CDLL | None:
     library.row_product.restype = None
     library.most_rows.argtypes = [ctypes.POINTER(Layer)]
     library.most_rows.restype = ctypes.c_long
-    library.row_attention.argtypes = [*[ctypes.c_void_p] * 3, *[ctypes.c_long] * 5]
+    library.row_attention.argtypes = [ctypes.POINTER(Step), *[ctypes.c_void_p] * 3]
     library.row_attention.restype = None
     library.serves_heads.argtypes = [ctypes.c_long]
     return library
@@ -112,13 +121,28 @@ class RowProduct:
         return y
 
 
-def attend(qkv: Tensor, keys_values: Tensor, position: int, processor: str = "native") -> Tensor:
-    """Attention of one new token per row, (B, C): qkv (B, 3 C) is stored at `position` and attends up to there.
+def attend(
+    qkv: Tensor,
+    keys_values: Tensor,
+    positions: slice | Tensor,
+    rows: slice | Tensor = slice(None),
+    longest: int = 0,
+    processor: str = "native",
+) -> Tensor:
+    """Attention of one new token per row, (N, C): qkv (N, 3 C) is stored at `positions` and attends up to there.
 
-    keys_values (2, B, H, block_size, D) is a layer's part of a KVCache. All are bfloat16, contiguous and on the CPU.
+    keys_values (2, B, H, block_size, D) is a layer's part of a KVCache. `positions` and `rows` are slices, for N rows
+    one after another at the same position, or tensors (N,), with the largest position as `longest`. All are bfloat16,
+    contiguous and on the CPU.
     """
-    _, rows, heads, room, size = keys_values.shape
-    y = torch.empty(rows, heads * size, dtype=torch.bfloat16)
-    pointers = qkv.data_ptr(), keys_values.data_ptr(), y.data_ptr()
-    _built(processor).row_attention(*pointers, rows, heads, size, room, position)
+    _, cache_rows, heads, room, size = keys_values.shape
+    y = torch.empty(len(qkv), heads * size, dtype=torch.bfloat16)
+    first_row = (rows.start or 0) if isinstance(rows, slice) else 0
+    step = Step(
+        None if isinstance(rows, slice) else rows.data_ptr(),
+        None if isinstance(positions, slice) else positions.data_ptr(),
+        *(len(qkv), first_row, positions.start if isinstance(positions, slice) else longest),
+        *(cache_rows, heads, size, room),
+    )
+    _built(processor).row_attention(ctypes.byref(step), qkv.data_ptr(), keys_values.data_ptr(), y.data_ptr())
     return y

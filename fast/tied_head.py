@@ -4,8 +4,8 @@
     x = head.embed(idx)                      # (B, T, C)
     loss = head.loss(blocks(x), n_targets)   # (B, T, C) -> mean cross entropy in nats
 
-Replaces: the embedding, the head's product and F.cross_entropy in GPT.forward. All logits of a batch are most of a
-small model's memory and time. Here they exist for one chunk of rows at a time, and their gradient, computed in the
+Replaces: the embedding, the head's product and F.cross_entropy in GPT.forward. In a small model, the logits of a batch
+take most of the memory and time. Here they exist for one chunk of rows at a time, and their gradient, computed in the
 forward pass, overwrites them.
 Gains: see docs/performance.md, "What each fast part gains".
 Skipped: with --plain, and without targets.
@@ -39,7 +39,7 @@ class TiedHead:
     """Embedding, head and loss of one training step over one weight (V, C), for targets (B, T).
 
     Its buffers, a copy of the weight in `dtype` and the logits of one chunk, are allocated before the blocks run:
-    later there is no gap that large among the activations, and the process would grow. `transpose` is `transposed`,
+    later they would not fit between the activations, and the process would grow. `transpose` is `transposed`,
     compiled or not. `chunk_rows` is LOSS_CHUNK_ROWS, or on CUDA LOSS_CHUNK_ROWS_CUDA, by default. On a CPU, rows whose
     target is IGNORED are left out; on other devices counting them would make the program wait for the device.
     """
@@ -69,7 +69,7 @@ class TiedHead:
         self.weight_grads: list[Tensor] | None = None  # see embed
 
     def embed(self, idx: Tensor) -> Tensor:
-        """The weight's rows (B, T, C) of ids (B, T); their gradient is added into the one that `loss` computes.
+        """The weight's rows (B, T, C) for ids (B, T); their gradient is added to the one that `loss` computes.
 
         Otherwise two gradients of the weight's size, one of them mostly zeros, would have to be added.
         """
@@ -150,7 +150,7 @@ class _HeadLoss(torch.autograd.Function):
 
 
 class _TiedEmbedding(torch.autograd.Function):
-    """Rows of the weight; their gradient is added into the head's, which the backward pass has computed before."""
+    """Rows of the weight; their gradient is added to the head's, which the backward pass has already computed."""
 
     @staticmethod
     def forward(ctx: Any, weight: Tensor, idx: Tensor, weight_grads: list[Tensor]) -> Tensor:

@@ -61,14 +61,14 @@ def compile_training(
     """Compile the blocks of a model that `speed_up_training` prepared, by running `trial_step` once.
 
     If that fails, a warning is printed and the blocks run eagerly again; `any_failed` says whether it failed in any
-    process of a job, so that all of them choose alike. Only running out of memory is raised. `backend` is that of
+    process of a job, so that all of them do the same. An out-of-memory error is raised. `backend` is passed to
     torch.compile.
     """
     start, failure = time.perf_counter(), None
     _compile_blocks(cast(FastGPT, model), backend, activation_budget)
     try:
         trial_step()
-    except Exception as error:  # compilers fail in many ways, and without one the same work runs, only slower
+    except Exception as error:  # compilers fail in many ways, and without one training still works, only more slowly
         if is_out_of_memory(error):
             raise
         failure = next(iter(str(error).strip().splitlines()), type(error).__name__)[:200]
@@ -77,15 +77,15 @@ def compile_training(
         _run_eagerly(cast(FastGPT, model))
     else:
         print(f"torch.compile: ready after {time.perf_counter() - start:.1f} s")
-    gc.collect()  # the compiler leaves hundreds of thousands of objects scattered over the memory the step has freed
+    gc.collect()  # the compiler leaves hundreds of thousands of objects scattered over the memory that the step freed
     give_back_freed_memory()
 
 
 def _compile_blocks(model: FastGPT, backend: str | Callable, activation_budget: float) -> None:
     """Compile block by block, into code that all blocks share.
 
-    On a CPU that is as fast as compiling all blocks in one piece and ready in half the time, and the weights are not
-    all copied into low precision at once. Between blocks, FSDP can gather weights and DDP can send gradients.
+    On a CPU this is as fast as compiling all blocks in one piece, takes half the time to compile, and does not copy all
+    weights into low precision at once. Between blocks, FSDP can gather weights and DDP can send gradients.
     """
     if model.wte.weight.device.type == "cpu":
         torch._functorch.config.activation_memory_budget = activation_budget
@@ -123,7 +123,7 @@ class FastGPT(GPT):
         mask = None if documents is None else self.document_mask(documents)
         if n_targets is None:
             n_targets = (targets != IGNORED).sum().clamp(min=1)
-        # Made first: later there is no gap large enough for its buffers among the activations.
+        # Before the blocks run: later its buffers would not fit between the activations.
         head = TiedHead(self.wte.weight, targets, compute_dtype(self.wte.weight), self.compiled_transpose)
         return None, head.loss(self.transform(head.embed(idx), mask=mask), n_targets)
 

@@ -1,4 +1,4 @@
-"""Sessions of prompts or of a chat: the history, what fits the window, and the slash commands; no terminal.
+"""Prompt and chat sessions without a terminal: the history, what fits the window, and the slash commands.
 
     session = ChatSession(engine, system="You are kind.")
     print("".join(session.reply("Hello!")))
@@ -14,7 +14,9 @@ from pathlib import Path
 from typing import ClassVar, Protocol
 
 from common.cli import UserError
+from common.encodings import decode_text, unix_line_ends
 from common.files import atomic_write
+from generation.window import fit_window, room_for_reply
 from setup_tokenizer import ENDOFTEXT_ID, check_messages, encode_chat, encode_text
 
 Pieces = Generator[str, None, None]  # of a text, as it is generated; a generator, so that it can be closed
@@ -30,7 +32,7 @@ class Engine(Protocol):
         """The text that follows `ids`, in pieces, as it is generated."""
 
     def statistics(self) -> str:
-        """What the last reply cost, in one line."""
+        """The number of tokens and the speed of the last reply, in one line."""
 
 
 class Quit(Exception):
@@ -56,6 +58,7 @@ class PromptSession:
 
     def reply(self, text: str) -> Pieces:
         """The continuation of `text`, in pieces. Raises UserError for a text that does not fit."""
+        text = unix_line_ends(text)
         ids = [ENDOFTEXT_ID, *encode_text(text)]
         if len(ids) > self.engine.block_size:
             raise UserError(f"the prompt has {len(ids) - 1} tokens and the window {self.engine.block_size}; shorten it")
@@ -71,11 +74,13 @@ class PromptSession:
     def command(self, line: str) -> str | Pieces:
         """Run a command such as "/temp 0.5"; returns a sentence about it, or a reply in pieces.
 
-        Raises UserError for a command that does not exist or fails, and Quit.
+        Raises UserError for a command that does not exist or fails, and Quit for /quit.
         """
-        name, _, argument = line[1:].partition(" ")
+        name, _, argument = line[1:].rstrip().partition(" ")
         if name not in self.commands:
-            raise UserError(f"unknown command /{name}; /help lists the commands, and // at the start sends a slash")
+            raise UserError(
+                f"unknown command /{name}; /help lists the commands; to send a message that starts with /, type //"
+            )
         return getattr(self, f"_{name}")(argument.strip())
 
     def _help(self, argument: str) -> str:
@@ -145,16 +150,15 @@ class ChatSession(PromptSession):
 
     @property
     def room_for_reply(self) -> int:
-        """The least number of tokens that a prompt leaves free."""
-        quarter = max(1, self.engine.block_size // 4)
-        return quarter if self.max_tokens is None else min(quarter, self.max_tokens)
+        """The number of tokens that a prompt must leave free."""
+        return room_for_reply(self.engine.block_size, self.max_tokens)
 
     def reply(self, text: str) -> Pieces:
-        """The assistant's reply to `text`, in pieces; both are added to the chat, the reply as far as it was generated.
+        """The assistant's reply to `text`, in pieces; adds both to the chat, the reply piece by piece.
 
         Raises UserError, and changes nothing, for a text that does not fit the window.
         """
-        messages = [*self.messages, {"role": "user", "content": text}]
+        messages = [*self.messages, {"role": "user", "content": unix_line_ends(text)}]
         ids = self._window(messages)
         self.messages = messages
         return self._answer(ids)
@@ -169,23 +173,11 @@ class ChatSession(PromptSession):
 
     def _window(self, messages: list[dict]) -> list[int]:
         """The ids of `messages` that the model sees, without the oldest whole exchanges that do not fit."""
-        system = [message for message in messages[:1] if message["role"] == "system"]
-        starts = [index for index, message in enumerate(messages) if message["role"] == "user"]
-        capacity = self.engine.block_size - self.room_for_reply
-        for number, start in enumerate(starts):
-            first = len(system) if number == 0 else start
-            ids = chat_ids([*system, *messages[first:]])
-            if len(ids) <= capacity:
-                if number and not self._said_that_it_forgets:
-                    self.notify("the window is full: from now on the model no longer sees the oldest exchanges")
-                    self._said_that_it_forgets = True
-                return ids
-        message_tokens = len(encode_text(messages[-1]["content"]))
-        fixed_tokens = len(chat_ids([*system, messages[-1]])) - message_tokens
-        raise UserError(
-            f"the message has {message_tokens} tokens and the window has room for {max(0, capacity - fixed_tokens)}; "
-            "shorten it" + (" or the system message" if system else "")
-        )
+        ids, n_dropped = fit_window(messages, self.engine.block_size - self.room_for_reply)
+        if n_dropped and not self._said_that_it_forgets:
+            self.notify("the window is full: from now on the model no longer sees the oldest exchanges")
+            self._said_that_it_forgets = True
+        return ids
 
     def retry(self) -> Pieces:
         """Another reply to the last message, which replaces the previous one."""
@@ -207,7 +199,7 @@ class ChatSession(PromptSession):
 
     def set_system(self, text: str) -> None:
         """Set the system message. Raises UserError if it leaves no room for a chat."""
-        message = {"role": "system", "content": text}
+        message = {"role": "system", "content": unix_line_ends(text)}
         n_tokens = len(chat_ids([message, {"role": "user", "content": ""}]))
         capacity = self.engine.block_size - self.room_for_reply
         if n_tokens >= capacity:
@@ -218,14 +210,14 @@ class ChatSession(PromptSession):
         self.messages = [message, *self.messages[len(self.system) :]]
 
     def save(self, path: str) -> None:
-        """Write the chat as one line of JSONL, which prepare-chat.py reads; overwrites only a file of this kind."""
+        """Write the chat as one line of JSONL, which prepare-chat.py reads; overwrites nothing but a saved chat."""
         if not any(message["role"] != "system" for message in self.messages):
             raise UserError("there is nothing to save yet; say something first")
         if Path(path).exists():
             try:
                 read_chat(path)
             except UserError as error:
-                raise UserError(f"{path} exists and is not one saved chat; choose another name") from error
+                raise UserError(f"{path} exists and is not a saved chat; choose another name") from error
         with atomic_write(path) as file:
             file.write((json.dumps({"messages": self.messages}, ensure_ascii=False) + "\n").encode())
 
@@ -279,12 +271,12 @@ def chat_ids(messages: list[dict]) -> list[int]:
 def read_chat(path: str) -> list[dict]:
     """The messages of a saved chat. Raises UserError for a file that is not one `{"messages": [...]}` line."""
     try:
-        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")  # only a line feed ends a line of JSONL
+        lines = decode_text(Path(path).read_bytes(), path).split("\n")
         (line,) = [line for line in lines if line.strip()]
         messages = json.loads(line)["messages"]
         check_messages(messages)
     except OSError as error:
         raise UserError(f"{path} not read: {error.strerror}; give a file that /save wrote") from error
     except (ValueError, KeyError, TypeError) as error:  # ValueError: undecodable, not JSON, not one line, no messages
-        raise UserError(f"{path} is not one saved chat; give a file that /save wrote") from error
-    return [{"role": message["role"], "content": message["content"]} for message in messages]
+        raise UserError(f"{path} is not a saved chat; give a file that /save wrote") from error
+    return [{"role": message["role"], "content": unix_line_ends(message["content"])} for message in messages]

@@ -1,4 +1,4 @@
-"""The decode loop: prompts into the key-value cache in one pass, then one id per row and step.
+"""The decode loop: one pass fills the key-value cache with the prompts, then each step adds one id per row.
 
 for ids in generate(model, [[50256, 7454]], max_tokens=100, sampling=TEXT_SAMPLING):
     ...    # (B,) the next id of each row
@@ -58,7 +58,7 @@ def generate(
     what the cache holds. `observe` is called with the logits (B, n_vocab) of each step before any setting changes them,
     and must not keep them.
 
-    Of a prompt longer than block_size the last block_size ids count. When block_size ids are in use, all but the last
+    Only the last block_size ids of a longer prompt are used. When block_size ids are in use, all but the last
     block_size // 2 are dropped and generation continues: one long prefill every block_size / 2 ids instead of one per
     id. Raises ValueError for prompts that are empty or have ids outside the vocabulary, FloatingPointError for logits
     that are not finite.
@@ -82,6 +82,7 @@ def generate(
             ids = sample(scores, sampling, generator)
             yield ids.masked_fill(ended, ENDED)
             ended |= torch.isin(ids, stops)
+            # `all` waits for the device, so it is evaluated only if a row can end.
             if step == max_tokens or (len(stops) and ended.all()):
                 return
             if seen is not None:
@@ -92,7 +93,7 @@ def generate(
 
 
 def check_prompts(prompts: Tensor | Sequence[Sequence[int]], config: GPTConfig) -> list[list[int]]:
-    """Prompts as lists of ids. Raises ValueError for no prompt, an empty one, or an id that the tokenizer lacks."""
+    """Prompts as lists of ids. Raises ValueError for no prompt, an empty prompt, or an id that the tokenizer lacks."""
     rows = prompts.tolist() if isinstance(prompts, Tensor) else [list(prompt) for prompt in prompts]
     if not rows:
         raise ValueError("there is no prompt")
@@ -111,15 +112,15 @@ def new_cache(model: GPT, batch_size: int = 1) -> KVCache:
 
 
 def prefill(model: GPT, prompts: Sequence[Sequence[int]], cache: KVCache) -> Tensor:
-    """Make `cache` hold one prompt per row; returns the logits (B, n_vocab) of what follows each.
+    """Fill `cache` with one prompt per row; returns the logits (B, n_vocab) of what follows each.
 
-    A single row keeps what it shares with the beginning of the prompt, and only the rest is computed. Raises
-    FloatingPointError for logits that are not finite.
+    A single row keeps what it shares with the beginning of the prompt, so that a chat computes only its newest
+    messages. Raises FloatingPointError for logits that are not finite.
     """
     contexts = [list(prompt[-model.config.block_size :]) for prompt in prompts]
     shared = 0
     if len(contexts) == 1:
-        shared = common_prefix(cache.tokens[0], contexts[0][:-1])  # the last id is always computed: for its output
+        shared = common_prefix(cache.tokens[0], contexts[0][:-1])  # the last id's logits are always needed
     logits = model.logits(_fill(model, slice(None), contexts, shared, cache))
     if not logits.isfinite().all():
         raise FloatingPointError("the model's logits are not finite")
@@ -127,17 +128,18 @@ def prefill(model: GPT, prompts: Sequence[Sequence[int]], cache: KVCache) -> Ten
 
 
 def common_prefix(first: list[int], second: list[int]) -> int:
-    """How many ids two lists have in common at their beginning."""
+    """The number of ids at the beginning that two lists have in common."""
     pairs = enumerate(zip(first, second, strict=False))
     return next((n for n, (one, other) in pairs if one != other), min(len(first), len(second)))
 
 
 def _fill(model: GPT, rows: slice, contexts: list[list[int]], start: int, cache: KVCache) -> Tensor:
-    """Make the cache's `rows` hold `contexts`, of which `start` ids are held already; the output (rows, C) at each end.
+    """Fill the cache's `rows` with `contexts`, whose first `start` ids it holds already.
 
-    Shorter rows are padded on the right: the causal mask hides the padding, and later ids overwrite it.
+    Returns the network's output (rows, C) at the end of each context. Shorter rows are padded on the right: the causal
+    mask hides the padding, and later ids overwrite it.
     """
-    # Should an exception occur on the way, no row claims more than it holds.
+    # If an exception interrupts this function, no row may claim more ids than it holds.
     cache.tokens[rows] = [tokens[:start] for tokens in cache.tokens[rows]]
     device = model.wte.weight.device
     longest = max(map(len, contexts))
@@ -160,7 +162,10 @@ def append(model: GPT, ids: Tensor, cache: KVCache, decode: DecodeStep = decode_
 
 
 def _make_room(model: GPT, cache: KVCache) -> None:
-    """Make full rows drop all but their last block_size // 2 ids."""
+    """Drop all but the last block_size // 2 ids of rows that are full.
+
+    Each id that stays gets a new position. Its keys and values depend on the position, so they are computed again.
+    """
     block_size = model.config.block_size
     keep = block_size // 2
     full = [row for row, tokens in enumerate(cache.tokens) if len(tokens) == block_size]

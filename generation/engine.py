@@ -76,7 +76,7 @@ class TextEngine:
                 yield number, piece
 
     def _steps(self, prompts: list[list[int]], max_tokens: int | None) -> Iterator[list[int]]:
-        """The ids of each step; measures the time and records log probabilities if asked to."""
+        """The ids of each step; measures the time, and records log probabilities if the settings say so."""
         steps = generate(
             self.model,
             prompts,
@@ -109,7 +109,7 @@ class TextEngine:
             raise UserError(f"{error}; try --dtype float32, or another checkpoint if training diverged") from error
 
     def _cache(self, n_rows: int) -> KVCache:
-        """The cache for that many rows, made once: zeroing it, and capturing CUDA graphs for it, takes time."""
+        """The cache for this number of rows, made once: zeroing it, and capturing CUDA graphs for it, takes time."""
         if n_rows not in self.caches:
             self.caches[n_rows] = new_cache(self.model, n_rows)
         return self.caches[n_rows]
@@ -136,7 +136,7 @@ class TextEngine:
         return {"id": token, "text": self.enc.decode_single_token_bytes(token).decode("utf-8", "backslashreplace")}
 
     def statistics(self) -> str:
-        """What the last call cost, in one line."""
+        """The number of tokens and the speed of the last call, in one line."""
         rate = self.later_tokens / self.later_s if self.later_s else 0.0
         return (
             f"last: {self.tokens} tokens, the first after {self.first_token_s * 1000:.0f} ms, then "

@@ -15,7 +15,7 @@ from torch import Tensor
 class Sampling:
     """The settings of `sample`; by default ids are drawn from the model's own distribution.
 
-    The logits are divided by `temperature`; 0 takes the likeliest id. Then the filters apply, one after another:
+    The logits are divided by `temperature`; 0 takes the likeliest id. Then the filters are applied, one after another:
     `top_k` keeps the k likeliest ids; `top_p` the fewest likeliest whose probabilities add up to it ("nucleus
     sampling", Holtzman et al. 2020, section 3.1); `min_p` those at least that many times as likely as the likeliest
     ("min-p", Nguyen et al. 2024, section 3). A `repetition_penalty` above 1 makes ids that occurred before less likely
@@ -31,7 +31,7 @@ class Sampling:
 
 # What gen.py, the samples during training, evaluation and the tools use unless an option says otherwise.
 TEXT_SAMPLING = Sampling(temperature=0.8, top_k=200)
-CHAT_SAMPLING = Sampling(temperature=0.5, top_k=50)  # more focused, which replies of small models need
+CHAT_SAMPLING = Sampling(temperature=0.5, top_k=50)  # more focused: small models need that for sensible replies
 SMALLEST_TEMPERATURE = 1e-6  # below it, dividing by the temperature overflows float32; the result is the same as for 0
 
 
@@ -39,17 +39,21 @@ def sample(logits: Tensor, sampling: Sampling = TEXT_SAMPLING, generator: torch.
     """Draw one id per row, (B,), from logits (B, V)."""
     if sampling.temperature < SMALLEST_TEMPERATURE:
         return logits.max(-1).indices  # on a CPU in a third of argmax's time
+    return draw(logits, sampling, torch.rand(len(logits), 1, generator=generator, device=logits.device))
+
+
+def draw(logits: Tensor, sampling: Sampling, uniform: Tensor) -> Tensor:
+    """The ids (B,) that numbers `uniform` (B, 1) in [0, 1) choose from logits (B, V)."""
     probabilities, ids = candidates(logits, sampling)
     exact = torch.float32 if logits.device.type == "mps" else torch.float64  # MPS has no float64
     cumulative = probabilities.to(exact).cumsum(-1)
-    # A number in (0, 1], so that the first position to reach it never has probability 0.
-    threshold = 1 - torch.rand(len(logits), 1, generator=generator, device=logits.device)
-    choice = torch.searchsorted(cumulative, threshold * cumulative[:, -1:])
+    # 1 - uniform is in (0, 1], so that the first position to reach it never has probability 0.
+    choice = torch.searchsorted(cumulative, (1 - uniform) * cumulative[:, -1:])
     return (choice if ids is None else ids.gather(1, choice))[:, 0]
 
 
 def candidates(logits: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor | None]:
-    """What may be drawn: unnormalized probabilities (B, N) and ids (B, N), or None for all ids 0 to V - 1."""
+    """What can be drawn: unnormalized probabilities (B, N) and their ids (B, N), or None for all ids 0 to V - 1."""
     scores = (logits - logits.amax(-1, keepdim=True)) / sampling.temperature
     probabilities, ids = scores.softmax(-1), None
     if sampling.top_k is not None:

@@ -1,4 +1,4 @@
-"""Messages in, replies out: on a terminal with line editing, multi-line messages and colours; from a pipe, by line."""
+"""Reads messages and shows replies: on a terminal with line editing and colours, from a pipe one message per line."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Iterable, Iterator
 
-from common.cli import is_terminal, shows_colour
+from common.cli import UserError, is_terminal, shows_colour
 
 QUOTES = '"""'
 DELAY_S = 0.01  # between the pieces of a reply, on a terminal
@@ -24,7 +24,7 @@ class Console:
         self.delay_s = DELAY_S if delay and self.is_terminal else 0.0
         self.shown: list[str] = []  # every reply, for --output
         if self.is_terminal:
-            with contextlib.suppress(ImportError):  # Windows has none
+            with contextlib.suppress(ImportError):  # not on Windows
                 import readline  # noqa: F401  gives input() line editing and history
         elif isinstance(sys.stdin, io.TextIOWrapper):
             sys.stdin.reconfigure(encoding="utf-8-sig", errors="replace")  # -sig: skips a byte order mark
@@ -55,6 +55,11 @@ class Console:
         line = sys.stdin.readline()
         if not line:
             raise EOFError
+        if "\0" in line:
+            raise UserError(
+                "standard input contains NUL bytes, so it is not UTF-8 text; if it is UTF-16, convert it with: "
+                "iconv -f UTF-16 -t UTF-8 FILE > NEW"
+            )
         return line.removesuffix("\n").removesuffix("\r")
 
     def _read_rest(self, line: str) -> str:
@@ -77,7 +82,8 @@ class Console:
             self.shown.append(piece)
             ended = piece[-1:]
             print(piece, end="", flush=True)
-            time.sleep(self.delay_s)
+            if self.delay_s:  # even sleep(0) gives up the processor
+                time.sleep(self.delay_s)
         if ended != "\n":
             self.end_line()
 

@@ -9,25 +9,28 @@ import tiktoken
 
 
 class TextStream:
-    """The text of ids fed one by one; what may still become a character or a stop text is held back.
+    """The text of ids fed one by one; holds back what may be the beginning of a character or of a stop text.
 
-    Without stop texts the joined pieces are `enc.decode(ids)`. `stopped` is set when a stop text is complete: the text
-    before it has been returned, the stop text and what follows are not.
+    Without stop texts, the joined pieces are `enc.decode(ids)`. `stopped` is set when a stop text is complete: the text
+    before it is returned, the stop text and what follows it are not. `prefix` holds the ids before the first one fed: a
+    character that they leave incomplete is returned when it is complete.
     """
 
-    def __init__(self, enc: tiktoken.Encoding, stop_texts: Sequence[str] = ()):
+    def __init__(self, enc: tiktoken.Encoding, stop_texts: Sequence[str] = (), prefix: Sequence[int] = ()):
         self.enc = enc
         self.stop_texts = [text for text in stop_texts if text]
         self.stopped = False
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._held = ""
+        for token in prefix:
+            self._decoder.decode(enc.decode_single_token_bytes(token))
 
     def feed(self, token: int) -> str:
         """The text that is certain after one more id; often empty."""
         return self._release(self._decoder.decode(self.enc.decode_single_token_bytes(token)))
 
     def finish(self) -> str:
-        """What was held back, once no id follows; bytes of an incomplete character become U+FFFD."""
+        """The text that was held back, after the last id; bytes of an incomplete character become U+FFFD."""
         text = self._release(self._decoder.decode(b"", final=True))
         rest, self._held = self._held, ""
         return text + ("" if self.stopped else rest)

@@ -3,11 +3,12 @@
     python testing_tools/benchmark.py train --preset small --peer transformers
     python testing_tools/benchmark.py generate --preset gpt2 --max_tokens 200 --peer transformers --json generate.json
     python testing_tools/benchmark.py prepare --input TinyStoriesV2-GPT4-train.txt --peer tiktoken
+    python testing_tools/benchmark.py serve --help
 
 Prints a line per round and a table: tokens per second (median, minimum and maximum of the rounds), start-up (the first
 step, including compilation), peak memory, the ratio, FLOP/s and their share of the device's peak (model FLOPs
 utilization, MFU), and the limit: the speed at which the device would only do the work that no program can avoid. Each
-side runs in a process of its own, so that their memory is measured separately, and the rounds alternate (A B A B).
+side runs in its own process, so that its memory is measured separately, and the rounds alternate (A B A B).
 Weights and ids are random, which does not change the speed.
 """
 
@@ -28,6 +29,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+import benchmark_serve  # noqa: E402
 from benchmark_timing import timed  # noqa: E402
 from benchmark_training import gpt_config  # noqa: E402
 from benchmark_work import PEERS, WORKS, generation_config, peer_setting, training_config  # noqa: E402
@@ -68,7 +70,9 @@ class BenchmarkOptions:
     n_head: int | None = option(None, "attention heads (default: the preset's)", at_least=1, group="model")
     n_embd: int | None = option(None, "width (default: the preset's)", at_least=1, group="model")
     block_size: int | None = option(None, "context length in tokens (default: the preset's)", at_least=1, group="model")
-    device: str | None = option(None, "cpu, mps, cuda, cuda:N (default: asks, or takes the best one)", group="device")
+    device: str | None = option(
+        None, "cpu, mps, cuda or cuda:N (default: asks, or chooses the best one)", group="device"
+    )
     dtype: str | None = option(
         None, "precision (default: the device's best)", choices=("float32", "bfloat16", "float16"), group="device"
     )
@@ -314,6 +318,8 @@ def _number(value: float) -> str:
 
 
 def main() -> None:
+    if sys.argv[1:2] == ["serve"]:  # has options of its own
+        return benchmark_serve.main()
     options = parse_options(BenchmarkOptions, __doc__)
     if options.peer in PACKAGES and importlib.util.find_spec(options.peer) is None:
         raise UserError(f"--peer {options.peer} is not installed; run: pip install -r requirements-dev.txt")

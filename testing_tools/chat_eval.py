@@ -39,7 +39,7 @@ Reply = Callable[[list[dict[str, str]]], str]
 @dataclasses.dataclass(frozen=True)
 class EvalOptions:
     checkpoint: str = option(None, "the checkpoint to evaluate", positional=True, nargs=None)
-    device: str | None = option(None, "cpu, mps, cuda, cuda:N (default: asks, or takes the best one)")
+    device: str | None = option(None, "cpu, mps, cuda or cuda:N (default: asks, or chooses the best one)")
     dtype: str | None = option(
         None, "precision (default: the device's best)", choices=("float32", "bfloat16", "float16")
     )

@@ -1,4 +1,4 @@
-"""Kill training with SIGKILL at random moments, resume, and compare the end with an uninterrupted run, bit by bit.
+"""Kill training with SIGKILL at random moments, resume it, and compare the result with an uninterrupted run.
 
     python testing_tools/crash_test.py --kills 200
 
@@ -57,9 +57,9 @@ VARIANTS = (
 
 @dataclasses.dataclass(frozen=True)
 class CrashOptions:
-    """What the campaign is made of."""
+    """The settings of the test."""
 
-    kills: int = option(200, "how many times training is killed")
+    kills: int = option(200, "number of times that training is killed")
     max_iters: int = option(100, "iterations of each run")
     seed: int = option(1, "seed of the moments")
     json: str | None = option(None, "also write the counts to this file", metavar="FILE")
@@ -67,7 +67,7 @@ class CrashOptions:
 
 @dataclasses.dataclass
 class Counts:
-    """What the campaign saw."""
+    """The results of the test."""
 
     runs: int = 0
     kills: int = 0
@@ -103,8 +103,8 @@ def write_dataset(folder: Path, name: str, kind: str, n_tokens: int, seed: int, 
             files.append({"file": path.name, "tokens": len(shard), "sha256": sha256})
         splits[split] = {"documents": 1, "tokens": len(ids), "text_bytes": len(ids), "files": files}
     facts: dict[str, Any] = {"name": name, "format": kind, "splits": splits}
-    facts |= {"tokenizer": setup_tokenizer.TOKENIZER_NAME}
-    facts |= {"n_vocab": setup_tokenizer.N_VOCAB, "dtype": "uint16", "source": "random", "licence": "none"}
+    facts |= {"tokenizer": setup_tokenizer.TOKENIZER_NAME, "n_vocab": setup_tokenizer.N_VOCAB, "dtype": "uint16"}
+    facts |= {"source": "random", "licence": "none"}
     (folder / f"{name}.json").write_text(json.dumps(facts), encoding="utf-8")
 
 
@@ -212,7 +212,7 @@ def kill_at(process_id: int, phase: mmap.mmap, delay_s: float, aim: str | None) 
     _, status = os.waitpid(process_id, os.WUNTRACED)
     if not os.WIFSTOPPED(status):
         return None
-    hit = PHASES[phase[0]]  # it stands still, so this is the phase that it is killed in
+    hit = PHASES[phase[0]]  # the process is stopped, so it is killed in this phase
     os.kill(process_id, signal.SIGKILL)
     os.waitpid(process_id, 0)
     return hit

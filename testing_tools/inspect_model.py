@@ -45,7 +45,7 @@ class InspectOptions:
     top_k: int = option(10, "next tokens in the table", at_least=1)
     layer: int | None = option(None, "draw only the heads of this layer, larger; the first is 0", at_least=0)
     output_dir: str | None = option(None, "folder of the two files (default: the checkpoint's)", metavar="DIR")
-    device: str | None = option(None, "cpu, mps, cuda, cuda:N (default: asks, or takes the best one)")
+    device: str | None = option(None, "cpu, mps, cuda or cuda:N (default: asks, or chooses the best one)")
 
     def __post_init__(self):
         check_options(self)
@@ -126,7 +126,7 @@ def draw_attention(path: Path, maps: Tensor, ids: Sequence[int], title: str, fir
     panel = max(1.5, 0.15 * T) if is_labelled else 3.0 if n_layer == 1 else 1.8  # inches
     figure = Figure(figsize=(n_head * panel + 2.5, n_layer * panel + 1.7), layout="constrained", dpi=100)
     is_later = torch.ones(T, T, dtype=torch.bool).triu(1)
-    norm = PowerNorm(0.5, 0, 1)  # the square root spreads the small weights, of which a long text has many
+    norm = PowerNorm(0.5, 0, 1)  # the square root makes the many small weights of a long text visible
     grid = figure.subplots(n_layer, n_head, squeeze=False, sharex=True, sharey=True)
     for layer, row in enumerate(grid):
         for head, axes in enumerate(row):

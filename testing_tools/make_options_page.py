@@ -19,7 +19,16 @@ from typing import Any, get_type_hints
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from common.cli import Option, alternatives, example_commands, option_type, options_of, range_in_words, run_script  # noqa: E402
+from common.cli import (  # noqa: E402
+    Option,
+    alternatives,
+    example_commands,
+    option_type,
+    options_of,
+    range_in_words,
+    run_script,
+    shown_name,
+)
 from common.files import atomic_write  # noqa: E402
 
 PAGE = ROOT / "docs" / "options.md"
@@ -90,8 +99,7 @@ def table(options: Mapping[str, tuple[dataclasses.Field, Option]], hints: Mappin
     yield "|---|---|---|---|"
     for name, (field, spec) in options.items():
         default, text = default_and_help(field, spec)
-        shown = name if spec.positional else f"--{name}"
-        cells = (f"`{shown}`", accepted_values(spec, option_type(hints[name])), default, text)
+        cells = (f"`{shown_name(name, spec)}`", accepted_values(spec, option_type(hints[name])), default, text)
         yield f"| {' | '.join(cell.replace('|', chr(92) + '|').replace('<|', '&lt;|') for cell in cells)} |"
     yield ""
 

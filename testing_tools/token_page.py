@@ -119,7 +119,7 @@ among all {n_vocab:,} tokens would cost {uniform:.1f} nats. Point at a token for
 
 
 def losses_page(title: str, ids: Sequence[int], seen: Sequence[TokenLoss], n_prompt: int) -> str:
-    """The page for ids, the first `n_prompt` of which are the prompt and the others the model's reply.
+    """The page for ids: the first `n_prompt` are the prompt, the others are the model's reply.
 
     `seen` are the losses of all ids but the first, which is given. Each token has its numbers as a tooltip and in a
     table.

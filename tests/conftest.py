@@ -9,8 +9,11 @@ import pytest
 import torch
 
 from common.checkpoint import save_checkpoint
+from tests.browser import browser, visit
 from tests.tiny import prepare, run
 from tests.tiny_gpt import text_gpt
+
+__all__ = ["browser", "visit"]  # fixtures that tests/browser.py defines
 
 
 @pytest.fixture

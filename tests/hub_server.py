@@ -29,7 +29,8 @@ class HubServer:
     - "cut": half the bytes, then the connection closes; later requests close at once
     - "cut once": as "cut", but the rest is served when the client asks for it
     - "wrong length": the listing and the headers promise more bytes than the file has
-    `requests` lists what was asked for, as "METHOD path"; `commit` is where every repository stands.
+    `requests` lists what was asked for, as "METHOD path"; `commit` is where every branch
+    stands; `gone_revisions` do not exist.
     """
 
     def __init__(self, repositories: dict[str, dict[str, bytes]], faults: dict[str, str] | None = None):
@@ -38,6 +39,7 @@ class HubServer:
         self.requests: list[str] = []
         self.commit = COMMIT
         self.ranges: list[str] = []
+        self.gone_revisions: set[str] = set()
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), _Handler)
         self._server.daemon_threads = True
         self._server.hub = self
@@ -94,26 +96,38 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _answer(self) -> None:
         hub = self.server.hub
-        path = unquote(urlsplit(self.path).path)
+        self.commit = self.server.hub.commit
+        path = urlsplit(self.path).path  # a revision may contain quoted slashes: refs%2Fconvert%2Fparquet
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0)).decode()
-        hub.requests.append(f"{self.command} {path}")
+        hub.requests.append(f"{self.command} {unquote(path)}")
         if found := re.fullmatch(r"(?:/datasets)?/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
-            self._send_file(found[1], found[3])
-        elif found := re.fullmatch(r"/api/datasets/([^/]+/[^/]+)(?:/revision/[^/]+)?", path):
-            self._send_repository(found[1])
-        elif found := re.fullmatch(r"/api/datasets/([^/]+/[^/]+)/tree/[^/]+(?:/(.*))?", path):
-            self._send_tree(found[1], found[2] or "", "recursive=true" in self.path.lower())
-        elif found := re.fullmatch(r"/api/datasets/([^/]+/[^/]+)/paths-info/[^/]+", path):
-            self._send_paths(found[1], body)
+            if self._has_revision(found[2]):
+                self._send_file(found[1], unquote(found[3]))
+        elif found := re.fullmatch(r"/api/datasets/([^/]+/[^/]+)(?:/revision/([^/]+))?", path):
+            if self._has_revision(found[2]):
+                self._send_repository(found[1])
+        elif found := re.fullmatch(r"/api/datasets/([^/]+/[^/]+)/tree/([^/]+)(?:/(.*))?", path):
+            if self._has_revision(found[2]):
+                self._send_tree(found[1], unquote(found[3] or ""), "recursive=true" in self.path.lower())
+        elif found := re.fullmatch(r"/api/datasets/([^/]+/[^/]+)/paths-info/([^/]+)", path):
+            if self._has_revision(found[2]):
+                self._send_paths(found[1], body)
         else:
             self._send_error(404, "EntryNotFound")
+
+    def _has_revision(self, revision: str | None) -> bool:
+        """Whether the revision is there; answers 404 if it is not."""
+        revision = unquote(revision or "main")
+        self.commit = revision if re.fullmatch("[0-9a-f]{40}", revision) else self.server.hub.commit
+        is_there = revision not in self.server.hub.gone_revisions
+        if not is_there:
+            self._send_error(404, "RevisionNotFound")
+        return is_there
 
     def _send_repository(self, name: str) -> None:
         if files := self._files(name):
             siblings = [{"rfilename": path} for path in files]
-            self._send_json(
-                {"id": name, "sha": self.server.hub.commit, "private": False, "gated": False, "siblings": siblings}
-            )
+            self._send_json({"id": name, "sha": self.commit, "private": False, "gated": False, "siblings": siblings})
 
     def _send_tree(self, name: str, folder: str, recursive: bool) -> None:
         if files := self._files(name):
@@ -155,7 +169,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_header("Content-Range", f"bytes {start}-{end - 1}/{len(payload)}")
         self.send_header("Accept-Ranges", "bytes")
         self.send_header("ETag", f'"{hashlib.sha1(payload).hexdigest()}"')
-        self.send_header("X-Repo-Commit", self.server.hub.commit)
+        self.send_header("X-Repo-Commit", self.commit)
         self.end_headers()
         if self.command == "HEAD":
             return
@@ -181,7 +195,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _send_error(self, status: int, code: str) -> None:
         self.send_response(status)
         self.send_header("X-Error-Code", code)
-        self.send_header("X-Repo-Commit", self.server.hub.commit)
+        self.send_header("X-Repo-Commit", self.commit)
         self.send_header("Content-Length", "0")
         self.end_headers()
 

@@ -326,7 +326,7 @@ def test_prepare_beside_one_thread_of_tiktoken(tmp_path):
             "compared with transformers or plain or compiled, not tiktoken",
         ),
         (("train", "--quantize", "int8"), 2, "--quantize is only for generate"),
-        (("train", "--json", "nowhere/x.json"), 1, "there is no folder nowhere; run: mkdir -p nowhere"),
+        (("train", "--json", "nowhere/x.json"), 1, "the folder nowhere does not exist; run: mkdir -p nowhere"),
         (("prepare", "--input", "nowhere.txt"), 1, "nowhere.txt not found; check the path given to --input"),
     ],
 )

@@ -158,6 +158,38 @@ def test_a_saved_chat_can_be_loaded_and_prepared_again(tmp_path):
     assert list(read_records(path)) == [{"messages": session.messages}]
 
 
+@pytest.mark.parametrize("line_end", ["\r\n", "\r", "\n"])
+def test_line_ends_are_line_feeds_wherever_text_enters(tmp_path, line_end):
+    path = tmp_path / "chat.jsonl"
+    lines = f"One{line_end}two"
+    path.write_bytes(b"\xef\xbb\xbf" + json.dumps({"messages": messages(lines, lines)}).encode() + b"\r\n")
+    session = ChatSession(EchoEngine(), system=lines)
+    assert session.messages[0]["content"] == "One\ntwo"
+    session.command(f"/load {path}\r")
+    joined(session.reply(lines))
+    assert [message["content"] for message in session.messages] == ["One\ntwo"] * 3 + ["reply 1"]
+
+
+TEMPERATURES = {"1e-46": 1e-46, "1e-400": 0, "-0": 0, "99.99": 99.99, "1_0": 10, "+2": 2, " 3 ": 3, ".5": 0.5, "٣": 3}
+
+
+@pytest.mark.parametrize("word", TEMPERATURES)
+def test_any_number_that_temp_accepts(word):
+    session = PromptSession(EchoEngine())
+    session.command(f"/temp {word}")
+    assert session.engine.temperature == TEMPERATURES[word]
+
+
+@pytest.mark.parametrize(
+    "word", ["nan", "inf", "-inf", "1e400", "-1", "-1e-46", "100", "0x10", "1,5", "½", "1 2", "hot"]
+)
+def test_any_number_that_temp_refuses(word):
+    session = PromptSession(EchoEngine())
+    with pytest.raises(UserError, match="give a number from 0"):
+        session.command(f"/temp {word}")
+    assert session.engine.temperature == 0.5
+
+
 @pytest.mark.parametrize("separator", ["\u2028", "\u2029", "\x85", "\r", "\r\n", "\x1c"])
 def test_a_saved_chat_may_hold_any_line_separator(tmp_path, separator):
     session = ChatSession(EchoEngine())

@@ -79,7 +79,7 @@ def write_checkpoint(path: Path, model: GPT, dataset: str, **info) -> str:
 
 def val_split(folder: Path, name: str, limit: int | None = None):
     streams, facts = open_dataset(folder, name)
-    return read_split(name, streams["val"], facts["format"] == "chat", limit)
+    return read_split(name, streams["val"], facts.format == "chat", limit)
 
 
 def brute_force(model: GPT, context_start: int, ids: list[int], position: int) -> tuple[float, bool]:
@@ -162,18 +162,17 @@ def test_windows_score_each_place_once_with_enough_context(length, stride):
 
 def test_the_prepared_bytes_are_the_counted_ones(tmp_path):
     """What the preparation writes into the .json and what evaluate.py counts from the ids is the same number."""
-    from data import corpus
+    from data import pipeline
 
     for name, documents in (("story", DOCUMENTS * 30), ("chat", CONVERSATIONS * 30)):
         kind = "text" if name == "story" else "chat"
-        options = corpus.PrepareOptions(output_dir=str(tmp_path), workers=1)
+        options = pipeline.PrepareOptions(output_dir=str(tmp_path), workers=1)
         numbered = [f"{n} {d}" for n, d in enumerate(documents)]
         if kind == "chat":
             numbered = [[{**m, "content": f"{m['content']} {n}"} for m in d] for n, d in enumerate(documents)]
-        facts = corpus.prepare(
-            corpus.Dataset(name, kind, "the test", "none"), options, iter(numbered[10:]), iter(numbered[:10])
-        )
-        assert val_split(tmp_path, name).counted["all"][1] == facts["splits"]["val"]["text_bytes"]
+        dataset = pipeline.Dataset(name, kind, "the test", "none")
+        info = pipeline.prepare(dataset, options, pipeline.Corpus(iter(numbered[10:]), iter(numbered[:10])))
+        assert val_split(tmp_path, name).counted["all"][1] == info.splits["val"].text_bytes
 
 
 def test_limit_takes_the_beginning_and_whole_conversations(tmp_path):
@@ -299,7 +298,7 @@ def test_a_broken_model_is_refused_and_changed_data_is_mentioned(tmp_path, capsy
     _, facts = open_dataset(tmp_path, "story")
     model = tiny_model()
     model.wte.weight[11] = math.nan
-    path = write_checkpoint(tmp_path / "x.pt", model, "story", data=facts)
+    path = write_checkpoint(tmp_path / "x.pt", model, "story", data=facts.to_json())
     write_dataset(tmp_path, "story", DOCUMENTS[::-1])
     with pytest.raises(UserError, match="not finite"):
         measure(EvaluateOptions((path,), data_dir=str(tmp_path), device="cpu", dtype="float32"))
@@ -309,7 +308,7 @@ def test_a_broken_model_is_refused_and_changed_data_is_mentioned(tmp_path, capsy
 def test_a_mixtures_parts_are_measured_each_on_its_own(tmp_path, capsys):
     write_dataset(tmp_path, "talk", CONVERSATIONS)
     write_dataset(tmp_path, "story", DOCUMENTS)
-    facts = {name: open_dataset(tmp_path, name)[1] for name in ("talk", "story")}
+    facts = {name: open_dataset(tmp_path, name)[1].to_json() for name in ("talk", "story")}
     data = mixture_facts(facts, parse_mixture("talk=0.3,story=0.7"))
     mixed = write_checkpoint(tmp_path / "talk+story1.pt", tiny_model(), "talk+story", format="chat", data=data)
     write_dataset(tmp_path, "story", DOCUMENTS[::-1])
@@ -339,7 +338,7 @@ def test_options_are_checked():
     for name in ("stride", "batch_size", "limit"):
         with pytest.raises(ValueError, match=f"--{name} must be at least 1"):
             EvaluateOptions(("x.pt",), **{name: 0})
-    with pytest.raises(ValueError, match="leave out --plain"):
+    with pytest.raises(ValueError, match="--plain leaves out"):
         EvaluateOptions(("x.pt",), plain=True, quantize="int8")
 
 

@@ -7,6 +7,7 @@ import json
 import sys
 from pathlib import Path
 
+import jinja2
 import numpy as np
 import pytest
 import torch
@@ -16,10 +17,8 @@ from hypothesis import strategies as st
 import export as export_module
 from common.checkpoint import save_checkpoint
 from common.cli import UserError
-from exchange import gguf_file
-from exchange.hugging_face import complete_weights
 from exchange.loading import load_model
-from exchange.tokenizer_files import merges, vocabulary
+from exchange.tokenizer_files import CHAT_TEMPLATE, merges, vocabulary
 from export import ExportOptions, export
 from generation.decoding import generate
 from generation.sampling import CHAT_SAMPLING, TEXT_SAMPLING, Sampling
@@ -34,6 +33,7 @@ from setup_tokenizer import (
     encode_text,
     encode_with_extended_tokenizer,
 )
+from training.targets import assistant_targets
 
 CONFIG = GPTConfig(block_size=64, n_layer=2, n_head=2, n_embd=32)
 DATA = {
@@ -57,6 +57,14 @@ CHATS = [
     [{"role": "system", "content": "\n  Be kind. "}, {"role": "user", "content": "  \n\nHi"}],
     [{"role": "user", "content": ""}, {"role": "assistant", "content": "ünïcode 漢字 👩‍👩‍👧\t\n"}],
     [{"role": "user", "content": "{{ messages }} {% if %} 'quoted' \\n"}, {"role": "assistant", "content": "\n"}],
+]
+TURNS = [
+    {"role": "system", "content": "You are an assistant."},
+    {"role": "user", "content": "assistant"},
+    {"role": "assistant", "content": "Yes?\n\n  漢字"},
+    {"role": "user", "content": "Hi"},
+    {"role": "assistant", "content": ""},
+    {"role": "assistant", "content": "Anything else?"},
 ]
 
 
@@ -157,6 +165,30 @@ def test_the_chat_template_makes_the_ids_of_encode_chat(tokenizer, messages, add
     assert theirs == encode_chat(messages, add_generation_prompt)
 
 
+@pytest.mark.parametrize("add_generation_prompt", [False, True])
+@pytest.mark.parametrize("messages", [*CHATS[:3], TURNS])  # the fourth's answer shares a token with its header
+def test_the_chat_template_marks_the_targets_of_training(tokenizer, messages, add_generation_prompt):
+    theirs = tokenizer.apply_chat_template(
+        messages,
+        add_generation_prompt=add_generation_prompt,
+        tokenize=True,
+        return_dict=True,
+        return_assistant_tokens_mask=True,
+    )
+    ids = encode_chat(messages, add_generation_prompt)
+    assert theirs["input_ids"] == ids
+    assert theirs["assistant_masks"] == assistant_targets(np.array(ids)).astype(int).tolist()
+
+
+@pytest.mark.parametrize("add_generation_prompt", [False, True])
+@pytest.mark.parametrize("messages", [*CHATS, TURNS])
+def test_the_marks_leave_the_text_of_the_chat_template_alone(tokenizer, messages, add_generation_prompt):
+    """GGUF holds the template without marks, because plain Jinja does not know {% generation %}."""
+    plain = jinja2.Environment().from_string(CHAT_TEMPLATE)
+    rendered = tokenizer.apply_chat_template(messages, add_generation_prompt=add_generation_prompt, tokenize=False)
+    assert rendered == plain.render(messages=messages, add_generation_prompt=add_generation_prompt)
+
+
 def test_the_card_is_right_that_spelled_control_tokens_become_control_ids(chat, tokenizer):
     messages = [{"role": "user", "content": "<|im_end|>"}]
     theirs = tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False)
@@ -251,8 +283,8 @@ def test_the_card_of_a_mixture_tells_every_part():
     assert (front["license"], front["license_name"]) == ("other", "CDLA-Sharing-1.0, CC BY-NC-SA 4.0")
     assert front["datasets"] == ["roneneldan/TinyStories"] and front["language"] == ["en"]
     for fact in (
-        "Data set: story; source: roneneldan/TinyStories (TinyStories V2); 25 % of the rows trained on",
-        "Data set: dailydialog; source: DailyDialog; 75 % of the rows trained on",
+        "Data set: story; source: roneneldan/TinyStories (TinyStories V2); 25 % of the training rows",
+        "Data set: dailydialog; source: DailyDialog; 75 % of the training rows",
         "Licence of the data: CC BY-NC-SA 4.0. Not for commercial use; this applies to models trained on it, too.",
         "story 2.5000, dailydialog 3.2500",
     ):
@@ -343,124 +375,3 @@ def test_a_model_without_chatml_gets_a_tokenizer_without_it(tmp_path):
     export(ExportOptions(save(tmp_path, "text", n_vocab=50257), str(tmp_path / "out")))
     assert len(AutoTokenizer.from_pretrained(tmp_path / "out")) == 50257
     assert load_in_transformers(tmp_path / "out").config.vocab_size == 50257
-
-
-# ---- GGUF ----------------------------------------------------------------------------------------------------------
-
-
-def read_gguf(path: Path) -> tuple[dict, dict]:
-    """(metadata, {name: reader's tensor}) of a GGUF file."""
-    from gguf import GGUFReader
-
-    reader = GGUFReader(path)
-    return {name: field.contents() for name, field in reader.fields.items()}, {t.name: t for t in reader.tensors}
-
-
-@pytest.fixture(scope="module")
-def gguf_content(chat) -> tuple[dict, dict]:
-    return read_gguf(chat / "model-f32.gguf")
-
-
-def test_gguf_holds_the_weights_under_llama_cpps_names(gguf_content):
-    from gguf import MODEL_ARCH, MODEL_TENSORS, TENSOR_NAMES
-
-    weights = random_model().state_dict()
-    _, tensors = gguf_content
-    known = {TENSOR_NAMES[tensor] for tensor in MODEL_TENSORS[MODEL_ARCH.GPT2]}
-    known = {name.format(bid=layer) for name in known for layer in range(2)} - {"output"}  # tied to the embedding
-    assert {name.rpartition(".")[0] for name in tensors} == known
-    assert len(tensors) == len(weights)
-    pairs = {
-        "token_embd.weight": weights["wte.weight"][:N_VOCAB],
-        "position_embd.weight": weights["wpe.weight"],
-        "output_norm.bias": weights["ln_f.bias"],
-        "blk.1.attn_qkv.weight": weights["h.1.attn.c_attn.weight"],
-        "blk.0.attn_output.weight": weights["h.0.attn.c_proj.weight"],
-        "blk.1.ffn_up.bias": weights["h.1.mlp.c_fc.bias"],
-        "blk.1.ffn_down.weight": weights["h.1.mlp.c_proj.weight"],
-        "blk.0.attn_norm.weight": weights["h.0.ln_1.weight"],
-        "blk.0.ffn_norm.weight": weights["h.0.ln_2.weight"],
-    }
-    for name, tensor in pairs.items():
-        assert np.array_equal(tensors[name].data, tensor.numpy()), name
-
-
-def test_gguf_holds_the_shape_and_the_tokenizer(chat, gguf_content):
-    facts, _ = gguf_content
-    shape = {"block_count": 2, "context_length": 64, "embedding_length": 32, "feed_forward_length": 128}
-    assert facts["general.architecture"] == "gpt2"
-    assert {name: facts[f"gpt2.{name}"] for name in shape} == shape
-    assert facts["gpt2.attention.head_count"] == 2
-    assert facts["gpt2.attention.layer_norm_epsilon"] == pytest.approx(1e-5)
-    of_tokenizer = {name.removeprefix("tokenizer.ggml."): value for name, value in facts.items()}
-    assert (of_tokenizer["model"], of_tokenizer["pre"], of_tokenizer["add_bos_token"]) == ("gpt2", "gpt-2", False)
-    assert of_tokenizer["tokens"] == vocabulary()
-    assert of_tokenizer["merges"] == [" ".join(pair) for pair in merges()]
-    control, normal = 3, 1
-    assert of_tokenizer["token_type"] == [normal] * 50256 + [control] * 3
-    ends = [of_tokenizer[f"{name}_token_id"] for name in ("bos", "eos", "eot")]
-    assert ends == [ENDOFTEXT_ID, IM_END_ID, IM_END_ID]
-    template = json.loads((chat / "tokenizer_config.json").read_text("utf-8"))["chat_template"]
-    assert facts["tokenizer.chat_template"] == template
-
-
-@pytest.mark.parametrize(("kind", "error"), [("bf16", 2**-8), ("q8_0", 2**-7)])
-def test_small_gguf_kinds_round_only_the_matrices(tmp_path, kind, error):
-    """bfloat16 keeps 8 bits of each weight, q8_0 7 bits of the largest in its block of 32."""
-    from gguf.quants import dequantize
-
-    model = random_model()
-    weights = complete_weights(model.state_dict(), model.config)
-    gguf_file.write_gguf(tmp_path / "model.gguf", weights, dataclasses.replace(CONFIG, n_vocab=2), kind, True, "x")
-    _, tensors = read_gguf(tmp_path / "model.gguf")
-    for name, ours in {"blk.1.ffn_up.weight": "h.1.mlp.c_fc.weight", "token_embd.weight": "wte.weight"}.items():
-        exact = weights[ours].numpy()
-        assert tensors[name].tensor_type.name == kind.upper()
-        rounded = dequantize(tensors[name].data, tensors[name].tensor_type)
-        largest = (
-            np.abs(exact).reshape(-1, 32).max(1, keepdims=True) if kind == "q8_0" else np.abs(exact).reshape(-1, 32)
-        )
-        assert (np.abs(rounded - exact).reshape(-1, 32) <= error * largest).all()
-        assert not np.array_equal(rounded, exact)
-    for name in ("blk.0.ffn_up.bias", "position_embd.weight", "output_norm.weight"):
-        assert tensors[name].tensor_type.name == "F32"
-
-
-def test_gguf_that_cannot_be_written_is_refused_before_any_work(tmp_path, monkeypatch):
-    narrow = save(tmp_path, "text", n_embd=48)
-    with pytest.raises(UserError, match="multiple of 32, not 48; use --gguf bf16"):
-        export(ExportOptions(narrow, str(tmp_path / "out"), gguf="q8_0"))
-    monkeypatch.setitem(sys.modules, "gguf", None)  # as if it were not installed
-    with pytest.raises(UserError, match="pip install gguf=="):
-        export(ExportOptions(narrow, str(tmp_path / "out"), gguf="f32"))
-    assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", ["f32", "q8_0"])
-def test_llama_cpp_decodes_the_same_ids(tmp_path, monkeypatch, kind):
-    """Greedy decoding of 50 ids, equal for f32; 8 bits must agree on the first ones at least."""
-    llama_cpp = pytest.importorskip("llama_cpp", reason="pip install llama-cpp-python builds it in some minutes")
-    default_params = llama_cpp.llama_cpp.llama_model_default_params
-
-    def without_amx():  # which crashes in some builds (ggml-org/llama.cpp issue 20824)
-        params = default_params()
-        params.use_extra_bufts = False
-        return params
-
-    monkeypatch.setattr(llama_cpp.llama_cpp, "llama_model_default_params", without_amx)
-    monkeypatch.setattr(llama_cpp, "llama_model_default_params", without_amx)
-    export(ExportOptions(save(tmp_path, "chat"), str(tmp_path / "out"), gguf=kind))
-    prompt = encode_chat(CHATS[0], add_generation_prompt=True)
-    ours = [int(ids[0]) for ids in generate(random_model(), [prompt], 50 - 1, Sampling(temperature=0))]
-    llama = llama_cpp.Llama(str(tmp_path / "out" / f"model-{kind}.gguf"), n_ctx=64, n_threads=1, verbose=False)
-    llama.eval(prompt)
-    theirs = []
-    for _ in ours:
-        theirs.append(llama.sample(temp=0.0))
-        llama.eval(theirs[-1:])
-    same = len(ours) if kind == "f32" else 5
-    assert theirs[:same] == ours[:same]
-    for text in TEXTS[1:]:
-        assert llama.tokenize(text.encode(), add_bos=False, special=False) == encode_text(text)
-    assert (llama.token_eos(), llama.token_bos()) == (IM_END_ID, ENDOFTEXT_ID)

@@ -116,7 +116,7 @@ def test_attention_of_a_new_token_is_that_of_float64(processor, heads, size, row
     keys_values[..., position:, :] = math.nan  # what the cache holds from there on must not count
     query, *new = qkv.view(rows, 3, heads, size).unbind(1)
     expected_cache[:, :, :, position] = torch.stack(new)
-    found = attend(qkv, keys_values, position, processor)
+    found = attend(qkv, keys_values, slice(position, position + 1), processor=processor)
     assert keys_values[..., : position + 1, :].equal(expected_cache[..., : position + 1, :])
     keys, values = expected_cache[..., : position + 1, :].double()
     expected = F.scaled_dot_product_attention(query[:, :, None].double(), keys, values)

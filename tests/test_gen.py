@@ -57,6 +57,51 @@ def test_text_ends_before_a_stop_text_that_spans_tokens(run):
     assert run(*arguments, "--stop", stop, "--stop", "never generated")[0].rstrip("\n") == cut
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("--temp", "1e-46"),
+        ("--temp", "1e-46", "--top_k", "0"),
+        ("--temp", "99.99", "--top_k", "0", "--top_p", "1e-300"),
+        ("--top_k", str(10**30), "--min_p", "1e-300"),
+        ("--min_p", "1", "--top_p", "1"),
+        ("--repetition_penalty", "0.01"),
+        ("--repetition_penalty", "100", "--num_samples", "64"),
+        ("--seed", str(2**63 - 1)),
+    ],
+    ids=" ".join,
+)
+def test_the_extremes_of_every_number(run, arguments):
+    text, _ = run("--prompt", "Once", "--max_tokens", "3", *arguments)
+    assert "Once" in text
+    if arguments[:2] == ("--temp", "1e-46"):
+        assert text == run("--prompt", "Once", "--max_tokens", "3", "--temp", "0")[0]
+
+
+@pytest.mark.parametrize("content", [b"\xef\xbb\xbfA\r\nB", b"A\rB", "\ufeffA\nB".encode()])
+def test_a_prompt_file_has_no_mark_and_line_feeds(run, tmp_path, content):
+    (tmp_path / "prompt.txt").write_bytes(content)
+    assert run("--prompt_file", tmp_path / "prompt.txt", "--max_tokens", "1", "--seed", "1")[0].startswith("A\nB")
+
+
+@pytest.mark.parametrize(
+    ("encoding", "named"), [("utf-16", "UTF-16"), ("utf-16-le", "UTF-16LE"), ("cp1252", "WINDOWS-1252")]
+)
+def test_a_prompt_file_in_another_encoding_is_refused(run, tmp_path, encoding, named):
+    (tmp_path / "prompt.txt").write_bytes("Once upon a time, at the Café".encode(encoding))
+    with pytest.raises(UserError, match=f"convert it with: iconv -f {named} -t UTF-8 ") as caught:
+        run("--prompt_file", tmp_path / "prompt.txt")
+    assert "--encoding" not in str(caught.value)
+
+
+@pytest.mark.parametrize("line_end", ["\r\n", "\r", "\n"])
+def test_a_session_from_a_pipe_reads_any_line_end(run, line_end):
+    text, notices = run(
+        "--interactive", "--max_tokens", "2", stdin=line_end.join(["\ufeff/temp 0.5", "Hi", "/quit", "No"])
+    )
+    assert "temperature 0.5" in notices and "unknown command" not in notices and text.count("\n") == 1
+
+
 def test_the_prompt_can_be_a_file_or_standard_input(run, tmp_path):
     path = tmp_path / "prompt.txt"
     path.write_text("Grüße", encoding="utf-8")
@@ -65,7 +110,7 @@ def test_the_prompt_can_be_a_file_or_standard_input(run, tmp_path):
     assert from_file == run("--prompt_file", "-", *arguments, stdin="Grüße")[0]
     assert from_file.startswith("Grüße")
     path.write_bytes(b"abc\xff")
-    with pytest.raises(UserError, match="not UTF-8 \\(byte 3\\)"):
+    with pytest.raises(UserError, match="not UTF-8 at byte 3"):
         run("--prompt_file", path)
     with pytest.raises(UserError, match=r"missing\.txt not read"):
         run("--prompt_file", tmp_path / "missing.txt")
@@ -150,8 +195,11 @@ def test_8_bit_weights_generate_and_count_as_parameters(run, tmp_path):
             r"models/none.pt not found; there are .*story5000.pt.*; make another with: python train.py",
         ),
         (["models/foreign.pt"], "foreign.pt"),
-        (["--output", "no/such/folder/x.txt"], "--output no/such/folder/x.txt: there is no folder"),
-        (["--output", "models"], "--output models: that is a folder; name a file"),
+        (
+            ["--output", "no/such/folder/x.txt"],
+            "x.txt: the folder no/such/folder does not exist",
+        ),
+        (["--output", "models"], "--output models is a folder; name a file"),
         (
             ["--output", "models/../models/story5000.pt"],
             "story5000.pt: this is the name of a checkpoint; name another file",

@@ -22,6 +22,7 @@ from hub_server import HubServer, closed_endpoint, hub_environment
 
 from data.dataset import read_info
 from data.documents import read_prepared
+from data.sources import SOURCES
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -180,9 +181,11 @@ def repositories() -> dict[str, dict[str, bytes]]:
     }
 
 
-def prepare_all(run_scripts: Run, folder: Path, environment: dict[str, str]) -> dict[str, Outcome]:
+def prepare_all(run_scripts: Run, folder: Path, environment: dict[str, str], *options: str) -> dict[str, Outcome]:
     """Data set -> how its script ended."""
-    runs = [[str(ROOT / "data" / script), "--output_dir", str(folder / "out")] for script, *_ in DATASETS.values()]
+    runs = [
+        [str(ROOT / "data" / script), "--output_dir", str(folder / "out"), *options] for script, *_ in DATASETS.values()
+    ]
     return dict(zip(DATASETS, run_scripts(runs, folder, environment), strict=True))
 
 
@@ -202,7 +205,8 @@ def test_every_script_prepares_what_the_hub_serves_once(tmp_path, run_scripts):
         assert not any("GET" in request and "/resolve/" in request for request in hub.requests[asked:])
         # What was fetched as a file is in the cache: offline mode finds it there. What was streamed is not stored.
         asked = len(hub.requests)
-        offline = prepare_all(run_scripts, tmp_path, environment | {"HF_HUB_OFFLINE": "1"})
+        offline = prepare_all(run_scripts, tmp_path, environment | {"HF_HUB_OFFLINE": "1"}, "--force")
+        recognized = prepare_all(run_scripts, tmp_path, environment | {"HF_HUB_OFFLINE": "1"})
         assert len(hub.requests) == asked
         hub.commit = hub.commit[::-1]
         (later,) = run_scripts(
@@ -210,11 +214,112 @@ def test_every_script_prepares_what_the_hub_serves_once(tmp_path, run_scripts):
             tmp_path,
             environment,
         )
-    assert not later.status and "already prepared" not in later.output, "another commit is another input"
-    assert read_info(tmp_path / "out", "education").input_digest == hub.commit
+    assert not later.status and "already prepared" in later.output, "the revision is pinned"
+    assert read_info(tmp_path / "out", "education").input_digest == SOURCES["cosmopedia"][0].revision
+    assert all("already prepared" in outcome.output for outcome in recognized.values()), "a pinned revision is known"
     assert not offline["story"].status and not offline["dailydialog"].status, offline
     for name in ("chat", "education"):
         assert_one_sentence(name, offline[name])
+
+
+def test_a_second_source_is_tried_when_the_first_is_gone(tmp_path, run_scripts):
+    official, copy = SOURCES["dailydialog"]
+    served = {
+        source.repository: {
+            name: parquet([{"dialog": talk} for talk in talks(*part)])
+            for name, part in zip(source.files, ((0, 30), (30, 35)), strict=True)
+        }
+        for source in (official, copy)
+    }
+    script = str(ROOT / "data" / "prepare-dailydialog.py")
+    used = {}
+    for gone in ((), (official,), (official, copy)):
+        folder = tmp_path / str(len(gone))
+        folder.mkdir()
+        with HubServer(served) as hub:
+            hub.gone_revisions = {source.revision for source in gone}
+            (used[len(gone)],) = run_scripts(
+                [[script, "--output_dir", str(folder / "out")]], folder, hub.environment(folder / "cache")
+            )
+            fetched = {
+                repository for repository in served if any(f"GET /datasets/{repository}/" in r for r in hub.requests)
+            }
+        if len(gone) < 2:
+            assert not used[len(gone)].status, used[len(gone)].errors
+            assert fetched - {source.repository for source in gone} == {(official, copy)[len(gone)].repository}
+            info = read_info(folder / "out", "dailydialog")
+            assert [info.splits[split].documents for split in ("train", "val")] == [30, 5]
+    assert "trying another source" in used[1].errors
+    for split in ("train", "val"):
+        first, second = (tmp_path / n / "out" / f"dailydialog-{split}.bin" for n in "01")
+        assert first.read_bytes() == second.read_bytes()
+    sentence = used[2].errors.strip().splitlines()[-1]
+    assert used[2].status == 1 and sentence.startswith(f"error: neither {official.files[0]} of {official.repository}")
+    for part in (copy.repository, "HTTP 404", *copy.files, copy.revision, "--input train-00000"):
+        assert part in sentence
+
+
+def test_a_branch_that_moved_is_another_input_and_a_pinned_revision_is_not_asked_for(tmp_path, run_scripts):
+    files = {
+        f"data/{split}-00000-of-00001.parquet": parquet(chat_records(*part))
+        for split, part in (("train_sft", (0, 9)), ("test_sft", (9, 11)))
+    }
+    card = b"---\nconfigs:\n- config_name: default\n  data_files:\n"
+    card += b"  - {split: train_sft, path: data/train_sft-*}\n  - {split: test_sft, path: data/test_sft-*}\n---\n"
+    command = [str(ROOT / "data" / "prepare-chat.py"), "--source", "everyday", "--output_dir", str(tmp_path / "out")]
+    assert not SOURCES["everyday"][0].is_pinned
+    with HubServer({SOURCES["everyday"][0].repository: files | {"README.md": card}}) as hub:
+        environment = hub.environment(tmp_path / "cache")
+        first, again = run_scripts([command, command], tmp_path, environment)
+        hub.commit = hub.commit[::-1]
+        (moved,) = run_scripts([command], tmp_path, environment)
+    assert not first.status and "already prepared" in again.output and "already prepared" not in moved.output
+    assert read_info(tmp_path / "out", "chat").input_digest == hub.commit
+
+
+def test_all_data_sets_in_one_go_and_what_is_missing_is_said(tmp_path):
+    served = {name: files for name, files in repositories().items() if name != "OpenRL/daily_dialog"}
+    command = [sys.executable, str(ROOT / "data" / "prepare-all.py"), "dailydialog", "story", "--limit", "20"]
+    with HubServer(served) as hub:
+        done = subprocess.run(
+            [*command, "--output_dir", str(tmp_path / "out")],
+            capture_output=True,
+            text=True,
+            stdin=subprocess.DEVNULL,
+            env=os.environ | hub.environment(tmp_path / "cache"),
+        )
+    assert done.returncode == 1
+    lines = done.stdout.strip().splitlines()
+    assert lines[-3:-1] == ["prepared: story", "missing: dailydialog"] and "prepare-dailydialog.py" in lines[-1]
+    assert read_info(tmp_path / "out", "story").splits["train"].documents == 20, "a failure does not stop the others"
+
+
+def test_check_sources_asks_for_every_file_and_names_the_missing_ones(tmp_path, run_scripts):
+    def an_existing_name(pattern: str) -> str:
+        return pattern.replace("*", "00000-of-00001")
+
+    served: dict[str, dict[str, bytes]] = {}
+    for source in (source for sources in SOURCES.values() for source in sources):
+        served.setdefault(source.repository, {}).update({an_existing_name(name): b"x" for name in source.files})
+    script = str(ROOT / "testing_tools" / "check_sources.py")
+    with HubServer(served) as hub:
+        environment = hub.environment(tmp_path / "cache")
+        (complete,) = run_scripts([[script]], tmp_path, environment)
+        assert not any("/resolve/" in request for request in hub.requests), "nothing is downloaded"
+        assert all(any(repository in request for request in hub.requests) for repository in served)
+        del served["roneneldan/TinyStories"]["TinyStoriesV2-GPT4-valid.txt"]
+        del served["OpenAssistant/oasst1"]
+        hub.gone_revisions = {SOURCES["squad"][0].revision}
+        (broken, one) = run_scripts([[script], [script, "dolly"]], tmp_path, environment)
+    (offline,) = run_scripts([[script]], tmp_path, hub_environment(closed_endpoint(), tmp_path / "cache"))
+    assert complete.status == 0 and complete.output.strip().endswith("files are missing"), complete.errors
+    assert complete.output.splitlines()[-1].startswith("0 of ")
+    assert broken.status == 1 and "4 of " in broken.output
+    missing = [line for line in broken.output.splitlines() if line.startswith("missing")]
+    assert [line.split()[1] for line in missing] == ["story", "oasst1", "oasst1", "squad"]
+    assert "not in the repository" in missing[0] and "HTTP 404" in missing[1]
+    assert one.status == 0 and "0 of 1 files" in one.output
+    assert offline.status == 1 and "cannot be reached" in offline.errors
 
 
 def assert_one_sentence(name: str, outcome: Outcome) -> None:
@@ -262,8 +367,10 @@ def test_a_connection_cut_once_is_resumed_where_it_broke(tmp_path, run_scripts):
     payload = os.urandom(1 << 20) * 24
     program = """
 import hashlib
-from data.readers.hub import fetch_data_file
-print(hashlib.sha256(fetch_data_file("owner/name", "big.bin").read_bytes()).hexdigest())
+from data.readers.hub import fetch_data_files
+from data.sources import HubSource
+(path,) = fetch_data_files([HubSource("owner/name", "main", ("big.bin",))])
+print(hashlib.sha256(path.read_bytes()).hexdigest())
 """
     with HubServer({"owner/name": {"big.bin": payload}}, {"big.bin": "cut once"}) as hub:
         outcome = run_program(run_scripts, program, tmp_path, hub.environment(tmp_path / "cache"))

@@ -227,7 +227,7 @@ def test_scripts_take_a_folder_or_a_published_name_as_a_checkpoint(saved, tmp_pa
     assert not_there[0] == 1
     assert re.fullmatch(
         r"(?s)(.*\n)?error: config.json of openai-community/gpt2-medium not downloaded \(.*404.*\); fetch "
-        r"http://\S+/openai-community/gpt2-medium/resolve/main/config.json and model.safetensors by hand .*\n",
+        r"http://\S+/openai-community/gpt2-medium/resolve/main/config.json and model.safetensors into a folder.*\n",
         not_there[2],
     )
     assert trained[0] == 0, trained

@@ -60,7 +60,15 @@ NO_TORCH_ROOMS = ("data",)
 NO_TORCH = {
     *("common.cli", "common.output", "common.device", "common.files", "common.hub", "common.ngrams"),
     *("common.speedups", "setup_tokenizer", "training.mixture", "exchange.tokenizer_files", "exchange.model_card"),
-    *("generation.chat", "generation.terminal", "gen", "export", "tokenizer_demo", "prepare_with_extended_tokenizer"),
+    *(
+        "generation.chat",
+        "generation.terminal",
+        "gen",
+        "serve",
+        "export",
+        "tokenizer_demo",
+        "prepare_with_extended_tokenizer",
+    ),
 }
 
 

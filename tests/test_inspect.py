@@ -245,7 +245,7 @@ def test_runs_are_drawn_into_one_picture(tmp_path):
     assert (tmp_path / "one" / "runs.png").read_bytes().startswith(PNG)
     empty = tmp_path / "empty.jsonl"
     empty.write_text('{"iter_num": 1}\n')
-    for argument, words in ((empty, "holds no loss"), (tmp_path / "x.jsonl", "not found")):
+    for argument, words in ((empty, "contains no loss"), (tmp_path / "x.jsonl", "not found")):
         done = subprocess.run([sys.executable, script, argument], capture_output=True, text=True, cwd=tmp_path)
         assert done.returncode == 1 and words in done.stderr and "Traceback" not in done.stderr
 

@@ -80,7 +80,7 @@ def test_a_weight_that_is_no_positive_number_is_refused(dataset, weight):
 @pytest.mark.parametrize(
     ("dataset", "sentence"),
     [
-        ("story=1,story=2", "story stands twice"),
+        ("story=1,story=2", "story occurs twice"),
         ("story,chat", r"a name such as story, or story=0.7,chat=0.3, not 'story,chat'"),
         ("story=1,chat", "a name such as story, or"),
         ("story=1,", "a name such as story, or"),

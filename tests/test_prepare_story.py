@@ -7,6 +7,7 @@ import io
 import json
 import os
 import runpy
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -234,6 +235,22 @@ def test_own_chat_is_prepared_and_encoded_again(tmp_path, inline, capsys):
     inline(OWN, "--dataset", "all", "--output_dir", "out")
     assert "fewer" in capsys.readouterr().out
     assert {path.name: path.read_bytes() for path in (tmp_path / "out").glob("talk*")} == before
+
+
+def test_encoding_all_again_passes_over_what_is_damaged_and_says_so(tmp_path, inline, capsys):
+    for name in ("first", "second"):
+        (tmp_path / "notes.txt").write_text("\n<|endoftext|>\n".join(f"{name} note {n}." for n in range(30)), "utf-8")
+        inline(OWN, "--input", "notes.txt", "--name", name, "--output_dir", "out")
+    for name in ("knowledge-topics.json", "knowledge-prompts.json", "chitchat-phrases.json"):
+        shutil.copy(ROOT / "data" / name, tmp_path / "out")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "out").glob("*") if path.is_file()}
+    (tmp_path / "out" / "first-train.txt").write_text("no separator")
+    (tmp_path / "out" / "second-train.bin").unlink()
+    with pytest.raises(UserError, match=r"1 of 2 data sets were not encoded again; run: python .* --name first$"):
+        inline(OWN, "--dataset", "all", "--output_dir", "out")
+    assert "first not encoded again: " in capsys.readouterr().err
+    after = {path.name: path.read_bytes() for path in (tmp_path / "out").glob("*") if path.is_file()}
+    assert after == before | {"first-train.txt": b"no separator"}, "the other one is made again from its text"
 
 
 @pytest.mark.parametrize("choice", [["--limit", "2"], ["--max_document_tokens", "9"], ["--near_dedup"]])

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from common.cli import UserError
 from data.readers.archives import zip_members
-from data.readers.files import input_files
+from data.readers.inputs import input_files
 from data.readers.json import JsonReader
 from data.readers.recognize import read_documents, recognize
 from data.readers.records import read_records, text_fields

@@ -132,7 +132,10 @@ def test_pieces_cover_the_stream_once_and_fit(tmp_path, block_size):
     for epoch in range(2):
         n_rows = rows.start_epoch(epoch)
         placed = Counter(piece for row in rows._rows for piece in row)
-        assert placed == Counter(range(len(pieces))) and n_rows == len(rows._rows)
+        assert placed == Counter(dict.fromkeys(placed, 1)) and n_rows == len(rows._rows)
+        left_out = [rows._pieces[piece].tolist() for piece in range(len(pieces)) if piece not in placed]
+        for message, begin, end in left_out:
+            assert not any(slow_targets(ids[message:end].tolist())[begin + 1 - message :]), "only what has no target"
         assert all(sum(rows._lengths[piece] for piece in row) <= block_size + 1 for row in rows._rows)
 
 
@@ -167,6 +170,30 @@ def test_a_cut_answer_keeps_its_targets_but_the_first_of_each_piece(tmp_path):
     assert len(firsts) == 2
     expected = [token for token in answer if token not in firsts]
     assert seen == Counter([*expected, IM_END_ID] * 2)
+
+
+@pytest.mark.parametrize("end_pieces", [False, True])
+@pytest.mark.parametrize("block_size", [4, 9, 20, 63, 400])
+def test_exactly_the_rows_without_a_target_are_left_out(tmp_path, block_size, end_pieces, monkeypatch):
+    monkeypatch.setattr("training.rows.SCANNED_TOKENS", 37)
+    rng = np.random.default_rng(block_size)
+    talks = conversations(rng, 80, most_messages=3, most_tokens=40)
+    broken = [[IM_START_ID, *ASSISTANT_IDS], [IM_START_ID, *ASSISTANT_IDS, 198], [IM_START_ID, *ASSISTANT_IDS, 198, 7]]
+    talks += [[*talk, ENDOFTEXT_ID] for talk in broken] + [[ENDOFTEXT_ID], [5, 6, ENDOFTEXT_ID]]
+    stream = stream_of(tmp_path, joined([talks[index] for index in rng.permutation(len(talks))] + broken[2:]))
+    rows = ChatRows(stream, block_size, 3, end_pieces=end_pieces)
+    every = ChatRows(stream, block_size, 3, end_pieces=end_pieces)
+    every._has_target[:] = True  # leaves out nothing
+    for epoch in range(2):
+        n_rows, n_all = rows.start_epoch(epoch), every.start_epoch(epoch)
+        assert n_rows <= n_all == n_rows + rows.n_without_target and (n_rows < n_all or block_size == 400)
+        expected = [every.row(index) for index in range(n_all) if (every.row(index)[1] != IGNORED).any()]
+        got = [rows.row(index) for index in range(n_rows)]
+        assert [(ids.tolist(), targets.tolist()) for ids, targets in got] == [
+            (ids.tolist(), targets.tolist()) for ids, targets in expected
+        ]
+    assert ("left out" in rows.describe()) == (rows.n_without_target > 0)
+    assert "left out" not in every.describe()
 
 
 def test_packing_is_best_fit():

@@ -77,6 +77,21 @@ def test_a_strong_repetition_penalty_prevents_repetition():
     assert len(set(ids[:20])) == 20 and not {5, 6} & set(ids[:20])
 
 
+TINY = (5e-324, 1e-46, 1e-38)  # not a number of float32, or only just
+
+
+@pytest.mark.parametrize("temperature", [0.0, -0.0, *TINY, 9.99e-7, 1e-6, 99.999])
+@pytest.mark.parametrize("top_k", [None, 1, 10**30])
+def test_every_accepted_setting_draws_an_id(temperature, top_k):
+    logits = torch.cat([5 * torch.randn(3, 50, generator=seeded()), torch.zeros(1, 50)])
+    for top_p in (None, *TINY, 1 - 1e-16, 1.0):
+        for min_p in (None, 0.0, *TINY, 1.0):
+            ids = sample(logits, Sampling(temperature, top_k, top_p, min_p), seeded())
+            assert ((ids >= 0) & (ids < 50)).all(), (top_p, min_p)
+            if temperature < 1e-5 or top_k == 1 or top_p in TINY or min_p == 1:
+                assert (ids[:3] == logits[:3].argmax(-1)).all(), (top_p, min_p)
+
+
 def test_padding_ids_are_never_drawn():
     gpt = generating_gpt()
     gpt.wte.weight.data[CONFIG.n_vocab :] = 100 * gpt.wte.weight[0]  # would be likeliest or least likely

@@ -39,7 +39,7 @@ def config_of(data=TEXT, device: str = "cpu", **options) -> RunConfig:
         (["--learning_rate", "nan"], "--learning_rate must be at least 0, not nan"),
         (["--muon_learning_rate", "-1"], "--muon_learning_rate must be at least 0"),
         (["--seed", str(2**63)], "--seed must be at least 0 and below"),
-        (["--init_from", ""], "--init_from must name a checkpoint, not be empty"),
+        (["--init_from", ""], "--init_from is empty; name a checkpoint"),
         (["--dataset", "../story"], "dataset must be a name such as story"),
         (["--max_iter", "5"], "did you mean --max_iters"),
     ],

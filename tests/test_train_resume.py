@@ -161,7 +161,7 @@ def test_other_validation_rows_start_the_best_loss_anew(data, half, capsys):
     path = half / "text10.pt"
     change_info(path, best_val_loss=0.1)  # as other rows might have it
     assert run(data, half, resume=True, eval_iters=1) == 0
-    assert "resume: the validation rows have changed, so the best loss starts anew" in capsys.readouterr().out
+    assert "resume: the validation rows have changed, so the best loss is reset" in capsys.readouterr().out
     info = load_checkpoint(path)["info"]
     assert info["best_val_loss"] == load_checkpoint(half / "text10-best.pt")["info"]["val_loss"] > 0.1
 
@@ -230,7 +230,7 @@ def test_init_from_takes_the_weights_and_the_shape_and_nothing_else(data, half, 
     for name, value in (("n_embd", 16), ("preset", "gpt2"), ("block_size", 2 * OPTIONS["block_size"])):
         with pytest.raises(UserError, match=f"--{name} {value} contradicts .*text10.pt"):
             run(data, tmp_path, **{**given, name: value})
-    with pytest.raises(ValueError, match="not both"):
+    with pytest.raises(ValueError, match="do not use both"):
         train.TrainOptions(resume="", init_from=source)
 
 

@@ -10,13 +10,12 @@ from typing import Protocol
 
 import numpy as np
 
-from common.cli import UserError
 from model import IGNORED
 from training.rows import ChatRows, TextRows
 
 
 class Rows(Protocol):
-    """Rows in epochs, as TextRows, ChatRows and MixedRows have them."""
+    """Rows in epochs: TextRows, ChatRows or MixedRows."""
 
     def start_epoch(self, epoch: int) -> int: ...
 
@@ -26,8 +25,8 @@ class Rows(Protocol):
 class Batches:
     """Endless batches of rows in epoch order, prefetched by a thread.
 
-    `position` is {"epoch", "row"} of the first row that has not been returned yet: new Batches at that position
-    continue with the same rows.
+    `position` is {"epoch", "row"} of the first row that has not been returned yet. New Batches that start at this
+    position continue with the same rows.
     """
 
     def __init__(self, rows: Rows, n_rows: int, position: dict | None = None):
@@ -83,9 +82,9 @@ class Batches:
 
 
 def fixed_batches(rows: TextRows | ChatRows, batch_size: int, max_rows: int) -> list[tuple[np.ndarray, np.ndarray]]:
-    """The first `max_rows` rows of a split's epoch 0 in batches, the same at every call: for validation.
+    """The first `max_rows` rows of a split's epoch 0 in batches, the same at every call, for validation.
 
-    The last batch is padded with rows without targets. Raises UserError if there is no target at all.
+    The last batch is padded with rows without targets, which do not count.
     """
     n_rows = min(rows.start_epoch(0), max_rows)
     batches = []
@@ -94,9 +93,4 @@ def fixed_batches(rows: TextRows | ChatRows, batch_size: int, max_rows: int) -> 
         made += [(made[0][0], np.full_like(made[0][1], IGNORED))] * (batch_size - len(made))
         ids, targets = (np.stack(column) for column in zip(*made, strict=True))
         batches.append((ids, targets))
-    if not any((targets != IGNORED).any() for _, targets in batches):
-        raise UserError(
-            f"the validation rows of {rows.stream.paths[0]} contain no target; use --loss_on all, a larger "
-            "--eval_iters, or prepare conversations in which the assistant speaks"
-        )
     return batches

@@ -1,10 +1,10 @@
-"""The configuration of a run: TrainOptions as typed, and the RunConfig that `make_config` makes of them, once.
+"""The configuration of a run: TrainOptions is the command line, RunConfig is what `make_config` derives from it, once.
 
     options = parse_options(TrainOptions, ...)        # None: not given
     options = resumed_options(options, given, ...)    # only on --resume: what the checkpoint was made with
     config = make_config(options, given, device, data, checkpoint)
 
-Every field of a RunConfig has its final value. A checkpoint holds them as info["config"].
+Every field of a RunConfig has its final value. A checkpoint stores them in info["config"].
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class TrainOptions:
 
     dataset: str = option(
         "story",
-        "prepared data set (story, dailydialog, chat, chitchat, ...), or several with their shares of the rows: "
+        "prepared data set (story, dailydialog, chat, chitchat, ...), or a mixture with each one's share of the rows: "
         "story=0.7,chat=0.3",
         group="data",
         metavar="NAME",
@@ -77,7 +77,7 @@ class TrainOptions:
 
     batch_size: int | str | None = option(
         None,
-        "sequences per micro-batch; auto: the largest micro-batch that fits, tokens per iteration stay the same "
+        "sequences per micro-batch; auto: the largest number that fits, with the same number of tokens per iteration "
         "(default: 16, on CUDA fewer if 16 do not fit)",
         type=number_or_auto,
         at_least=1,
@@ -121,13 +121,13 @@ class TrainOptions:
     )
     weight_decay: float = option(
         0.1,
-        "weight decay of the matrices under adamw; muon's AdamW part has none",
+        "weight decay of the matrices with --optimizer adamw; the AdamW part of muon has none",
         at_least=0,
         group="optimizer",
         metavar="X",
     )
     muon_weight_decay: float = option(
-        0.01, "weight decay of the matrices under muon", at_least=0, group="optimizer", metavar="X"
+        0.01, "weight decay of the matrices with --optimizer muon", at_least=0, group="optimizer", metavar="X"
     )
     grad_clip: float = option(
         1.0, "largest gradient norm; 0 turns clipping off", at_least=0, group="optimizer", metavar="X"
@@ -149,7 +149,7 @@ class TrainOptions:
     )
 
     device: str | None = option(
-        None, "cpu, mps, cuda or cuda:N (default: asks, or takes the best one)", group="device", metavar="NAME"
+        None, "cpu, mps, cuda or cuda:N (default: asks, or chooses the best one)", group="device", metavar="NAME"
     )
     dtype: str | None = option(
         None,
@@ -162,7 +162,7 @@ class TrainOptions:
         "use torch.compile (default: on CUDA, and from 200 iterations on a CPU with a C++ compiler)",
         group="device",
     )
-    plain: bool = option(False, "leave out all of fast/: the plain code alone, slower", group="device")
+    plain: bool = option(False, "use only the plain code, without the faster parts in fast/", group="device")
     parallel: str = option(
         "ddp",
         "under torchrun: ddp (each process holds the whole model) or fsdp (a shard of it)",
@@ -170,15 +170,15 @@ class TrainOptions:
         group="device",
     )
     seed: int = option(
-        1337, "seed of the weights and of the data's order", at_least=0, below=2**63, group="device", metavar="N"
+        1337, "seed of the weights and of the order of the data", at_least=0, below=2**63, group="device", metavar="N"
     )
-    deterministic: bool = option(False, "make CUDA repeat its results exactly, at some cost in speed", group="device")
+    deterministic: bool = option(False, "make results on CUDA repeatable, at some cost in speed", group="device")
 
     out_dir: str = option("models", "folder of the checkpoints", group="files", metavar="DIR")
-    keep: int = option(0, "also keep the last N checkpoints of evaluations", at_least=0, group="files", metavar="N")
+    keep: int = option(0, "also keep the checkpoints of the last N evaluations", at_least=0, group="files", metavar="N")
     resume: str | None = option(
         None,
-        "continue a run from its checkpoint (default: that of --dataset and --max_iters)",
+        "continue a run from its checkpoint (default: the one that --dataset and --max_iters name)",
         nargs="?",
         const="",
         group="files",
@@ -189,19 +189,19 @@ class TrainOptions:
         check_options(self)
         parse_mixture(self.dataset)  # raises ValueError
         if self.init_from == "":
-            raise ValueError("--init_from must name a checkpoint, not be empty")
+            raise ValueError("--init_from is empty; name a checkpoint")
         if self.resume is not None and self.init_from is not None:
-            raise ValueError("give --resume, which continues a run, or --init_from, which starts one, not both")
+            raise ValueError("--resume continues a run and --init_from starts a new one; do not use both")
 
     @property
     def checkpoint_path(self) -> str:
-        """The checkpoint that --resume means."""
+        """The checkpoint that --resume names, or the default one."""
         return self.resume or f"{self.out_dir}/{mixture_name(self.dataset)}{self.max_iters}.pt"
 
 
 @dataclasses.dataclass(frozen=True)
 class RunConfig:
-    """What a run does, completely. Made by `make_config`; the fields are explained in TrainOptions."""
+    """Everything that defines a run. Made by `make_config`; TrainOptions explains the fields."""
 
     dataset: str
     max_iters: int
@@ -239,12 +239,12 @@ class RunConfig:
     data_dir: str
     out_dir: str
     resume: str | None  # the checkpoint that the run continues; None for a new run
-    init_from: str | None  # where a new run takes its weights from; None: new weights
-    val_rows: int  # rows of an evaluation; they stay the same if a resumed run changes its batch_size
+    init_from: str | None  # the model whose weights a new run starts from; None: new weights
+    val_rows: int  # rows per evaluation; the number stays the same if a resumed run changes its batch_size
 
     @property
     def name(self) -> str:
-        """What the run's files are called."""
+        """The name of the run's files, without suffix."""
         return f"{mixture_name(self.dataset)}{self.max_iters}"
 
     @property
@@ -267,8 +267,8 @@ def make_config(
     """The configuration of a run on `device` with the data set that `data` describes (see `mixture_facts`).
 
     `checkpoint` is loaded from what --resume or --init_from names, and `given` holds the options on the command line.
-    `speed_up` replaces parts of a model by faster ones, None under --plain; `logits_rows` are the rows whose logits
-    then exist at once. Raises UserError for options that exclude each other.
+    `speed_up` replaces parts of a model with faster ones (None with --plain); `logits_rows` is the number of rows whose
+    logits then exist at once. Raises UserError for options that cannot be combined.
     """
     info = checkpoint["info"] if checkpoint else {}
     formats = {part["format"] for part in data.get("parts") or [data]}
@@ -306,14 +306,14 @@ def _choices(
 ) -> dict[str, Any]:
     """The value of every option that may be None, except the model's shape and the micro-batch."""
     on_cuda, is_chat = device.startswith("cuda"), "chat" in formats
-    # Rates that suit the width: a narrow model bears, and needs, larger steps.
+    # A narrow model tolerates, and needs, larger steps.
     learning_rate = _or(options.learning_rate, 3e-3 if n_embd <= 384 else 6e-4)
-    # On a CPU compiling takes up to a minute, which a short run does not earn back.
+    # On a CPU, compiling takes up to a minute, which does not pay off in a short run.
     pays_off = on_cuda or (device == "cpu" and options.max_iters >= 200 and has_cpp_compiler())
     return {
         "preset": options.preset or _default_preset(device),
         "loss_on": options.loss_on or ("assistant" if is_chat else "all"),
-        # Conversations in a row have nothing to do with each other, and in chat a reply must not see its neighbours.
+        # The conversations in a row are unrelated, and in a chat a model never sees another conversation.
         "document_mask": _or(options.document_mask, formats == {"chat"}),
         "learning_rate": learning_rate,
         "min_lr": _or(options.min_lr, learning_rate / 10),
@@ -342,7 +342,7 @@ def _shape(options: TrainOptions, device: str, info: Mapping[str, Any]) -> dict[
     shape = {name: getattr(options, name) or getattr(preset, name) for name in names}
     if options.init_from is not None:
         shape = {name: info["model"][name] for name in names}
-        # Fewer positions than the checkpoint's are fine: those beyond are left out.
+        # Fewer positions than the checkpoint has are fine: the last ones are dropped.
         shape["block_size"] = min(options.block_size or shape["block_size"], shape["block_size"])
         for name, value in shape.items():
             by_preset = getattr(preset, name) if options.preset and name != "block_size" else value
@@ -356,7 +356,7 @@ def _shape(options: TrainOptions, device: str, info: Mapping[str, Any]) -> dict[
 
 
 def _check_combinations(options: TrainOptions, given: Mapping[str, Any], formats: set[str], is_plain: bool) -> None:
-    """Raise UserError for an option that would have no effect beside the others."""
+    """Raise UserError for an option that would have no effect together with the others."""
     if options.optimizer == "muon" and "weight_decay" in given:
         raise UserError("--weight_decay is for --optimizer adamw; with muon use --muon_weight_decay")
     if options.loss_on == "assistant" and "chat" not in formats:

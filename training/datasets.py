@@ -21,7 +21,7 @@ class TrainingData:
 
     parts: dict[str, tuple[dict[str, TokenStream], DatasetInfo]]  # as open_dataset returns them
     shares: dict[str, Fraction]
-    facts: dict[str, Any]  # what a checkpoint keeps of them, see mixture_facts
+    facts: dict[str, Any]  # what a checkpoint stores about them, see mixture_facts
 
     @property
     def formats(self) -> list[str]:
@@ -34,7 +34,7 @@ class TrainingData:
             require_length(streams, block_size)
 
     def mean_loss(self, losses: dict[str, float]) -> float:
-        """The parts' losses weighted with their shares."""
+        """The mean of the parts' losses, weighted by their shares."""
         return sum(float(self.shares[name]) * loss for name, loss in losses.items())
 
 
@@ -52,8 +52,8 @@ def make_rows(data: TrainingData, config: RunConfig) -> tuple[TextRows | ChatRow
     for name, (streams, info) in data.parts.items():
         train_rows, val_rows = (_rows_of(streams[split], info.format, config) for split in ("train", "val"))
         if isinstance(train_rows, ChatRows):
-            n_rows, share = train_rows.start_epoch(0), train_rows.real_token_fraction()
-            print(f"rows: {name}'s conversations fill {n_rows:,} rows; {share:.1%} of the tokens are not padding")
+            train_rows.start_epoch(0)
+            print(f"rows: {name}'s conversations fill {train_rows.describe()}")
         rows.append(train_rows)
         val_batches[name] = fixed_batches(val_rows, config.batch_size, config.val_rows)
     if len(rows) == 1:
@@ -62,7 +62,7 @@ def make_rows(data: TrainingData, config: RunConfig) -> tuple[TextRows | ChatRow
 
 
 def _rows_of(stream: TokenStream, kind: str, config: RunConfig) -> TextRows | ChatRows:
-    """How a stream is cut into rows: chat by whole conversations, text by pieces of block_size."""
+    """A stream as rows: whole conversations for chat, pieces of block_size tokens for text."""
     if kind == "chat":
         return ChatRows(stream, config.block_size, config.seed, config.loss_on, end_pieces=config.document_mask)
     return TextRows(stream, config.block_size, config.seed)

@@ -1,4 +1,4 @@
-"""What happens around the training loop when it fails: save what is sound, then say what to do."""
+"""What to do if the training loop fails: save the last complete step, then tell the user how to continue."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def saving_after_errors(run: Run, measurements: Measurements) -> Iterator[None]:
     """After an error in the block, save the last complete step; out of memory and a lost process become a UserError.
 
     A UserError of the block itself, such as a loss that is not finite, saves nothing: the last checkpoint is better
-    than the weights.
+    than the current weights.
     """
     try:
         yield

@@ -42,12 +42,12 @@ def make_model(config: GPTConfig, checkpoint: dict | None = None, path: str = ""
 
 @torch.no_grad()
 def init_for_copying(model: GPT) -> None:
-    """Give a new model embeddings from which it learns in a fraction of the steps to repeat what it has read.
+    """Give a new model embeddings with which it learns in a fraction of the steps to copy from its context.
 
     Copying needs a head that looks one token back ("In-context Learning and Induction Heads", Olsson et al. 2022).
-    Positions that start as sinusoids, similar for neighbours, make that head easy to find. In a narrow model, a token
-    whose embedding has a spread of 0.02, right for the published widths, can never win at the tied head unless it is
-    frequent, so the embeddings of narrow models start longer.
+    Positions that start as sinusoids, which are similar for neighbours, make that head easy to learn. A spread of 0.02
+    is right for the published widths. In a narrow model, a token whose embedding starts with it can never win at the
+    tied head unless it is frequent, so the embeddings of narrow models start longer.
     """
     config = model.config
     std = PUBLISHED_STD * max(1.0, PUBLISHED_WIDTH / config.n_embd)

@@ -1,4 +1,4 @@
-"""The losses and gradient norms of a run's steps, read no more often than needed, and checked when they are."""
+"""The loss and gradient norm of each step, read from the device only when needed, and checked then."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Measurements:
         self.pending: list[tuple[int, float, Tensor]] = []
 
     def add(self, iter_num: int, learning_rate: float, loss: Tensor, grad_norm: Tensor) -> None:
-        """Note a step's loss and gradient norm, each one number on the device."""
+        """Keep a step's loss and gradient norm, each a single number on the device, until they are read."""
         self.pending.append((iter_num, learning_rate, torch.stack([loss, grad_norm])))
 
     def read(self) -> tuple[float, float]:
@@ -47,15 +47,15 @@ class Measurements:
         return loss, grad_norm
 
     def read_pending(self) -> None:
-        """Read what is pending, if anything is: only a state with finite losses is worth saving."""
+        """Read the pending steps, if there are any: only a state with finite losses is worth saving."""
         if self.pending:
             self.read()
 
 
 def not_finite_error(run: Run, what: str, value: float, iter_num: int, learning_rate: float) -> UserError:
-    """The sentence for a loss or gradient norm that is not finite.
+    """The UserError for a loss or gradient norm that is not finite.
 
-    The same batch would fail again, so the command resumes an earlier state, the last that was saved.
+    The same batch would fail again, so the suggested command resumes the last saved state with a smaller learning rate.
     """
     config = run.config
     last = "none" if run.train_loss is None else f"{run.train_loss:.4f}"

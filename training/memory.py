@@ -40,7 +40,7 @@ def _no_room_error(config: GPTConfig, device: str) -> UserError:
 def out_of_memory_error(batch_size: int, gradient_accumulation_steps: int, resume: str = "") -> UserError:
     """The sentence for a step that does not fit: a smaller micro-batch with the same tokens per iteration.
 
-    `resume` is what the command needs besides, such as `--resume models/story5000.pt `.
+    `resume` is an option that the command also needs, such as `--resume models/story5000.pt `.
     """
     smaller = smaller_micro_batch(batch_size, gradient_accumulation_steps)
     if smaller is None:
@@ -52,7 +52,7 @@ def out_of_memory_error(batch_size: int, gradient_accumulation_steps: int, resum
 
 
 def smaller_micro_batch(batch_size: int, gradient_accumulation_steps: int) -> tuple[int, int] | None:
-    """A micro-batch of half the size or less with the accumulation that keeps their product; None for one of 1.
+    """A micro-batch of at most half the size, and the accumulation steps that keep the product; None for size 1.
 
     >>> smaller_micro_batch(12, 1)
     (6, 2)
@@ -93,11 +93,11 @@ def find_micro_batch(
     gradient_accumulation_steps: int,
     speed_up: SpeedUp | None = None,
 ) -> tuple[int, int]:
-    """(batch_size, gradient_accumulation_steps): as they are, or a micro-batch that fits with the same product.
+    """(batch_size, gradient_accumulation_steps), unchanged or with a micro-batch that fits and the same product.
 
-    `requested` is the option: a number is kept, "auto" takes the largest micro-batch that fits, and None tries sizes
-    up to the default `batch_size` on CUDA. `speed_up` is applied to the model that is tried. On a CPU, raises UserError
-    if a step cannot fit.
+    `requested` is the option: a number is kept, "auto" finds the largest micro-batch that fits, and None tries sizes up
+    to the default `batch_size` on CUDA. `speed_up` is applied to the model that is tried. On a CPU, raises UserError if
+    a step cannot fit.
     """
     unchanged = batch_size, gradient_accumulation_steps
     if requested != "auto" and step.device == "cpu":
@@ -114,9 +114,9 @@ def find_micro_batch(
     else:
         size = largest_by_trying(step, sizes, speed_up)
     if size is None:
-        print("warning: this system does not report its free memory; --batch_size auto changes nothing")
+        print("warning: this system does not report its free memory; --batch_size auto has no effect")
         return unchanged
-    size = int(reduce("min", size)[0])  # all processes take the same
+    size = int(reduce("min", size)[0])  # the same in all processes
     steps = sequences // size
     if requested == "auto" or size != batch_size:
         kind = "auto" if requested == "auto" else f"the default of {batch_size} does not fit"
@@ -129,7 +129,7 @@ def sizes_to_try(device: str, requested: int | str | None, batch_size: int, sequ
     """The micro-batches of a process that makes `sequences` per iteration, largest first; none if its size is given."""
     if requested == "auto":
         return divisors(sequences)
-    if requested is None and device.startswith("cuda"):  # a small card should be able to start with the defaults
+    if requested is None and device.startswith("cuda"):  # the defaults should work on a small card, too
         return [size for size in divisors(sequences) if size <= batch_size]
     return []
 
@@ -157,7 +157,7 @@ def check_memory(step: StepMemory, batch_size: int, steps: int) -> None:
 def largest_by_estimate(step: StepMemory, sizes: list[int]) -> int | None:
     """The first of `sizes` that fits a CPU's free memory by `step_bytes`, else 1; None if that memory is not known.
 
-    On a CPU a try that does not fit would end the process.
+    On a CPU nothing is tried: the system would kill a process that takes too much.
     """
     available = available_memory_bytes()
     if available is None:
@@ -190,7 +190,7 @@ def try_step(model: GPT, step: StepMemory, batch_size: int) -> None:
 
 
 def fits(model: GPT, run_step: Callable[[], None], device: str) -> bool:
-    """Whether a step runs through while the memory that training needs besides is taken."""
+    """Whether a step runs through while the other memory that training needs is occupied."""
     held = []
     try:
         free = torch.cuda.mem_get_info(device)[0] if device.startswith("cuda") else 0
@@ -218,13 +218,13 @@ def fits(model: GPT, run_step: Callable[[], None], device: str) -> bool:
 def step_bytes(
     config: GPTConfig, batch_size: int, logits_rows: int | None = None, activation_checkpointing: bool = False
 ) -> int:
-    """The most memory that a training step on a CPU takes beside the weights, in bytes: an eager one in float32.
+    """The most memory in bytes that a training step on a CPU takes in addition to the weights: eager, in float32.
 
-    Per layer and token, 18 widths are kept for the backward pass (the inputs of each LayerNorm, Linear and GELU); with
-    activation checkpointing 1, and the 18 of one layer at a time. The gradients of the layer at work take 16 more.
-    At most `logits_rows` rows of logits exist at once (None: all rows, and their gradient), beside a copy of the head's
-    weight and a part of its gradient. Gradients, two optimizer states and the optimizer's temporaries take the size of
-    the weights each, and the libraries 128 MiB.
+    Per layer and token, 18 vectors of length n_embd are kept for the backward pass (the inputs of each LayerNorm,
+    Linear and GELU); with activation checkpointing 1, and the 18 of one layer at a time. The gradients of the current
+    layer take 16 more. At most `logits_rows` rows of logits exist at once (None: all rows, and their gradient), in
+    addition to a copy of the head's weight and a part of its gradient. Gradients, two optimizer states and the
+    optimizer's temporaries take the size of the weights each, and the libraries 128 MiB.
     """
     tokens = batch_size * config.block_size
     kept = config.n_layer + 18 if activation_checkpointing else 18 * config.n_layer

@@ -1,4 +1,4 @@
-"""A run's metrics: one JSON line for each iteration logged, and the loss curves as a picture."""
+"""A run's metrics: one JSON line per logged iteration, and the loss curves as a picture."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from typing import Any
 from common.cli import UserError
 from common.files import atomic_write, write_error
 
-PART_LOSS = "val_loss/"  # begins the name under which a record holds the validation loss of a mixture's part
+PART_LOSS = "val_loss/"  # followed by the name of a mixture's part, the key of its validation loss in a record
 
 
 class MetricsLog:
-    """Appends records, each a dict with "iter_num", to a file that starts anew with `records`.
+    """Appends records, each a dict with "iter_num", to a file that starts with `records`.
 
-    What a full disk refuses is kept and written as soon as there is room, so that a log has no gaps. A `board` gets
-    the same records.
+    Records that cannot be written because the disk is full are kept and written as soon as there is space, so a log has
+    no gaps. `board` gets the same records.
     """
 
     def __init__(self, path: Path, records: Iterable[dict] = (), board: TensorBoard | None = None):
@@ -30,21 +30,21 @@ class MetricsLog:
         self._unwritten = b""
 
     def write(self, record: dict) -> None:
-        """Append a record and hand it to the system; where that fails, say so and keep it."""
+        """Append a record and write it to the file; if that fails, print a warning and keep the record."""
         self._unwritten += _line(record)
         if self._board:
             self._board.write(record)
         try:
             self._flush()
         except OSError as error:
-            print(f"warning: {write_error(self.path, error)}; training goes on, and what is missing is written later")
+            print(f"warning: {write_error(self.path, error)}; training continues, and the records are written later")
 
     def _flush(self) -> None:
         while self._unwritten:
             self._unwritten = self._unwritten[self._file.write(self._unwritten) :]  # perhaps only a part of it
 
     def sync(self) -> None:
-        """Wait until all records are on the disk: before a checkpoint that counts on them. Raises UserError."""
+        """Wait until all records are on the disk, before a checkpoint that relies on them. Raises UserError."""
         try:
             self._flush()
             os.fsync(self._file.fileno())
@@ -59,9 +59,9 @@ class MetricsLog:
 
 
 class TensorBoard:
-    """Copies a run's records into event files for TensorBoard, in a folder that starts anew with `records`.
+    """Copies a run's records into event files for TensorBoard, in a folder that starts with `records`.
 
-    Raises UserError where the package is missing.
+    Raises UserError if the package is missing.
     """
 
     def __init__(self, folder: Path, records: Iterable[dict] = ()):
@@ -87,7 +87,7 @@ class TensorBoard:
 
 
 def require_tensorboard() -> type:
-    """TensorBoard's writer of event files. Raises UserError where the package is missing."""
+    """TensorBoard's writer of event files. Raises UserError if the package is missing."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
@@ -96,7 +96,7 @@ def require_tensorboard() -> type:
 
 
 def _line(record: dict) -> bytes:
-    """A record as a line of JSON, which has no word for a number that is not finite: null."""
+    """A record as a line of JSON, in which a number that is not finite becomes null."""
     finite = {
         key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in record.items()
     }
@@ -104,7 +104,7 @@ def _line(record: dict) -> bytes:
 
 
 def read_metrics(path: Path) -> list[dict]:
-    """The records of a log; a line that a killed run or a power cut left unfinished is left out."""
+    """The records of a log, without lines that a killed run or a power cut left unfinished."""
     records = []
     if path.is_file():
         for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
@@ -118,7 +118,7 @@ def read_metrics(path: Path) -> list[dict]:
 
 
 def draw_curves(path: Path, records: list[dict], title: str) -> bool:
-    """Draw loss, learning rate and gradient norm over the iterations as a PNG; False where matplotlib is missing."""
+    """Draw loss, learning rate and gradient norm over the iterations as a PNG; False if matplotlib is missing."""
     try:
         from matplotlib.figure import Figure
         from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator

@@ -1,8 +1,8 @@
 """Mixtures of data sets: what `--dataset story=0.7,chat=0.3` means, and rows drawn from its parts by weight.
 
-A weight is a share of the rows that are trained on, each block_size tokens; weights are divided by their sum.
-Every round of rows, the shortest in which the shares come out even, holds exactly each part's share, in an order
-drawn from the seed and the round's number. Each part goes through its own epochs meanwhile, as it would alone.
+A weight is a share of the training rows, each block_size tokens long; weights are divided by their sum. Rows are drawn
+in rounds, as short as they can be with a whole number of rows from each part. The order within a round depends on the
+seed and the round's number. Each part has its own epochs, as if it were the only one.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ LONGEST_ROUND = 1 << 20  # rows
 
 
 def parse_mixture(dataset: str) -> dict[str, Fraction]:
-    """The share of each data set that --dataset names, 1 together. Raises ValueError, in one sentence.
+    """The share of each data set that --dataset names; they add up to 1. Raises ValueError, in one sentence.
 
     >>> parse_mixture("story=3,chat=1")
     {'story': Fraction(3, 4), 'chat': Fraction(1, 4)}
@@ -30,27 +30,27 @@ def parse_mixture(dataset: str) -> dict[str, Fraction]:
     for word in words:
         name, equals, number = word.partition("=")
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name) or (len(words) > 1 and not equals):
-            raise ValueError(f"dataset must be a name such as story, or story=0.7,chat=0.3, not {dataset!r}")
+            raise ValueError(f"--dataset must be a name such as story, or story=0.7,chat=0.3, not {dataset!r}")
         is_number = re.fullmatch(r"\d+\.?\d*|\.\d+", number, re.ASCII)
         weight = Fraction(number) if is_number else Fraction(not equals)
         if weight == 0:
-            raise ValueError(f"dataset: the weight of {name} must be a number above 0 such as 0.3, not {number!r}")
+            raise ValueError(f"--dataset: the weight of {name} must be a number above 0 such as 0.3, not {number!r}")
         if name in weights:
-            raise ValueError(f"dataset: {name} stands twice in {dataset!r}; give it one weight")
+            raise ValueError(f"--dataset: {name} occurs twice in {dataset!r}; give it one weight")
         weights[name] = weight
     shares = {name: weight / sum(weights.values()) for name, weight in weights.items()}
     if _round_rows(shares.values()) > LONGEST_ROUND:
-        raise ValueError(f"dataset: the weights in {dataset!r} have too many digits; round them, to 0.001 or so")
+        raise ValueError(f"--dataset: the weights in {dataset!r} have too many digits; round them, to 0.001 or so")
     return shares
 
 
 def _round_rows(shares) -> int:
-    """Rows of the shortest round that holds a whole number of each part's."""
+    """The number of rows in the shortest round with a whole number of rows from each part."""
     return math.lcm(*(share.denominator for share in shares))
 
 
 def mixture_name(dataset: str) -> str:
-    """What files and people call a data set or a mixture.
+    """The name of a data set or a mixture, also in file names.
 
     >>> mixture_name("story=0.7,chat=0.3")
     'story+chat'
@@ -59,9 +59,9 @@ def mixture_name(dataset: str) -> str:
 
 
 def mixture_facts(facts: Mapping[str, dict], shares: Mapping[str, Fraction]) -> dict:
-    """What a run keeps of its data: one data set's .json as it is, of a mixture all under "parts" with the weights.
+    """What a checkpoint stores about the data: a data set's .json; for a mixture, a list of them under "parts".
 
-    A mixture with a chat part makes a chat model, so its "format" is "chat".
+    A mixture with a chat part trains a chat model, so its "format" is "chat".
     """
     first = next(iter(facts.values()))
     if len(facts) == 1:
@@ -77,17 +77,17 @@ def mixture_facts(facts: Mapping[str, dict], shares: Mapping[str, Fraction]) -> 
 
 
 def data_parts(data: Mapping) -> list[dict]:
-    """The facts of each data set in what `mixture_facts` made."""
+    """The facts of each data set in what `mixture_facts` returned."""
     return data.get("parts") or [data]
 
 
 def trained_on(info: Mapping) -> dict[str, dict]:
-    """The data sets that a checkpoint was trained on, and the facts of each as far as it has them."""
+    """The data sets that a checkpoint was trained on, each with the facts that the checkpoint holds."""
     return dict(zip(info["dataset"].split("+"), data_parts(info.get("data") or {}), strict=False))
 
 
 class MixedRows:
-    """Rows of several parts in rounds; to `Batches` a round is an epoch, so that epoch and row say all."""
+    """Rows of several parts in rounds. `Batches` treats a round as an epoch: epoch and row are the whole position."""
 
     def __init__(self, parts: Sequence, shares: Sequence[Fraction], seed: int):
         n_rows = _round_rows(shares)
@@ -104,18 +104,18 @@ class MixedRows:
         return len(self._part)
 
     def row(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        """The part's own row, ids and targets, that stands at place `index` of the round."""
+        """Ids and targets, (block_size,) each, of the round's row `index`."""
         return self._parts[self._part[index]].row(int(self._number[index]))
 
 
 class _EndlessRows:
-    """A part's rows by one number that goes on over its epochs."""
+    """A part's rows, numbered consecutively across its epochs."""
 
     def __init__(self, rows):
         self._rows, self._epoch, self._first, self._n_rows = rows, -1, 0, 0
 
     def row(self, number: int) -> tuple[np.ndarray, np.ndarray]:
-        """Row `number` of all epochs; a resumed run passes over those that came before."""
+        """Row `number` across all epochs; a resumed run skips the epochs before it."""
         if number < self._first:
             self._epoch, self._first, self._n_rows = -1, 0, 0
         while number >= self._first + self._n_rows:

@@ -1,9 +1,9 @@
 """torch's Muon, for several matrices at a time and for sharded matrices.
 
-Muon moves a matrix by its momentum after all singular values of that are made nearly one ("Muon: An optimizer for
-hidden layers in neural networks", Jordan et al. 2024). torch.optim.Muon takes one matrix after another, in products too
-small for two CPU cores, let alone a GPU; here the matrices of one shape are multiplied together. State and arithmetic
-are torch's, and so is the default by which the learning rate follows a matrix's shape.
+Muon updates a matrix by its orthogonalized momentum: all singular values are made nearly one ("Muon: An optimizer for
+hidden layers in neural networks", Jordan et al. 2024). torch.optim.Muon updates one matrix after another, with products
+too small to keep two CPU cores busy, let alone a GPU; here the matrices of one shape are multiplied together. State and
+arithmetic are torch's, and so is the default that adjusts the learning rate to a matrix's shape.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class Muon(torch.optim.Muon):
     """
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> Any:  # the base class returns what a closure returns; there is none here
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
         for group in self.param_groups:
             for weights in same_shapes([weight for weight in group["params"] if weight.grad is not None]):
                 rows, columns = weights[0].shape
@@ -42,7 +42,7 @@ class Muon(torch.optim.Muon):
     def _direction(self, weight: Tensor, group: dict) -> Tensor:
         """The momentum's direction, with the current gradient added once more (Nesterov), whole and in bfloat16."""
         state, gradient = self.state[weight], weight.grad
-        assert gradient is not None
+        assert gradient is not None  # `step` leaves out weights without one
         if "momentum_buffer" not in state:
             state["momentum_buffer"] = torch.zeros_like(gradient)
         momentum = state["momentum_buffer"].lerp_(gradient, 1 - group["momentum"])

@@ -1,4 +1,8 @@
-"""The optimizers of a run: AdamW for all weights, or Muon for the blocks' matrices and AdamW for the rest."""
+"""The optimizers of a run: AdamW for all weights, or Muon for the blocks' matrices and AdamW for the rest.
+
+Muon orthogonalizes the update of a matrix (see training/muon.py), which only makes sense for matrices that map
+activations to activations: embeddings are tables of vectors, and biases and LayerNorms are single vectors.
+"""
 
 from __future__ import annotations
 
@@ -17,12 +21,12 @@ def make_optimizers(model: GPT, config: RunConfig) -> list[torch.optim.Optimizer
     """AdamW for all weights, or Muon for the blocks' matrices and AdamW for the rest.
 
     AdamW: "Decoupled Weight Decay Regularization" (Loshchilov and Hutter 2019); Muon as in torch.optim.Muon (Jordan et
-    al. 2024). Biases and LayerNorms are not decayed, and with Muon embeddings are not either.
+    al. 2024). Biases and LayerNorms are not decayed, nor are embeddings with Muon.
 
     A token that hardly ever occurs has tiny gradients that all point the same way. Adam would enlarge them to full
     steps, and rare tokens would drift together until nothing tells them apart ("Better Embeddings with Coupled Adam",
-    Stollenwerk and Stollenwerk 2025). The larger eps of the embeddings keeps gradients small that are much smaller
-    than one occurrence gives, 1 / tokens_per_iter.
+    Stollenwerk and Stollenwerk 2025). The embeddings therefore have a larger eps. It keeps gradients small that are
+    much smaller than that of a single occurrence, 1 / tokens_per_iter.
     """
     blocks = [weight for name, weight in model.named_parameters() if weight.dim() == 2 and name.startswith("h.")]
     vectors = [weight for name, weight in model.named_parameters() if weight.dim() < 2]
@@ -36,7 +40,8 @@ def make_optimizers(model: GPT, config: RunConfig) -> list[torch.optim.Optimizer
     else:
         groups.append({"params": blocks, "weight_decay": decay})
     groups.append({"params": vectors, "weight_decay": 0.0})
-    fused = config.device.startswith(("cuda", "cpu"))
+    fused = config.device.startswith(("cuda", "cpu"))  # one kernel for the whole update
+    # 0.95 as for GPT-3 (Brown et al. 2020, appendix B): the default, 0.999, averages over a thousand steps.
     optimizers.append(torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, 0.95), fused=fused))
     return optimizers
 
@@ -44,8 +49,8 @@ def make_optimizers(model: GPT, config: RunConfig) -> list[torch.optim.Optimizer
 def init_optimizer_states(optimizers: list[torch.optim.Optimizer]) -> None:
     """Allocate the optimizers' states, all zeros, in a step that changes no weight.
 
-    Allocated in the first real step, the states would be scattered between its gradients, and nothing large would fit
-    into the gaps that these leave.
+    If the first real step allocated them, they would be scattered between its gradients, and nothing large would fit
+    into the gaps that the gradients leave.
     """
     for optimizer in optimizers:
         rates = [group["lr"] for group in optimizer.param_groups]
@@ -55,7 +60,7 @@ def init_optimizer_states(optimizers: list[torch.optim.Optimizer]) -> None:
                 weight.grad = torch.zeros_like(weight)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        for state in optimizer.state.values():
+        for state in optimizer.state.values():  # AdamW has counted this step
             for value in state.values():
                 value.zero_()
         for group, rate in zip(optimizer.param_groups, rates, strict=True):

@@ -75,7 +75,7 @@ def n_restarts() -> int:
 
 
 def choose_devices(requested: str | None) -> str:
-    """`choose_device`, except that each of several processes takes its own device and asks no question.
+    """`choose_device`, except that each of several processes uses its own device and never asks.
 
     Raises UserError if the machine has fewer devices than processes.
     """
@@ -245,25 +245,25 @@ def average_gradients(model: nn.Module, device: str) -> nn.Module:
 
 @contextlib.contextmanager
 def synchronizing(model: nn.Module, is_last: bool) -> Iterator[None]:
-    """One micro-step. The gradients are averaged in an iteration's last one; before, each process adds up its own."""
+    """The context of one micro-step: gradients are averaged only in the last one, and added up locally before that."""
     if isinstance(model, nn.parallel.DistributedDataParallel) and not is_last:
         with model.no_sync():
             yield
         return
     if hasattr(model, "set_requires_gradient_sync"):  # a sharded model
-        cast(FSDPModule, model).set_requires_gradient_sync(is_last)
+        cast("FSDPModule", model).set_requires_gradient_sync(is_last)
     yield
 
 
 def seed_dropout(*numbers: int) -> None:
-    """Seed every process but the first anew, so that their rows get different dropout."""
+    """Give every process except the first a new seed, so that their rows get different dropout."""
     if rank():
         seed = np.random.SeedSequence([*numbers, rank()]).generate_state(1, np.uint64)[0]
         torch.manual_seed(int(seed) >> 1)
 
 
 def lost_process_error(error: BaseException, checkpoint: object | None) -> UserError | None:
-    """The sentence for an error that only says that another process is gone; None for any other error."""
+    """The UserError for an error that only says that another process is gone; None for any other error."""
     is_lost = isinstance(error, dist.DistError) or any(word in str(error) for word in LOST_WORDS)
     if world_size() == 1 or not (isinstance(error, RuntimeError) and is_lost):
         return None

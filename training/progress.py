@@ -36,7 +36,7 @@ def describe_data(facts: dict) -> list[str]:
 
 
 def describe_parts(val_losses: dict[str, float]) -> str:
-    """The losses that a mixture's validation loss is the mean of; nothing for one data set."""
+    """The losses of a mixture's parts, whose weighted mean is its validation loss; "" for a single data set."""
     if len(val_losses) == 1:
         return ""
     return "; weighted mean of " + ", ".join(f"{name} {loss:.4f}" for name, loss in val_losses.items())
@@ -65,7 +65,7 @@ class Clock:
         self.restart(iter_num)
 
     def restart(self, iter_num: int) -> None:
-        """Start measuring here: an evaluation or a save before is not training speed."""
+        """Start measuring now, so that an evaluation or a save does not count as training time."""
         self.start, self.start_iter = time.perf_counter(), iter_num
 
     def log(self, iter_num: int, loss: float, learning_rate: float, grad_norm: float, skipped: int) -> float:
@@ -91,7 +91,7 @@ class Clock:
 
 
 def sample_text(model: GPT, config: RunConfig, enc, chat: bool, iter_num: int) -> str:
-    """A short text by the model as it is now, decoded with `enc`; leaves the global random states alone."""
+    """A short text by the current model, decoded with `enc`; does not change the global random states."""
     import setup_tokenizer
 
     if chat:
@@ -107,9 +107,9 @@ def sample_text(model: GPT, config: RunConfig, enc, chat: bool, iter_num: int) -
 
 
 class Sampler:
-    """Prints a sample of the model at an evaluation; nothing if there is no tokenizer, which is looked for once.
+    """Prints a sample of the model at an evaluation, or nothing if the tokenizer cannot be loaded.
 
-    `load` returns the tokenizer, and raises UserError if it cannot.
+    `load` returns the tokenizer or raises UserError; it is called once.
     """
 
     def __init__(self, load: Callable[[], Any] | None = None):
@@ -124,7 +124,7 @@ class Sampler:
                 self.enc = self.load()
         if self.enc is None:
             return
-        # torch has no deterministic cumsum for CUDA and would refuse to sample.
+        # torch has no deterministic cumsum for CUDA, so with determinism sampling would raise an error.
         torch.use_deterministic_algorithms(False)
         text = sample_text(model, config, self.enc, chat, iter_num)
         torch.use_deterministic_algorithms(config.deterministic)

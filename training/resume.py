@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from common.cli import UserError
 from training.config import TrainOptions
@@ -19,7 +19,7 @@ CHANGEABLE = {
     *("grad_clip", "eval_interval", "eval_iters", "log_interval", "keep", "tensorboard", "device", "dtype", "compile"),
     *("deterministic", "activation_checkpointing", "parallel", "plain"),
 }
-# What runs did before there was the option, so that their checkpoints continue as they began.
+# What runs did before these options existed, so that old checkpoints continue in the same way.
 DEFAULTS_OF_OLDER_RUNS = {"document_mask": False, "schedule": "cosine", "muon_weight_decay": 0.01}
 
 
@@ -29,9 +29,12 @@ def require_resumable(checkpoint: Mapping[str, Any], path: str) -> None:
         raise UserError(f"{path} holds only weights and cannot be resumed; start from them with --init_from {path}")
 
 
-def is_complete(info: Mapping[str, Any], max_iters: int) -> bool:
-    """Whether a run has done all iterations and its last evaluation."""
-    return info["iter_num"] >= max_iters and info["record"] is None
+def print_if_complete(info: Mapping[str, Any], max_iters: int, path: str) -> bool:
+    """Whether a run has done all iterations and its last evaluation; if so, print how to continue it."""
+    if info["iter_num"] < max_iters or info["record"] is not None:
+        return False
+    print(f"{path} is complete: iteration {info['iter_num']} of {max_iters}; continue with a larger --max_iters")
+    return True
 
 
 def resumed_options(
@@ -39,15 +42,15 @@ def resumed_options(
 ) -> TrainOptions:
     """The options of a resumed run: those that it was started with, except what the command line changes.
 
-    `given` holds the options on the command line, `info` is that part of the checkpoint at `path`. Prints each change;
-    raises UserError for one that CHANGEABLE does not list, or that changes the sequences per iteration. If min_lr was
-    derived from learning_rate, it is derived again.
+    `given` holds the options on the command line, `info` is that part of the checkpoint at `path`. Prints each change.
+    Raises UserError for a change that CHANGEABLE does not list, or that alters the number of sequences per iteration.
+    If min_lr was derived from learning_rate, it is derived again.
     """
     names = {field.name for field in dataclasses.fields(options)}
     before = {key: value for key, value in {**DEFAULTS_OF_OLDER_RUNS, **info["config"]}.items() if key in names}
     wanted = {key: value for key, value in given.items() if key not in ("resume", "plain")}
     if "dataset" in wanted and parse_mixture(wanted["dataset"]) == parse_mixture(before["dataset"]):
-        del wanted["dataset"]  # 7 to 3 is 0.7 to 0.3
+        del wanted["dataset"]  # story=7,chat=3 is the same mixture as story=0.7,chat=0.3
     changes = {key: value for key, value in wanted.items() if value != before.get(key)}
     for key, value in changes.items():
         if key not in CHANGEABLE:
@@ -66,15 +69,14 @@ def resumed_options(
 
 
 def _require_same_sequences(resumed: TrainOptions, before: Mapping[str, Any], path: str) -> None:
-    """Raise UserError if an iteration would have other sequences: the position in the data counts these."""
+    """Raise UserError if the sequences per iteration would change: the run's rows are counted in whole iterations."""
     sequences = before["batch_size"] * before["gradient_accumulation_steps"]
-    batch_size = before["batch_size"] if resumed.batch_size == "auto" else resumed.batch_size
-    accumulation = resumed.gradient_accumulation_steps
-    if cast(int, batch_size) * cast(int, accumulation) != sequences:
+    batch_size = resumed.batch_size if isinstance(resumed.batch_size, int) else before["batch_size"]
+    steps = resumed.gradient_accumulation_steps or before["gradient_accumulation_steps"]
+    if batch_size * steps != sequences:
         raise UserError(
-            f"--batch_size {batch_size} x --gradient_accumulation_steps {accumulation} "
-            f"contradict {path}, which was made with {sequences} sequences per iteration; choose numbers with that "
-            "product"
+            f"--batch_size {batch_size} x --gradient_accumulation_steps {steps} contradict {path}, which was "
+            f"made with {sequences} sequences per iteration; choose numbers with that product"
         )
 
 
@@ -83,7 +85,8 @@ def options_after_restart(
 ) -> tuple[TrainOptions, dict[str, Any]]:
     """The options of processes that torchrun has restarted: they resume the checkpoint that the same job has written.
 
-    Without such a checkpoint they start as before. A resumed run may have continued under another name.
+    Without such a checkpoint they start as before. The name of the checkpoint differs from that of --resume if the run
+    was resumed with another --max_iters or --out_dir.
     """
     job, restarts = broadcast((job_name(), n_restarts()))
     if not restarts:

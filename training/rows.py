@@ -1,8 +1,8 @@
 """Rows of block_size ids with their targets, in a new order each epoch.
 
-Text rows cut the stream of documents into pieces, so that every token is a target exactly once an epoch. Chat rows
+Text rows cut the stream of documents into pieces, so that every token is a target exactly once per epoch. Chat rows
 pack whole conversations, and by default only what the assistant says is a target. The order depends only on the seed
-and the epoch, so an epoch and a row index are all that a resumed run needs.
+and the epoch, so a resumed run needs nothing but an epoch and a row index to continue.
 """
 
 from __future__ import annotations
@@ -11,16 +11,20 @@ import bisect
 
 import numpy as np
 
+from common.cli import UserError
 from data.token_stream import TokenStream
 from model import IGNORED
-from setup_tokenizer import ENDOFTEXT_ID, IM_START_ID
+from setup_tokenizer import ENDOFTEXT_ID, IM_START_ID, ROLE_IDS
 from training.targets import assistant_targets
+
+SCANNED_TOKENS = 1 << 20  # in memory at a time while answers are looked for
 
 
 class TextRows:
     """Rows of plain text: pieces of block_size tokens, shuffled and cut at a new offset each epoch.
 
-    Every token except the first is a target exactly once an epoch.
+    Every token except the first is a target exactly once per epoch. With random offsets, as in nanoGPT, some tokens
+    would be seen several times before others are seen at all.
     """
 
     def __init__(self, stream: TokenStream, block_size: int, seed: int):
@@ -29,6 +33,7 @@ class TextRows:
     def start_epoch(self, epoch: int) -> int:
         """Shuffle the rows of an epoch; returns their number."""
         rng = np.random.default_rng([self.seed, epoch])
+        # A new offset, so that a token that was early in its row, with little context, gets more in another epoch.
         self._offset = int(rng.integers(self.block_size)) if epoch else 0
         n_rows = -(-(len(self.stream) - 1 + self._offset) // self.block_size)
         self._order = rng.permutation(n_rows)
@@ -39,6 +44,7 @@ class TextRows:
         start = int(self._order[index]) * self.block_size - self._offset
         ids = self.stream.read(start, start + self.block_size + 1)
         targets = ids[1:].copy()
+        # The first and the last row of an epoch extend beyond the stream; what is there is padding.
         positions = np.arange(start + 1, start + self.block_size + 1)
         targets[(positions < 1) | (positions >= len(self.stream))] = IGNORED
         return ids[:-1], targets
@@ -47,8 +53,8 @@ class TextRows:
 class ChatRows:
     """Rows of whole conversations, packed best fit; a conversation longer than a row is cut between messages.
 
-    The targets are what the assistant says or, with `loss_on="all"`, every id except the padding; answers of
-    weight 0 never are. With `end_pieces`
+    Rows without a target, such as a piece of a long system message, are left out. The targets are what the assistant
+    says or, with `loss_on="all"`, every id except the padding; answers of weight 0 never are. With `end_pieces`
     each piece of a cut conversation is followed by an `<|endoftext|>` that is not a target, so that `document_numbers`
     separates it from the next piece in the row.
     """
@@ -61,14 +67,16 @@ class ChatRows:
         if not len(ends) or ends[-1] < len(stream):
             ends = np.append(ends, len(stream))
         starts = np.concatenate([[0], ends[:-1]])
-        is_short = ends - starts <= block_size + 1
+        is_short = ends - starts <= block_size + 1  # a row's ids, and one more that is only a target
         pieces = [np.stack([starts, starts, ends], axis=1)[is_short]]  # (start of the message, start, end)
         for start, end in zip(starts[~is_short].tolist(), ends[~is_short].tolist(), strict=True):
             pieces.append(np.array(self._cut_at_messages(start, end, block_size + 1), dtype=np.int64))
         self._pieces = np.concatenate(pieces)
         self._lengths = self._pieces[:, 2] - self._pieces[:, 1]
+        self._has_target = self._find_targets(n_whole=int(is_short.sum()))
         self._epoch: int | None = None  # the epoch whose rows are packed
         self._rows: list[list[int]] = []
+        self.n_without_target = 0  # the epoch's rows that are left out
         if end_pieces:
             is_cut = ~np.isin(self._pieces[:, 2], complete_ends)
             self._lengths = np.minimum(self._lengths + is_cut, block_size + 1)
@@ -91,20 +99,61 @@ class ChatRows:
                 message, position = next_start, position + capacity
         return [*pieces, (message, position, end)]
 
+    def _find_targets(self, n_whole: int) -> np.ndarray:
+        """Which pieces contain a target; the first `n_whole` pieces are whole conversations, in order."""
+        if len(self.stream.untrained):  # rare: answers of weight 0
+            n_whole = 0
+        elif self.loss_on == "all":
+            return self._lengths > 1  # the first id of a row is not a target
+        has_target = np.zeros(len(self._pieces), dtype=bool)
+        ends = self._pieces[:n_whole, 2]
+        for first in range(0, len(self.stream) if n_whole else 0, SCANNED_TOKENS):
+            last = first + SCANNED_TOKENS + 4
+            spoken = first_spoken_ids(self.stream.read(first, last))
+            spoken = first + spoken[self.stream.is_trained(first, last)[spoken]]
+            piece = np.minimum(np.searchsorted(ends, spoken, side="right"), n_whole - 1)
+            has_target[piece[self._pieces[piece, 1] <= spoken]] = True
+        for piece in range(n_whole, len(self._pieces)):
+            message, begin, end = self._pieces[piece].tolist()
+            has_target[piece] = self._is_target(message, end)[begin - message + 1 :].any()
+        return has_target
+
     def start_epoch(self, epoch: int) -> int:
-        """Pack the conversations into rows and shuffle these; returns their number."""
+        """Pack the conversations into rows and shuffle the rows; returns the number of rows with a target.
+
+        Raises UserError if no row has a target.
+        """
         if epoch == self._epoch:
             return len(self._rows)
         rng = np.random.default_rng([self.seed, epoch])
+        # Longest first packs tightest. Among equal lengths the order is random, so rows differ from epoch to epoch.
         shuffled = rng.permutation(len(self._pieces))
         longest_first = shuffled[np.argsort(-self._lengths[shuffled], kind="stable")]
         rows = pack_best_fit(longest_first.tolist(), self._lengths, self.block_size + 1)
-        self._rows, self._epoch = [rows[index] for index in rng.permutation(len(rows))], epoch
-        return len(rows)
+        shuffled_rows = [rows[index] for index in rng.permutation(len(rows))]
+        if not self._has_target.all():
+            shuffled_rows = [row for row in shuffled_rows if self._has_target[row].any()]
+        if not shuffled_rows:
+            raise UserError(
+                f"the rows of {self.stream.paths[0]} contain no target; use --loss_on all, a larger --block_size, or "
+                "prepare conversations in which the assistant speaks"
+            )
+        self._rows, self._epoch, self.n_without_target = shuffled_rows, epoch, len(rows) - len(shuffled_rows)
+        return len(shuffled_rows)
 
     def real_token_fraction(self) -> float:
-        """The fraction of the tokens in the epoch's rows that are not padding."""
-        return float(self._lengths.sum() / (len(self._rows) * (self.block_size + 1)))
+        """The fraction of the tokens in the epoch's rows, with those that are left out, that are not padding."""
+        n_rows = len(self._rows) + self.n_without_target
+        return float(self._lengths.sum() / (n_rows * (self.block_size + 1)))
+
+    def describe(self) -> str:
+        """How many rows the current epoch has, how full they are, and how many are left out, in words."""
+        n_rows = len(self._rows) + self.n_without_target
+        text = f"{n_rows:,} rows; {self.real_token_fraction():.1%} of the tokens are not padding"
+        if self.n_without_target:
+            share = self.n_without_target / n_rows
+            text += f"; {self.n_without_target:,} rows ({share:.1%}) contain no target and are left out"
+        return text
 
     def row(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         """Ids and targets, (block_size,) each, of the epoch's row `index`."""
@@ -116,13 +165,27 @@ class ChatRows:
             span = slice(position, position + end - begin)
             ids[span] = self.stream.read(begin, end)
             counts[span] = self._is_target(message, end)[begin - message :]
-            counts[position] &= begin == message  # the middle of a message does not follow from the ids before it
-            position += int(self._lengths[piece])  # any gap keeps its `<|endoftext|>`
+            # The first id of a piece that starts in the middle of a message cannot be predicted from the ids before it.
+            counts[position] &= begin == message
+            position += int(self._lengths[piece])  # with `end_pieces` the next id stays `<|endoftext|>`
         return ids[:-1], np.where(counts, ids, IGNORED)[1:]
 
     def _is_target(self, start: int, end: int) -> np.ndarray:
         is_trained = self.stream.is_trained(start, end)
         return is_trained if self.loss_on == "all" else is_trained & assistant_targets(self.stream.read(start, end))
+
+
+def first_spoken_ids(ids: np.ndarray) -> np.ndarray:
+    """The positions of the first target of each message of the assistant in ids (N,), without the last four ids.
+
+    The same as the first True of each message in `assistant_targets`, but much faster. A message without any id after
+    its header has none.
+    """
+    starts = np.flatnonzero(ids[:-4] == IM_START_ID)
+    name, role = ROLE_IDS["assistant"]
+    is_assistant = (ids[starts + 1] == name) & (ids[starts + 2] == role) & (ids[starts + 3] < ENDOFTEXT_ID)
+    spoken = starts[is_assistant] + 4
+    return spoken[(ids[spoken] != ENDOFTEXT_ID) & (ids[spoken] != IM_START_ID)]
 
 
 def pack_best_fit(items: list[int], lengths: np.ndarray, capacity: int) -> list[list[int]]:

@@ -1,4 +1,4 @@
-"""The state of a run between two steps: what a checkpoint holds of it, and how a resumed run takes it over."""
+"""The state of a run between two steps: what a checkpoint stores of it, and how a resumed run restores it."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ from training.sharding import gather_full, shard_state
 class Run:
     """The counters, losses and resume point of a run, and saving them with the weights.
 
-    A checkpoint always holds the last complete step: `mark` notes, between two steps, the positions of the data and of
-    the random generators, and inside `updating` the weights are between two steps. `record` is what the last step left
-    to be evaluated and logged; a run that ends before that does it when it is resumed. Every process has a Run, the
-    first one writes the files.
+    A checkpoint always holds the last complete step. Between two steps, `mark` stores the position in the data and the
+    states of the random generators; inside `updating`, the weights belong to neither step and are not saved. `record`
+    is what remains to be logged, and perhaps evaluated, for the last step; if the run ends before that, it is done on
+    --resume. Every process has a Run; only the first one writes files.
     """
 
     FACTS = ("iter_num", "tokens_seen", "skipped_steps", "train_loss", "val_loss", "best_val_loss", "record")
@@ -61,18 +61,18 @@ class Run:
     # --- between and in steps ---
 
     def mark(self, position: Mapping[str, int]) -> None:
-        """Note the positions of the data and of the random generators, between two steps."""
+        """Store the position in the data and the states of the random generators, between two steps."""
         self.resume_point = {"position": dict(position), "random": random_states(self.config.device)}
 
     @contextlib.contextmanager
     def updating(self) -> Iterator[None]:
-        """The block changes the weights; after an error in it there is no sound state to save."""
+        """The context in which the weights change; after an error in it there is no consistent state to save."""
         self.is_updating = True
         yield
         self.is_updating = False
 
     def complete_step(self, n_tokens: int, position: Mapping[str, int], is_skipped: bool) -> None:
-        """Count the step just done; `position` is the data's after it."""
+        """Count the step just done; `position` is the position in the data after it."""
         self.iter_num += 1
         self.tokens_seen += n_tokens
         self.skipped_steps += is_skipped
@@ -80,7 +80,7 @@ class Run:
         self.record = {"iter_num": self.iter_num}
 
     def write_record(self, more: Mapping[str, float] | None = None) -> None:
-        """Log what the last step left, if it is a step to be logged, together with `more`."""
+        """Log the record of the last step together with `more`, if there is anything to log."""
         record = {**(self.record or {}), **(more or {})}
         if len(record) > 1:
             elapsed_s = round(self.total_elapsed_s(), 3)
@@ -92,9 +92,9 @@ class Run:
         return self.best_val_loss is None or val_loss < self.best_val_loss
 
     def finish_evaluation(self, val_loss: float, val_losses: dict[str, float]) -> None:
-        """Note and log the validation loss, and each part's for a mixture; then save and draw the curves.
+        """Log the validation loss, and that of each part of a mixture; then save and draw the curves.
 
-        If the disk refuses the checkpoint, print a warning and let training continue.
+        If the checkpoint cannot be written, print a warning and let training continue.
         """
         before, is_best = (self.record, self.val_loss, self.best_val_loss, self.val_losses), self.is_best(val_loss)
         self.val_loss, self.best_val_loss = val_loss, val_loss if is_best else self.best_val_loss
@@ -103,7 +103,7 @@ class Run:
         try:
             self.save(is_best, keep=self.config.keep > 0)
         except UserError as error:
-            self.best_val_loss = before[2]  # that of the file called -best
+            self.best_val_loss = before[2]  # still that of the -best file
             print(f"warning: {error}; training continues, and the last checkpoint is unchanged")
             return
         except BaseException:  # a resumed run evaluates again
@@ -148,9 +148,9 @@ class Run:
             self.save()
 
     def rescue(self) -> None:
-        """After an error in a step, save the state before that step, unless the weights are between two steps.
+        """After an error in a step, save the state before that step, unless the weights were already changing.
 
-        With several processes that is impossible: the others, whose shards are needed, do not know of the error.
+        With several processes this is impossible: the others, whose shards are needed, do not know about the error.
         """
         path = self.files.path
         if world_size() > 1:
@@ -169,9 +169,9 @@ class Run:
     # --- resuming ---
 
     def restore(self, checkpoint: Mapping[str, Any], path: str) -> dict[str, int]:
-        """Take over the state of the checkpoint loaded from `path`, except the weights; returns the data's position.
+        """Restore the state of the checkpoint loaded from `path`, except the weights; returns the position in the data.
 
-        The optimizers keep their own settings, which the command line may have changed.
+        The optimizers keep their new settings, which the command line may have changed.
         """
         info, training = checkpoint["info"], checkpoint["training"]
         for optimizer, state in zip(self.optimizers, training["optimizers"], strict=True):
@@ -184,7 +184,7 @@ class Run:
         for name in self.FACTS:
             setattr(self, name, info[name])
         if info["config"].get("val_rows", self.config.val_rows) != self.config.val_rows:
-            print("resume: the validation rows have changed, so the best loss starts anew")
+            print("resume: the validation rows have changed, so the best loss is reset")
             self.best_val_loss = None
         self.elapsed_s, self.val_losses = info["elapsed_s"], info.get("val_losses", {})
         self.saved_path, self.saved_iter = Path(path), self.iter_num
@@ -194,5 +194,5 @@ class Run:
     def _restore_random_states(self, states: list[dict]) -> None:
         if world_size() == len(states) or is_first():
             set_random_states(states[rank()], self.config.device)
-        else:  # another number of processes than before: new dropout in all but the first
+        else:  # a different number of processes than before: new dropout in all but the first
             seed_dropout(self.config.seed, self.iter_num)

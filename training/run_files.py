@@ -1,6 +1,6 @@
 """The files of a run: `<name>.pt`, `<name>-best.pt`, `<name>.jsonl`, `<name>.png`, `<name>.lock`.
 
-Nothing that another run wrote is ever overwritten, and a checkpoint is complete or not there.
+Nothing that another run wrote is ever overwritten, and a checkpoint is either complete or absent.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from training.parallel import on_first
 
 
 class RunFiles:
-    """The files of the run `config.name` in `config.out_dir`, which `claim` locks. The first process alone has them.
+    """The files of the run `config.name` in `config.out_dir`, which `claim` locks. Only the first process opens them.
 
-    `resumed` is the info of the checkpoint that the run continues, if it does. `draw` draws the loss curves.
+    `resumed` is the info of the checkpoint that the run continues, or None. `draw` draws the loss curves.
     """
 
     def __init__(
@@ -43,7 +43,7 @@ class RunFiles:
 
     @contextlib.contextmanager
     def claim(self, checkpoint_bytes: int) -> Iterator[None]:
-        """Make the folder, lock the run, check the free space, remove what dead runs left, and open the metrics log.
+        """Create the folder, lock the run, check the free space, remove what dead runs left, and open the metrics log.
 
         Raises UserError if another run has these files, or if the folder cannot be written or has too little space.
         """
@@ -79,9 +79,9 @@ class RunFiles:
                 remove_stale_temporaries(path.with_suffix("").with_suffix(""))
 
     def _require_unchanged(self) -> None:
-        """Raise UserError if another process continued the checkpoint after this one had loaded it."""
+        """Raise UserError if another process has continued the checkpoint since this one loaded it."""
         if self.path.is_file() and self._is_source() and read_info(self.path)["iter_num"] != self._resumed_iter:
-            raise UserError(f"{self.path} was changed by another run in the meantime; run the command again")
+            raise UserError(f"{self.path} was changed by another run in the meantime; run the same command again")
 
     def _records_so_far(self) -> list[dict]:
         """The metrics up to the checkpoint that the run continues; later steps are done again."""
@@ -91,7 +91,7 @@ class RunFiles:
         for path in (source.with_suffix(".jsonl"), source.with_name(f"{self._resumed_name()}.jsonl")):
             if path.is_file():
                 return [record for record in read_metrics(path) if record["iter_num"] <= done]
-        print(f"{source}: no metrics of the first {self._resumed_iter} iterations next to it")
+        print(f"note: the metrics of the first {self._resumed_iter} iterations are not next to {source}")
         return []
 
     def _set_aside(self) -> None:
@@ -103,14 +103,14 @@ class RunFiles:
         if (best := self._file("-best.pt")).is_file():
             copy_checkpoint(best, f"{aside}-best.pt")
         kept = [path.name.removeprefix(self.config.name) for path in self.folder.glob(f"{self.config.name}-iter*.pt")]
-        # The checkpoint last: a run killed before that starts over with renaming.
+        # The checkpoint last: if the run is killed before that, the next one renames what is left.
         for kind in (*kept, "-tensorboard", ".jsonl", ".png", ".pt"):
             with contextlib.suppress(FileNotFoundError):
                 os.replace(self._file(kind), f"{aside}{kind}")
         print(f"{self.path} belongs to another run (--resume would continue it): kept as {aside}.pt")
 
     def _inherit_best(self) -> None:
-        """A run that continues under another name takes its best checkpoint along."""
+        """Copy the best checkpoint of a run that continues under another name."""
         best = self._source().with_name(f"{self._resumed_name()}-best.pt")
         if best.is_file() and best.resolve() != self._file("-best.pt").resolve():
             copy_checkpoint(best, self._file("-best.pt"))
@@ -120,7 +120,7 @@ class RunFiles:
         return self.resumed["iter_num"] if self.resumed else 0
 
     def _resumed_name(self) -> str:
-        """What the run was called that this one continues."""
+        """The name of the run that this one continues."""
         info = self.resumed or {}
         return f"{info['dataset']}{info['config']['max_iters']}"
 
@@ -141,10 +141,10 @@ class RunFiles:
     def write_checkpoint(
         self, model: GPT, info: Mapping[str, Any], training: Mapping, weights: Mapping, is_best: bool, keep: bool
     ) -> None:
-        """Write the run's checkpoint and, before it, the log and the copies that are asked for.
+        """Write the run's checkpoint and, before it, the log and the requested copies.
 
-        The checkpoint itself comes last: a run killed before that writes the rest again when it is resumed. Raises
-        UserError if a file cannot be written.
+        The checkpoint itself comes last: if the run is killed before that, the resumed run writes the others again.
+        Raises UserError if a file cannot be written.
         """
         if self.log:
             self.log.sync()
@@ -159,7 +159,7 @@ class RunFiles:
             copy_checkpoint(paths[0], self.path)
 
     def draw_curves(self) -> None:
-        """Draw the logged losses; if the disk refuses them, print a warning."""
+        """Draw the logged losses; if the picture cannot be written, print a warning."""
         if self.log is None:
             return
         try:
@@ -172,5 +172,5 @@ def _is_untrained(path: Path) -> bool:
     """Whether a checkpoint was made before the first step, so that nothing is lost with it."""
     try:
         return read_info(path).get("iter_num") == 0
-    except UserError:  # unreadable, and all the more not ours to overwrite
+    except UserError:  # unreadable: it may still be valuable, so do not overwrite it
         return False

@@ -6,7 +6,7 @@ import math
 
 from training.config import RunConfig
 
-WSD_STABLE = 0.8  # of the iterations, before "wsd" lets the rate fall
+WSD_STABLE = 0.8  # fraction of the iterations before "wsd" starts to lower the rate
 
 
 def schedule(iter_num: int, config: RunConfig) -> float:

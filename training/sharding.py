@@ -1,8 +1,8 @@
 """A model in shards ("fsdp"): each process holds a part of every weight, gradient and optimizer state.
 
 Layers are gathered while they are used and freed afterwards ("ZeRO", Rajbhandari et al. 2020; torch's `fully_shard`).
-Checkpoints hold whole tensors, so a run can continue with any number of processes. For tensors that are whole already
-every function here returns what it was given.
+Checkpoints hold whole tensors, so a run can continue with any number of processes. The functions return a tensor that
+is not sharded unchanged.
 """
 
 from __future__ import annotations
@@ -14,7 +14,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from model import GPT
-from training.parallel import is_first
+from training.config import RunConfig
+from training.parallel import is_first, world_size
+
+
+def is_sharded_run(config: RunConfig) -> bool:
+    """Whether each process of the run holds a shard of the model."""
+    return config.parallel == "fsdp" and world_size() > 1
 
 
 def shard_model(model: GPT, device: str) -> GPT:
@@ -35,7 +41,7 @@ def shard_model(model: GPT, device: str) -> GPT:
 def is_sharded(tensor: object) -> bool:
     """Whether a tensor is sharded over the processes (a DTensor)."""
     if not isinstance(tensor, Tensor) or type(tensor) in (Tensor, nn.Parameter):
-        return False  # without the import, which takes a second
+        return False  # avoids the import below, which takes a second
     from torch.distributed.tensor import DTensor
 
     return isinstance(tensor, DTensor)

@@ -11,7 +11,7 @@ from training.parallel import is_first
 
 
 class StopSignal:
-    """Remembers SIGINT, SIGTERM or SIGHUP as `number`, so that the current step can end; a second Ctrl-C exits at once.
+    """Stores SIGINT, SIGTERM or SIGHUP in `number`, so that the current step can end; a second Ctrl-C exits at once.
 
     A second SIGTERM changes nothing: `timeout` and batch systems send it twice.
     """
@@ -35,7 +35,7 @@ class StopSignal:
             os._exit(128 + number)
         if not self.number:
             self.number = number
-            # Not print(): the handler may have interrupted one, which then refuses a second.
+            # Not print(): the handler may have interrupted a print(), and a nested one would raise an error.
             if is_first():
                 with contextlib.suppress(OSError):  # the terminal may be gone
                     os.write(2, b"\nstopping after this iteration; press Ctrl-C again to exit at once\n")

@@ -1,4 +1,4 @@
-"""The parts of a training step, and an evaluation. Nothing here waits for the device but `evaluate`."""
+"""The parts of a training step, and an evaluation. Of these functions only `evaluate` waits for the device."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def to_device(config: RunConfig, ids: np.ndarray, targets: np.ndarray) -> tuple[
     """Rows on the device: ids, targets and, if attention is to stay inside documents, each id's document number."""
     arrays = [ids, targets, document_numbers(ids)] if config.document_mask else [ids, targets]
     tensors = [torch.from_numpy(array) for array in arrays]
-    if config.device.startswith("cuda"):  # pinned memory is copied while the device works
+    if config.device.startswith("cuda"):  # pinned memory can be copied while the device computes
         tensors = [tensor.pin_memory().to(config.device, non_blocking=True) for tensor in tensors]
     else:
         tensors = [tensor.to(config.device) for tensor in tensors]
@@ -41,8 +41,8 @@ def forward_backward(
     The loss is the mean over all targets of the iteration. Each process takes its share of the rows, and gradients and
     losses are averaged.
     """
-    # Micro-batches have different numbers of targets, so each divides by the iteration's number. The average over the
-    # processes is then the mean over all targets if each divides by an equal part of that.
+    # Micro-batches have different numbers of targets, so the sum of each one's losses is divided by the number of
+    # targets in the whole iteration. Processes are averaged, so each divides by its equal part of that number.
     part = max(1, int((targets != IGNORED).sum())) / world_size()
     n_targets = torch.full((), part, device=config.device)  # torch.tensor would wait for the device
     total = torch.zeros((), device=config.device)
@@ -77,7 +77,7 @@ def evaluate(model: GPT, batches: Sequence[tuple[np.ndarray, np.ndarray]], confi
     losses, counts = [], []
     for number in range(rank(), math.ceil(len(batches) / world_size()) * world_size(), world_size()):
         ids, targets = batches[number % len(batches)]
-        # A sharded forward pass needs every process: one that has no batch left repeats one that does not count.
+        # A sharded forward pass needs every process: one without a batch left repeats a batch, which does not count.
         counts.append(int((targets != IGNORED).sum()) if number < len(batches) else 0)
         x, y, documents = to_device(config, ids, targets)
         with autocast(config.device, config.dtype):

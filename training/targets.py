@@ -10,8 +10,8 @@ from setup_tokenizer import ENDOFTEXT_ID, ROLES, message_spans
 def assistant_targets(ids: np.ndarray) -> np.ndarray:
     """Which of the ids (N,) the assistant says: the contents of its messages and the `<|im_end|>` after each.
 
-    True at position i means that id i is a target. `<|im_start|>`, the role with its line end, and everything that
-    the others say are False.
+    True at position i means that id i is a target. It is False for `<|im_start|>`, for the role with its line end, and
+    for everything that other roles say.
     """
     ids = np.asarray(ids)
     messages = message_spans(ids)
@@ -26,7 +26,7 @@ def document_numbers(ids: np.ndarray) -> np.ndarray:
     """The number of the document that each id of the rows (B, T) belongs to, counted from 0 in each row.
 
     A text begins with the `<|endoftext|>` that ends the previous one, and a conversation with its first
-    `<|im_start|>`, because that is how gen.py and evaluate.py begin them.
+    `<|im_start|>`, because gen.py and evaluate.py also begin them in this way.
 
     >>> document_numbers(np.array([[7, 8, 50256, 9]]))
     array([[0, 0, 1, 1]])

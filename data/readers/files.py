@@ -1,51 +1,29 @@
-"""Which files --input names, their kinds by name, and their bytes, decompressed."""
+"""Files: their kinds by name, and their bytes and characters, decompressed."""
 
 from __future__ import annotations
 
 import codecs
 import gzip
+import shlex
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from common.cli import UserError, first_cause
+from common.encodings import binary_fault, nul_fault, utf8_fault
 
 TEXT_SUFFIXES = (".txt", ".md", ".text", ".markdown")
 RECORD_SUFFIXES = (".json", ".jsonl", ".ndjson", ".parquet", ".csv", ".tsv")
 PAGE_SUFFIXES = (".html", ".htm", ".xhtml", ".epub", ".srt")  # read as text by data/readers/pages.py
 ALL_SUFFIXES = TEXT_SUFFIXES + RECORD_SUFFIXES + PAGE_SUFFIXES
+ARCHIVE_SUFFIXES = (".zip",)
 COMPRESSION_SUFFIXES = {".gz": "gzip", ".zst": "zstd"}
 
 BLOCK_BYTES = 1 << 20
+SAMPLE_BYTES = 1 << 16  # of a file that is not UTF-8, to find out what it is
 
 
 # --- names ---
-
-
-def input_files(paths: Iterable[str | Path], suffixes: Sequence[str] = ALL_SUFFIXES) -> list[Path]:
-    """The files that --input names. A folder means all files of a known kind in it, sorted, except hidden ones.
-
-    Raises UserError for a path that does not exist, a file of unknown kind, and a folder without files of known kind.
-    """
-    files = []
-    for path in map(Path, paths):
-        if path.is_dir():
-            found = [file for file in sorted(path.rglob("*")) if _is_wanted(file, path, suffixes)]
-            if not found:
-                raise UserError(f"{path} contains no file of a known kind; --input reads {known_kinds(suffixes)}")
-            files += found
-        elif not path.exists():
-            raise not_found(path)
-        elif split_suffix(path)[0] not in suffixes:
-            raise UserError(f"{path} is of unknown kind; --input reads {known_kinds(suffixes)}")
-        else:
-            files.append(path)
-    return files
-
-
-def _is_wanted(file: Path, folder: Path, suffixes: Sequence[str]) -> bool:
-    is_hidden = any(part.startswith(".") for part in file.relative_to(folder).parts)
-    return not is_hidden and file.is_file() and split_suffix(file)[0] in suffixes
 
 
 def known_kinds(suffixes: Sequence[str]) -> str:
@@ -67,8 +45,11 @@ def split_suffix(path: str | Path) -> tuple[str, str | None]:
 
 
 def is_text(path: str | Path) -> bool:
-    """Whether a file contains text rather than records, by its name; compressed or not."""
-    return split_suffix(path)[0] in TEXT_SUFFIXES
+    """Whether a file contains text rather than records or pages, by its name; compressed or not.
+
+    A file of any other kind has been accepted by --suffix, as text.
+    """
+    return split_suffix(path)[0] not in (*RECORD_SUFFIXES, *PAGE_SUFFIXES, *ARCHIVE_SUFFIXES)
 
 
 # --- bytes and characters ---
@@ -92,6 +73,12 @@ def read_blocks(path: str | Path) -> Iterator[bytes]:
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise UserError(f"{path} is damaged ({first_cause(error)}); download or compress it again") from error
     except OSError as error:
+        if "too much memory" in str(error):
+            name = Path(path.name).stem
+            raise UserError(
+                f"{path} was compressed with a window of more than 128 MB; decompress it first with: "
+                f"zstd -d --long=31 {shlex.quote(str(path))} -o {shlex.quote(name)}"
+            ) from error
         remedy = "download or compress it again" if compression else "check the path given to --input"
         raise UserError(f"{path} cannot be read ({error.strerror or first_cause(error)}); {remedy}") from error
     if is_empty:
@@ -108,11 +95,27 @@ def _open_bytes(path: Path, compression: str | None):
     return open(path, "rb", buffering=0)  # noqa: PTH123
 
 
+def text_blocks(path: str | Path) -> Iterator[bytes]:
+    """A text file's bytes in blocks, as `read_blocks`. Raises UserError for a file that is certainly not UTF-8 text.
+
+    Such as one with a mark of UTF-16, a PDF document, or a NUL byte; text without any may still not be UTF-8.
+    """
+    offset = 0
+    for block in read_blocks(path):
+        fault = None if offset else binary_fault(path, block)
+        if fault is None and b"\0" in block:
+            fault = nul_fault(path, block, offset)
+        if fault is not None:
+            raise UserError(fault)
+        yield block
+        offset += len(block)
+
+
 def decoded_blocks(path: str | Path) -> Iterator[str]:
     """A file's text in blocks, without a byte order mark. Raises UserError with the offset of a byte not UTF-8."""
     decoder = codecs.getincrementaldecoder("utf-8")()
     offset = 0
-    for block in read_blocks(path):
+    for block in text_blocks(path):
         pending = len(decoder.getstate()[0])
         try:
             text = decoder.decode(block)
@@ -130,6 +133,12 @@ def not_found(path: str | Path) -> UserError:
     return UserError(f"{path} not found; check the path given to --input")
 
 
-def not_utf8(path: str | Path, offset: int) -> UserError:
-    """The sentence for a byte that is not UTF-8."""
-    return UserError(f"{path} is not UTF-8 at byte {offset}; convert it, for instance with: iconv -t UTF-8")
+def not_utf8(path: str | Path, offset: int, content: bytes | None = None) -> UserError:
+    """The sentence for a byte that is not UTF-8. `content` is that of a text which is not a file of its own."""
+    start, blocks = 0, read_blocks(path) if content is None else iter([content])
+    for block in blocks:
+        if offset < start + len(block):
+            first = max(0, offset - start - SAMPLE_BYTES // 2)
+            return UserError(utf8_fault(path, block[first : first + SAMPLE_BYTES], offset))
+        start += len(block)
+    raise IndexError(f"{path} has no byte {offset}")

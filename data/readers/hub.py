@@ -3,28 +3,55 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
 
-from common.hub import fetch_file, not_downloaded
+from common.cli import UserError
+from common.hub import NotDownloaded, fetch_file, file_url, not_downloaded
+from data.sources import HubSource
 
 
-def fetch_data_file(repository: str, name: str) -> Path:
-    """The path of one file of a data set in the local cache. Raises UserError if it cannot be downloaded."""
+def fetch_data_files(sources: Sequence[HubSource]) -> list[Path]:
+    """The paths of a data set's files in the local cache, from the first source that has all of them.
+
+    Prints a note when a source is passed over. Raises UserError that names every source if none can be downloaded.
+    """
+    failures: list[NotDownloaded] = []
+    for source in sources:
+        try:
+            return [_fetch(source, name) for name in source.files]
+        except NotDownloaded as error:
+            failures.append(error)
+            if source is not sources[-1]:
+                print(f"{error.what} not downloaded ({error.reason}); trying another source", file=sys.stderr)
+    if len(failures) == 1:
+        raise failures[0]
+    reasons = " nor ".join(f"{failure.what} ({failure.reason})" for failure in failures)
+    last = sources[-1]
+    urls = " and ".join(file_url(last.repository, name, "dataset", last.revision) for name in last.files)
+    names = " ".join(PurePosixPath(name).name for name in last.files)
+    raise UserError(f"neither {reasons} was downloaded; fetch {urls} by hand and pass them with --input {names}")
+
+
+def _fetch(source: HubSource, name: str) -> Path:
     remedy = f"by hand and pass it with --input {PurePosixPath(name).name}"
-    return fetch_file(repository, name, remedy, repo_type="dataset")
+    return fetch_file(source.repository, name, remedy, repo_type="dataset", revision=source.revision)
 
 
-def hub_commit(repository: str) -> str | None:
-    """The current commit of a data set's repository, which tells a finished preparation from an outdated one.
+def hub_commit(source: HubSource) -> str | None:
+    """The commit of a source, which tells a finished preparation from an outdated one.
 
-    None if the hub cannot be asked, for instance offline; reading from it then reports why.
+    A pinned revision is the commit. For a branch the hub is asked; None if it cannot be, for instance offline, and
+    reading from it then reports why.
     """
     import huggingface_hub
     from huggingface_hub.errors import HTTPError
 
+    if source.is_pinned:
+        return source.revision
     try:
-        return huggingface_hub.HfApi().dataset_info(repository).sha
+        return huggingface_hub.HfApi().dataset_info(source.repository, revision=source.revision).sha
     except (OSError, HTTPError, ValueError):
         return None
 

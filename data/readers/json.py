@@ -21,7 +21,14 @@ MAX_RECORD_CHARACTERS = 256 << 20
 
 
 def read_json_lines(path: str | Path) -> Iterator[dict]:
-    """The records of a .jsonl file, one per line; blank lines are skipped. Raises UserError with the line number."""
+    """The records of a .jsonl file, one per line; blank lines are skipped. Raises UserError with the line number.
+
+    A file that is not JSON Lines, but one list or objects of several lines, is read like a .json file.
+    """
+    lines = (line for line in _lines(path) if line.strip())
+    if _spans_lines(next(lines, ""), next(lines, "")):
+        yield from read_json(path)
+        return
     for number, line in enumerate(_lines(path), 1):
         if line.strip():
             yield _as_record(_parse_json(line, path, number))
@@ -40,7 +47,24 @@ def read_json(path: str | Path) -> Iterator[dict]:
     if second and _is_json_object(first):
         yield from read_json_lines(path)
     elif first:
-        yield from _records_within(_as_record(_parse_json("".join(decoded_blocks(path)), path, 1)))
+        values = JsonReader(decoded_blocks(path), path).values()
+        value, more = next(values), next(values, None)
+        if more is None:
+            yield from _records_within(_as_record(value))
+        else:
+            yield from map(_as_record, itertools.chain([value, more], values))
+
+
+def _spans_lines(first: str, second: str) -> bool:
+    """Whether the values of a JSON text go over several lines, or are one list, by its first lines that are not blank.
+
+    If neither line is JSON, that is so; if only one is broken, it is a faulty line of JSON Lines.
+    """
+    if first.strip() in ("[", "{"):
+        return True
+    if not second:
+        return first.lstrip().startswith("[")
+    return not _is_json(first) and not _is_json(second)
 
 
 def _lines(path: str | Path) -> Iterator[str]:
@@ -83,6 +107,14 @@ def _as_record(value) -> dict:
     if isinstance(value, list):
         return {"messages": value}
     return {"text": value} if isinstance(value, str) else {}
+
+
+def _is_json(text: str) -> bool:
+    try:
+        json.loads(text)
+    except (ValueError, RecursionError):
+        return False
+    return True
 
 
 def _is_json_object(text: str) -> bool:
@@ -138,6 +170,11 @@ class JsonReader:
                 closing = self.take(",]")
         if self.peek():
             raise _broken_json(self._path, self.line, ValueError("there is more text after the list"))
+
+    def values(self) -> Iterator[object]:
+        """The values that follow one another in the text."""
+        while self.peek():
+            yield self.value()
 
     def peek(self) -> str:
         """The next character that is not white space, "" at the end."""

@@ -28,6 +28,10 @@ CERTAIN_LAYOUTS = ("messages", "sharegpt", "oasst trees", "oasst messages", "alp
 FIRST_RECORDS = 1000  # so many decide what a file contains, and whether most of its records are unusable
 
 
+class UnknownContent(UserError):
+    """A file whose records are neither conversations nor texts; a folder is read without it."""
+
+
 @dataclass(frozen=True)
 class Recognized:
     """What a file contains: `kind` is "text" or "chat", and `layout` says in words how it is stored.
@@ -78,8 +82,8 @@ def _kind_and_layout(path: Path, field: str, divide_within_lines: bool, me: str 
         if has_text:
             return "text", f"records with the field {field!r}"
     if first is None:
-        raise UserError(f"{path} contains no record; give --input a file that contains documents")
-    raise UserError(
+        raise UnknownContent(f"{path} contains no record; give --input a file that contains documents")
+    raise UnknownContent(
         f"{path} contains neither chat nor a text field {field!r}; name the field with the text with --field "
         f"({field_names(first)}), or give conversations ({known_layouts()})"
     )

@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from data.readers.files import not_utf8, read_blocks
+from data.readers.files import not_utf8, text_blocks
 
 ENDOFTEXT = b"<|endoftext|>"
 UTF8_BOM = b"\xef\xbb\xbf"
@@ -35,7 +35,7 @@ def read_text_documents(path: str | Path, divide_within_lines: bool = False) -> 
     is none: at a line end, a space, a character) into documents of at most 64 KB. Line ends around a document are
     removed. Raises UserError for a file that is missing, empty, damaged or not UTF-8 (with the byte offset).
     """
-    for offset, raw in raw_documents(read_blocks(path), divide_within_lines):
+    for offset, raw in raw_documents(text_blocks(path), divide_within_lines):
         try:
             yield raw.decode().strip("\r\n")
         except UnicodeDecodeError as error:
@@ -44,7 +44,7 @@ def read_text_documents(path: str | Path, divide_within_lines: bool = False) -> 
 
 def text_layout(path: str | Path, divide_within_lines: bool) -> str:
     """How a text file is divided into documents, in words, by its first blocks."""
-    head = b"".join(itertools.islice(read_blocks(path), 4))
+    head = b"".join(itertools.islice(text_blocks(path), 4))
     separator = _SEPARATOR if divide_within_lines else _SEPARATOR_LINE
     if separator.search(head):
         return "documents divided by <|endoftext|>"

@@ -1,0 +1,107 @@
+"""Where each data set of the hub comes from: the one table of repositories, revisions and files.
+
+A revision is a commit, so that the same command gives the same data in ten years. Two repositories have no known commit
+and name a branch instead: the conversion of DailyDialog to parquet, which the hub makes itself, and `everyday`. Where a
+data set has several sources, the next one is tried if the one before cannot be downloaded.
+`python testing_tools/check_sources.py` asks the hub whether all of these files are still there.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class HubSource:
+    """Files of a data set's repository at one revision: names, or patterns such as data/train-*.parquet."""
+
+    repository: str
+    revision: str
+    files: tuple[str, ...]
+
+    @property
+    def is_pinned(self) -> bool:
+        """Whether the revision is a commit, which cannot change, rather than a branch."""
+        return bool(re.fullmatch(r"[0-9a-f]{40}", self.revision))
+
+    def __str__(self) -> str:
+        return f"{self.repository} at {self.revision[:7] if self.is_pinned else self.revision}"
+
+
+SOURCES: dict[str, tuple[HubSource, ...]] = {
+    "story": (
+        HubSource(
+            "roneneldan/TinyStories",
+            "f54c09fd23315a6f9c86f9dc80f725de7d8f9c64",
+            ("TinyStoriesV2-GPT4-train.txt", "TinyStoriesV2-GPT4-valid.txt"),
+        ),
+    ),
+    "dailydialog": (
+        # The official repository has a loading script that `datasets` no longer runs; this is the hub's conversion.
+        HubSource(
+            "li2017dailydialog/daily_dialog",
+            "refs/convert/parquet",
+            ("default/train/0000.parquet", "default/validation/0000.parquet"),
+        ),
+        HubSource(
+            "OpenRL/daily_dialog",
+            "1668faf0c0dc44664f108c489fd0666128db2c48",
+            (
+                "data/train-00000-of-00001-f151c79abb2c1fd5.parquet",
+                "data/validation-00000-of-00001-2407eb323af19881.parquet",
+            ),
+        ),
+    ),
+    "smol-smoltalk": (
+        HubSource(
+            "HuggingFaceTB/smol-smoltalk",
+            "f73fe857d519ff6ac5af2ea67c4d3834da7b8bcc",
+            ("data/train-*.parquet", "data/test-*.parquet"),
+        ),
+    ),
+    "everyday": (
+        HubSource(
+            "HuggingFaceTB/everyday-conversations-llama3.1-2k",
+            "main",
+            ("data/train_sft-*.parquet", "data/test_sft-*.parquet"),
+        ),
+    ),
+    "oasst1": (
+        HubSource(
+            "OpenAssistant/oasst1",
+            "fdf72ae0827c1cda404aff25b6603abec9e3399b",
+            ("data/train-*.parquet", "data/validation-*.parquet"),
+        ),
+    ),
+    "dolly": (
+        HubSource(
+            "databricks/databricks-dolly-15k",
+            "bdd27f4d94b9c1f951818a7da7fd7aeea5dbff1a",
+            ("databricks-dolly-15k.jsonl",),
+        ),
+    ),
+    "cosmopedia": (
+        HubSource(
+            "HuggingFaceTB/cosmopedia",
+            "0ae6ec63f91742bd2d1eaef4f02232c55d719385",
+            (
+                "data/stories/train-*.parquet",
+                "data/wikihow/train-*.parquet",
+                "data/openstax/train-*.parquet",
+                "data/khanacademy/train-*.parquet",
+                "data/auto_math_text/train-*.parquet",
+                "data/web_samples_v1/train-*.parquet",
+                "data/web_samples_v2/train-*.parquet",
+                "data/stanford/train-*.parquet",
+            ),
+        ),
+    ),
+    "squad": (
+        HubSource(
+            "rajpurkar/squad",
+            "7b6d24c440a36b6815f21b70d25016731768db1f",
+            ("plain_text/train-00000-of-00001.parquet",),
+        ),
+    ),
+}

@@ -1,0 +1,196 @@
+"""Serve models over HTTP: an OpenAI-compatible API for many clients at once, and a page to chat with them.
+
+    python serve.py                                 # the newest checkpoint that was trained on chat data
+    python serve.py models/story5000.pt models/chitchat1700.pt --max_models 2
+    JOJO_API_KEY=... python serve.py --host 0.0.0.0 --port 8080
+
+The address is printed on standard output, one line per request on standard error. docs/serving.md describes the API.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import ipaddress
+import logging
+import os
+import sys
+from typing import TYPE_CHECKING
+
+from common.cli import UserError, check_options, option, parse_options, run_script
+from common.device import choose_device, choose_dtype
+from common.speedups import load_speedups
+
+if TYPE_CHECKING:  # at run time torch is imported only when the options are known to be right
+    from generation.row_cache import DecodeRows
+    from model import GPT
+    from serving.models import Loader
+
+API_KEY_VARIABLE = "JOJO_API_KEY"
+SHORTEST_API_KEY = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class ServeOptions:
+    """What to serve, where, and for whom."""
+
+    checkpoints: tuple[str, ...] = option(
+        (),
+        "the models (default: the newest one trained on chat data); the first is used when a request names none",
+        positional=True,
+        nargs="*",
+    )
+
+    host: str = option("127.0.0.1", "address to listen on; another needs --api_key or --no_auth", group="network")
+    port: int = option(8000, "port to listen on; 0: any free one", group="network", at_least=0, at_most=65535)
+    api_key: str | None = option(
+        None,
+        f"key that clients must send; better in the environment variable {API_KEY_VARIABLE}, which others cannot see",
+        group="network",
+        metavar="KEY",
+    )
+    no_auth: bool = option(False, "let anybody who reaches --host use the server without a key", group="network")
+    allow_origin: tuple[str, ...] | None = option(
+        None,
+        "also serve web pages of this origin, such as https://chat.example.org; can be given several times",
+        group="network",
+        action="append",
+        metavar="URL",
+    )
+
+    max_rows: int = option(16, "texts generated at a time", group="capacity", at_least=1, at_most=1024)
+    max_waiting: int = option(
+        64, "texts that wait for a row; further requests are refused", group="capacity", at_least=0, at_most=100_000
+    )
+    max_models: int = option(1, "models in memory at a time", group="capacity", at_least=1, at_most=1000)
+    exact: bool = option(
+        False, "compute each text as if it were alone: gen.py's ids to the bit, at one text's speed", group="capacity"
+    )
+    grace: float = option(
+        20.0, "seconds that running requests get after SIGTERM", group="capacity", metavar="S", at_least=0, at_most=3600
+    )
+
+    device: str | None = option(None, "cpu, mps, cuda or cuda:N (default: asks, or takes the best one)", group="device")
+    dtype: str | None = option(
+        None, "precision (default: the device's best)", group="device", choices=("float32", "bfloat16", "float16")
+    )
+    quantize: str | None = option(
+        None, "8-bit weights: faster on a CPU, slightly less exact", group="device", choices=("int8",)
+    )
+    plain: bool = option(False, "use only the plain code, without the faster parts in fast/", group="device")
+
+    log: str | None = option(
+        None, "append one line per request to this file (default: standard error)", group="files", metavar="FILE"
+    )
+
+    def __post_init__(self) -> None:
+        check_options(self)
+        if self.plain and self.quantize:
+            raise ValueError("--quantize needs the parts that --plain leaves out; drop one of the two")
+        if self.no_auth and self.api_key is not None:
+            raise ValueError("--api_key and --no_auth exclude each other")
+        for origin in self.allow_origin or ():
+            if not origin.startswith(("http://", "https://")) or origin.count("/") != 2:
+                raise ValueError(f"--allow_origin {origin}: give an origin such as https://chat.example.org")
+
+
+def choose_api_key(options: ServeOptions) -> str | None:
+    """The key that clients must send. Raises UserError for another host without one, and for a short key."""
+    key = options.api_key if options.api_key is not None else os.environ.get(API_KEY_VARIABLE)
+    if options.no_auth:
+        return None
+    if key is None:
+        if not is_loopback(options.host):
+            raise UserError(
+                f"--host {options.host} lets other machines in: set {API_KEY_VARIABLE} or --api_key, or add --no_auth"
+            )
+        return None
+    if len(key) < SHORTEST_API_KEY or not (key.isascii() and key.isprintable()) or key != key.strip():
+        raise UserError(
+            f"the API key must have at least {SHORTEST_API_KEY} printable ASCII characters; make one with: "
+            "python -c 'import secrets; print(secrets.token_urlsafe())'"
+        )
+    return key
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only programs on this machine reach the address."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def start_log(path: str | None) -> None:
+    """Log one line per request, and never fail because of the log: a full disk must not stop the server."""
+    try:
+        handler = logging.StreamHandler(sys.stderr) if path is None else logging.FileHandler(path, encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"--log {path}: {error.strerror}; give a file in a folder that is writable") from error
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    handler.handleError = lambda record: None  # type: ignore[method-assign]
+    for name, level in (("jojo", logging.INFO), ("uvicorn.error", logging.WARNING)):
+        logger = logging.getLogger(name)
+        logger.setLevel(level)
+        logger.addHandler(handler)
+        logger.propagate = False
+
+
+def model_loader(options: ServeOptions) -> Loader:
+    """The function that loads a checkpoint and puts in the faster parts."""
+    fast = load_speedups(options.plain)
+    if fast:
+        fast.keep_freed_memory()  # before the first tensor is allocated
+    from exchange.loading import load_model
+    from generation.row_cache import decode_rows
+    from setup_tokenizer import ENDOFTEXT_ID, N_VOCAB, get_extended_tokenizer
+
+    get_extended_tokenizer()  # takes a second, which the first request should not wait for
+    with contextlib.redirect_stdout(sys.stderr):  # standard output is for the address
+        device = choose_device(options.device)
+        dtype = choose_dtype(options.dtype, device)
+
+    def load(path: str) -> tuple[GPT, DecodeRows]:
+        model, _ = load_model(path, device, dtype)
+        if not ENDOFTEXT_ID < model.config.n_vocab <= N_VOCAB:
+            raise UserError(f"{path} has a vocabulary of {model.config.n_vocab} tokens, not this project's tokenizer's")
+        for parameter in model.parameters():  # a checkpoint's file may be replaced, so do not leave it mapped
+            parameter.data = parameter.data.clone()
+        if fast:
+            fast.speed_up_generation(model, options.quantize, options.max_rows)
+        return model, decode_rows
+
+    return load
+
+
+def main() -> None:
+    options = parse_options(ServeOptions, __doc__)
+    api_key = choose_api_key(options)
+    start_log(options.log)
+    load = model_loader(options)
+    from exchange.loading import newest_chat_checkpoint, read_info
+    from serving.models import ModelPool, model_cards
+    from serving.server import serve
+    from serving.settings import ServerSettings
+
+    paths = dict.fromkeys(options.checkpoints or (newest_chat_checkpoint(),))
+    settings = ServerSettings(
+        options.host,
+        api_key,
+        options.allow_origin or (),
+        options.max_rows,
+        options.max_waiting,
+        options.max_models,
+        options.exact,
+        options.grace,
+    )
+    pool = ModelPool(model_cards({path: read_info(path) for path in paths}), load, settings)
+    serve(
+        pool, settings, options.port, lambda address: print(f"serving {', '.join(pool.cards)} at {address}", flush=True)
+    )
+
+
+if __name__ == "__main__":
+    run_script(main)

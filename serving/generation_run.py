@@ -1,0 +1,143 @@
+"""The texts of one HTTP request: queued, received as they come, and cancelled when the client leaves."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import functools
+import time
+from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
+from typing import Any, TypeVar
+
+from starlette.types import Receive
+
+from generation.batching import QueueFull
+from generation.stream import Output, Request, Stream
+from serving.errors import ApiError, too_busy
+from serving.metrics import Metrics
+from serving.models import LoadedModel, ModelCard, ModelPool
+
+T = TypeVar("T")
+
+
+class ClientLeft(Exception):
+    """The client has closed the connection before its answer was complete."""
+
+
+class GenerationRun:
+    """Generates the texts of one request. Call `close` in every case: it frees the rows.
+
+    Raises ApiError 429 at once if too many texts wait.
+    """
+
+    def __init__(self, pool: ModelPool, metrics: Metrics, card: ModelCard, requests: Sequence[Request]):
+        self.pool, self.metrics, self.card, self.requests = pool, metrics, card, requests
+        self.started = time.perf_counter()
+        self.queue: asyncio.Queue[tuple[int, Output]] = asyncio.Queue()
+        self.streams: list[Stream] = []
+        self.on_close: Callable[[], None] = lambda: None
+        self.acquiring: asyncio.Task[LoadedModel] | None = None  # while the model is not in memory
+        self.model = pool.acquire_loaded(card)
+        try:
+            if self.model:
+                self._submit(self.model)
+            else:
+                pool.check_waiting()
+        except QueueFull:
+            self.close()
+            raise too_busy(5) from None
+
+    def _submit(self, model: LoadedModel) -> None:
+        loop = asyncio.get_running_loop()
+
+        def deliver(index: int, output: Output) -> None:  # called in the thread that computes
+            with contextlib.suppress(RuntimeError):  # the loop has been closed
+                loop.call_soon_threadsafe(self.queue.put_nowait, (index, output))
+
+        device = model.engine.device
+        streams = [
+            Stream(request, functools.partial(deliver, index), device) for index, request in enumerate(self.requests)
+        ]
+        self.pool.worker.submit(model.engine, streams)
+        self.streams = streams
+        self.metrics.prompt_tokens.inc(len(self.requests[0].prompt))
+
+    async def outputs(self, comment_s: float) -> AsyncGenerator[tuple[int, Output] | None, None]:
+        """(index of the text, output) as they come; None whenever nothing has come for `comment_s`.
+
+        Raises ApiError if the model cannot be loaded or fails.
+        """
+        if self.model is None:
+            self.acquiring = asyncio.create_task(self.pool.acquire(self.card))
+            while not (await asyncio.wait({self.acquiring}, timeout=comment_s))[0]:
+                yield None
+            try:
+                self.model = self.acquiring.result()
+                self._submit(self.model)
+            except QueueFull:
+                raise too_busy(5) from None
+        last: dict[int, float] = {}
+        remaining = len(self.requests)
+        while remaining:
+            try:
+                async with asyncio.timeout(comment_s):
+                    index, output = await self.queue.get()
+            except TimeoutError:
+                yield None
+                continue
+            if output.finish_reason == "error":
+                raise ApiError(503, output.error)
+            self._measure(last, index, output)
+            remaining -= output.finish_reason is not None
+            yield index, output
+
+    def _measure(self, last: dict[int, float], index: int, output: Output) -> None:
+        now = time.perf_counter()
+        if index in last:
+            self.metrics.per_token_s.observe(now - last[index])
+        else:
+            self.metrics.first_token_s.observe(now - self.started)
+            if index == 0:
+                self.metrics.cached_tokens.inc(output.cached_tokens)
+        last[index] = now
+        if output.finish_reason is not None:
+            self.metrics.generated_tokens.inc(output.n_tokens)
+
+    def abort(self, message: str) -> None:
+        """End the request with an error, as at a shutdown."""
+        self.queue.put_nowait((0, Output(finish_reason="error", error=message)))
+
+    def close(self) -> None:
+        """Cancel what still runs and release the model; may be called twice."""
+        self.on_close()
+        model, self.model = self.model, None
+        acquiring, self.acquiring = self.acquiring, None
+        if model is None and acquiring is not None:
+            acquiring.cancel()  # and should it have succeeded just now:
+            acquiring.add_done_callback(self._release_acquired)
+        if model is not None:
+            self.pool.worker.cancel([stream for stream in self.streams if not stream.is_finished])
+            self.pool.release(model)
+
+    def _release_acquired(self, acquiring: asyncio.Task[LoadedModel]) -> None:
+        if not acquiring.cancelled() and acquiring.exception() is None:
+            self.pool.release(acquiring.result())
+
+
+async def until_disconnect(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
+    """The result of `work`, which is cancelled as soon as the client closes the connection: then raises ClientLeft."""
+
+    async def watch() -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+
+    working, watching = asyncio.create_task(work), asyncio.create_task(watch())
+    try:
+        await asyncio.wait({working, watching}, return_when=asyncio.FIRST_COMPLETED)
+        if working.done():
+            return working.result()
+        raise ClientLeft
+    finally:
+        for task in (working, watching):
+            task.cancel()
+        await asyncio.gather(working, watching, return_exceptions=True)

@@ -1,0 +1,39 @@
+// A message that is being edited: its article is replaced by a text area until it is sent or given up.
+
+import { element, growWithText } from "./dom.js";
+
+/** Edit `text` in the position of `node`. `choices` are [label, function of the new text]; Enter takes the first. */
+export function editor(node, text, label, choices) {
+  const area = element("textarea", { class: "edit", "aria-label": label, rows: 1, value: text });
+  const close = () => form.replaceWith(node);
+  const finish = (choose) => {
+    if (area.value.trim() === "") return;
+    close();
+    choose(area.value);
+  };
+  const buttons = choices.map(([name, choose], i) =>
+    element("button", { type: "button", class: i === 0 ? "primary" : "secondary", onclick: () => finish(choose) }, name),
+  );
+  const cancel = () => {
+    close();
+    node.querySelector("button")?.focus();
+  };
+  const form = element(
+    "form",
+    { class: "message editing", onsubmit: (event) => event.preventDefault() },
+    area,
+    element("div", { class: "dialog-buttons" }, element("button", { type: "button", class: "secondary", onclick: cancel }, "Cancel"), ...buttons),
+  );
+  area.addEventListener("keydown", (event) => {
+    if (event.key === "Escape") cancel();
+    else if (event.key === "Enter" && !event.shiftKey && !event.isComposing) finish(choices[0][1]);
+    else return;
+    event.preventDefault();
+    event.stopPropagation(); // Esc ends the editing and does not stop a reply
+  });
+  const grow = growWithText(area);
+  node.replaceWith(form);
+  grow();
+  area.focus();
+  area.setSelectionRange(text.length, text.length);
+}

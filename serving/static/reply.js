@@ -1,0 +1,141 @@
+// One reply while it is made: its text, its tokens with their probabilities, and its numbers.
+//
+// A token is {id, text, shown, logprob, top, bytes}: `text` is the token's own, `shown` what it adds to the reply (a
+// token that ends inside a character shows nothing, the one that completes it shows the character), `top` its
+// likeliest alternatives as {id, text, logprob, bytes}; `bytes` is only set where text cannot express them.
+
+import { ApiError, streamEvents } from "./api.js";
+import { requestFields } from "./settings.js";
+
+const N_ALTERNATIVES = 8;
+const encoder = new TextEncoder();
+
+/** An id for a chat, a message or a reply. crypto.randomUUID only exists on https and on the loopback address. */
+export const newId = () => crypto.randomUUID?.() ?? `${Date.now()}-${Math.random()}`;
+
+/** A reply that has nothing yet, or starts with the tokens or the text that it continues. */
+export function newReply(model, { tokens = [], text = null } = {}) {
+  tokens = showTokens(tokens);
+  return {
+    id: newId(),
+    model,
+    text: text ?? tokens.map((token) => token.shown).join(""),
+    tokens,
+    finish: null, // "stop", "length", "stopped" by the person, "error"
+    usage: null,
+    nGenerated: 0,
+    tokensPerSecond: null,
+    waiting: null, // what the reply waits for, as a sentence
+    error: null,
+  };
+}
+
+/** Copies of the tokens with `shown` worked out anew from their bytes. */
+export function showTokens(tokens) {
+  const decoder = new TextDecoder();
+  return tokens.map((token) => ({ ...token, shown: decoder.decode(bytesOf(token), { stream: true }) }));
+}
+
+const bytesOf = (token) => (token.bytes ? new Uint8Array(token.bytes) : encoder.encode(token.text));
+
+/** A token as the API describes it, of a chat or of a text. */
+function parseToken({ id, token, bytes, logprob, top_logprobs: top }) {
+  const isText = !bytes || new TextDecoder().decode(new Uint8Array(bytes)) === token;
+  const made = { id, text: token, logprob };
+  if (!isText || token.includes("\ufffd")) made.bytes = bytes;
+  if (top) made.top = top.map(parseToken);
+  return made;
+}
+
+function bodyOf(reply, model, { messages, prompt }) {
+  const body = { model: model.id, stream: true, stream_options: { include_usage: true }, ...requestFields() };
+  const ids = reply.tokens.map((token) => token.id);
+  const exact = ids.length > 0 && ids.every(Number.isInteger);
+  if (messages) {
+    Object.assign(body, { messages, logprobs: true, top_logprobs: N_ALTERNATIVES });
+    if (exact) body.assistant_prefix_ids = ids;
+    else if (reply.text) {
+      body.messages = [...messages, { role: "assistant", content: reply.text }];
+      body.continue_final_message = true;
+    }
+  } else {
+    Object.assign(body, { prompt, logprobs: N_ALTERNATIVES });
+    if (exact) body.prefix_ids = ids;
+    else body.prompt += reply.text;
+  }
+  return body;
+}
+
+/**
+ * Continue `reply` until the model stops, the person stops it through `signal`, or an error ends it. Never throws:
+ * what happened is in reply.finish and reply.error. `onUpdate(reply)` is called after every change.
+ */
+export async function generate(reply, model, input, signal, onUpdate) {
+  const path = input.messages ? "v1/chat/completions" : "v1/completions";
+  // The tokens that the reply starts with may end inside a character.
+  const decoder = new TextDecoder();
+  for (const token of reply.tokens) decoder.decode(bytesOf(token), { stream: true });
+  const onBusy = (seconds) => {
+    reply.waiting = `The server is busy. Trying again in ${seconds} s.`;
+    onUpdate(reply);
+  };
+  Object.assign(reply, { finish: null, error: null, usage: null, tokensPerSecond: null, waiting: "Waiting for the model." });
+  onUpdate(reply);
+  let firstTime = 0;
+  let nTimed = 0;
+  try {
+    for await (const event of streamEvents(path, bodyOf(reply, model, input), { signal, onBusy })) {
+      if (event === null) {
+        reply.waiting = "Waiting for other replies to finish.";
+      } else {
+        if (event.usage) reply.usage = event.usage;
+        const choice = event.choices?.[0];
+        const text = choice?.delta?.content ?? choice?.text ?? "";
+        const tokens = choice?.logprobs?.content?.map(parseToken) ?? [];
+        for (const token of tokens) reply.tokens.push({ ...token, shown: decoder.decode(bytesOf(token), { stream: true }) });
+        reply.text += text;
+        if (tokens.length > 0 || text) {
+          reply.waiting = null;
+          reply.nGenerated += tokens.length || 1;
+          // The first token's time is the prompt's; the speed is that of the tokens after it.
+          const now = performance.now();
+          if (firstTime === 0) firstTime = now;
+          else {
+            nTimed += tokens.length || 1;
+            reply.tokensPerSecond = (1000 * nTimed) / Math.max(1, now - firstTime);
+          }
+        }
+        if (choice?.finish_reason) reply.finish = choice.finish_reason;
+      }
+      onUpdate(reply);
+    }
+    reply.finish ??= "stop";
+  } catch (error) {
+    if (error.name === "AbortError") reply.finish = "stopped";
+    else if (error instanceof ApiError) {
+      reply.finish = "error";
+      reply.error = { message: error.message, advice: error.advice };
+    } else throw error;
+  }
+  reply.waiting = null;
+  onUpdate(reply);
+}
+
+/** The tokens up to `index`, with that one replaced by one of its alternatives. */
+export function takeInstead(reply, index, alternative) {
+  const { top } = reply.tokens[index];
+  return [...reply.tokens.slice(0, index), { ...alternative, top }];
+}
+
+/** One line of numbers: tokens, tokens per second, why it ended. */
+export function describe(reply) {
+  const parts = [reply.model];
+  const n = reply.tokens.length || reply.usage?.completion_tokens || reply.nGenerated;
+  if (n) parts.push(n === 1 ? "1 token" : `${n.toLocaleString("en")} tokens`);
+  if (reply.tokensPerSecond) parts.push(`${reply.tokensPerSecond.toFixed(1)} tokens/s`);
+  if (reply.finish === "length") parts.push("reached the limit");
+  if (reply.finish === "stopped") parts.push("stopped");
+  const dropped = reply.usage?.dropped_messages;
+  if (dropped) parts.push(dropped === 1 ? "the oldest message no longer fits" : `the oldest ${dropped} messages no longer fit`);
+  return parts.join(" · ");
+}
