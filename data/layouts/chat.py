@@ -20,9 +20,11 @@ from data.layouts.turn_lists import PAIRS, is_list_of_turns, list_of_turns, pair
 from data.layouts.turns import Message, first_present, usable_messages
 
 _SYSTEM_FIELDS = ("system", "system_prompt", "system_message")
-_PREFERENCES = (
-    *("chosen", "rejected", "chosen_response", "rejected_response", "preferred_output", "non_preferred_output"),
-    *("response_j", "response_k"),
+_PREFERENCES = frozenset(
+    (
+        *("chosen", "rejected", "chosen_response", "rejected_response", "preferred_output", "non_preferred_output"),
+        *("response_j", "response_k"),
+    )
 )
 PREFERENCE = "preference data (chosen and rejected answers), not trained as answers"
 LABEL_FALSE = "preference data (label false), not trained as an answer"
@@ -90,7 +92,7 @@ def conversations(
             yield from oasst_conversations(rows_of_tree(record["prompt"]), oasst_all_paths, skipped, language)
         elif layout.name == "preference data":
             skipped[PREFERENCE] += 1
-        elif str(record.get("label")).lower() == "false":
+        elif "label" in record and str(record["label"]).lower() == "false":
             skipped[LABEL_FALSE] += 1
         elif layout.turns is None:
             yield from messenger_conversations(record, me, skipped, where)
@@ -120,7 +122,10 @@ def _find_layout(record: Mapping) -> tuple[Layout, Mapping] | None:
 
 
 def _match(record: Mapping) -> tuple[Layout, Mapping] | None:
-    return next(((layout, record) for layout in LAYOUTS if layout.matches(record)), None)
+    for layout in LAYOUTS:
+        if layout.matches(record):
+            return layout, record
+    return None
 
 
 def _system_turn(record: Mapping, turns: list) -> list:
@@ -139,7 +144,7 @@ def _turn_list_in(*fields: str) -> tuple[Callable[[Mapping], bool], Callable[[Ma
     """(matches, turns) of a layout whose conversation is a list in one of `fields`."""
 
     def found(record: Mapping) -> str | None:
-        return next((field for field in fields if is_list_of_turns(record.get(field))), None)
+        return next((field for field in fields if field in record and is_list_of_turns(record[field])), None)
 
     return lambda record: found(record) is not None, lambda record: [list_of_turns(record[found(record) or ""])]
 
@@ -175,7 +180,7 @@ def _is_oasst_tree(record: Mapping) -> bool:
 
 
 def _is_preference(record: Mapping) -> bool:
-    return any(field in record for field in _PREFERENCES)
+    return not _PREFERENCES.isdisjoint(record)
 
 
 def _has_instances(record: Mapping) -> bool:

@@ -42,13 +42,16 @@ def is_list_of_turns(value) -> bool:
 
     A list of records that contain conversations themselves is none.
     """
+    if value is None:
+        return False
     value = _parsed(value)
     if isinstance(value, Mapping):
         return len(value) >= 2 and all(isinstance(column, list) for column in value.values())
     if not isinstance(value, list):
         return False
     first = value[0] if value and isinstance(value[0], Mapping) else {}
-    return not any(isinstance(first.get(field), list) for field in ("messages", "conversations", "conversation"))
+    nested = ("messages", "conversations", "conversation")
+    return "role" in first or "from" in first or not any(isinstance(first.get(field), list) for field in nested)
 
 
 def list_of_turns(value) -> list:
@@ -96,6 +99,8 @@ def _alternating(texts: list[str]) -> list:
 
 def _turns_of_element(turn) -> list:
     """The turns that one element of a list stands for: itself, or a question and its answer."""
+    if type(turn) is dict and ("role" in turn or "from" in turn):
+        return [turn]  # nearly every turn, recognized first because it is the fastest
     if isinstance(turn, list) and len(turn) == 2 and all(isinstance(text, str) for text in turn):
         role = known_role(turn[0])
         return [{"role": role, "content": turn[1]}] if role else _alternating(turn)

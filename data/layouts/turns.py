@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -36,10 +37,10 @@ TOOL_ROLES = (
     "observation",
     "ipython",
 )
-_TOOL_FIELDS = ("tool_calls", "function_call", "tool_call_id")
+_TOOL_FIELDS = frozenset(("tool_calls", "function_call", "tool_call_id"))
 _ROLE_FIELDS = ("role", "from", "sender", "author", "speaker")
 _CONTENT_FIELDS = ("content", "value", "text", "message", "utterance")
-_WEIGHT_FIELDS = ("weight", "loss_weight", "train", "loss")
+_WEIGHT_FIELDS = frozenset(("weight", "loss_weight", "train", "loss"))
 
 _NOT_TEXT = "conversation with content that is not text"
 
@@ -57,26 +58,27 @@ def usable_messages(turns: Sequence, skipped: Counter) -> list[Message] | None:
     if not any(role == "user" for role, _, _ in parsed):
         _count_unanswered(turns, skipped)
         return None
-    notes: Counter = Counter()
+    notes: list[str] = []
     if len(parsed) < length:
-        notes["message without an answer, cut off"] += length - len(parsed)
+        notes += ["message without an answer, cut off"] * (length - len(parsed))
     messages: list[Message] = []
     for (role, content, is_target), turn in zip(parsed, turns, strict=False):
         if fault := _fault(role, content):
             if role == "system" and fault != UNKNOWN_ROLE:
-                notes[fault] += 1
+                notes.append(fault)
                 continue
             _count_fault(fault, turn, skipped)
             return None
         assert role is not None and content is not None  # otherwise _fault has found a fault
-        messages.append({"role": role, "content": content, **({} if is_target else {"weight": 0})})
-    answers = [message for message in messages if message["role"] == "assistant"]
-    if all("weight" in message for message in answers):
+        messages.append({"role": role, "content": content})
+        if not is_target:
+            messages[-1]["weight"] = 0
+            notes.append("answer of weight 0, no target")
+    if not any(role == "assistant" and is_target for role, _, is_target in parsed):
         skipped["conversation whose answers all have weight 0"] += 1
         return None
-    if zeros := sum("weight" in message for message in answers):
-        notes["answer of weight 0, no target"] += zeros
-    skipped.update(notes)
+    if notes:
+        skipped.update(notes)
     return messages
 
 
@@ -111,38 +113,52 @@ def _fault(role: str | None, content: str | None) -> str | None:
 
 def _parsed(turn) -> tuple[str | None, str | None, bool]:
     """(role, content, is a target) of a turn: one of our roles, "tool" or None; content is None if it is not text."""
-    if not isinstance(turn, Mapping):
+    if type(turn) is not dict and not isinstance(turn, Mapping):
         return None, None, True
     role = known_role(_role_name(turn))
-    if any(turn.get(field) for field in _TOOL_FIELDS):
+    if not _TOOL_FIELDS.isdisjoint(turn) and any(turn.get(field) for field in _TOOL_FIELDS):
         role = "tool"
     content = first_present(turn, _CONTENT_FIELDS)
+    if not isinstance(content, str):
+        content = _text_of(content)
+    return role, content, role != "assistant" or not _has_weight_0(turn)
+
+
+def _text_of(content) -> str | None:
+    """The text of a content that is not a string: "" for null, None if it is not text."""
     if isinstance(content, Mapping):  # ChatGPT's export: {"content_type": "text", "parts": [...]}
         content = content.get("parts", content.get("text"))
     if isinstance(content, list):
-        content = joined_parts(content)
-    elif content is None:
-        content = ""
-    is_target = role != "assistant" or not any(_is_zero(turn.get(field)) for field in _WEIGHT_FIELDS)
-    return role, content if isinstance(content, str) else None, is_target
+        return joined_parts(content)
+    return "" if content is None else content if isinstance(content, str) else None
 
 
-def _is_zero(weight) -> bool:
-    return weight is False or (isinstance(weight, int | float) and weight == 0)
+def _has_weight_0(turn: Mapping) -> bool:
+    """Whether one of the fields that weigh an answer is 0 or false."""
+    if _WEIGHT_FIELDS.isdisjoint(turn):
+        return False
+    weights = [turn.get(field) for field in _WEIGHT_FIELDS]
+    return any(isinstance(weight, int | float) and weight == 0 for weight in weights)
 
 
 def first_present(record: Mapping, fields: Sequence[str]):
     """The first of the fields that is not null, None if all are."""
-    return next((record[field] for field in fields if record.get(field) is not None), None)
+    for field in fields:
+        if (value := record.get(field)) is not None:
+            return value
+    return None
 
 
 def _role_name(turn: Mapping) -> str:
     role = first_present(turn, _ROLE_FIELDS)
+    if isinstance(role, str):
+        return role.strip()
     if isinstance(role, Mapping):  # ChatGPT's export: "author": {"role": "user"}
         role = role.get("role")
     return "" if role is None else str(role).strip()
 
 
+@functools.lru_cache(1024)
 def known_role(name: str) -> str | None:
     """Our role for a role's name in a published data set, "tool" for a tool's, None if it is unknown.
 
