@@ -188,6 +188,18 @@ def prepare_all(run_scripts: Run, folder: Path, environment: dict[str, str], *op
     return dict(zip(DATASETS, run_scripts(runs, folder, environment), strict=True))
 
 
+def assert_one_sentence(name: str, outcome: Outcome) -> None:
+    """The script ended with status 1 and one sentence that names --input and the file to fetch by hand."""
+    errors = outcome.errors
+    assert outcome.status == 1, errors
+    assert "Traceback" not in errors
+    sentence = errors.strip().splitlines()[-1]
+    assert sentence.startswith("error: ") and "--input" in sentence, errors
+    _, repository, path, _ = DATASETS[name]
+    assert repository in sentence
+    assert path in sentence or path.replace("00000-of-00001", "*") in sentence
+
+
 def test_every_script_prepares_what_the_hub_serves_once(tmp_path, run_scripts):
     with HubServer(repositories()) as hub:
         environment = hub.environment(tmp_path / "cache")

@@ -11,19 +11,17 @@ import pytest
 from hub_server import HubServer, closed_endpoint, hub_environment
 
 from data.dataset import read_info
-from tests.test_hub import DATASETS, ROOT, Outcome, Run, chat_records, parquet, prepare_all, repositories, run_scripts  # noqa: F401
-
-
-def assert_one_sentence(name: str, outcome: Outcome) -> None:
-    """The script ended with status 1 and one sentence that names --input and the file to fetch by hand."""
-    errors = outcome.errors
-    assert outcome.status == 1, errors
-    assert "Traceback" not in errors
-    sentence = errors.strip().splitlines()[-1]
-    assert sentence.startswith("error: ") and "--input" in sentence, errors
-    _, repository, path, _ = DATASETS[name]
-    assert repository in sentence
-    assert path in sentence or path.replace("00000-of-00001", "*") in sentence
+from tests.test_hub import (  # noqa: F401
+    DATASETS,
+    ROOT,
+    Run,
+    assert_one_sentence,
+    chat_records,
+    parquet,
+    prepare_all,
+    repositories,
+    run_scripts,
+)
 
 
 @pytest.mark.parametrize(
