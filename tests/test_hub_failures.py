@@ -14,6 +14,7 @@ from data.dataset import read_info
 from tests.test_hub import (  # noqa: F401
     DATASETS,
     ROOT,
+    Outcome,
     Run,
     assert_one_sentence,
     chat_records,
