@@ -17,7 +17,6 @@ ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
 PAGES = [README, *sorted((ROOT / "docs").rglob("*.md"))]
 MOST_README_LINES = 200
-# Pages of the same change that another branch writes; remove each from this set once it exists.
 # A file that a Python example of the docs opens: what the page says about it, made small.
 FILES_OF_EXAMPLES = {"dolly-subset.jsonl": '{"instruction": "Why?", "response": "' + "Because. " * 40 + '"}\n'}
 
