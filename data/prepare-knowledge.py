@@ -103,7 +103,7 @@ class KnowledgeOptions(PrepareOptions):
         if self.price is not None:
             parse_price(self.price)
         if sum([self.topics is not None, self.questions is not None, self.source != "topics"]) > 1:
-            raise ValueError("--topics, --questions and --source squad exclude each other; give one of them")
+            raise ValueError("--topics, --questions and --source squad cannot be combined; give one of them")
 
 
 def main(first_wait_s: float = Retries.first_wait_s) -> None:

@@ -68,9 +68,9 @@ def _read_member(archive: zipfile.ZipFile, name: str, where: str) -> bytes:
     """The bytes of one member, checksum verified. Raises UserError if it is encrypted, damaged or too large."""
     member = archive.getinfo(name)
     if member.flag_bits & 1:
-        raise UserError(f"{where}: {name} is encrypted; unpack the archive by hand and pass the files with --input")
+        raise UserError(f"{where}: {name} is encrypted; unpack the archive and pass the files with --input")
     if member.file_size > MAX_MEMBER_BYTES:
-        raise UserError(f"{where}: {name} is too large; unpack the archive by hand and pass the files with --input")
+        raise UserError(f"{where}: {name} is too large; unpack the archive and pass the files with --input")
     try:
         return archive.read(member)
     except _ZIP_FAULTS as error:
