@@ -28,7 +28,7 @@ from common.device import allow_tf32, autocast, seed_everything, set_determinism
 from common.speedups import load_speedups
 from exchange.loading import load_checkpoint, read_info
 from model import GPT
-from training import parallel
+from training import parallel, resume
 from training.batches import Batches
 from training.config import RunConfig, TrainOptions, make_config
 from training.datasets import TrainingData, make_rows, open_data
@@ -39,13 +39,6 @@ from training.memory import move_model
 from training.metrics import draw_curves
 from training.optimizers import init_optimizer_states, make_optimizers, set_rates
 from training.progress import Clock, Sampler, describe_data, describe_end, describe_parts
-from training.resume import (
-    options_after_restart,
-    print_if_complete,
-    require_resumable,
-    require_same_data,
-    resumed_options,
-)
 from training.run import Run
 from training.run_files import RunFiles
 from training.schedule import schedule
@@ -84,14 +77,14 @@ class Training:
 
 def plan(options: TrainOptions, given: dict[str, Any], fast: ModuleType | None) -> Plan | None:
     """Load the checkpoint, open the data and make the configuration; None if the run is already complete."""
-    options, given = options_after_restart(options, given, read_info)
+    options, given = resume.options_after_restart(options, given, read_info)
     checkpoint = None
     if options.resume is not None:
         path = options.checkpoint_path
         checkpoint = load_checkpoint(path)
-        require_resumable(checkpoint, path)
-        options = resumed_options(options, given, path, checkpoint["info"])
-        if print_if_complete(checkpoint["info"], options.max_iters, path):
+        resume.require_resumable(checkpoint, path)
+        options = resume.resumed_options(options, given, path, checkpoint["info"])
+        if resume.print_if_complete(checkpoint["info"], options.max_iters, path):
             return None
     elif options.init_from is not None:
         checkpoint = load_checkpoint(options.init_from, ("info", "model"))
@@ -103,7 +96,7 @@ def plan(options: TrainOptions, given: dict[str, Any], fast: ModuleType | None) 
     config = make_config(options, given, device, data.facts, checkpoint, speed_up, logits_rows)
     data.require_length(config.block_size)
     if checkpoint and config.resume:
-        require_same_data(data.facts, checkpoint["info"], config.resume)
+        resume.require_same_data(data.facts, checkpoint["info"], config.resume)
     for line in describe_data(data.facts):
         print(line)
     return Plan(config, data, checkpoint)
