@@ -28,7 +28,7 @@ from common.cli import UserError, check_options, option, parse_options, run_scri
 from common.device import choose_device, choose_dtype
 from common.files import atomic_write, require_target
 from common.speedups import load_speedups
-from data.dataset import DatasetInfo, open_dataset
+from data.dataset import DatasetInfo, open_dataset, trained_on
 from evaluation.bootstrap import compare, verdict
 from evaluation.printing import print_report
 from evaluation.scoring import score, summarize
@@ -37,7 +37,6 @@ from evaluation.stories import STORY_PROMPTS, STORY_TOKENS, judge_stories, reada
 from exchange.loading import load_model, read_info
 from generation.decoding import DecodeStep, decode_step
 from model import GPT
-from training.mixture import trained_on
 
 
 @dataclasses.dataclass(frozen=True)

@@ -217,7 +217,7 @@ def print_format_note(path: str, info: dict, chat: bool) -> None:
 
 def holds_text(info: dict) -> bool:
     """Whether a model was trained on plain text, possibly mixed with conversations."""
-    from training.mixture import data_parts
+    from data.dataset import data_parts
 
     return any(part.get("format") == "text" for part in data_parts(info.get("data") or {}))
 

@@ -161,6 +161,19 @@ def info_bytes(info: DatasetInfo) -> bytes:
     return json.dumps(info.to_json(), ensure_ascii=False, indent=1).encode() + b"\n"
 
 
+# --- in a checkpoint ---
+
+
+def data_parts(data: Mapping[str, Any]) -> list[dict]:
+    """The .json of each data set in what a checkpoint stores about its data: one, or the parts of a mixture."""
+    return data.get("parts") or [dict(data)]
+
+
+def trained_on(info: Mapping[str, Any]) -> dict[str, dict]:
+    """The data sets that a checkpoint was trained on, by name, each with the .json that its `info` holds."""
+    return dict(zip(info["dataset"].split("+"), data_parts(info.get("data") or {}), strict=False))
+
+
 # --- opening ---
 
 

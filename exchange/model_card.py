@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Protocol
 
-from training.mixture import data_parts
+from data.dataset import data_parts
 
 # The licences that the hub has identifiers for.
 HUB_LICENCES = {"mit", "apache-2.0", "cdla-sharing-1.0", "cdla-permissive-2.0", "cc0-1.0", "odc-by"}

@@ -43,7 +43,7 @@ TABLE: dict[str, set[str]] = {
         *("common", "setup_tokenizer", "model", "data.dataset", "data.token_stream"),
         *("generation.decoding", "generation.sampling"),  # for the sample that is printed at each evaluation
     },
-    "exchange": {"common", "setup_tokenizer", "model", "training.mixture"},
+    "exchange": {"common", "setup_tokenizer", "model", "data.dataset"},
     "evaluation": {"common", "setup_tokenizer", "model", "data.token_stream", "training.targets", "generation"},
     "serving": {"common", "setup_tokenizer", "model", "generation"},
     "fast": {"common", "model", "generation"},

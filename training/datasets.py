@@ -7,11 +7,11 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-from data.dataset import DatasetInfo, open_dataset, require_length
+from data.dataset import DatasetInfo, data_parts, open_dataset, require_length
 from data.token_stream import TokenStream
 from training.batches import fixed_batches
 from training.config import RunConfig
-from training.mixture import MixedRows, data_parts, mixture_facts, parse_mixture
+from training.mixture import MixedRows, mixture_facts, parse_mixture
 from training.rows import ChatRows, TextRows
 
 

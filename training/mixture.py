@@ -76,16 +76,6 @@ def mixture_facts(facts: Mapping[str, dict], shares: Mapping[str, Fraction]) -> 
     }
 
 
-def data_parts(data: Mapping) -> list[dict]:
-    """The facts of each data set in what `mixture_facts` returned."""
-    return data.get("parts") or [data]
-
-
-def trained_on(info: Mapping) -> dict[str, dict]:
-    """The data sets that a checkpoint was trained on, each with the facts that the checkpoint holds."""
-    return dict(zip(info["dataset"].split("+"), data_parts(info.get("data") or {}), strict=False))
-
-
 class MixedRows:
     """Rows of several parts in rounds. `Batches` treats a round as an epoch: epoch and row are the whole position."""
 

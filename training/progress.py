@@ -12,11 +12,11 @@ import torch
 
 from common.cli import UserError
 from common.device import peak_flops
+from data.dataset import data_parts
 from generation.decoding import generate
 from generation.sampling import Sampling
 from model import GPT
 from training.config import RunConfig
-from training.mixture import data_parts
 from training.parallel import world_size
 from training.run import Run
 

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from common.cli import UserError
+from data.dataset import data_parts
 from training.config import TrainOptions
-from training.mixture import data_parts, mixture_name, parse_mixture
+from training.mixture import mixture_name, parse_mixture
 from training.parallel import broadcast, job_name, n_restarts
 
 # What --resume may change. Everything else belongs to the run.
