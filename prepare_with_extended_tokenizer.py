@@ -19,6 +19,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import re
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -76,7 +77,7 @@ class ExtendedOptions(TextOptions):
 def main() -> None:
     options = parse_options(ExtendedOptions, __doc__)
     if options.input and options.dataset:
-        raise UserError("--input and --dataset exclude each other; to name the data set made from --input, use --name")
+        raise UserError("--input and --dataset cannot be combined; to name the data set made from --input, use --name")
     if options.input:
         prepare_own(options)
         return
@@ -85,8 +86,7 @@ def main() -> None:
             "--near_dedup, --max_document_tokens and --limit select documents, which --dataset does not; "
             "give them to the script that prepares the data set from its source"
         )
-    for name in datasets_to_encode(options):
-        encode_again(name, options)
+    encode_all_again(datasets_to_encode(options), options)
 
 
 # --- your own files ---
@@ -167,6 +167,22 @@ def prepared_by_us(folder: Path, name: str) -> DatasetInfo | None:
     """The description of a data set that a prepare script made; None if `<name>.json` is something else."""
     info = earlier_info(folder, name)
     return info if info and info.source is not None and info.licence is not None else None
+
+
+def encode_all_again(names: list[str], options: ExtendedOptions) -> None:
+    """Encode data sets again; one that fails does not stop the others. Raises UserError that names those that did."""
+    failed = []
+    for name in names:
+        try:
+            encode_again(name, options)
+        except UserError as error:
+            if len(names) == 1:
+                raise
+            print(f"{name} not encoded again: {error}", file=sys.stderr)
+            failed.append(name)
+    if failed:
+        commands = "; ".join(prepare_command(name) for name in failed)
+        raise UserError(f"{len(failed)} of {len(names)} data sets were not encoded again; run: {commands}")
 
 
 def encode_again(name: str, options: ExtendedOptions) -> None:

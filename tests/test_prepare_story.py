@@ -270,7 +270,7 @@ def test_encoding_again_loses_no_document(tmp_path, inline, choice, wanted):
         ({}, ["--input", "no.txt"], "no.txt not found"),
         ({"a.jsonl": '{"text": "x"}\n{"text": \n'}, ["--input", "a.jsonl"], "line 2"),
         ({"a.txt": "x", "b.jsonl": '{"messages": []}\n'}, ["--input", "a.txt", "b.jsonl"], "prepare them separately"),
-        ({"a.txt": "x"}, ["--input", "a.txt", "--dataset", "story"], "exclude each other"),
+        ({"a.txt": "x"}, ["--input", "a.txt", "--dataset", "story"], "cannot be combined"),
         ({}, ["--dataset", "story"], "run: python data/prepare-story.py$"),
         ({}, ["--dataset", "notes"], "run: python prepare_with_extended_tokenizer.py --input FILE --name notes$"),
         ({}, [], "no prepared data set"),
