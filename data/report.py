@@ -227,7 +227,7 @@ def _read_into(found: dict[int, bytes], file: io.BufferedReader, end: bytes) -> 
 
 
 def _read_past(file: io.BufferedReader, end: bytes) -> bytes:
-    """The file's bytes from the current position through the next `end`, or all of them if there is none."""
+    """The file's bytes from the current position through the next `end`, or all of them without one."""
     found = bytearray()
     while line := file.readline():
         found += line

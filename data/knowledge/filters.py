@@ -82,7 +82,7 @@ class Selection:
 
 
 def document_of(request: Request, answer: Answer) -> Document | None:
-    """The document that an answer contains; None if it should be a conversation and is none."""
+    """The document that an answer contains; None if it should be a conversation but is not."""
     text = without_wrapping(answer.content)
     if not request.as_chat:
         return text

@@ -67,7 +67,7 @@ class Journal:
         return key in self._positions and self._cut_off.get(key, max_tokens) >= max_tokens
 
     def answer(self, key: str) -> Answer | None:
-        """The answer to a request, or None if there is none yet."""
+        """The answer to a request, or None before it arrives."""
         if key not in self._positions:
             return None
         self._file.seek(self._positions[key])

@@ -40,7 +40,7 @@ PAIRS = (
 def is_list_of_turns(value) -> bool:
     """Whether a value is a conversation: a list, a list as JSON text, or a struct of lists.
 
-    A list of records that contain conversations themselves is none.
+    A list of records that contain conversations themselves is not a conversation.
     """
     if value is None:
         return False
@@ -98,7 +98,7 @@ def _alternating(texts: list[str]) -> list:
 
 
 def _turns_of_element(turn) -> list:
-    """The turns that one element of a list stands for: itself, or a question and its answer."""
+    """The turns in one element of a list: the element itself, or a question and its answer."""
     if type(turn) is dict and ("role" in turn or "from" in turn):
         return [turn]  # nearly every turn, recognized first because it is the fastest
     if isinstance(turn, list) and len(turn) == 2 and all(isinstance(text, str) for text in turn):

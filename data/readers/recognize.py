@@ -123,7 +123,7 @@ def read_documents(
 def first_document(files: Sequence[Recognized]) -> Document:
     """The first document of the files, after a warning about each file of whose first records most are unusable.
 
-    Raises UserError, with the counts by reason, if there is none in any file.
+    Raises UserError, with the counts by reason, if no file contains one.
     """
     checked = [_check_file(found) for found in files]
     first = next((document for document, _ in checked if document is not None), None)

@@ -100,6 +100,6 @@ def _cut_at_blank_lines(text: bytes) -> list[bytes]:
 
 
 def _end_of_last(boundary: bytes, text: bytes, start: int, end: int) -> int:
-    """The end of the last `boundary` in text[start:end], 0 if there is none."""
+    """The end of the last `boundary` in text[start:end], or 0 without one."""
     found = text.rfind(boundary, start, end)
     return 0 if found < 0 else found + len(boundary)
