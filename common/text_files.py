@@ -143,7 +143,7 @@ def _conversion(path: str | Path, what: str, encoding: str, option: bool) -> str
 
 
 def _command(path: str | Path, program: str) -> str:
-    """A shell command that sends a file through a program; it can be pasted unchanged, and also handles a compressed file."""
+    """A shell command that sends a file through a program; it can be pasted unchanged and handles compressed files."""
     names = _names(path)
     decompress = {".gz": "gzip -dc", ".zst": "zstd -dc"}.get(Path(path).suffix.lower())
     if decompress:
