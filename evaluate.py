@@ -25,7 +25,7 @@ import numpy as np
 import torch
 
 from common.cli import UserError, check_options, option, parse_options, run_script
-from common.device import choose_device, choose_dtype
+from common.device import choose_device, choose_dtype, device_option, dtype_option, plain_option, quantize_option
 from common.files import atomic_write, require_target
 from common.speedups import load_speedups
 from data.dataset import DatasetInfo, open_dataset, trained_on
@@ -67,20 +67,11 @@ class EvaluateOptions:
     json: str | None = option(
         None, "also write all numbers and stories to this file", metavar="FILE", group="evaluation"
     )
-    device: str | None = option(
-        None, "cpu, mps, cuda or cuda:N (default: asks, or chooses the best one)", group="device"
-    )
-    dtype: str | None = option(
-        None,
-        "precision of matrix products (default: the device's best)",
-        choices=("float32", "bfloat16", "float16"),
-        group="device",
-    )
+    device: str | None = device_option()
+    dtype: str | None = dtype_option()
     batch_size: int = option(16, "windows per forward pass", at_least=1, group="device")
-    quantize: str | None = option(
-        None, "measure the models with 8-bit weights, as gen.py uses them", choices=("int8",), group="device"
-    )
-    plain: bool = option(False, "use only the plain code, without the faster parts in fast/", group="device")
+    quantize: str | None = quantize_option()
+    plain: bool = plain_option()
 
     def __post_init__(self):
         check_options(self)

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from common.cli import UserError, check_options, option, parse_options, run_script
-from common.device import choose_device, choose_dtype
+from common.device import choose_device, choose_dtype, device_option, dtype_option, plain_option, quantize_option
 from common.files import atomic_write, require_target
 from common.speedups import load_speedups
 from common.text_files import decode_text, unix_line_ends
@@ -117,16 +117,10 @@ class GenOptions:
         below=2**63,
     )
 
-    device: str | None = option(
-        None, "cpu, mps, cuda or cuda:N (default: asks, or chooses the best one)", group="device"
-    )
-    dtype: str | None = option(
-        None, "precision (default: the device's best)", group="device", choices=("float32", "bfloat16", "float16")
-    )
-    quantize: str | None = option(
-        None, "8-bit weights: faster on a CPU, slightly less exact", group="device", choices=("int8",)
-    )
-    plain: bool = option(False, "use only the plain code, without the faster parts in fast/", group="device")
+    device: str | None = device_option()
+    dtype: str | None = dtype_option()
+    quantize: str | None = quantize_option()
+    plain: bool = plain_option()
 
     output: str | None = option(
         None, "also write the text to a file, even if interrupted", group="files", metavar="FILE"

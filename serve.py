@@ -18,7 +18,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from common.cli import UserError, check_options, option, parse_options, run_script
-from common.device import choose_device, choose_dtype
+from common.device import choose_device, choose_dtype, device_option, dtype_option, plain_option, quantize_option
 from common.speedups import load_speedups
 
 if TYPE_CHECKING:  # at run time torch is imported only when the options are known to be right
@@ -70,14 +70,10 @@ class ServeOptions:
         20.0, "seconds that running requests get after SIGTERM", group="capacity", metavar="S", at_least=0, at_most=3600
     )
 
-    device: str | None = option(None, "cpu, mps, cuda or cuda:N (default: asks, or takes the best one)", group="device")
-    dtype: str | None = option(
-        None, "precision (default: the device's best)", group="device", choices=("float32", "bfloat16", "float16")
-    )
-    quantize: str | None = option(
-        None, "8-bit weights: faster on a CPU, slightly less exact", group="device", choices=("int8",)
-    )
-    plain: bool = option(False, "use only the plain code, without the faster parts in fast/", group="device")
+    device: str | None = device_option()
+    dtype: str | None = dtype_option()
+    quantize: str | None = quantize_option()
+    plain: bool = plain_option()
 
     log: str | None = option(
         None, "append one line per request to this file (default: standard error)", group="files", metavar="FILE"

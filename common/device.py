@@ -1,4 +1,4 @@
-"""The device to run on, its precision, seeds, the number of cores, and a GPU's peak FLOP/s.
+"""The device to run on, its precision and the options for both, seeds, the number of cores, and a GPU's peak FLOP/s.
 
 Importing this module does not import torch; the functions that need it import it when they are called.
 """
@@ -9,9 +9,9 @@ import contextlib
 import os
 import re
 from collections.abc import Callable
-from typing import TypedDict
+from typing import Any, TypedDict
 
-from common.cli import UserError, is_terminal
+from common.cli import UserError, is_terminal, option
 
 # Dense tensor-core peak in bfloat16 (float16 on cards older than Ampere), in FLOP/s, from the vendors' data sheets.
 # The first entry whose name occurs as whole words in the device's name is used, so longer names come first.
@@ -35,6 +35,36 @@ PEAK_FLOPS = {
     "V100": 125e12,
     "T4": 65e12,
 }
+
+
+# --- options that several scripts have ---
+
+
+def device_option(group: str | None = "device") -> Any:
+    """The option --device; see `choose_device`."""
+    return option(
+        None, "cpu, mps, cuda or cuda:N (default: asks, or chooses the best one)", group=group, metavar="NAME"
+    )
+
+
+def dtype_option(
+    group: str | None = "device", help: str = "precision of the matrix products (default: the device's best)"
+) -> Any:
+    """The option --dtype; see `choose_dtype`."""
+    return option(None, help, choices=("float32", "bfloat16", "float16"), group=group)
+
+
+def quantize_option(group: str | None = "device") -> Any:
+    """The option --quantize, for models that only generate."""
+    return option(None, "8-bit weights: faster on a CPU, slightly less exact", choices=("int8",), group=group)
+
+
+def plain_option(group: str | None = "device") -> Any:
+    """The option --plain; see common/speedups.py."""
+    return option(False, "use only the plain code, without the faster parts in fast/", group=group)
+
+
+# --- devices ---
 
 
 class CudaDevice(TypedDict):

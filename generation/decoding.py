@@ -34,6 +34,11 @@ def decode_step(model: GPT, ids: Tensor, lengths: list[int], cache: KVCache) -> 
 def decode_at(model: GPT, ids: Tensor, positions: Tensor, end: int, cache: KVCache) -> Tensor:
     """`decode_step` for rows of different lengths: positions (B,) are a tensor, and shapes depend on `end` alone."""
     cache.select(positions, end)
+    return logits_after(model, ids, positions, end, cache)
+
+
+def logits_after(model: GPT, ids: Tensor, positions: Tensor, end: int, cache: KVCache) -> Tensor:
+    """Logits (B, n_vocab) of what follows ids (B,) at positions (B,), which the caller has selected in `cache`."""
     mask = torch.arange(end, device=ids.device) <= positions[:, None, None, None]  # (B, 1, 1, end)
     return model.logits(model.hidden(ids[:, None], cache, positions[:, None], mask)[:, 0])
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from generation.decoding import common_prefix
+from generation.decoding import common_prefix, logits_after
 from model import GPT, KVCache
 
 # (model, ids (N,), their rows in the cache, ids in each of those rows, cache) -> logits (N, n_vocab)
@@ -83,8 +83,7 @@ def decode_rows(model: GPT, ids: Tensor, rows: list[int], lengths: list[int], ca
     end = max(lengths) + 1
     positions = torch.tensor(lengths, device=ids.device)
     cache.select_rows(torch.tensor(rows, device=ids.device), positions, end)
-    mask = torch.arange(end, device=ids.device) <= positions[:, None, None, None]  # (N, 1, 1, end)
-    return model.logits(model.hidden(ids[:, None], cache, positions[:, None], mask)[:, 0])
+    return logits_after(model, ids, positions, end, cache)
 
 
 def decode_each(model: GPT, ids: Tensor, rows: list[int], lengths: list[int], cache: RowCache) -> Tensor:

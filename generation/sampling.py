@@ -32,6 +32,8 @@ class Sampling:
 # What gen.py, the samples during training, evaluation and the tools use unless an option says otherwise.
 TEXT_SAMPLING = Sampling(temperature=0.8, top_k=200)
 CHAT_SAMPLING = Sampling(temperature=0.5, top_k=50)  # more focused: small models need that for sensible replies
+PREVIEW_SAMPLING = Sampling(temperature=0.8, top_k=50)  # the samples that train.py prints of an unfinished model
+GREEDY = Sampling(temperature=0)  # always the likeliest id, so that runs can be compared
 SMALLEST_TEMPERATURE = 1e-6  # below it, dividing by the temperature overflows float32; the result is the same as for 0
 
 

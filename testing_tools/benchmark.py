@@ -36,7 +36,15 @@ from benchmark_work import PEERS, WORKS, generation_config, peer_setting, traini
 from device_limits import cpu_name, generation_floor, measure_machine, training_floor  # noqa: E402
 
 from common.cli import UserError, check_options, option, parse_options, run_script  # noqa: E402
-from common.device import choose_device, is_out_of_memory, n_cores  # noqa: E402
+from common.device import (  # noqa: E402
+    choose_device,
+    device_option,
+    dtype_option,
+    is_out_of_memory,
+    n_cores,
+    plain_option,
+    quantize_option,
+)
 from common.files import atomic_write, require_target  # noqa: E402
 
 PACKAGES = ("transformers", "tiktoken")  # peers that must be installed
@@ -61,7 +69,7 @@ class BenchmarkOptions:
     rounds: int = option(5, "rounds that count", at_least=1)
     round_s: float = option(3.0, "seconds that a round of training or generation lasts", metavar="S", above=0)
     json: str | None = option(None, "also write the figures to this file", metavar="FILE")
-    plain: bool = option(False, "measure our side without the speedups of fast/")
+    plain: bool = plain_option()
 
     preset: str | None = option(
         None, "model size, as for train.py (default: gpt2 on CUDA, small elsewhere)", group="model"
@@ -70,12 +78,8 @@ class BenchmarkOptions:
     n_head: int | None = option(None, "attention heads (default: the preset's)", at_least=1, group="model")
     n_embd: int | None = option(None, "width (default: the preset's)", at_least=1, group="model")
     block_size: int | None = option(None, "context length in tokens (default: the preset's)", at_least=1, group="model")
-    device: str | None = option(
-        None, "cpu, mps, cuda or cuda:N (default: asks, or chooses the best one)", group="device"
-    )
-    dtype: str | None = option(
-        None, "precision (default: the device's best)", choices=("float32", "bfloat16", "float16"), group="device"
-    )
+    device: str | None = device_option()
+    dtype: str | None = dtype_option()
 
     batch_size: int | None = option(None, "sequences per micro-batch (default: 16)", at_least=1, group="train")
     gradient_accumulation_steps: int | None = option(
@@ -88,7 +92,7 @@ class BenchmarkOptions:
         None, "use torch.compile on our side (default: as train.py for a long run)", group="train"
     )
 
-    quantize: str | None = option(None, "8-bit weights on our side", choices=("int8",), group="generate")
+    quantize: str | None = quantize_option("generate")
     streams: int = option(1, "texts generated together", at_least=1, group="generate")
     prompt_tokens: int = option(16, "tokens of the prompt", at_least=1, group="generate")
     max_tokens: int = option(200, "new tokens", at_least=1, group="generate")

@@ -39,7 +39,7 @@ def generate_ours(options, config: GenerationConfig) -> Work:
         fast.keep_freed_memory()
     from generation.decoding import decode_step
     from generation.engine import Settings, TextEngine
-    from generation.sampling import Sampling
+    from generation.sampling import GREEDY
     from model import GPT
 
     seed_everything(config.seed)
@@ -49,7 +49,7 @@ def generate_ours(options, config: GenerationConfig) -> Work:
         speedups = fast.speed_up_generation(model, options.quantize, options.streams)
         decode = speedups.decode
         print(f"ours: {speedups.description}")
-    engine = TextEngine(model, Settings(Sampling(temperature=0), seed=0, stop_ids=()), decode)
+    engine = TextEngine(model, Settings(GREEDY, seed=0, stop_ids=()), decode)
     prompts = random_prompts(options, model.config.n_vocab)
 
     def step() -> int:

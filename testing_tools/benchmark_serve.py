@@ -29,6 +29,7 @@ from urllib.parse import urlsplit
 ROOT = Path(__file__).resolve().parent.parent
 
 from common.cli import UserError, check_options, option, parse_options  # noqa: E402
+from common.device import dtype_option, plain_option, quantize_option  # noqa: E402
 from common.files import atomic_write, require_target  # noqa: E402
 
 TIMEOUT_S = 600
@@ -45,9 +46,9 @@ class ServeBenchmarkOptions:
     rounds: int = option(3, "rounds that count", at_least=1)
     preset: str = option("small", "model size, as for train.py", group="model")
     max_rows: int = option(16, "serve.py's --max_rows", at_least=1, group="server")
-    dtype: str | None = option(None, "precision (default: the device's best)", group="server")
-    quantize: str | None = option(None, "8-bit weights", choices=("int8",), group="server")
-    plain: bool = option(False, "without the parts of fast/", group="server")
+    dtype: str | None = dtype_option("server")
+    quantize: str | None = quantize_option("server")
+    plain: bool = plain_option("server")
     peer_url: str | None = option(
         None, "another OpenAI-compatible server that runs already", group="peer", metavar="URL"
     )

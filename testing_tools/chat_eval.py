@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from common.cli import option, parse_options, run_script
-from common.device import choose_device, choose_dtype
+from common.device import choose_device, choose_dtype, device_option, dtype_option
 from common.files import atomic_write
 from data.chitchat.templates import assistant_words, words_of
 from setup_tokenizer import ENDOFTEXT_ID, IM_END, IM_END_ID, encode_chat, get_extended_tokenizer
@@ -39,10 +39,8 @@ Reply = Callable[[list[dict[str, str]]], str]
 @dataclasses.dataclass(frozen=True)
 class EvalOptions:
     checkpoint: str = option(None, "the checkpoint to evaluate", positional=True, nargs=None)
-    device: str | None = option(None, "cpu, mps, cuda or cuda:N (default: asks, or chooses the best one)")
-    dtype: str | None = option(
-        None, "precision (default: the device's best)", choices=("float32", "bfloat16", "float16")
-    )
+    device: str | None = device_option(None)
+    dtype: str | None = dtype_option(None)
     json: str | None = option(None, "also write scores and all replies to this file", metavar="FILE")
     verbose: bool = option(False, "print every reply, not only the failures")
 
@@ -172,7 +170,7 @@ def print_report(answers: list[Answer], verbose: bool) -> None:
 def model_reply(model: GPT) -> Reply:
     """A model as an assistant that always takes the likeliest token, up to and including `<|im_end|>`."""
     from generation.decoding import generate, new_cache
-    from generation.sampling import Sampling
+    from generation.sampling import GREEDY
 
     enc = get_extended_tokenizer()
     cache = new_cache(model)  # keeps the keys and values of the conversation between the turns
@@ -180,7 +178,7 @@ def model_reply(model: GPT) -> Reply:
     def reply(messages: list[dict[str, str]]) -> str:
         prompt = encode_chat(messages, add_generation_prompt=True)
         stop_ids = (IM_END_ID, ENDOFTEXT_ID)
-        steps = generate(model, [prompt], MAX_REPLY_TOKENS, Sampling(temperature=0), stop_ids=stop_ids, cache=cache)
+        steps = generate(model, [prompt], MAX_REPLY_TOKENS, GREEDY, stop_ids=stop_ids, cache=cache)
         return enc.decode([int(ids[0]) for ids in steps])
 
     return reply

@@ -24,11 +24,11 @@ sys.path.append(str(Path(__file__).resolve().parent.parent))
 from token_page import losses_page, percent, shown, token_losses
 
 from common.cli import UserError, check_options, option, parse_options, run_script
-from common.device import choose_device
+from common.device import choose_device, device_option
 from common.files import atomic_write
 from exchange.loading import load_model
 from generation.decoding import generate
-from generation.sampling import Sampling
+from generation.sampling import GREEDY
 from model import GPT
 from setup_tokenizer import ENDOFTEXT_ID, IM_END_ID, encode_chat, encode_text, token_text
 
@@ -45,7 +45,7 @@ class InspectOptions:
     top_k: int = option(10, "next tokens in the table", at_least=1)
     layer: int | None = option(None, "draw only the heads of this layer, larger; the first is 0", at_least=0)
     output_dir: str | None = option(None, "folder of the two files (default: the checkpoint's)", metavar="DIR")
-    device: str | None = option(None, "cpu, mps, cuda or cuda:N (default: asks, or chooses the best one)")
+    device: str | None = device_option(None)
 
     def __post_init__(self):
         check_options(self)
@@ -64,7 +64,7 @@ def reply_ids(model: GPT, prompt: list[int], max_tokens: int) -> list[int]:
     stop_ids = (ENDOFTEXT_ID, IM_END_ID)
     if not min(max_tokens, room):
         return []
-    steps = generate(model, [prompt], min(max_tokens, room), Sampling(temperature=0), stop_ids=stop_ids)
+    steps = generate(model, [prompt], min(max_tokens, room), GREEDY, stop_ids=stop_ids)
     return [int(ids[0]) for ids in steps]
 
 

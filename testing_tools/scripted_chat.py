@@ -36,11 +36,11 @@ def main() -> None:
         fast.keep_freed_memory()
     from exchange.loading import load_model
     from generation.engine import Settings, TextEngine
-    from generation.sampling import Sampling
+    from generation.sampling import GREEDY
 
     device = choose_device(options.device)
     model, _ = load_model(options.checkpoint, device, choose_dtype(None, device))
-    settings = Settings(Sampling(temperature=0), stop_ids=(IM_END_ID, IM_START_ID, ENDOFTEXT_ID))
+    settings = Settings(GREEDY, stop_ids=(IM_END_ID, IM_START_ID, ENDOFTEXT_ID))
     session = ChatSession(TextEngine(model, settings))
     for line in options.lines or LINES:
         print(f"you:  {line}")

@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from common.cli import UserError, check_options, option
-from common.device import choose_dtype, has_cpp_compiler
+from common.device import choose_dtype, device_option, dtype_option, has_cpp_compiler, plain_option
 from model import PRESETS
 from training.initialization import model_config
 from training.memory import SpeedUp, StepMemory, find_micro_batch
@@ -148,21 +148,16 @@ class TrainOptions:
         False, "also write the metrics for TensorBoard (pip install tensorboard)", group="evaluation"
     )
 
-    device: str | None = option(
-        None, "cpu, mps, cuda or cuda:N (default: asks, or chooses the best one)", group="device", metavar="NAME"
-    )
-    dtype: str | None = option(
-        None,
-        "precision of the matrix products; float32 is TF32 on CUDA (default: the device's best)",
-        choices=("float32", "bfloat16", "float16"),
-        group="device",
+    device: str | None = device_option()
+    dtype: str | None = dtype_option(
+        help="precision of the matrix products; float32 is TF32 on CUDA (default: the device's best)"
     )
     compile: bool | None = option(
         None,
         "use torch.compile (default: on CUDA, and from 200 iterations on a CPU with a C++ compiler)",
         group="device",
     )
-    plain: bool = option(False, "use only the plain code, without the faster parts in fast/", group="device")
+    plain: bool = plain_option()
     parallel: str = option(
         "ddp",
         "under torchrun: ddp (each process holds the whole model) or fsdp (a shard of it)",

@@ -14,7 +14,7 @@ from common.cli import UserError
 from common.device import peak_flops
 from data.dataset import data_parts
 from generation.decoding import generate
-from generation.sampling import Sampling
+from generation.sampling import PREVIEW_SAMPLING
 from model import GPT
 from training.config import RunConfig
 from training.parallel import world_size
@@ -101,7 +101,7 @@ def sample_text(model: GPT, config: RunConfig, enc, chat: bool, iter_num: int) -
     generator = torch.Generator(config.device).manual_seed(config.seed + iter_num)
     stop_ids = (setup_tokenizer.ENDOFTEXT_ID, setup_tokenizer.IM_END_ID)
     max_tokens = min(60, config.block_size - len(prompt))
-    steps = generate(model, [prompt], max_tokens, Sampling(0.8, 50), generator=generator, stop_ids=stop_ids)
+    steps = generate(model, [prompt], max_tokens, PREVIEW_SAMPLING, generator=generator, stop_ids=stop_ids)
     ids = [int(step[0]) for step in steps]
     return enc.decode([token_id for token_id in ids if token_id not in stop_ids])
 

@@ -56,9 +56,9 @@ def read_json(path: str | Path) -> Iterator[dict]:
 
 
 def _spans_lines(first: str, second: str) -> bool:
-    """Whether the values of a JSON text go over several lines, or are one list, by its first lines that are not blank.
+    """Whether a JSON text is one list or has values that span lines, judged by its first two lines that are not blank.
 
-    If neither line is JSON, that is so; if only one is broken, it is a faulty line of JSON Lines.
+    That is the case if neither line is JSON. If only one of them is broken, it is a faulty line of JSON Lines.
     """
     if first.strip() in ("[", "{"):
         return True

@@ -31,8 +31,8 @@ def read_text_documents(path: str | Path, divide_within_lines: bool = False) -> 
     """The documents of a text file, which lines `<|endoftext|>` separate.
 
     Within a line `<|endoftext|>` is text, because a document may mention it; `divide_within_lines` is for dumps that
-    put it anywhere. A file without separators is one document up to 64 KB; a longer one is cut at blank lines (if there
-    is none: at a line end, a space, a character) into documents of at most 64 KB. Line ends around a document are
+    put it anywhere. A file without separators is one document up to 64 KB; a longer one is cut at blank lines (or
+    else at a line end, a space, a character) into documents of at most 64 KB. Line ends around a document are
     removed. Raises UserError for a file that is missing, empty, damaged or not UTF-8 (with the byte offset).
     """
     for offset, raw in raw_documents(text_blocks(path), divide_within_lines):
