@@ -144,7 +144,7 @@ def test_plain_trains_the_same_weights_as_without_the_folder(runs):
 
 @pytest.mark.parametrize("script", ["gen", "evaluate"])
 def test_plain_prints_the_same_as_without_the_folder(runs, script):
-    plain, hidden = (re.sub(r" +\d+$", "", runs.results[name].text) for name in (f"{script} --plain", script))
+    plain, hidden = (re.sub(r" +[\d,]+$", "", runs.results[name].text) for name in (f"{script} --plain", script))
     assert plain == hidden, "up to the last number, which is evaluate.py's speed"
 
 
