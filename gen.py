@@ -26,7 +26,7 @@ from common.speedups import load_speedups
 from common.text_files import decode_text, unix_line_ends
 from generation.chat import ChatSession, PromptSession, Quit
 from generation.terminal import Console
-from setup_tokenizer import ENDOFTEXT_ID, IM_END_ID, IM_START_ID, N_VOCAB, encode_text
+from setup_tokenizer import Tokenizer
 
 if TYPE_CHECKING:  # at run time torch is imported only when a model is loaded, so that --help is instant
     from generation.engine import Settings, TextEngine
@@ -180,12 +180,13 @@ def load_engine(options: GenOptions) -> TextEngine:
         device = choose_device(options.device)
         dtype = choose_dtype(options.dtype, device)
     model, _ = load_model(path, device, dtype)
-    if not ENDOFTEXT_ID < model.config.n_vocab <= N_VOCAB:
+    tokenizer = Tokenizer.from_info(info, path)
+    if not tokenizer.endoftext < model.config.n_vocab <= tokenizer.n_vocab:
         raise UserError(
-            f"{path} has a vocabulary of {model.config.n_vocab} tokens, which is not this project's tokenizer's; "
-            "use a checkpoint that train.py wrote"
+            f"{path} has a vocabulary of {model.config.n_vocab} tokens, which is not that of the tokenizer "
+            f"{tokenizer.name}; use a checkpoint that train.py wrote"
         )
-    if options.chat and model.config.n_vocab < N_VOCAB:
+    if options.chat and model.config.n_vocab < tokenizer.n_vocab:
         raise UserError(f"{path} has no ChatML tokens, so it cannot chat; leave --chat out or use another checkpoint")
     print_format_note(path, info, options.chat)
     n_params = model.n_params()  # counted before the weights are packed and stop being parameters
@@ -193,7 +194,7 @@ def load_engine(options: GenOptions) -> TextEngine:
     if fast:
         speedups = fast.speed_up_generation(model, options.quantize, options.num_samples)
         decode, layers = speedups.decode, speedups.description
-    engine = TextEngine(model, engine_settings(options), decode)
+    engine = TextEngine(model, engine_settings(options, tokenizer), decode, tokenizer)
     if options.verbose:
         print(describe_model(path, info, model.config, n_params, f"{device}, {dtype}, {layers}"), file=sys.stderr)
         print(f"ready after {time.perf_counter() - started:.1f} s, seed {engine.seed}", file=sys.stderr)
@@ -216,7 +217,7 @@ def holds_text(info: dict) -> bool:
     return any(part.get("format") == "text" for part in data_parts(info.get("data") or {}))
 
 
-def engine_settings(options: GenOptions) -> Settings:
+def engine_settings(options: GenOptions, tokenizer: Tokenizer) -> Settings:
     """How ids are drawn, from the options and the defaults for text or for a chat."""
     from generation.engine import Settings
     from generation.sampling import CHAT_SAMPLING, TEXT_SAMPLING, Sampling
@@ -230,7 +231,7 @@ def engine_settings(options: GenOptions) -> Settings:
         min_p=options.min_p,
         repetition_penalty=options.repetition_penalty,
     )
-    stop_ids = (IM_END_ID, ENDOFTEXT_ID, IM_START_ID) if options.chat else (ENDOFTEXT_ID,)
+    stop_ids = tuple(tokenizer.special_tokens.values()) if options.chat else (tokenizer.endoftext,)
     return Settings(
         sampling,
         seed=options.seed,
@@ -270,7 +271,7 @@ def read_prompt(options: GenOptions) -> str | None:
 def generate_text(engine: TextEngine, options: GenOptions, prompt: str | None, console: Console) -> None:
     """Continue one prompt; several samples are printed one after another when all are complete."""
     prompt = prompt or ""
-    ids = [ENDOFTEXT_ID, *encode_text(prompt)]
+    ids = [engine.tokenizer.endoftext, *engine.tokenizer.encode_text(prompt)]
     if len(ids) > engine.block_size:
         console.notice(f"the prompt has {len(ids) - 1} tokens; the model sees the last {engine.block_size}")
     max_tokens = None if options.nonstop else DEFAULT_MAX_TOKENS

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+from evaluation.bootstrap import NATS_PER_TOKEN
 from evaluation.stories import N_COPIED, STORY_TOKENS
 from generation.sampling import TEXT_SAMPLING
 
@@ -32,8 +33,9 @@ def print_report(report: dict) -> None:
 
 def print_table(scope: str, results: list[dict]) -> None:
     """Print the numbers of one scope, one line per checkpoint."""
-    tokens, text_bytes = results[0][scope]["tokens"], results[0][scope]["text_bytes"]
-    print(f"\n{SCOPE_NAMES[scope]}: {tokens:,} tokens, {text_bytes:,} bytes of text; loss in nats per token")
+    counts = sorted({result[scope]["tokens"] for result in results})  # they differ where the tokenizers do
+    tokens, text_bytes = " to ".join(f"{count:,}" for count in counts), results[0][scope]["text_bytes"]
+    print(f"\n{SCOPE_NAMES[scope]}: {tokens} tokens, {text_bytes:,} bytes of text; loss in nats per token")
     width = max(10, *(len(result["checkpoint"]) for result in results))
     titles = f"{'window/stride':>13} {'loss':>8} {'perplexity':>10} {'bits/byte':>9} {'accuracy':>8} {'tokens/s':>9}"
     print(f"{'checkpoint':<{width}} {titles}")
@@ -77,7 +79,7 @@ def comparison_line(comparison: dict) -> str:
         return f"{names}: the split is too short for an interval"
     digits, (low, high) = decimals(bootstrap["interval"]), bootstrap["interval"]
     return (
-        f"{names}: {bootstrap['difference']:+.{digits}f} nats per token, 95 % interval {low:+.{digits}f} to "
+        f"{names}: {bootstrap['difference']:+.{digits}f} {bootstrap['measure']}, 95 % interval {low:+.{digits}f} to "
         f"{high:+.{digits}f} (paired bootstrap over {bootstrap['units']})"
     )
 
@@ -89,10 +91,12 @@ def verdict_line(name: str, verdict: dict) -> str:
     if bootstrap is None:
         return f"{where}: {best} has the lowest loss, but the split is too short to tell whether it is better"
     digits, (low, high) = decimals(bootstrap["interval"]), bootstrap["interval"]
-    amount = f"{bootstrap['difference']:.{digits}f} nats per token"
+    amount = f"{bootstrap['difference']:.{digits}f} {bootstrap['measure']}"
     interval = f"95 % interval {low:.{digits}f} to {high:.{digits}f}"
     if not bootstrap["excludes_zero"]:
         return f"{where}: no clear difference between {best} and {second} ({amount}, {interval}, which includes 0)"
+    if bootstrap["measure"] != NATS_PER_TOKEN:
+        return f"{where}: {best} is better than {second} by {amount} ({interval})"
     lower = significant(100 * (1 - math.exp(-bootstrap["difference"])), 2)
     return f"{where}: {best} is better than {second} by {amount} ({interval}); its perplexity is {lower} % lower"
 

@@ -6,10 +6,8 @@
 
 from __future__ import annotations
 
-import tiktoken
-
 from common import tokenizer_json as layout
-from setup_tokenizer import ENDOFTEXT, IM_END, IM_START, SPECIAL_TOKENS, get_extended_tokenizer
+from setup_tokenizer import ENDOFTEXT, GPT2, IM_END, IM_START, Tokenizer
 
 # The layout that encode_chat writes, as a Jinja template for llama.cpp.
 CHAT_TEMPLATE = (
@@ -32,38 +30,41 @@ TRAINING_CHAT_TEMPLATE = (
 )
 
 
-def vocabulary(enc: tiktoken.Encoding | None = None) -> list[str]:
+def vocabulary(tokenizer: Tokenizer = GPT2) -> list[str]:
     """All tokens in the order of their ids, as text: bytes in GPT-2's characters, control tokens as they are."""
-    enc = enc or get_extended_tokenizer()
-    tokens = {rank: layout.printable_token(token) for token, rank in enc._mergeable_ranks.items()}
-    tokens |= {id_: token for token, id_ in enc._special_tokens.items()}
-    return [tokens[id_] for id_ in range(enc.n_vocab)]
+    tokens = map(layout.printable_token, base_vocabulary(tokenizer).tokens)
+    return [*tokens, *tokenizer.special_tokens]
 
 
-def merges(enc: tiktoken.Encoding | None = None) -> list[tuple[str, str]]:
+def merges(tokenizer: Tokenizer = GPT2) -> list[tuple[str, str]]:
     """The two parts that each token of more than one byte is merged from, in the order of the merges.
 
     tiktoken stores only the merged tokens; see `common.tokenizer_json.merge_pairs`.
     """
-    pairs = layout.merge_pairs(_base_vocabulary(enc or get_extended_tokenizer()))
+    pairs = layout.merge_pairs(base_vocabulary(tokenizer))
     return [(layout.printable_token(left), layout.printable_token(right)) for left, right in pairs]
 
 
-def _base_vocabulary(enc: tiktoken.Encoding) -> layout.Vocabulary:
-    return layout.Vocabulary(enc._pat_str, tuple(sorted(enc._mergeable_ranks, key=enc._mergeable_ranks.__getitem__)))
+def base_vocabulary(tokenizer: Tokenizer) -> layout.Vocabulary:
+    """The vocabulary without control tokens; GPT-2's is not stored with its Tokenizer."""
+    if tokenizer.vocabulary is not None:
+        return tokenizer.vocabulary
+    ranks = tokenizer.enc._mergeable_ranks
+    return layout.Vocabulary(tokenizer.enc._pat_str, tuple(sorted(ranks, key=ranks.__getitem__)))
 
 
-def tokenizer_json(n_vocab: int) -> dict:
+def tokenizer_json(n_vocab: int, tokenizer: Tokenizer = GPT2) -> dict:
     """tokenizer.json for Hugging Face's tokenizers, with the control tokens whose ids are below `n_vocab`."""
-    controls = {token: id_ for token, id_ in SPECIAL_TOKENS.items() if id_ < n_vocab}
-    return layout.tokenizer_json(_base_vocabulary(get_extended_tokenizer()), controls)
+    controls = {token: id_ for token, id_ in tokenizer.special_tokens.items() if id_ < n_vocab}
+    return layout.tokenizer_json(base_vocabulary(tokenizer), controls)
 
 
-def tokenizer_config(n_vocab: int, block_size: int, is_chat: bool) -> dict:
+def tokenizer_config(n_vocab: int, block_size: int, is_chat: bool, tokenizer: Tokenizer = GPT2) -> dict:
     """tokenizer_config.json: the control token that ends a turn (chat) or a text, and the chat template."""
-    chatml = [token for token in (IM_START, IM_END) if SPECIAL_TOKENS[token] < n_vocab]
+    chatml = [token for token in (IM_START, IM_END) if tokenizer.special_tokens[token] < n_vocab]
     config = {
-        "tokenizer_class": "GPT2Tokenizer",
+        # The class of GPT-2 builds GPT-2's pattern itself; the other one reads the pattern of tokenizer.json.
+        "tokenizer_class": "GPT2Tokenizer" if tokenizer == GPT2 else "PreTrainedTokenizerFast",
         "model_max_length": block_size,
         "add_prefix_space": False,
         "add_bos_token": False,

@@ -36,7 +36,7 @@ TABLE: dict[str, set[str]] = {
     "common": set(),
     "setup_tokenizer": {"common"},
     "model": set(),
-    "common.checkpoint": {"common", "setup_tokenizer", "model"},
+    "common.checkpoint": {"common", "model"},
     "data": {"common", "setup_tokenizer"},
     "generation": {"common", "setup_tokenizer", "model"},
     "training": {
