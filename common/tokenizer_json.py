@@ -43,6 +43,7 @@ PATTERNS = {"gpt2": GPT2_PATTERN, "multilingual": MULTILINGUAL_PATTERN}
 
 MAX_TOKEN_BYTES = 1024  # GPT-2's longest token has 128; the check of a token takes time quadratic in its length
 _N_BYTES = 256
+METADATA = "jojo"  # the entry of the model that describes where a tokenizer comes from
 
 
 @dataclass(frozen=True)
@@ -121,8 +122,9 @@ def tokenizer_json(
 ) -> dict:
     """The content of a tokenizer.json: bytes and merges as BPE, and the control tokens as single ids.
 
-    Ids are those of the vocabulary and those that `control_tokens` gives. `metadata` is stored as "jojo", which other
-    programs ignore. Raises ValueError for a token that cannot be merged.
+    Ids are those of the vocabulary and those that `control_tokens` gives. `metadata` is stored within the model, where
+    tokenizers ignores what it does not know; at the top of the file it would refuse it. Raises ValueError for a token
+    that cannot be merged.
     """
     settings = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
@@ -146,10 +148,10 @@ def tokenizer_json(
             "end_of_word_suffix": "",
             "fuse_unk": False,
             "byte_fallback": False,
+            **({} if metadata is None else {METADATA: dict(metadata)}),
             "vocab": ids | dict(controls),
             "merges": pairs,
         },
-        **({} if metadata is None else {"jojo": dict(metadata)}),
     }
 
 
@@ -328,6 +330,8 @@ def _pair_of_names(parts: Sequence[bytes]) -> tuple[str, str]:
 
 # --- the pattern ---
 
+_MAX_PATTERN_LENGTH = 10_000
+_PATTERN_TIMEOUT_S = 10
 _CONSTRUCTS = re.compile(
     r"""
     (?P<same> \\s\+\+\$ | \[\^? (?: \\[^wW] | \[(?!:) | [^\]\\\[] )* \] )  # white space up to the end; a set
@@ -362,16 +366,21 @@ def _check_pattern(pattern: str, where: str) -> None:
     """Raise UserError for a pattern that tiktoken cannot compile, reads differently, or would lose text with."""
     if pattern in PATTERNS.values():
         return
+    import regex  # tiktoken depends on it
     import tiktoken
 
+    if len(pattern) > _MAX_PATTERN_LENGTH:
+        raise _refusal(where, f"cuts text by a pattern that is longer than {_MAX_PATTERN_LENGTH:,} characters")
     if construct := _construct_with_two_meanings(pattern):
         raise _refusal(where, f"cuts text by a pattern that tokenizers and tiktoken read differently ({construct})")
-    ranks = {bytes([byte]): byte for byte in range(_N_BYTES)}
+    text, ranks = _probe(), {bytes([byte]): byte for byte in range(_N_BYTES)}
     try:
         enc = tiktoken.Encoding("pattern", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
-    except ValueError as error:
-        raise _refusal(where, f"cuts text by a pattern that tiktoken cannot compile ({_short(str(error))})") from error
+        pieces = [match[0] for match in regex.finditer(pattern, text, timeout=_PATTERN_TIMEOUT_S)]
+    except (ValueError, regex.error, TimeoutError) as error:
+        raise _refusal(where, f"cuts text by a pattern that cannot be used ({_short(str(error))})") from error
+    if "" in pieces:  # tiktoken would panic
+        raise _refusal(where, "cuts text by a pattern that matches nothing at all")
     # tokenizers keeps the text between two matches as a piece; tiktoken drops it. With these ranks, ids are bytes.
-    text = _probe()
     if bytes(enc.encode_ordinary(text)) != text.encode():
         raise _refusal(where, "cuts text by a pattern that does not match every character")

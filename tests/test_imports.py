@@ -226,7 +226,7 @@ def test_the_search_path_is_changed_once_and_only_by_scripts_in_a_folder():
         if name.startswith("testing_tools."):
             assert changes <= 1, name
         else:
-            assert changes == name.startswith("data.prepare-"), name
+            assert changes == name.startswith(("data.prepare-", "data.train-")), name
 
 
 # Imports each file under a new name and reports what that did besides defining names. Installed packages are imported
