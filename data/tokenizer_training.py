@@ -26,6 +26,7 @@ from data.earlier import digest_of_files, earlier_info
 from data.pipeline import DATA_FOLDER
 from data.readers.inputs import check_encoding, parse_suffixes
 from data.tokenizer_texts import Texts, recognized_files, size_of_texts
+from data.vocabularies import tokenizer_path
 from setup_tokenizer import ENDOFTEXT, IM_END, IM_START, TOKENIZER_NAME, encode_text, get_base_tokenizer
 
 CONTROL_TOKENS = (ENDOFTEXT, IM_START, IM_END)  # the last ids, in this order
@@ -131,11 +132,6 @@ def train_tokenizer(options: TrainTokenizerOptions) -> Path:
     write(path, vocabulary, facts)
     show(path, vocabulary, facts)
     return path
-
-
-def tokenizer_path(folder: Path, name: str) -> Path:
-    """The file of the tokenizer `name`."""
-    return folder / f"{name}-tokenizer.json"
 
 
 # --- before any work ---
@@ -267,3 +263,4 @@ def show(path: Path, vocabulary: Vocabulary, facts: Mapping[str, Any]) -> None:
     )
     print(f"longest tokens: {', '.join(map(repr, facts['longest_tokens']))}")
     print(f"digest: {facts['digest']}")
+    print(f"next: give --tokenizer {facts['name']} to a prepare script")

@@ -15,6 +15,11 @@ DATA_FOLDER = Path(__file__).resolve().parent
 SUFFIX = "-tokenizer.json"
 
 
+def tokenizer_path(folder: Path, name: str) -> Path:
+    """The file of the tokenizer `name`."""
+    return folder / f"{name}{SUFFIX}"
+
+
 def open_tokenizer(word: str, folder: Path) -> Tokenizer:
     """The tokenizer that --tokenizer names: "gpt2", a name, or a file in the layout of tokenizer.json.
 
@@ -24,19 +29,16 @@ def open_tokenizer(word: str, folder: Path) -> Tokenizer:
         return GPT2
     if word.endswith(".json") or "/" in word:
         return _read(Path(word), name_of(Path(word)))
-    for place in (folder, DATA_FOLDER):
-        if (path := place / f"{word}{SUFFIX}").is_file():
+    for data_folder in (folder, DATA_FOLDER):
+        if (path := tokenizer_path(data_folder, word)).is_file():
             return _read(path, word)
-    known = sorted({path.name.removesuffix(SUFFIX) for place in (folder, DATA_FOLDER) for path in _files(place)})
+    paths = [*folder.glob(f"*{SUFFIX}"), *DATA_FOLDER.glob(f"*{SUFFIX}")]
+    known = sorted({path.name.removesuffix(SUFFIX) for path in paths})
     there = f" (there are gpt2, {', '.join(known)})" if known else ""
     raise UserError(
         f"the tokenizer {word} is not in {folder}{there}; train it with: "
         f"python data/train-tokenizer.py --name {word} --input FILE"
     )
-
-
-def _files(folder: Path) -> list[Path]:
-    return list(folder.glob(f"*{SUFFIX}"))
 
 
 def name_of(path: Path) -> str:
@@ -56,7 +58,7 @@ def tokenizer_of(folder: Path, dataset: str, name: str, digest: str | None, comm
     """
     if name == TOKENIZER_NAME:
         return GPT2
-    path = folder / f"{name}{SUFFIX}"
+    path = tokenizer_path(folder, name)
     if not path.is_file():
         raise UserError(f"{path}, the tokenizer of {dataset}, not found; prepare the data again with: {command}")
     tokenizer = _read(path, name)
@@ -75,7 +77,7 @@ def keep_tokenizer(folder: Path, tokenizer: Tokenizer) -> None:
     """
     if tokenizer.vocabulary is None:
         return
-    path = folder / f"{tokenizer.name}{SUFFIX}"
+    path = tokenizer_path(folder, tokenizer.name)
     if path.is_file():
         if _read(path, tokenizer.name).digest != tokenizer.digest:
             raise UserError(f"{path} contains another vocabulary; rename the file that --tokenizer names")
