@@ -82,7 +82,8 @@ def survey(found: Sequence[Recognized]) -> Survey:
     """Read all texts once, to know their size before some are chosen. Raises UserError if there is none."""
     sample, skipped = SpreadSample(MEASURED_BYTES), Skipped()
     n_texts = n_bytes = 0
-    with _progress("measuring", _known_size(found)) as bar:
+    total = _known_size(found)
+    with tqdm(total=total, desc="measuring", unit="B", unit_scale=True, disable=None) as bar:  # on a terminal only
         for text in cleaned_texts(found, skipped):
             size = len(text.encode())
             n_texts, n_bytes = n_texts + 1, n_bytes + size
@@ -118,11 +119,6 @@ def _known_size(found: Sequence[Recognized]) -> int | None:
     """The bytes of files of plain text; None if the size of the text in them is unknown."""
     is_plain = all(is_text(recognized.path) and not split_suffix(recognized.path)[1] for recognized in found)
     return sum(recognized.path.stat().st_size for recognized in found) if is_plain else None
-
-
-def _progress(what: str, total: int | None) -> tqdm:
-    """A bar that counts bytes, on a terminal only."""
-    return tqdm(total=total, desc=what, unit="B", unit_scale=True, disable=None)
 
 
 # --- memory ---
@@ -167,17 +163,20 @@ class ChosenTexts:
 
     def __iter__(self) -> Iterator[str]:
         self.n_texts = self.n_bytes = n_read_bytes = 0
-        with _progress("reading", self.surveyed.n_bytes) as bar:
-            for text in cleaned_texts(self.found, Skipped()):
-                size = len(text.encode())
-                n_read_bytes += size
-                bar.update(size)
-                # Chosen if the share of the bytes so far is then still at most what it will be in the end.
-                is_chosen = (self.n_bytes + size) * self.surveyed.n_bytes <= self.max_bytes * n_read_bytes
-                if is_chosen or self.surveyed.n_bytes <= self.max_bytes:
-                    self.n_texts += 1
-                    self.n_bytes += size
-                    yield from _parts(text)
+        for text in cleaned_texts(self.found, Skipped()):
+            size = len(text.encode())
+            n_read_bytes += size
+            # Chosen if the share of the bytes so far is then still at most what it will be in the end.
+            is_chosen = (self.n_bytes + size) * self.surveyed.n_bytes <= self.max_bytes * n_read_bytes
+            if is_chosen or self.surveyed.n_bytes <= self.max_bytes:
+                self.n_texts += 1
+                self.n_bytes += size
+                yield from _parts(text)
+
+    @property
+    def about(self) -> int:
+        """About how many texts will be chosen, for a progress bar."""
+        return math.ceil(self.surveyed.n_texts * min(1, self.max_bytes / self.surveyed.n_bytes))
 
     def report(self, reason: str) -> None:
         """Print how much was chosen, if not all. Raises UserError if that is nothing."""

@@ -113,7 +113,7 @@ def train_tokenizer(options: TrainTokenizerOptions) -> Path:
     surveyed, pattern = survey(found), PATTERNS[options.pattern]
     max_bytes = options.max_bytes or bytes_that_fit(surveyed.sample, pattern)
     texts = ChosenTexts(found, surveyed, max_bytes)
-    vocabulary = learn(texts, pattern, options.vocab_size - len(CONTROL_TOKENS))
+    vocabulary = learn(texts, pattern, options.vocab_size - len(CONTROL_TOKENS), texts.about)
     texts.report("--max_bytes" if options.max_bytes else "more would need over 1 GB of memory; --max_bytes takes more")
     if len(vocabulary.tokens) + len(CONTROL_TOKENS) < options.vocab_size:
         raise too_little_text(vocabulary, texts, options)
@@ -178,11 +178,11 @@ def datasets_using(folder: Path, name: str) -> list[str]:
 # --- learning ---
 
 
-def learn(texts: Iterable[str], pattern: str, n_tokens: int) -> Vocabulary:
+def learn(texts: Iterable[str], pattern: str, n_tokens: int, n_texts: int | None = None) -> Vocabulary:
     """The 256 bytes and the most frequent merges of the texts, `n_tokens` in all or as many as occur twice.
 
     The result depends neither on the order of the texts nor on the number of threads: of pairs that are equally
-    frequent, the one with the lowest ids is merged.
+    frequent, the one with the lowest ids is merged. `n_texts` is for the progress bars, which a terminal shows.
     """
     import tokenizers
     from tokenizers.trainers import BpeTrainer
@@ -198,7 +198,7 @@ def learn(texts: Iterable[str], pattern: str, n_tokens: int) -> Vocabulary:
         max_token_length=MAX_TOKEN_LENGTH,
         show_progress=sys.stderr is not None and sys.stderr.isatty(),
     )
-    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.train_from_iterator(texts, trainer, n_texts)
     return parse_tokenizer_json(tokenizer.to_str(), "the trained tokenizer")
 
 
