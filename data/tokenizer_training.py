@@ -25,14 +25,13 @@ from common.tokenizer_json import PATTERNS, Vocabulary, byte_characters, parse_t
 from data.earlier import digest_of_files, earlier_info
 from data.pipeline import DATA_FOLDER
 from data.readers.inputs import check_encoding, parse_suffixes
-from data.tokenizer_texts import Texts, recognized_files, size_of_texts
+from data.tokenizer_texts import ChosenTexts, bytes_that_fit, recognized_files, survey
 from data.vocabularies import tokenizer_path
 from setup_tokenizer import ENDOFTEXT, IM_END, IM_START, TOKENIZER_NAME, encode_text, get_base_tokenizer
 
 CONTROL_TOKENS = (ENDOFTEXT, IM_START, IM_END)  # the last ids, in this order
 N_BYTES = 256
 MAX_VOCAB_SIZE = 1 << 16  # prepared data stores ids as uint16
-DEFAULT_MAX_BYTES = 256_000_000
 MAX_TOKEN_LENGTH = 128  # as GPT-2's longest; without a limit, lines of dashes become tokens
 MIN_FREQUENCY = 2  # a pair that occurs once is a memory of the text, not a habit of the language
 SLICE_CHARACTERS = 50_000  # tiktoken fails on much longer stretches of white space
@@ -62,9 +61,10 @@ class TrainTokenizerOptions:
         choices=tuple(PATTERNS),
         group="tokenizer",
     )
-    max_bytes: int = option(
-        DEFAULT_MAX_BYTES,
-        "learn from at most N bytes of text; documents of a larger input are chosen evenly from all of it",
+    max_bytes: int | None = option(
+        None,
+        "learn from at most N bytes of text, in documents spread over all of it (default: what needs less than 1 GB "
+        "of memory)",
         at_least=1,
         metavar="N",
         group="data",
@@ -111,9 +111,11 @@ def train_tokenizer(options: TrainTokenizerOptions) -> Path:
     path = tokenizer_path(folder, options.name)
     refuse_to_replace(path, options)
     found = recognized_files(options.input, options.field, options.suffix, options.encoding)
-    texts = Texts(found, size_of_texts(found, options.max_bytes), options.max_bytes)
-    vocabulary = learn(texts, PATTERNS[options.pattern], options.vocab_size - len(CONTROL_TOKENS))
-    texts.report()
+    surveyed, pattern = survey(found), PATTERNS[options.pattern]
+    max_bytes = options.max_bytes or bytes_that_fit(surveyed.sample, pattern)
+    texts = ChosenTexts(found, surveyed, max_bytes)
+    vocabulary = learn(texts, pattern, options.vocab_size - len(CONTROL_TOKENS), texts.about)
+    texts.report("--max_bytes" if options.max_bytes else "more would need over 1 GB of memory; --max_bytes takes more")
     if len(vocabulary.tokens) + len(CONTROL_TOKENS) < options.vocab_size:
         raise too_little_text(vocabulary, texts, options)
     files = [recognized.path for recognized in found]
@@ -124,9 +126,9 @@ def train_tokenizer(options: TrainTokenizerOptions) -> Path:
         "source": options.source or ", ".join(sorted(file.name for file in files)),
         "licence": options.licence,
         "input_digest": digest_of_files(files),
-        "text_bytes": texts.n_taken_bytes,
+        "text_bytes": texts.n_bytes,
         "trained_with": f"tokenizers {importlib.metadata.version('tokenizers')}",
-        **measure(vocabulary, texts.sample.texts),
+        **measure(vocabulary, surveyed.sample),
         "longest_tokens": longest_tokens(vocabulary),
     }
     write(path, vocabulary, facts)
@@ -172,11 +174,11 @@ def datasets_using(folder: Path, name: str) -> list[str]:
 # --- learning ---
 
 
-def learn(texts: Iterable[str], pattern: str, n_tokens: int) -> Vocabulary:
+def learn(texts: Iterable[str], pattern: str, n_tokens: int, n_texts: int | None = None) -> Vocabulary:
     """The 256 bytes and the most frequent merges of the texts, `n_tokens` in all or as many as occur twice.
 
     The result depends neither on the order of the texts nor on the number of threads: of pairs that are equally
-    frequent, the one with the lowest ids is merged.
+    frequent, the one with the lowest ids is merged. `n_texts` is for the progress bars, which a terminal shows.
     """
     import tokenizers
     from tokenizers.trainers import BpeTrainer
@@ -192,18 +194,18 @@ def learn(texts: Iterable[str], pattern: str, n_tokens: int) -> Vocabulary:
         max_token_length=MAX_TOKEN_LENGTH,
         show_progress=sys.stderr is not None and sys.stderr.isatty(),
     )
-    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.train_from_iterator(texts, trainer, n_texts)
     return parse_tokenizer_json(tokenizer.to_str(), "the trained tokenizer")
 
 
-def too_little_text(vocabulary: Vocabulary, texts: Texts, options: TrainTokenizerOptions) -> UserError:
+def too_little_text(vocabulary: Vocabulary, texts: ChosenTexts, options: TrainTokenizerOptions) -> UserError:
     """The sentence for a text in which too few pairs occur twice."""
     possible = len(vocabulary.tokens) + len(CONTROL_TOKENS)
     remedy = f"use --vocab_size {possible} at most, or give more text"
     if possible <= N_BYTES + len(CONTROL_TOKENS):
         remedy = "give more text"
     return UserError(
-        f"{texts.n_taken_bytes:,} bytes of text are too few for --vocab_size {options.vocab_size}, because only "
+        f"{texts.n_bytes:,} bytes of text are too few for --vocab_size {options.vocab_size}, because only "
         f"{possible - N_BYTES - len(CONTROL_TOKENS):,} merges occur twice; {remedy}"
     )
 

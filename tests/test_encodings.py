@@ -133,5 +133,7 @@ def test_a_zstandard_file_with_a_long_window_is_read(tmp_path):
     path.write_bytes(b"".join(frame.compress(ENGLISH.encode()) + frame.flush() for frame in frames))
     assert b"".join(read_blocks(path)).decode() == 2 * ENGLISH
     path.write_bytes(path.read_bytes()[:-5])
-    with pytest.raises(UserError, match=r"a.txt.zst is damaged \(EOFError: it breaks off\); download or compress it again"):
+    with pytest.raises(
+        UserError, match=r"a.txt.zst is damaged \(EOFError: it breaks off\); download or compress it again"
+    ):
         list(read_blocks(path))

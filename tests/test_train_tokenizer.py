@@ -16,7 +16,7 @@ import pytest
 from common.cli import UserError
 from common.tokenizer_json import PATTERNS, merge_pairs, parse_tokenizer_json
 from data.dataset import DatasetInfo, FileInfo, SplitInfo, info_bytes
-from data.tokenizer_texts import SpreadSample, Texts, recognized_files, size_of_texts
+from data.tokenizer_texts import ChosenTexts, SpreadSample, bytes_that_fit, recognized_files, survey
 from data.tokenizer_training import TrainTokenizerOptions, learn, train_tokenizer
 from setup_tokenizer import SPECIAL_TOKENS, get_base_tokenizer
 from tests.generated_texts import generated_texts
@@ -37,6 +37,11 @@ def trained(path: Path, name: str = "tales", vocab_size: int = 300, **changes) -
     settings = {"input": (str(path),), "output_dir": str(path.parent)} | changes
     written = train_tokenizer(TrainTokenizerOptions(name=name, vocab_size=vocab_size, **settings))
     return json.loads(written.read_text("utf-8")), written
+
+
+def chosen_texts(path: Path, max_bytes: int = 10**9) -> list[str]:
+    found = recognized_files([str(path)])
+    return list(ChosenTexts(found, survey(found), max_bytes))
 
 
 def facts_of(path: Path, **changes) -> dict:
@@ -120,8 +125,7 @@ def test_of_conversations_the_contents_are_read_and_nothing_else(tmp_path, quick
     ]
     path = tmp_path / "chats.jsonl"
     path.write_text("".join(json.dumps(chat) + "\n" for chat in chats), "utf-8")
-    texts = Texts(recognized_files([str(path)]), None, 10**9)
-    assert list(texts)[:2] == ["zap 0 zap", "zap zap zap"]
+    assert chosen_texts(path)[:2] == ["zap 0 zap", "zap zap zap"]
     content, _ = trained(path, vocab_size=264)
     assert "Ġzap" in content["model"]["vocab"] and "us" not in content["model"]["vocab"]
 
@@ -132,9 +136,7 @@ def test_folders_compressed_files_and_records_are_read_and_repaired(tmp_path, qu
     (folder / "a.txt.gz").write_bytes(gzip.compress(b"one\r\ntwo"))
     (folder / "b.jsonl").write_text('{"text": "Itâ€™s three \\ud83d"}\n{"text": ""}\n', "utf-8")
     (folder / "c.json").write_text('[{"id": 1}]', "utf-8")
-    texts = Texts(recognized_files([str(folder)]), None, 10**9)
-    assert list(texts) == ["one\ntwo", "It’s three \ufffd"]
-    texts.report()
+    assert chosen_texts(folder) == ["one\ntwo", "It’s three \ufffd"]
     out = capsys.readouterr().out
     assert "c.json contains neither chat nor a text" in out
     assert "read 2 texts" in out and "record without text: 1" in out
@@ -146,12 +148,28 @@ def test_a_large_input_is_sampled_evenly_and_that_is_said(stories, capsys):
     assert n_bytes // 4 - 200 < content["model"]["jojo"]["text_bytes"] <= n_bytes // 4
     out = capsys.readouterr().out
     assert "learned from a sample: 49 texts" in out and "--max_bytes" in out
-    found = recognized_files([str(stories)])
-    assert size_of_texts(found, n_bytes // 4) == n_bytes
-    taken = list(Texts(found, n_bytes, n_bytes // 4))
+    taken = chosen_texts(stories, n_bytes // 4)
     positions = [STORIES.index(text) for text in taken]
     assert all(1 <= after - before <= 6 for before, after in itertools.pairwise(positions))
     assert positions[0] < 6 and positions[-1] > 193
+
+
+def test_memory_decides_how_much_is_read(stories):
+    """Ten times the memory is enough for more than ten times the text, because words repeat; but not for new words."""
+    repeating, new = STORIES[:199] * 5, [" ".join(f"w{n * 50 + m}" for m in range(50)) for n in range(200)]
+    one, ten = (bytes_that_fit(repeating, PATTERNS["gpt2"], memory) for memory in (1e6, 1e7))
+    assert ten > 20 * one
+    one, ten = (bytes_that_fit(new, PATTERNS["gpt2"], memory) for memory in (1e6, 1e7))
+    assert 9 * one < ten < 15 * one
+    assert bytes_that_fit(["one text"], PATTERNS["gpt2"], 1e6) > 1000
+
+
+def test_long_texts_are_read_whole(tmp_path, quick_disk):
+    text = "\n".join(f"line {n}" for n in range(100_000)) + "x" * 600_000
+    (tmp_path / "long.jsonl").write_text(json.dumps({"text": text}), "utf-8")
+    parts = chosen_texts(tmp_path / "long.jsonl")
+    assert "".join(parts) == text and max(map(len, parts)) <= 1 << 18
+    assert parts[0].endswith("\n")
 
 
 def test_packed_files_are_measured_before_they_are_sampled(stories, capsys):
