@@ -115,7 +115,7 @@ def train_tokenizer(options: TrainTokenizerOptions) -> Path:
     max_bytes = options.max_bytes or bytes_that_fit(surveyed.sample, pattern)
     texts = ChosenTexts(found, surveyed, max_bytes)
     vocabulary = learn(texts, pattern, options.vocab_size - len(CONTROL_TOKENS), texts.about)
-    texts.report("--max_bytes" if options.max_bytes else "more would need over 1 GB of memory; --max_bytes takes more")
+    texts.report("--max_bytes" if options.max_bytes else "more might need over 1 GB of memory; --max_bytes takes more")
     if len(vocabulary.tokens) + len(CONTROL_TOKENS) < options.vocab_size:
         raise too_little_text(vocabulary, texts, options)
     files = [recognized.path for recognized in found]

@@ -330,6 +330,34 @@ def test_wrong_types_and_missing_tokens_are_refused(small, path, value):
     refusal(changed(tokenizer_json(small, {}), path, value))
 
 
+@pytest.mark.parametrize("seed", range(5))
+def test_a_file_with_random_damage_is_read_or_refused_in_one_sentence(small, seed):
+    chosen = random.Random(seed)
+    for _ in range(40):
+        content = copy.deepcopy(tokenizer_json(small, control_tokens(small), {"name": "x"}))
+        for _ in range(chosen.randint(1, 3)):
+            damage(content, chosen)
+        try:
+            assert len(parsed(content).tokens) >= 256
+        except UserError as error:
+            assert str(error).startswith("their.json ") and len(str(error)) < 400
+
+
+def damage(content: dict, chosen: random.Random) -> None:
+    """Replace or remove one value at a random depth."""
+    inner: dict | list = content
+    while True:
+        key = chosen.choice(list(inner) if isinstance(inner, dict) else range(len(inner)))
+        if not inner[key] or not isinstance(inner[key], dict | list) or chosen.random() < 0.2:
+            break
+        inner = inner[key]
+    if chosen.random() < 0.3:
+        del inner[key]
+    else:
+        values = [None, True, 0, -1, 1e300, "", "a", "ĠĠ", "\ud800", [], [[]], {}, {"type": "BPE"}, [1]]
+        inner[key] = chosen.choice(values)
+
+
 def test_tokens_that_no_merge_makes_are_left_out_or_refused(small):
     content = tokenizer_json(small, {})
     content["model"]["vocab"]["zzz"] = len(content["model"]["vocab"])
