@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+from common.numbers import significant
 from evaluation.stories import N_COPIED, STORY_TOKENS
 from generation.sampling import TEXT_SAMPLING
 
@@ -45,18 +46,6 @@ def print_table(scope: str, results: list[dict]) -> None:
             f"{significant(numbers['perplexity'], 4):>10} {numbers['bits_per_byte']:>9.4f} "
             f"{numbers['accuracy']:>8.1%} {significant(result['tokens_per_s'], 3):>9}"
         )
-
-
-def significant(value: float, digits: int) -> str:
-    """A number rounded to so many significant digits, without an exponent unless it is huge.
-
-    >>> significant(1620595.6, 4), significant(28.43, 3), significant(0.5, 3)
-    ('1,621,000', '28.4', '0.500')
-    """
-    if not math.isfinite(value) or value >= 1e12:
-        return f"{value:.{digits - 1}e}"
-    before_point = math.floor(math.log10(abs(value))) + 1 if value else 1
-    return f"{round(value, digits - before_point):,.{max(0, digits - before_point)}f}"
 
 
 def decimals(interval: list[float]) -> int:
