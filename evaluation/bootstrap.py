@@ -40,6 +40,21 @@ def paired_bootstrap(split: Split, scope: str, first: np.ndarray, second: np.nda
     }
 
 
+def margin(split: Split, scope: str, losses: np.ndarray) -> float | None:
+    """Half the 95 % interval of a model's mean loss over other text of the same kind; None with too few documents.
+
+    The mean is a ratio of sums over documents, nats to tokens ("Sampling Techniques", Cochran 1977, section 6.3).
+    """
+    counts = split.counted[scope][0]
+    own = losses[counts].astype(np.float64)
+    _, unit = np.unique(split.unit[counts], return_inverse=True)
+    n_units = int(unit.max(initial=-1)) + 1
+    if n_units < FEWEST_UNITS:
+        return None
+    deviations = np.bincount(unit, weights=own - own.mean())
+    return float(1.96 * np.sqrt((deviations**2).sum() * n_units / (n_units - 1)) / len(own))
+
+
 def compare(split: Split, checkpoints: Sequence[str], losses: Sequence[np.ndarray]) -> list[dict]:
     """Every checkpoint but the first against the first, in each scope."""
     return [

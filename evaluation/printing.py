@@ -38,14 +38,33 @@ def print_table(scope: str, results: list[dict]) -> None:
     width = max(10, *(len(result["checkpoint"]) for result in results))
     titles = f"{'window/stride':>13} {'loss':>8} {'perplexity':>10} {'bits/byte':>9} {'accuracy':>8} {'tokens/s':>9}"
     print(f"{'checkpoint':<{width}} {titles}")
+    loss, bits, digits = map(max, zip(*(digits_of(result[scope]) for result in results), strict=True))
     for result in results:
         numbers = result[scope]
         window = f"{result['block_size']}/{result['stride']}"
         print(
-            f"{result['checkpoint']:<{width}} {window:>13} {numbers['loss']:>8.4f} "
-            f"{significant(numbers['perplexity'], 4):>10} {numbers['bits_per_byte']:>9.4f} "
+            f"{result['checkpoint']:<{width}} {window:>13} {numbers['loss']:>8.{loss}f} "
+            f"{significant(numbers['perplexity'], digits):>10} {numbers['bits_per_byte']:>9.{bits}f} "
             f"{numbers['accuracy']:>8.1%} {significant(result['tokens_per_s'], 3):>9}"
         )
+
+
+def digits_of(numbers: dict) -> tuple[int, int, int]:
+    """How many decimals the loss and the bits per byte mean, and how many digits the perplexity.
+
+    Two digits of the uncertainty of each, which depends on the number of documents, and at most four.
+
+    >>> digits_of({"loss": 0.3191, "bits_per_byte": 0.148, "loss_margin": 0.006})
+    (4, 4, 4)
+    >>> digits_of({"loss": 2.187, "bits_per_byte": 1.0108, "loss_margin": 0.12})
+    (2, 3, 2)
+    """
+    error = numbers["loss_margin"]
+    if not error:
+        return 2, 2, 2
+    ratio = numbers["bits_per_byte"] / numbers["loss"] if numbers["loss"] else 1.0
+    loss, bits = (min(4, decimals([-margin, margin])) for margin in (error, error * ratio))
+    return loss, bits, min(4, max(2, decimals([-error, error])))  # perplexity's relative error is that of the loss
 
 
 def decimals(interval: list[float]) -> int:
@@ -82,8 +101,11 @@ def verdict_line(name: str, verdict: dict) -> str:
     interval = f"95 % interval {low:.{digits}f} to {high:.{digits}f}"
     if not bootstrap["excludes_zero"]:
         return f"{where}: no clear difference between {best} and {second} ({amount}, {interval}, which includes 0)"
-    lower = significant(100 * (1 - math.exp(-bootstrap["difference"])), 2)
-    return f"{where}: {best} is better than {second} by {amount} ({interval}); its perplexity is {lower} % lower"
+    ratio = math.exp(min(bootstrap["difference"], 700))  # exp(710) overflows a float
+    lower = f"its perplexity is {significant(100 * (1 - 1 / ratio), 2)} % lower"
+    if ratio > 10:
+        lower = f"the other's perplexity is {significant(ratio, 2)} times as high"
+    return f"{where}: {best} is better than {second} by {amount} ({interval}); {lower}"
 
 
 def print_stories(sample: dict) -> None:
