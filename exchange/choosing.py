@@ -71,9 +71,14 @@ def _or_infinity(value: float | None) -> float:
 
 
 def find_models(folder: str | os.PathLike = "models") -> list[FoundModel]:
-    """The readable checkpoints in `folder`, newest first; the others are named on standard error."""
+    """The readable checkpoints in `folder`, newest first; the others are named on standard error.
+
+    A second name of the same file, as `-best` is where the last evaluation was the best, is left out.
+    """
     infos: dict[Path, Mapping[str, Any]] = {}
     for path in find_checkpoints(folder):
+        if any(path.samefile(other) for other in infos):
+            continue
         try:
             infos[path] = read_info(path)
         except UserError as error:
@@ -124,13 +129,17 @@ def newest_models(folder: str | os.PathLike = "models") -> list[FoundModel]:
     return found
 
 
-def named_model(name: str, models: Sequence[FoundModel]) -> FoundModel:
-    """The model of a name such as chitchat1700, or of a path. Raises UserError that lists the models there are."""
+def named_model(name: str, models: Sequence[FoundModel], folder: str | os.PathLike = "models") -> FoundModel:
+    """One of `models` or of the others in `folder` by its name, such as chitchat1700, or any model by its path.
+
+    Raises UserError, which names `models`, if there is none.
+    """
     for model in models:
         if name in (model.name, model.path.name, str(model.path)):
             return model
-    if Path(name).exists():
-        return FoundModel(Path(name), read_info(name))
+    for path in (Path(name), Path(folder) / f"{name}.pt"):
+        if path.exists():
+            return FoundModel(path, read_info(path))
     raise UserError(f"there is no model {name}; choose one of {', '.join(model.name for model in models)}")
 
 

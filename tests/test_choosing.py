@@ -66,10 +66,11 @@ def test_only_tokens_of_chat_data_count_and_those_of_the_model_it_started_from(f
     assert chat_share({"format": "text", "data": {}}) == 0 and chat_share({"format": "chat"}) == 1
 
 
-def test_a_model_and_its_copy_of_the_same_moment(folder):
+def test_a_run_that_ended_with_its_best_checkpoint_is_one_model(folder):
     write("run", 4 * MILLION)
     os.link("models/run.pt", "models/run-best.pt")
-    assert order(newest_models()) == order(chat_models()) == ["run", "run-best"]
+    assert order(newest_models()) == order(chat_models()) == ["run"], "the same file is listed once"
+    assert named_model("run-best", chat_models()).path == Path("models/run-best.pt")
 
 
 def test_models_are_listed_with_data_tokens_and_validation_loss(folder):
