@@ -25,7 +25,7 @@ from common.files import atomic_write, require_target
 from common.speedups import load_speedups
 from common.text_files import decode_text, unix_line_ends
 from generation.chat import ChatSession, PromptSession
-from generation.terminal import Console, talk
+from generation.terminal import Console, talk, wrapped
 from setup_tokenizer import ENDOFTEXT_ID, IM_END, IM_END_ID, IM_START, IM_START_ID, N_VOCAB, encode_text
 
 if TYPE_CHECKING:  # at run time torch is imported only when a model is loaded, so that --help is instant
@@ -190,7 +190,7 @@ class LoadedModel:
                 f"{path} has no ChatML tokens, so it cannot chat; leave --chat out or use another checkpoint"
             )
         if note := format_note(path, info, options.chat):
-            print(f"note: {note}", file=sys.stderr)
+            print(wrapped(f"note: {note}"), file=sys.stderr)
         n_params = model.n_params()  # counted before the weights are packed and stop being parameters
         decode, layers = decode_step, "plain layers"
         if self.fast:
@@ -234,9 +234,9 @@ def choose_checkpoint(chat: bool) -> str:
 
     chosen, *others = find_choices(chat)
     first = "chatting with {}, the best-trained chat model" if chat else "using {}, the newest model"
-    print(f"{first.format(chosen.path)}: {chosen.description}", file=sys.stderr)
+    print(wrapped(f"{first.format(chosen.path)}: {chosen.description}"), file=sys.stderr)
     if others:
-        print(f"other {'chat ' if chat else ''}models: {names(others)}", file=sys.stderr)
+        print(wrapped(f"other {'chat ' if chat else ''}models: {names(others)}"), file=sys.stderr)
     return str(chosen.path)
 
 

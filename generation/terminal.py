@@ -102,7 +102,7 @@ class Console:
 
     def show(self, pieces: Iterable[str]) -> None:
         """Print a reply as it is generated, and a line break."""
-        wrap = WordWrap(lambda: shutil.get_terminal_size().columns)
+        wrap = WordWrap(terminal_columns)
         ended = ""
         try:
             for piece in pieces:
@@ -124,7 +124,21 @@ class Console:
 
     def notice(self, text: str) -> None:
         """Print something that is not a reply."""
+        text = wrapped(text)
         print(f"\33[2m{text}\33[0m" if self.has_colour else text, file=sys.stderr, flush=True)
+
+
+def wrapped(text: str) -> str:
+    """A notice with its lines broken between words, if standard error is a terminal."""
+    if sys.stderr is None or not sys.stderr.isatty():
+        return text
+    wrap = WordWrap(terminal_columns)
+    return wrap.feed(text) + wrap.finish()
+
+
+def terminal_columns() -> int:
+    """The width of the terminal now."""
+    return shutil.get_terminal_size().columns
 
 
 def talk(session: PromptSession, messages: Iterable[str], console: Console) -> None:

@@ -176,6 +176,7 @@ def test_text_wraps_at_words_on_a_terminal_and_only_there(models, tmp_path):
     terminal = Terminal(models, *arguments, columns=30)
     shown = terminal.wait_for_end()
     lines = shown[shown.index("Once upon a time") :].split("\r\n")
+    assert max(map(len, shown.split("\r\n"))) <= 40, "notices wrap, too"
     assert terminal.close() == 0
     assert len(lines) > 8 and 20 < max(map(len, lines)) <= 30
     assert " ".join(lines).startswith(PROMPT.rstrip())
