@@ -264,8 +264,9 @@ class _Parser(argparse.ArgumentParser):
         return {_bare_name(option): option for option in self._option_string_actions if option.startswith("--")}
 
     def _suggestion(self, name: str) -> str:
-        known = self._known_names()
-        closest = difflib.get_close_matches(_bare_name(name), known, n=1)
+        known, bare = self._known_names(), _bare_name(name)
+        closest = difflib.get_close_matches(bare, known, n=1, cutoff=0.65)
+        closest += [other for other in known if len(other) > 2 and bare.startswith(other)]  # --temperature: --temp
         return f"did you mean {known[closest[0]]}?" if closest else "--help lists the options"
 
 

@@ -109,6 +109,9 @@ def test_a_bool_can_be_switched_on_and_off_unless_it_is_off_by_default(capsys):
         (("--internal", "3"), "unrecognized option --internal; --help lists the options"),
         (("--comp",), "unrecognized option --comp; did you mean --compile?"),  # no abbreviations
         (("a.pt", "b.pt"), "unrecognized arguments: b.pt"),
+        (("--temperature", "1"), "unrecognized option --temperature; did you mean --temp?"),
+        (("--size", "1"), "unrecognized option --size; did you mean --sizes?"),
+        (("--text", "x"), "unrecognized option --text; --help lists the options"),
         (("-top_k", "3"), "unrecognized option -top_k; did you mean --top_k?"),
         (("-top-kk=3",), "unrecognized option -top-kk; did you mean --top_k?"),
         (("a.pt", "top_k", "3"), "unrecognized arguments: top_k 3; did you mean --top_k?"),
