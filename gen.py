@@ -17,6 +17,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from common.cli import UserError, check_options, option, parse_options, run_script
@@ -154,6 +155,60 @@ class GenOptions:
             raise ValueError("--quantize needs fast/, which --plain leaves out; use one of them")
 
 
+def find_choices(chat: bool) -> list[FoundModel]:
+    """The models to choose from: for a chat the best-trained first, otherwise the newest first."""
+    from exchange.choosing import chat_models, newest_models
+
+    return chat_models() if chat else newest_models()
+
+
+def choose_checkpoint(chat: bool) -> str:
+    """The checkpoint to load if the options name none; it and the others go to standard error. Raises UserError."""
+    from exchange.choosing import names
+
+    chosen, *others = find_choices(chat)
+    first = "chatting with {}, the best-trained chat model" if chat else "using {}, the newest model"
+    print(wrapped(f"{first.format(chosen.path)}: {chosen.description}"), file=sys.stderr)
+    if others:
+        print(wrapped(f"other {'chat ' if chat else ''}models: {names(others)}"), file=sys.stderr)
+    return str(chosen.path)
+
+
+def load_engine(
+    path: str, info: Mapping[str, Any], options: GenOptions, device: str, dtype: str, fast: ModuleType | None
+) -> TextEngine:
+    """The model of `path`, ready to generate. Raises UserError if it does not fit.
+
+    `info` is what `read_info` says about it, `fast` what `load_speedups` returned.
+    """
+    from exchange.choosing import details, format_note
+    from exchange.loading import load_model
+    from generation.decoding import decode_step
+    from generation.engine import TextEngine
+
+    started = time.perf_counter()
+    model, _ = load_model(path, device, dtype)
+    if not ENDOFTEXT_ID < model.config.n_vocab <= N_VOCAB:
+        raise UserError(
+            f"{path} has a vocabulary of {model.config.n_vocab} tokens, which is not this project's tokenizer's; "
+            "use a checkpoint that train.py wrote"
+        )
+    if options.chat and model.config.n_vocab < N_VOCAB:
+        raise UserError(f"{path} has no ChatML tokens, so it cannot chat; leave --chat out or use another checkpoint")
+    if note := format_note(path, info, options.chat):
+        print(wrapped(f"note: {note}"), file=sys.stderr)
+    n_params = model.n_params()  # counted before the weights are packed and stop being parameters
+    decode, layers = decode_step, "plain layers"
+    if fast:
+        speedups = fast.speed_up_generation(model, options.quantize, options.num_samples)
+        decode, layers = speedups.decode, speedups.description
+    engine = TextEngine(model, engine_settings(options), decode)
+    if options.verbose:
+        print(details(path, info, model.config, n_params, f"{device}, {dtype}, {layers}"), file=sys.stderr)
+        print(f"ready after {time.perf_counter() - started:.1f} s, seed {engine.seed}", file=sys.stderr)
+    return engine
+
+
 class LoadedModel:
     """The model in use, and what /model does (see chat.Models): `path`, `engine`, and one line that describes it."""
 
@@ -172,36 +227,7 @@ class LoadedModel:
         self.description = ""  # what the last /model has done
 
     def _load(self, path: str, info: Mapping[str, Any]) -> TextEngine:
-        """A model, ready to generate. Raises UserError if it does not fit."""
-        from exchange.choosing import details, format_note
-        from exchange.loading import load_model
-        from generation.decoding import decode_step
-        from generation.engine import TextEngine
-
-        started, options = time.perf_counter(), self.options
-        model, _ = load_model(path, self.device, self.dtype)
-        if not ENDOFTEXT_ID < model.config.n_vocab <= N_VOCAB:
-            raise UserError(
-                f"{path} has a vocabulary of {model.config.n_vocab} tokens, which is not this project's tokenizer's; "
-                "use a checkpoint that train.py wrote"
-            )
-        if options.chat and model.config.n_vocab < N_VOCAB:
-            raise UserError(
-                f"{path} has no ChatML tokens, so it cannot chat; leave --chat out or use another checkpoint"
-            )
-        if note := format_note(path, info, options.chat):
-            print(wrapped(f"note: {note}"), file=sys.stderr)
-        n_params = model.n_params()  # counted before the weights are packed and stop being parameters
-        decode, layers = decode_step, "plain layers"
-        if self.fast:
-            speedups = self.fast.speed_up_generation(model, options.quantize, options.num_samples)
-            decode, layers = speedups.decode, speedups.description
-        engine = TextEngine(model, engine_settings(options), decode)
-        if options.verbose:
-            device = f"{self.device}, {self.dtype}, {layers}"
-            print(details(path, info, model.config, n_params, device), file=sys.stderr)
-            print(f"ready after {time.perf_counter() - started:.1f} s, seed {engine.seed}", file=sys.stderr)
-        return engine
+        return load_engine(path, info, self.options, self.device, self.dtype, self.fast)
 
     def listing(self) -> str:
         """The models that /model can change to, with a star on the current one."""
@@ -219,25 +245,6 @@ class LoadedModel:
         self.path, self.engine = str(chosen.path), engine
         self.description = f"now {self.path}: {chosen.description}"
         return engine
-
-
-def find_choices(chat: bool) -> list[FoundModel]:
-    """The models to choose from: for a chat the best-trained first, otherwise the newest first."""
-    from exchange.choosing import chat_models, newest_models
-
-    return chat_models() if chat else newest_models()
-
-
-def choose_checkpoint(chat: bool) -> str:
-    """The checkpoint to load if the options name none; it and the others go to standard error. Raises UserError."""
-    from exchange.choosing import names
-
-    chosen, *others = find_choices(chat)
-    first = "chatting with {}, the best-trained chat model" if chat else "using {}, the newest model"
-    print(wrapped(f"{first.format(chosen.path)}: {chosen.description}"), file=sys.stderr)
-    if others:
-        print(wrapped(f"other {'chat ' if chat else ''}models: {names(others)}"), file=sys.stderr)
-    return str(chosen.path)
 
 
 def engine_settings(options: GenOptions) -> Settings:
