@@ -52,10 +52,10 @@ def print_table(scope: str, results: list[dict]) -> None:
 def digits_of(numbers: dict) -> tuple[int, int, int]:
     """How many decimals the loss and the bits per byte mean, and how many digits the perplexity.
 
-    Two digits of the uncertainty of each, which depends on the number of documents, and at most four.
+    Two digits of the uncertainty of each, which depends on the number of documents, and at most three.
 
     >>> digits_of({"loss": 0.3191, "bits_per_byte": 0.148, "loss_margin": 0.006})
-    (4, 4, 4)
+    (3, 3, 3)
     >>> digits_of({"loss": 2.187, "bits_per_byte": 1.0108, "loss_margin": 0.12})
     (2, 3, 2)
     """
@@ -63,8 +63,8 @@ def digits_of(numbers: dict) -> tuple[int, int, int]:
     if not error:
         return 2, 2, 2
     ratio = numbers["bits_per_byte"] / numbers["loss"] if numbers["loss"] else 1.0
-    loss, bits = (min(4, decimals([-margin, margin])) for margin in (error, error * ratio))
-    return loss, bits, min(4, max(2, decimals([-error, error])))  # perplexity's relative error is that of the loss
+    loss, bits = (min(3, decimals([-margin, margin])) for margin in (error, error * ratio))
+    return loss, bits, min(3, max(2, decimals([-error, error])))  # perplexity's relative error is that of the loss
 
 
 def decimals(interval: list[float]) -> int:

@@ -216,7 +216,7 @@ def test_the_margin_of_a_loss_counts_documents_not_tokens(tmp_path):
 
 def test_a_number_has_the_digits_that_its_margin_allows():
     numbers = {"loss": 2.187, "bits_per_byte": 1.0108}
-    for loss_margin, digits in ((0.006, (4, 4, 4)), (0.03, (3, 3, 3)), (0.12, (2, 3, 2)), (None, (2, 2, 2))):
+    for loss_margin, digits in ((0.006, (3, 3, 3)), (0.12, (2, 3, 2)), (1.2, (1, 2, 2)), (None, (2, 2, 2))):
         assert digits_of({**numbers, "loss_margin": loss_margin}) == digits
 
 
