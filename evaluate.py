@@ -29,7 +29,7 @@ from common.device import choose_device, choose_dtype, device_option, dtype_opti
 from common.files import atomic_write, require_target
 from common.speedups import load_speedups
 from data.dataset import DatasetInfo, open_dataset, trained_on
-from evaluation.bootstrap import compare, verdict
+from evaluation.bootstrap import Scored, compare, verdict
 from evaluation.printing import print_report
 from evaluation.scoring import score, summarize
 from evaluation.splits import Split, read_split
@@ -37,6 +37,7 @@ from evaluation.stories import STORY_PROMPTS, STORY_TOKENS, judge_stories, reada
 from exchange.loading import load_model, read_info
 from generation.decoding import DecodeStep, decode_step
 from model import GPT
+from setup_tokenizer import Tokenizer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,14 +91,15 @@ def dataset_names(options: EvaluateOptions, infos: list[dict]) -> list[str]:
     return names
 
 
-def check_fit(path: str, info: dict, data: DatasetInfo) -> None:
-    """Raise UserError if model and data have different tokenizers; print a note if the data has changed since."""
-    tokenizer = info.get("tokenizer", {}).get("name", data.tokenizer)  # nanoGPT's checkpoints do not name theirs
-    if tokenizer != data.tokenizer:
-        raise UserError(
-            f"{path} uses the tokenizer {tokenizer} and {data.name} was prepared with {data.tokenizer}; choose "
-            "another data set with --dataset"
+def print_notes(path: str, info: dict, data: DatasetInfo) -> None:
+    """Point out that model and data have different tokenizers, or that the data has changed since the training."""
+    tokenizer = Tokenizer.from_info(info, path)
+    if (tokenizer.name, tokenizer.digest) != (data.tokenizer, data.tokenizer_digest):
+        print(
+            f"note: {path} has the tokenizer {tokenizer.name} and {data.name} was prepared with {data.tokenizer}; its "
+            "text is encoded again, so compare bits per byte, not losses"
         )
+        return
     if trained := trained_on(info).get(data.name):
         digests = [file["sha256"] for file in trained["splits"]["train"]["files"]]
         if digests != [file.sha256 for file in data.splits["train"].files]:
@@ -132,39 +134,45 @@ def measure(options: EvaluateOptions, fast: ModuleType | None = None, story_toke
     names = dataset_names(options, infos)
     data_dir = Path(options.data_dir)
     datasets = {name: open_dataset(data_dir, name) for name in names}
+    tokenizers = [Tokenizer.from_info(info, path) for path, info in zip(options.checkpoints, infos, strict=True)]
     for path, info in zip(options.checkpoints, infos, strict=True):
         for _, data in datasets.values():
-            check_fit(path, info, data)
+            print_notes(path, info, data)
     story_data = [stories_of(info, names[0]) for info in infos]
     if options.samples:
         datasets |= {name: open_dataset(data_dir, name) for name in set(story_data) - set(names)}
     splits = {
-        name: read_split(name, datasets[name][0]["val"], datasets[name][1].format == "chat", options.limit)
+        (name, tokenizer): read_split(
+            name, datasets[name][0]["val"], datasets[name][1].format == "chat", options.limit, tokenizer
+        )
         for name in names
+        for tokenizer in dict.fromkeys(tokenizers)
     }
     device = choose_device(options.device)
     dtype = choose_dtype(options.dtype, device)
     results: dict[str, list[dict]] = {name: [] for name in names}
-    losses: dict[str, list[np.ndarray]] = {name: [] for name in names}
+    all_scored: dict[str, list[Scored]] = {name: [] for name in names}
     samples = []
-    for path, dataset in zip(options.checkpoints, story_data, strict=True):
+    for path, tokenizer, dataset in zip(options.checkpoints, tokenizers, story_data, strict=True):
         model, _ = load_model(path, device)
         decode = speed_up(model, options.quantize, fast)
         stride = choose_stride(options.stride, model, path)
         for name in names:
-            scored, result = measure_one(model, splits[name], stride, options.batch_size, device, dtype)
+            split = splits[name, tokenizer]
+            losses, result = measure_one(model, split, stride, options.batch_size, device, dtype)
             results[name].append({"checkpoint": path, **result})
-            losses[name].append(scored)
+            all_scored[name].append(Scored(path, split, losses))
         if options.samples:
-            stories = write_stories(model, options.seed, story_tokens, decode)
-            judged = judge_stories(stories, datasets[dataset][0])
-            samples.append({"checkpoint": path, "dataset": dataset, **judged, "stories": readable_stories(stories)})
+            stories = write_stories(model, options.seed, story_tokens, decode, tokenizer)
+            judged = judge_stories(stories, datasets[dataset][0], tokenizer)
+            readable = readable_stories(stories, tokenizer)
+            samples.append({"checkpoint": path, "dataset": dataset, **judged, "stories": readable})
     summaries = {
         name: {
-            "scopes": list(splits[name].counted),
+            "scopes": list(all_scored[name][0].split.counted),
             "results": results[name],
-            "comparisons": compare(splits[name], options.checkpoints, losses[name]),
-            "verdict": verdict(splits[name], options.checkpoints, losses[name]),
+            "comparisons": compare(all_scored[name]),
+            "verdict": verdict(all_scored[name]),
         }
         for name in names
     }

@@ -16,10 +16,15 @@ import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from common.cli import UserError, option, parse_options, run_script
 from common.files import TEMPORARY_SUFFIX, atomic_files, require_free_space, write_error
 from exchange.model_card import model_card, modelfile
+
+if TYPE_CHECKING:
+    from model import GPTConfig
+    from setup_tokenizer import Tokenizer
 
 STAGING_NAME = "{}.export"
 # Files of a model exported earlier into the same folder, which a program could read instead of this model's.
@@ -50,15 +55,17 @@ def export(options: ExportOptions) -> list[str]:
     from exchange.loading import load_checkpoint
     from generation.sampling import CHAT_SAMPLING, TEXT_SAMPLING
     from model import GPTConfig
+    from setup_tokenizer import Tokenizer
 
     folder = Path(options.out_dir)
     check_folder(folder, options.force)
     checkpoint = load_checkpoint(options.checkpoint, ("info", "model"))
     info = checkpoint["info"]
     config = GPTConfig(**info["model"])
-    check_exportable(options.checkpoint, config)
+    tokenizer = Tokenizer.from_info(info, options.checkpoint)
+    check_exportable(options.checkpoint, config, tokenizer)
     if options.gguf:
-        require_gguf(options.gguf, config)
+        require_gguf(options.gguf, config, tokenizer)
     is_chat = info["format"] == "chat"
     sampling = CHAT_SAMPLING if is_chat else TEXT_SAMPLING
     weights = complete_weights(checkpoint["model"], config)
@@ -67,11 +74,12 @@ def export(options: ExportOptions) -> list[str]:
         write_safetensors(staging / "model.safetensors", to_hugging_face(weights))
         gguf_file = f"model-{options.gguf}.gguf" if options.gguf else None
         if options.gguf and gguf_file:
-            write_gguf(staging / gguf_file, weights, config, options.gguf, is_chat, Path(options.checkpoint).stem)
+            name = Path(options.checkpoint).stem
+            write_gguf(staging / gguf_file, weights, config, options.gguf, is_chat, name, tokenizer)
             (staging / "Modelfile").write_text(modelfile(gguf_file, config.block_size, is_chat, sampling), "utf-8")
         card = model_card(info, Path(options.checkpoint).stem, folder.resolve().name, gguf_file, sampling)
         (staging / "README.md").write_text(card, "utf-8")
-        for name, content in settings_files(config, is_chat).items():
+        for name, content in settings_files(config, is_chat, tokenizer).items():
             (staging / name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", "utf-8")
         # The safetensors library makes its file readable by the owner only.
         shutil.copymode(staging / "README.md", staging / "model.safetensors")
@@ -80,22 +88,21 @@ def export(options: ExportOptions) -> list[str]:
     return names
 
 
-def settings_files(config, is_chat: bool) -> dict[str, dict]:
+def settings_files(config: GPTConfig, is_chat: bool, tokenizer: Tokenizer) -> dict[str, dict]:
     """The JSON files by name. config.json comes last: without it no program loads the folder."""
     from exchange.hugging_face import config_json
     from exchange.tokenizer_files import tokenizer_config, tokenizer_json
-    from setup_tokenizer import ENDOFTEXT_ID, IM_END_ID
 
-    end_ids = [IM_END_ID, ENDOFTEXT_ID] if is_chat else [ENDOFTEXT_ID]
+    end_ids = [tokenizer.im_end, tokenizer.endoftext] if is_chat else [tokenizer.endoftext]
     return {
-        "tokenizer.json": tokenizer_json(config.n_vocab),
-        "tokenizer_config.json": tokenizer_config(config.n_vocab, config.block_size, is_chat),
+        "tokenizer.json": tokenizer_json(config.n_vocab, tokenizer),
+        "tokenizer_config.json": tokenizer_config(config.n_vocab, config.block_size, is_chat, tokenizer),
         "generation_config.json": {
-            "bos_token_id": ENDOFTEXT_ID,
+            "bos_token_id": tokenizer.endoftext,
             "eos_token_id": end_ids,
-            "pad_token_id": ENDOFTEXT_ID,
+            "pad_token_id": tokenizer.endoftext,
         },
-        "config.json": config_json(config, end_ids[0]),
+        "config.json": config_json(config, end_ids[0], tokenizer),
     }
 
 

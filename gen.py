@@ -27,7 +27,7 @@ from common.speedups import load_speedups
 from common.text_files import decode_text, unix_line_ends
 from generation.chat import ChatSession, PromptSession
 from generation.terminal import Console, talk, wrapped
-from setup_tokenizer import ENDOFTEXT_ID, IM_END, IM_END_ID, IM_START, IM_START_ID, N_VOCAB, encode_text
+from setup_tokenizer import IM_END, IM_START, Tokenizer
 
 if TYPE_CHECKING:  # at run time torch is imported only when a model is loaded, so that --help is instant
     from exchange.choosing import FoundModel
@@ -188,12 +188,13 @@ def load_engine(
 
     started = time.perf_counter()
     model, _ = load_model(path, device, dtype)
-    if not ENDOFTEXT_ID < model.config.n_vocab <= N_VOCAB:
+    tokenizer = Tokenizer.from_info(info, path)
+    if not tokenizer.endoftext < model.config.n_vocab <= tokenizer.n_vocab:
         raise UserError(
-            f"{path} has a vocabulary of {model.config.n_vocab} tokens, which is not this project's tokenizer's; "
-            "use a checkpoint that train.py wrote"
+            f"{path} has a vocabulary of {model.config.n_vocab} tokens, which is not that of the tokenizer "
+            f"{tokenizer.name}; use a checkpoint that train.py wrote"
         )
-    if options.chat and model.config.n_vocab < N_VOCAB:
+    if options.chat and model.config.n_vocab < tokenizer.n_vocab:
         raise UserError(f"{path} has no ChatML tokens, so it cannot chat; leave --chat out or use another checkpoint")
     if note := format_note(path, info, options.chat):
         print(wrapped(f"note: {note}"), file=sys.stderr)
@@ -202,7 +203,7 @@ def load_engine(
     if fast:
         speedups = fast.speed_up_generation(model, options.quantize, options.num_samples)
         decode, layers = speedups.decode, speedups.description
-    engine = TextEngine(model, engine_settings(options), decode)
+    engine = TextEngine(model, engine_settings(options, tokenizer), decode, tokenizer)
     if options.verbose:
         print(details(path, info, model.config, n_params, f"{device}, {dtype}, {layers}"), file=sys.stderr)
         print(f"ready after {time.perf_counter() - started:.1f} s, seed {engine.seed}", file=sys.stderr)
@@ -247,7 +248,7 @@ class LoadedModel:
         return engine
 
 
-def engine_settings(options: GenOptions) -> Settings:
+def engine_settings(options: GenOptions, tokenizer: Tokenizer) -> Settings:
     """How ids are drawn, from the options and the defaults for text or for a chat."""
     from generation.engine import Settings
     from generation.sampling import CHAT_SAMPLING, TEXT_SAMPLING, Sampling
@@ -261,20 +262,20 @@ def engine_settings(options: GenOptions) -> Settings:
         min_p=options.min_p,
         repetition_penalty=options.repetition_penalty,
     )
-    stop_ids = (IM_END_ID, ENDOFTEXT_ID, IM_START_ID) if options.chat else (ENDOFTEXT_ID,)
+    stop_ids = tuple(tokenizer.special_tokens.values()) if options.chat else (tokenizer.endoftext,)
     return Settings(
         sampling,
         seed=options.seed,
         stop_ids=() if options.nonstop else stop_ids,
         stop_texts=options.stop or (),
-        hidden_ids=hidden_ids(options),
+        hidden_ids=hidden_ids(options, tokenizer),
         logprobs=options.logprobs is not None,
     )
 
 
-def hidden_ids(options: GenOptions) -> tuple[int, ...]:
+def hidden_ids(options: GenOptions, tokenizer: Tokenizer) -> tuple[int, ...]:
     """The control tokens of a chat, which a chat model also writes into a text; not those that --stop waits for."""
-    names = {IM_START_ID: IM_START, IM_END_ID: IM_END}
+    names = {tokenizer.im_start: IM_START, tokenizer.im_end: IM_END}
     return tuple(token for token, name in names.items() if not any(name in text for text in options.stop or ()))
 
 
@@ -295,7 +296,7 @@ def read_prompt(options: GenOptions) -> str | None:
 def generate_text(engine: TextEngine, options: GenOptions, prompt: str | None, console: Console) -> None:
     """Continue one prompt; several samples are printed one after another when all are complete."""
     prompt = prompt or ""
-    ids = [ENDOFTEXT_ID, *encode_text(prompt)]
+    ids = [engine.tokenizer.endoftext, *engine.tokenizer.encode_text(prompt)]
     if len(ids) > engine.block_size:
         console.notice(f"the prompt has {len(ids) - 1} tokens; the model sees the last {engine.block_size}")
     max_tokens = None if options.nonstop else DEFAULT_MAX_TOKENS

@@ -48,6 +48,11 @@ class GPTConfig:
             raise ValueError(f"dropout must be at least 0 and below 1, not {self.dropout}")
 
 
+def padded_vocab_size(n_vocab: int) -> int:
+    """The rows of the embedding for `n_vocab` ids: the next multiple of 64."""
+    return -(-n_vocab // 64) * 64
+
+
 # OpenAI's four published sizes, and two that train in minutes on a laptop's CPU.
 PRESETS = {
     "tiny": GPTConfig(block_size=256, n_layer=4, n_head=4, n_embd=128),

@@ -33,8 +33,9 @@ from data.documents import Document, read_prepared, text_path
 from data.earlier import earlier_info
 from data.pipeline import Corpus, Dataset, TextOptions, files_of_input, output_folder, prepare
 from data.readers.recognize import Recognized, UnknownContent, first_document, read_documents, recognize
-from data.report import count_tokens
-from setup_tokenizer import render_chat
+from data.report import count_tokens, documents_word
+from data.vocabularies import tokenizer_of
+from setup_tokenizer import GPT2, render_chat
 
 SAMPLE_CHARACTERS = 300
 
@@ -189,7 +190,10 @@ def encode_all_again(names: list[str], options: ExtendedOptions) -> None:
 
 
 def encode_again(name: str, options: ExtendedOptions) -> None:
-    """Encode the text of a prepared data set again; its source, licence, seed and options stay the same."""
+    """Encode the text of a prepared data set again; its source, licence, seed and options stay the same.
+
+    So does its tokenizer, unless --tokenizer names another.
+    """
     folder = output_folder(options)
     old = prepared_by_us(folder, name)
     assert old is not None  # see datasets_to_encode
@@ -204,7 +208,8 @@ def encode_again(name: str, options: ExtendedOptions) -> None:
     seed = options.seed if old.seed is None else old.seed
     keep: dict[str, Any] = {"options": {**recorded, "shard_tokens": shard_tokens}, "input_digest": old.input_digest}
     keep |= {"report_files": old.report_files} | ({} if old.report is None else {"report": old.report})
-    again = dataclasses.replace(options, force=True, shard_tokens=shard_tokens, seed=seed)
+    tokenizer = options.tokenizer or old.tokenizer
+    again = dataclasses.replace(options, force=True, shard_tokens=shard_tokens, seed=seed, tokenizer=tokenizer)
     report_saving(folder, prepare(dataset, again, Corpus(train, val), keep=keep))
 
 
@@ -212,15 +217,18 @@ def encode_again(name: str, options: ExtendedOptions) -> None:
 
 
 def report_saving(folder: Path, info: DatasetInfo) -> None:
-    """Print how many tokens the base and the extended tokenizer make of the train documents, and the saving."""
-    if info.format != "chat":
+    """Print how many tokens GPT-2's base tokenizer and the data set's make of the train documents, and the saving."""
+    tokenizer = tokenizer_of(folder, info.name, info.tokenizer, info.tokenizer_digest, prepare_command(info.name))
+    if info.format != "chat" and tokenizer == GPT2:
         print("tokens: as many as with the base tokenizer, because plain text contains no control tokens")
         return
-    n_documents, n_base, n_extended = count_tokens(read_prepared(folder, info, "train"))
+    n_documents, n_base, n_own = count_tokens(read_prepared(folder, info, "train"), tokenizer)
     part = "all" if n_documents == info.splits["train"].documents else "the first"
+    own = "the extended one" if tokenizer == GPT2 else tokenizer.name
+    difference = f"{abs(1 - n_own / n_base):.1%} {'fewer' if n_own <= n_base else 'more'}"
     print(
-        f"tokens of {part} {n_documents:,} train conversations: {n_base:,} with the base tokenizer, "
-        f"{n_extended:,} with the extended one, {1 - n_extended / n_base:.1%} fewer"
+        f"tokens of {part} {n_documents:,} train {documents_word(info)}: {n_base:,} with the base tokenizer, "
+        f"{n_own:,} with {own}, {difference}"
     )
 
 

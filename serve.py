@@ -142,17 +142,21 @@ def model_loader(options: ServeOptions) -> Loader:
         fast.keep_freed_memory()  # before the first tensor is allocated
     from exchange.loading import load_model
     from generation.row_cache import decode_rows
-    from setup_tokenizer import ENDOFTEXT_ID, N_VOCAB, get_extended_tokenizer
+    from setup_tokenizer import Tokenizer
 
-    get_extended_tokenizer()  # takes a second, which the first request should not wait for
     with contextlib.redirect_stdout(sys.stderr):  # standard output is for the address
         device = choose_device(options.device)
         dtype = choose_dtype(options.dtype, device)
 
     def load(path: str) -> tuple[GPT, DecodeRows]:
-        model, _ = load_model(path, device, dtype)
-        if not ENDOFTEXT_ID < model.config.n_vocab <= N_VOCAB:
-            raise UserError(f"{path} has a vocabulary of {model.config.n_vocab} tokens, not this project's tokenizer's")
+        model, info = load_model(path, device, dtype)
+        tokenizer = Tokenizer.from_info(info, path)
+        if not tokenizer.endoftext < model.config.n_vocab <= tokenizer.n_vocab:
+            raise UserError(
+                f"{path} has a vocabulary of {model.config.n_vocab} tokens, which is not that of the tokenizer "
+                f"{tokenizer.name}; use a checkpoint that train.py wrote"
+            )
+        tokenizer.encode_text("")  # loading GPT-2's takes a second, which the first request should not wait for
         for parameter in model.parameters():  # a checkpoint's file may be replaced, so do not leave it mapped
             parameter.data = parameter.data.clone()
         if fast:

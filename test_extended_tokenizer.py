@@ -116,7 +116,7 @@ def fresh_machine(package: str | None = None, download=no_network, cache_dir: st
     caches = (get_base_tokenizer, setup_tokenizer._extend)
     with contextlib.ExitStack() as stack:
         if package is not None:
-            stack.enter_context(mock.patch("setup_tokenizer._VOCAB_PACKAGE", package))
+            stack.enter_context(mock.patch("common.gpt2_vocabulary.VOCAB_PACKAGE", package))
         read = tiktoken.load.read_file
         only_urls = mock.Mock(side_effect=lambda path: download(path) if "://" in path else read(path))
         stack.enter_context(mock.patch("tiktoken.load.read_file", only_urls))

@@ -93,6 +93,8 @@ def plan(options: TrainOptions, given: dict[str, Any], fast: ModuleType | None) 
     set_determinism(options.deterministic)  # before the first use of CUDA
     allow_tf32()
     speed_up, logits_rows = (fast.speed_up_training, fast.LOSS_CHUNK_ROWS) if fast else (None, None)
+    if checkpoint and options.init_from is not None:
+        data.require_tokenizer_of(checkpoint["info"], options.init_from)
     config = make_config(options, given, device, data.facts, checkpoint, speed_up, logits_rows)
     data.require_length(config.block_size)
     if checkpoint and config.resume:
@@ -132,7 +134,7 @@ def build(
 
     resumed = checkpoint if config.resume else None
     files = RunFiles(config, resumed["info"] if resumed else None, draw)
-    run = Run(config, model, optimizers, scaler, plan.data.facts, files)
+    run = Run(config, model, optimizers, scaler, plan.data.facts, plan.data.tokenizer.to_info(), files)
     position = run.restore(resumed, source) if resumed else {"epoch": 0, "row": 0}
     rows, val_batches = make_rows(plan.data, config)
     return Training(
@@ -145,7 +147,7 @@ def build(
         val_batches=val_batches,
         run=run,
         measurements=Measurements(run, scaler),
-        sample=sample or Sampler(),
+        sample=sample or Sampler(lambda: plan.data.tokenizer.enc),
     )
 
 

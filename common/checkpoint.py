@@ -33,7 +33,6 @@ from torch.overrides import TorchFunctionMode
 from common.cli import UserError
 from common.files import TEMPORARY_SUFFIX, atomic_write, fsync_folder, write_error
 from model import GPT, GPTConfig
-from setup_tokenizer import N_GPT2_VOCAB
 
 FORMAT = "jojo-1"
 PARTS = ("info", "model", "training")
@@ -172,13 +171,16 @@ def load_weights(model: GPT, weights: Mapping, path: str | os.PathLike) -> None:
     """Copy a loaded checkpoint's weights into `model`. Ids that the checkpoint lacks keep the model's own embeddings.
 
     A model with a shorter block size takes the first positions. Raises UserError if other shapes differ or if the
-    vocabulary is not GPT-2's.
+    checkpoint lacks more than ChatML's two ids.
     """
     fitted = dict(weights)
     if "wte.weight" in weights:
         known = weights["wte.weight"]
-        if len(known) < N_GPT2_VOCAB:
-            raise UserError(f"{path} has a vocabulary of {len(known)} ids instead of GPT-2's; use another checkpoint")
+        if len(known) < model.config.n_vocab - 2:
+            raise UserError(
+                f"{path} has a vocabulary of {len(known)} ids instead of the {model.config.n_vocab} of the data's "
+                "tokenizer; use another checkpoint"
+            )
         fitted["wte.weight"] = torch.cat([known.to(model.wte.weight), model.wte.weight[len(known) :].detach()])
     if "wpe.weight" in weights:
         fitted["wpe.weight"] = weights["wpe.weight"][: model.config.block_size]

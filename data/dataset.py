@@ -20,7 +20,8 @@ import numpy as np
 from common.cli import UserError
 from common.files import sha256_file
 from data.token_stream import TokenStream
-from setup_tokenizer import IM_START_ID, N_VOCAB, TOKENIZER_NAME
+from data.vocabularies import tokenizer_of
+from setup_tokenizer import GPT2, N_VOCAB, TOKENIZER_NAME, control_ids
 
 SPLITS = ("train", "val")
 FORMATS = ("text", "chat")
@@ -97,6 +98,7 @@ class DatasetInfo:
     non_commercial: bool = False
     tokenizer: str = TOKENIZER_NAME
     n_vocab: int = N_VOCAB
+    tokenizer_digest: str | None = None  # None for GPT-2's tokenizer
     dtype: str | None = None
     seed: int | None = None
     options: Mapping[str, Any] | None = None  # those that decide what the files contain
@@ -105,6 +107,11 @@ class DatasetInfo:
     report: Mapping[str, int] | None = None  # what each pass changed, dropped or found
     report_files: tuple[str, ...] | None = None
     extra: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def endoftext(self) -> int:
+        """The id of `<|endoftext|>`."""
+        return control_ids(self.n_vocab)[0]
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> DatasetInfo:
@@ -184,12 +191,10 @@ def open_dataset(data_dir: Path, name: str) -> tuple[dict[str, TokenStream], Dat
     match the .json.
     """
     info = read_info(data_dir, name)
-    if info and info.tokenizer != TOKENIZER_NAME:
-        raise UserError(
-            f"{name} was prepared with the tokenizer {info.tokenizer}, not {TOKENIZER_NAME}; prepare it again "
-            f"with: {prepare_command(name)}"
-        )
-    streams = {split: TokenStream(_bin_paths(data_dir, name, split, info)) for split in SPLITS}
+    tokenizer = GPT2
+    if info:
+        tokenizer = tokenizer_of(data_dir, name, info.tokenizer, info.tokenizer_digest, prepare_command(name))
+    streams = {split: TokenStream(_bin_paths(data_dir, name, split, info), tokenizer) for split in SPLITS}
     for split, stream in streams.items():
         stream.check_ids(prepare_command(name))
         if info and info.splits[split].untrained:
@@ -199,7 +204,7 @@ def open_dataset(data_dir: Path, name: str) -> tuple[dict[str, TokenStream], Dat
 
 def _describe_bins(streams: Mapping[str, TokenStream], name: str) -> DatasetInfo:
     """The description of .bin files without a .json."""
-    kind = "chat" if len(streams["val"].positions_of(IM_START_ID)) else "text"
+    kind = "chat" if len(streams["val"].positions_of(GPT2.im_start)) else "text"
     print(f"{name}: there is no {name}.json; the .bin files are read as {kind} in {TOKENIZER_NAME}")
     splits = {}
     for split, stream in streams.items():

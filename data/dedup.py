@@ -16,7 +16,7 @@ import numpy as np
 from common.cli import UserError
 from common.ngrams import hash_ngrams, mixed
 from data.writing import Encoded
-from setup_tokenizer import ENDOFTEXT_ID, IM_END_ID, message_spans
+from setup_tokenizer import GPT2, Tokenizer
 
 NEAR_NGRAM = 5
 BANDS = 16
@@ -118,7 +118,9 @@ class Repeats:
 # --- n-grams of token ids ---
 
 
-def ngram_hashes(ids: np.ndarray, n_tokens: np.ndarray, n: int) -> tuple[np.ndarray, np.ndarray]:
+def ngram_hashes(
+    ids: np.ndarray, n_tokens: np.ndarray, n: int, tokenizer: Tokenizer = GPT2
+) -> tuple[np.ndarray, np.ndarray]:
     """Hashes of the n-grams within documents' text: (hashes in uint64, index of each one's document).
 
     `ids` are those of the documents one after another, `n_tokens` the number of each. An n-gram crosses neither
@@ -127,17 +129,18 @@ def ngram_hashes(ids: np.ndarray, n_tokens: np.ndarray, n: int) -> tuple[np.ndar
     if len(ids) < n:
         return np.zeros(0, dtype=np.uint64), np.zeros(0, dtype=np.int64)
     hashes = hash_ngrams(ids, n)
-    barriers = np.concatenate([[0], np.cumsum(~_is_text(ids), dtype=np.int64)])
+    barriers = np.concatenate([[0], np.cumsum(~_is_text(ids, tokenizer), dtype=np.int64)])
     inside = np.flatnonzero(barriers[n:] == barriers[: len(hashes)])
     return mixed(hashes[inside]), np.repeat(np.arange(len(n_tokens)), n_tokens)[inside]
 
 
-def _is_text(ids: np.ndarray) -> np.ndarray:
+def _is_text(ids: np.ndarray, tokenizer: Tokenizer) -> np.ndarray:
     """Which ids of whole documents are text, rather than control tokens, roles or the line ends after these."""
-    messages = message_spans(ids)
-    is_text = ids < ENDOFTEXT_ID
-    is_text[np.flatnonzero(ids == IM_END_ID) + 1] = False
-    for offset in (1, 2, 3):  # the role and its line end are two or three ids
+    messages = tokenizer.message_spans(ids)
+    is_text = ids < tokenizer.endoftext
+    is_text[np.flatnonzero(ids == tokenizer.im_end) + 1] = False
+    longest = max(map(len, tokenizer.role_ids))
+    for offset in range(1, longest + 2):  # the ids of the role and of its line end
         in_header = messages.start + offset < messages.content
         is_text[messages.start[in_header] + offset] = False
     return is_text
@@ -154,14 +157,14 @@ def require_minhash() -> None:
         raise UserError("--near_dedup needs the package rensa; run: pip install rensa==0.5.0") from error
 
 
-def band_keys(ids: np.ndarray, n_tokens: np.ndarray) -> np.ndarray:
+def band_keys(ids: np.ndarray, n_tokens: np.ndarray, tokenizer: Tokenizer = GPT2) -> np.ndarray:
     """Each document's MinHash signature as the hashes of its bands: (documents, BANDS) uint64.
 
     `ids` and `n_tokens` are as for `ngram_hashes`. A document without a 5-gram has zeros.
     """
     import rensa
 
-    hashes, document = ngram_hashes(ids, n_tokens, NEAR_NGRAM)
+    hashes, document = ngram_hashes(ids, n_tokens, NEAR_NGRAM, tokenizer)
     counts = np.bincount(document, minlength=len(n_tokens))
     row_offsets = np.concatenate([[0], np.cumsum(counts)]).tolist()
     digests = rensa.RMinHash.digest_matrix_from_flat_token_hashes(hashes, row_offsets, BANDS * ROWS, MINHASH_SEED)
@@ -199,20 +202,22 @@ class NearDuplicates:
 # --- text that train and validation share ---
 
 
-def shared_ngrams(train: Batches, val: Batches, max_ngrams: int = MAX_SHARED_NGRAMS) -> dict[str, int]:
+def shared_ngrams(
+    train: Batches, val: Batches, max_ngrams: int = MAX_SHARED_NGRAMS, tokenizer: Tokenizer = GPT2
+) -> dict[str, int]:
     """Counts of the 13-grams of token ids that validation shares with train, and of the documents that contain them.
 
     `train` and `val` are batches of (ids, number of tokens of each document). GPT-3's authors counted 13 words in a row
     as a repeat (Brown et al. 2020, appendix C); 13 tokens are about ten words. Of a large validation split only the
     first `max_ngrams` are compared, so that memory stays below half a gigabyte.
     """
-    known = _distinct_ngrams(val, max_ngrams)
+    known = _distinct_ngrams(val, max_ngrams, tokenizer)
     in_filter = np.zeros(1 << FILTER_BITS, dtype=bool)  # spares most 13-grams of train the binary search
     in_filter[known >> np.uint64(64 - FILTER_BITS)] = True
     in_train = np.zeros(len(known), dtype=bool)
     n_some = n_half = 0
     for ids, n_tokens in train:
-        hashes, document = ngram_hashes(ids, n_tokens, SHARED_NGRAM)
+        hashes, document = ngram_hashes(ids, n_tokens, SHARED_NGRAM, tokenizer)
         maybe = np.flatnonzero(in_filter[hashes >> np.uint64(64 - FILTER_BITS)])
         index = np.minimum(np.searchsorted(known, hashes[maybe]), max(len(known) - 1, 0))
         is_shared = known[index] == hashes[maybe]
@@ -229,12 +234,12 @@ def shared_ngrams(train: Batches, val: Batches, max_ngrams: int = MAX_SHARED_NGR
     }
 
 
-def _distinct_ngrams(batches: Batches, max_ngrams: int) -> np.ndarray:
+def _distinct_ngrams(batches: Batches, max_ngrams: int, tokenizer: Tokenizer) -> np.ndarray:
     """The hashes of the first `max_ngrams` distinct 13-grams, sorted."""
     parts: list[np.ndarray] = []
     count = 0
     for ids, n_tokens in batches:
-        part = np.unique(ngram_hashes(ids, n_tokens, SHARED_NGRAM)[0])
+        part = np.unique(ngram_hashes(ids, n_tokens, SHARED_NGRAM, tokenizer)[0])
         parts.append(part[: max_ngrams - count])
         count += len(parts[-1])
         if count == max_ngrams:

@@ -19,7 +19,7 @@ import numpy as np
 
 from common.cli import UserError
 from data.dataset import DatasetInfo
-from setup_tokenizer import ENDOFTEXT, ENDOFTEXT_ID
+from setup_tokenizer import ENDOFTEXT
 
 Document = str | list[dict]
 
@@ -105,7 +105,7 @@ def read_ids(folder: Path, info: DatasetInfo, split: str) -> Iterator[tuple[np.n
         with (folder / entry.file).open("rb") as file:
             while len(part := np.fromfile(file, dtype="<u2", count=READ_TOKENS)):
                 ids = np.concatenate([rest, part])
-                ends = np.flatnonzero(ids == ENDOFTEXT_ID) + 1
+                ends = np.flatnonzero(ids == info.endoftext) + 1
                 whole = int(ends[-1]) if len(ends) else 0
                 ids, rest = ids[:whole], ids[whole:]
                 if whole:

@@ -14,7 +14,7 @@ from data.documents import text_path
 
 # Two preparations with the same values of these fields write the same files.
 _IDENTITY = (
-    *("name", "format", "source", "licence", "non_commercial", "tokenizer", "n_vocab", "dtype"),
+    *("name", "format", "source", "licence", "non_commercial", "tokenizer", "n_vocab", "tokenizer_digest", "dtype"),
     *("seed", "options", "input_digest"),
 )
 

@@ -9,16 +9,15 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import tiktoken
 
+from common.tokenizer_json import GPT2_PATTERN
 from setup_tokenizer import (
     ASCII_SPACES,
     ENDOFTEXT,
+    GPT2,
     MAX_SPACES,
     SPACES,
     SPECIAL_TOKENS,
-    encode_chat,
-    encode_document,
-    encode_text,
-    get_extended_tokenizer,
+    Tokenizer,
     render_chat,
 )
 
@@ -31,11 +30,11 @@ _LONG_PIECE = re.compile(rf"[{SPACES}]{{2,}}(?:(?=[{SPACES}])|(?={'|'.join(map(r
 _WIDE_SPACE = re.compile(f"[{SPACES.removeprefix(ASCII_SPACES)}]")
 
 
-def encode_documents(documents: Sequence[str | Sequence[Mapping]]) -> np.ndarray:
+def encode_documents(documents: Sequence[str | Sequence[Mapping]], tokenizer: Tokenizer = GPT2) -> np.ndarray:
     """Ids (N,) in uint32 of documents, each a text or a conversation, one after another, each with `<|endoftext|>`.
 
-    The ids are those of `encode_document` and `encode_chat(..., end_of_conversation=True)`. Raises ValueError as
-    `check_messages` does.
+    The ids are those of the tokenizer's `encode_document` and `encode_chat(..., end_of_conversation=True)`. Raises
+    ValueError as `check_messages` does.
     """
     if not documents:
         return np.zeros(0, dtype=np.uint32)
@@ -45,28 +44,33 @@ def encode_documents(documents: Sequence[str | Sequence[Mapping]]) -> np.ndarray
     has_spelled_token = joined.count("|>") != len(texts) + 2 * n_messages  # some document spells a control token
     with_long_spaces = _with_long_spaces(texts, joined)
     if has_spelled_token or any(len(texts[index]) >= MAX_SPACES for index in with_long_spaces):
-        return np.concatenate([np.array(_encode_one(document), dtype=np.uint32) for document in documents])
+        return np.concatenate([np.array(_encode_one(document, tokenizer), dtype=np.uint32) for document in documents])
+    if tokenizer.enc._pat_str != GPT2_PATTERN:
+        return _encode_joined(joined, tokenizer.enc)
+    enc = _fast_encoding(tokenizer)
     long_pieces: list[str] = []
     for index in with_long_spaces:
         long_pieces += _LONG_PIECE.findall(texts[index])
         texts[index] = _LONG_PIECE.sub(_CUT_OUT, texts[index])
     if not long_pieces:
-        return _encode_joined(joined)
-    ids = _encode_joined(ENDOFTEXT.join([*texts, ""]))
-    first, *others = np.split(ids, np.flatnonzero(ids == get_extended_tokenizer().n_vocab))
-    ids_of = {piece: np.array(encode_text(piece), dtype=np.uint32) for piece in set(long_pieces)}
+        return _encode_joined(joined, enc)
+    ids = _encode_joined(ENDOFTEXT.join([*texts, ""]), enc)
+    first, *others = np.split(ids, np.flatnonzero(ids == tokenizer.n_vocab))
+    ids_of = {piece: np.array(tokenizer.encode_text(piece), dtype=np.uint32) for piece in set(long_pieces)}
     parts = (part for piece, other in zip(long_pieces, others, strict=True) for part in (ids_of[piece], other[1:]))
     return np.concatenate([first, *parts])
 
 
-def _encode_one(document: str | Sequence[Mapping]) -> list[int]:
-    return encode_document(document) if isinstance(document, str) else encode_chat(document, end_of_conversation=True)
+def _encode_one(document: str | Sequence[Mapping], tokenizer: Tokenizer) -> list[int]:
+    if isinstance(document, str):
+        return tokenizer.encode_document(document)
+    return tokenizer.encode_chat(document, end_of_conversation=True)
 
 
 @functools.cache
-def _fast_encoding() -> tiktoken.Encoding:
-    """The extended tokenizer with the fast pattern, and one more id that marks what was cut out."""
-    enc = get_extended_tokenizer()
+def _fast_encoding(tokenizer: Tokenizer) -> tiktoken.Encoding:
+    """The tokenizer with the fast pattern, and one more id that marks what was cut out."""
+    enc = tokenizer.enc
     return tiktoken.Encoding(
         f"{enc.name}_fast",
         pat_str=_FAST_PATTERN,
@@ -75,17 +79,17 @@ def _fast_encoding() -> tiktoken.Encoding:
     )
 
 
-def _encode_joined(joined: str) -> np.ndarray:
+def _encode_joined(joined: str, enc: tiktoken.Encoding) -> np.ndarray:
     """Ids of texts, each followed by `<|endoftext|>`, whose other control tokens all come from `render_chat`.
 
     tiktoken splits at control tokens before it applies the pattern, so each text is encoded on its own.
     """
-    control_tokens = {*SPECIAL_TOKENS, _CUT_OUT}
+    control_tokens = enc.special_tokens_set
     try:
-        return _fast_encoding().encode_to_numpy(joined, allowed_special=control_tokens, disallowed_special=())
+        return enc.encode_to_numpy(joined, allowed_special=control_tokens, disallowed_special=())
     except UnicodeEncodeError:  # an unpaired surrogate, which tiktoken's other methods replace in this way
         joined = joined.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-        return _fast_encoding().encode_to_numpy(joined, allowed_special=control_tokens, disallowed_special=())
+        return enc.encode_to_numpy(joined, allowed_special=control_tokens, disallowed_special=())
 
 
 def _with_long_spaces(texts: Sequence[str], joined: str) -> list[int]:

@@ -46,8 +46,10 @@ from data.readers.inputs import check_encoding, input_files, parse_suffixes
 from data.redividing import redivide
 from data.report import write_report
 from data.splitting import is_fair, with_split
+from data.vocabularies import keep_tokenizer, open_tokenizer
 from data.workers import BATCH_CHARACTERS, Pass, Worker, encoded_batches
 from data.writing import Encoded, SplitWriter, staged_file
+from setup_tokenizer import Tokenizer
 
 DATA_FOLDER = Path(__file__).resolve().parent
 PIPELINE_VERSION = 3  # raised whenever the same input would give other files, so that finished data is prepared again
@@ -93,6 +95,12 @@ class PrepareOptions:
     near_dedup: bool = option(False, "drop documents that nearly repeat an earlier one (MinHash)", group="data")
     report: bool = option(
         False, "write a page about the data set: counts, lengths, shared text, samples", group="output"
+    )
+    tokenizer: str | None = option(
+        None,
+        "a tokenizer that data/train-tokenizer.py trained, by its name, or a tokenizer.json file (default: gpt2)",
+        metavar="NAME",
+        group="data",
     )
     force: bool = option(False, "prepare again even if the files are up to date", group="output")
 
@@ -175,8 +183,12 @@ def prepare(
     refuse_to_replace([*corpus.files, *map(Path, options.input)], folder, dataset.name)
     print(f"{dataset.name}: {dataset.source}")
     print(f"licence: {dataset.licence}{' (non-commercial use only)' if dataset.non_commercial else ''}")
+    tokenizer = open_tokenizer(options.tokenizer or "gpt2", folder)
     wanted = DatasetInfo(
         **dataclasses.asdict(dataset),
+        tokenizer=tokenizer.name,
+        n_vocab=tokenizer.n_vocab,
+        tokenizer_digest=tokenizer.digest,
         dtype="uint16",
         seed=options.seed,
         options=_recorded_options(options),
@@ -188,14 +200,16 @@ def prepare(
             refuse_foreign_page(folder, dataset.name, earlier)
         if not options.force and (finished := finished_info(folder, wanted)):
             print(f"{dataset.name} is already prepared in {folder}; --force prepares it again")
-            info = _with_report(folder, finished) if options.report else finished
+            info = _with_report(folder, finished, tokenizer) if options.report else finished
         else:
             _require_space(folder, dataset.name, options, corpus.files)
+            keep_tokenizer(folder, tokenizer)
             with atomic_files(folder, dataset.name) as staging:
-                splits, report = _write_splits(staging, wanted, options, corpus, passes, batch_characters)
+                worker = _worker(wanted, options, passes, tokenizer)
+                splits, report = _write_splits(staging, wanted, options, corpus, worker, batch_characters)
                 info = dataclasses.replace(wanted, **{"splits": splits, "report": report, **(keep or {})})
                 if options.report:
-                    info = write_report(staging, staging, info)
+                    info = write_report(staging, staging, info, tokenizer)
                 _write_info(staging, info)
             remove_leftovers(folder, earlier, info)
     _print_totals(info)
@@ -213,8 +227,8 @@ def output_folder(options: PrepareOptions) -> Path:
 
 
 def _recorded_options(options: PrepareOptions) -> dict[str, Any]:
-    """The options that decide what the files contain; the seed is recorded on its own, and the input as a digest."""
-    without = ("input", "encoding", "strict", "suffix", "output_dir", "workers", "report", "force", "seed")
+    """The options that decide what the files contain; seed, tokenizer and input are recorded on their own."""
+    without = {"input", "encoding", "strict", "suffix", "output_dir", "workers", "report", "tokenizer", "force", "seed"}
     chosen = {name: value for name, value in dataclasses.asdict(options).items() if name not in without}
     return {**chosen, "pipeline": PIPELINE_VERSION}
 
@@ -224,12 +238,12 @@ def _write_info(staging: Path, info: DatasetInfo) -> None:
         file.write(info_bytes(info))
 
 
-def _with_report(folder: Path, info: DatasetInfo) -> DatasetInfo:
+def _with_report(folder: Path, info: DatasetInfo, tokenizer: Tokenizer) -> DatasetInfo:
     """The description of a finished preparation, after writing its page if that is missing."""
     if info.report_files and all((folder / file).is_file() for file in info.report_files):
         return info
     with atomic_files(folder, info.name) as staging:
-        info = write_report(folder, staging, info)
+        info = write_report(folder, staging, info, tokenizer)
         _write_info(staging, info)
     return info
 
@@ -248,16 +262,21 @@ def _require_space(folder: Path, name: str, options: PrepareOptions, files: Sequ
 # --- the splits ---
 
 
+def _worker(wanted: DatasetInfo, options: PrepareOptions, passes: Sequence[Pass], tokenizer: Tokenizer) -> Worker:
+    return Worker(
+        wanted.format, tuple(passes), options.seed, options.max_document_tokens, options.near_dedup, tokenizer
+    )
+
+
 def _write_splits(
     staging: Path,
     wanted: DatasetInfo,
     options: PrepareOptions,
     corpus: Corpus,
-    passes: Sequence[Pass],
+    worker: Worker,
     batch_characters: int,
 ) -> tuple[dict[str, SplitInfo], dict[str, int]]:
     """Write both splits' files into `staging`; returns their entries for the .json, and its report."""
-    worker = Worker(wanted.format, tuple(passes), options.seed, options.max_document_tokens, options.near_dedup)
     n_workers = options.workers or min(n_cores(), MAX_DEFAULT_WORKERS)
     counts: Counter = Counter()
     with contextlib.ExitStack() as stack:

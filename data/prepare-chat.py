@@ -36,7 +36,7 @@ from data.counts import Skipped
 from data.layouts.chat import conversations
 from data.pipeline import Corpus, Dataset, PrepareOptions, files_of_input, prepare
 from data.readers.files import RECORD_SUFFIXES
-from data.readers.hub import hub_commit, stream_hub
+from data.readers.hub import stream_hub
 from data.readers.recognize import FIRST_RECORDS, no_document, warning_of_bad_records
 from data.readers.records import read_records
 from data.sources import SOURCES, HubSource
@@ -45,17 +45,18 @@ from data.splitting import split_by_opening
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """A data set of the hub: where it is, the splits to use, its licence."""
+    """A data set of the hub: where it is, the splits and the configuration to use, its licence."""
 
     hub: HubSource
     train: str
     val: str | None
     licence: str
+    config: str | None = None
 
 
 CHAT_SOURCES = {
     "smol-smoltalk": Source(SOURCES["smol-smoltalk"][0], "train", "test", "Apache-2.0"),
-    "everyday": Source(SOURCES["everyday"][0], "train_sft", "test_sft", "Apache-2.0"),
+    "everyday": Source(SOURCES["everyday"][0], "train", "test", "Apache-2.0", "everyday-conversations"),
     "oasst1": Source(SOURCES["oasst1"][0], "train", "validation", "Apache-2.0"),
     "dolly": Source(SOURCES["dolly"][0], "train", None, "CC BY-SA 3.0"),
 }
@@ -100,11 +101,11 @@ def describe(options: ChatOptions, files: Sequence[Path]) -> Dataset:
 def hub_corpus(options: ChatOptions) -> Corpus:
     """The conversations of a data set of the hub, at its commit."""
     source = CHAT_SOURCES[options.source or "smol-smoltalk"]
-    commit = hub_commit(source.hub)
+    commit, files = source.hub.revision, " and ".join(source.hub.files)
     skipped = Skipped()
 
     def split(name: str) -> Iterator[list[dict]]:
-        records = stream_hub(source.hub.repository, split=name, revision=commit, files=" and ".join(source.hub.files))
+        records = stream_hub(source.hub.repository, source.config, name, commit, files)
         return read_conversations(records, options, skipped, source.hub.repository)
 
     val = split(source.val) if source.val else None

@@ -31,7 +31,7 @@ from data.cleaning import TEXT_PASSES
 from data.counts import Skipped
 from data.pipeline import Corpus, Dataset, TextOptions, files_of_input, prepare
 from data.readers.files import PAGE_SUFFIXES, is_text, split_suffix
-from data.readers.hub import hub_commit, stream_hub
+from data.readers.hub import stream_hub
 from data.readers.pages import read_pages
 from data.readers.records import read_records, text_fields
 from data.readers.text import read_text_documents
@@ -73,10 +73,11 @@ def main() -> None:
         corpus = Corpus(local_documents(files, options.field, skipped), files=files, skipped=skipped)
     else:
         config = options.config or "stories"
-        commit = hub_commit(SOURCE)
-        records = stream_hub(SOURCE.repository, config, revision=commit, files=f"data/{config}/train-*.parquet")
+        records = stream_hub(
+            SOURCE.repository, config, revision=SOURCE.revision, files=f"data/{config}/train-*.parquet"
+        )
         documents = text_fields(records, options.field, skipped, SOURCE.repository)
-        corpus = Corpus(documents, digest=commit, skipped=skipped)
+        corpus = Corpus(documents, digest=SOURCE.revision, skipped=skipped)
     prepare(describe(options, corpus.files), options, corpus, TEXT_PASSES)
 
 

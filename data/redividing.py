@@ -22,7 +22,6 @@ from data.documents import Document, document_lines, read_document_line, read_id
 from data.splitting import cut_conversation, cut_text, fair_range
 from data.workers import Worker, text_bytes
 from data.writing import Encoded, SplitWriter
-from setup_tokenizer import encode_chat
 
 FEWEST_CUT_TOKENS = 100  # a shorter document is not cut, unless it is the only one
 MAX_CUTS_TRIED = 50
@@ -140,7 +139,7 @@ def _cut(
     """A document of `size` tokens in two, whose end has about wanted[0] tokens, from wanted[1] to wanted[2]."""
     target, fewest, most = wanted
     if not isinstance(document, str):
-        sizes = [len(encode_chat([message])) for message in document]
+        sizes = [len(worker.tokenizer.encode_chat([message])) for message in document]
         parts = cut_conversation(document, sizes, int(target))
         return parts if parts and fewest <= len(worker.encode([parts[1]]).ids) <= most else None
     # The characters per token may differ within a text, so the range in characters is corrected by what it gave.

@@ -18,7 +18,7 @@ from data.dedup import shared_ngrams
 from data.documents import TEXT_END, Document, read_document_line, read_ids, read_prepared, text_path
 from data.encoding import encode_documents
 from data.writing import staged_file
-from setup_tokenizer import get_base_tokenizer, render_chat
+from setup_tokenizer import GPT2, Tokenizer, get_base_tokenizer, render_chat
 
 SAMPLES = 10
 SAMPLE_CHARACTERS = 1500
@@ -28,24 +28,29 @@ MEASURED_CHARACTERS = 20_000_000
 _ACTIVE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff]")
 
 
-def write_report(folder: Path, staging: Path, info: DatasetInfo) -> DatasetInfo:
+def write_report(folder: Path, staging: Path, info: DatasetInfo, tokenizer: Tokenizer = GPT2) -> DatasetInfo:
     """Write the page and its picture about the files in `folder` into `staging`; returns the extended description.
 
     Reads only the prepared files. Raises UserError if they are damaged or the disk is full.
     """
-    shared = shared_ngrams(read_ids(folder, info, "train"), read_ids(folder, info, "val"))
+    shared = shared_ngrams(read_ids(folder, info, "train"), read_ids(folder, info, "val"), tokenizer=tokenizer)
     lengths = {split: document_lengths(folder, info, split) for split in SPLITS}
     picture = f"{info.name}-lengths.png"
     with staged_file(staging / picture) as file:
         file.write(draw_lengths(lengths, info.name, documents_word(info)))
     with staged_file(staging / f"{info.name}.md") as file:
-        file.write(page(folder, info, shared, lengths, picture).encode())
+        file.write(page(folder, info, shared, lengths, picture, tokenizer).encode())
     report = {**(info.report or {}), **shared}
     return dataclasses.replace(info, report=report, report_files=(f"{info.name}.md", picture))
 
 
 def page(
-    folder: Path, info: DatasetInfo, shared: Mapping[str, int], lengths: Mapping[str, np.ndarray], picture: str
+    folder: Path,
+    info: DatasetInfo,
+    shared: Mapping[str, int],
+    lengths: Mapping[str, np.ndarray],
+    picture: str,
+    tokenizer: Tokenizer,
 ) -> str:
     """The page in Markdown; `shared` comes from `shared_ngrams`."""
     licence = (info.licence or "") + (" (non-commercial use only)" if info.non_commercial else "")
@@ -68,7 +73,7 @@ def page(
         table(("what", "count"), shared.items()),
         f"## Lengths\n\n![Lengths of the {documents}]({picture})",
         table(("tokens of", "shortest", "5 %", "median", "95 %", "longest"), quantiles),
-        f"## Tokens\n\n{token_efficiency(folder, info)}",
+        f"## Tokens\n\n{token_efficiency(folder, info, tokenizer)}",
         f"## Samples\n\nUp to {SAMPLES} of the train {documents}, drawn at random.",
         *(fenced(sample) for sample in draw_samples(folder, info)),
     ]
@@ -163,10 +168,19 @@ def draw_lengths(lengths: Mapping[str, np.ndarray], title: str, documents: str =
 # --- tokens ---
 
 
-def token_efficiency(folder: Path, info: DatasetInfo) -> str:
-    """A sentence: bytes of text per token, and for conversations what the extended tokenizer saves."""
+def token_efficiency(folder: Path, info: DatasetInfo, tokenizer: Tokenizer = GPT2) -> str:
+    """A sentence: bytes of text per token, and what the tokenizer saves compared with GPT-2's.
+
+    For GPT-2's extended tokenizer, this is what its control tokens save in conversations.
+    """
     train = info.splits["train"]
     per_token = f"{(train.text_bytes or 0) / train.tokens:.2f} bytes of text per token in train."
+    if tokenizer != GPT2:
+        n_documents, n_gpt2, n_own = count_tokens(read_prepared(folder, info, "train"), tokenizer)
+        return (
+            f"{per_token} The first {n_documents:,} train {documents_word(info)} take {n_gpt2:,} tokens with GPT-2's "
+            f"tokenizer and {n_own:,} with {as_text(tokenizer.name)}."
+        )
     if info.format != "chat":
         return f"{per_token} The base tokenizer makes the same tokens, because plain text contains no control tokens."
     n_documents, n_base, n_extended = count_tokens(read_prepared(folder, info, "train"))
@@ -177,15 +191,18 @@ def token_efficiency(folder: Path, info: DatasetInfo) -> str:
     )
 
 
-def count_tokens(documents: Iterable[Document]) -> tuple[int, int, int]:
-    """(documents, base tokens, extended tokens), each with `<|endoftext|>`, of the first MEASURED_CHARACTERS."""
+def count_tokens(documents: Iterable[Document], tokenizer: Tokenizer = GPT2) -> tuple[int, int, int]:
+    """(documents, tokens by GPT-2, tokens by `tokenizer`), with `<|endoftext|>`, of the first MEASURED_CHARACTERS.
+
+    GPT-2's tokens are those of its base tokenizer, which spells ChatML's control tokens out.
+    """
     base = get_base_tokenizer()
     n_documents = n_base = n_extended = n_characters = 0
     for document in documents:
         text = document if isinstance(document, str) else render_chat(document)
         n_documents += 1
         n_base += len(base.encode_ordinary(text)) + 1  # <|endoftext|> is one token in both
-        n_extended += len(encode_documents([document]))
+        n_extended += len(encode_documents([document], tokenizer))
         n_characters += len(text)
         if n_characters >= MEASURED_CHARACTERS:
             break

@@ -1,8 +1,8 @@
 """Where each data set of the hub comes from: the one table of repositories, revisions and files.
 
-A revision is a commit, so that the same command gives the same data in ten years. Two repositories have no known commit
-and name a branch instead: the conversion of DailyDialog to parquet, which the hub makes itself, and `everyday`. Where a
-data set has several sources, the next one is tried if the one before cannot be downloaded.
+A revision is a commit, so that the same command gives the same data in ten years. The one exception is the conversion
+of DailyDialog to parquet, which the hub makes itself, on a branch of its own. Where a data set has several sources, the
+next one is tried if the one before cannot be downloaded.
 `python testing_tools/check_sources.py` asks the hub whether all of these files are still there.
 """
 
@@ -62,9 +62,9 @@ SOURCES: dict[str, tuple[HubSource, ...]] = {
     ),
     "everyday": (
         HubSource(
-            "HuggingFaceTB/everyday-conversations-llama3.1-2k",
-            "main",
-            ("data/train_sft-*.parquet", "data/test_sft-*.parquet"),
+            "HuggingFaceTB/smoltalk",
+            "5feaf2fd3ffca7c237fc38d1861bc30365d48ffa",
+            ("data/everyday-conversations/train-*.parquet", "data/everyday-conversations/test-*.parquet"),
         ),
     ),
     "oasst1": (

@@ -11,7 +11,7 @@ from typing import cast
 import numpy as np
 
 from common.cli import UserError
-from setup_tokenizer import ENDOFTEXT_ID, N_VOCAB
+from setup_tokenizer import GPT2, Tokenizer
 
 PIECE_TOKENS = 1 << 24  # tokens scanned at once, so that memory stays flat
 MAX_MAPPED_BYTES = 64 << 20  # of a split's files, so that resident memory stays flat
@@ -21,8 +21,8 @@ PAGE_BYTES = 2 << 20  # the system may map a whole huge page to read one byte
 class TokenStream:
     """The ids of one split, memory-mapped: one .bin file, or several shards read as one stream."""
 
-    def __init__(self, paths: Sequence[Path], piece_tokens: int = PIECE_TOKENS):
-        self.paths = list(paths)
+    def __init__(self, paths: Sequence[Path], tokenizer: Tokenizer = GPT2, piece_tokens: int = PIECE_TOKENS):
+        self.paths, self.tokenizer = list(paths), tokenizer
         self._piece_tokens = piece_tokens
         self._shards = [np.memmap(path, dtype="<u2", mode="r") for path in paths]
         self._maps = [cast(mmap.mmap, shard.base) for shard in self._shards]
@@ -35,7 +35,7 @@ class TokenStream:
 
     def read(self, start: int, end: int) -> np.ndarray:
         """Ids from start to end as int64. Positions outside the stream read as `<|endoftext|>`."""
-        ids = np.full(end - start, ENDOFTEXT_ID, dtype=np.int64)
+        ids = np.full(end - start, self.tokenizer.endoftext, dtype=np.int64)
         position = max(start, 0)
         while position < min(end, len(self)):
             index = bisect.bisect_right(self._ends, position)
@@ -69,10 +69,10 @@ class TokenStream:
         """Raise UserError for an id outside the vocabulary; `command` prepares the data again."""
         for path, shard in zip(self.paths, self._shards, strict=True):
             largest = max(int(piece.max()) for _, piece in self._pieces(shard))
-            if largest >= N_VOCAB:
+            if largest >= self.tokenizer.n_vocab:
                 raise UserError(
-                    f"{path} contains the id {largest}, but the vocabulary ends at {N_VOCAB - 1}; prepare it again "
-                    f"with: {command}"
+                    f"{path} contains the id {largest}, but the vocabulary ends at {self.tokenizer.n_vocab - 1}; "
+                    f"prepare it again with: {command}"
                 )
 
     def _pieces(self, shard: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:

@@ -21,7 +21,7 @@ from data.dedup import band_keys
 from data.documents import Document, document_line, is_untrained
 from data.encoding import encode_documents
 from data.writing import Encoded
-from setup_tokenizer import ENDOFTEXT_ID, check_messages, message_spans
+from setup_tokenizer import GPT2, Tokenizer, check_messages
 
 BATCH_CHARACTERS = 1 << 18  # of the documents that a worker gets at once
 MIN_BATCHES_FOR_PROCESSES = 16  # with fewer batches, starting processes takes longer than the work
@@ -40,6 +40,7 @@ class Worker:
     seed: int
     max_document_tokens: int | None
     near_dedup: bool
+    tokenizer: Tokenizer = GPT2
 
     def encode_batch(self, batch: list[Document], first_index: int) -> Encoded:
         """The batch's documents, cleaned and encoded. Raises UserError for a malformed conversation."""
@@ -61,7 +62,7 @@ class Worker:
             counts[f"longer than {self.max_document_tokens} tokens"] += int((~fits).sum())
             encoded = encoded.select(fits)
         if self.near_dedup:
-            encoded.band_keys = band_keys(encoded.ids, encoded.n_tokens)
+            encoded.band_keys = band_keys(encoded.ids, encoded.n_tokens, self.tokenizer)
         return encoded
 
     def digests(self, lines: Iterable[bytes]) -> np.ndarray:
@@ -73,8 +74,8 @@ class Worker:
     def encode(self, documents: list[Document], read_characters: int = 0, counts: Counter | None = None) -> Encoded:
         """Clean documents, encoded; `read_characters` and `counts` are passed on."""
         lines = [document_line(document) for document in documents]
-        ids = encode_documents(documents).astype(np.uint16)
-        ends = np.flatnonzero(ids == ENDOFTEXT_ID) + 1
+        ids = encode_documents(documents, self.tokenizer).astype(np.uint16)
+        ends = np.flatnonzero(ids == self.tokenizer.endoftext) + 1
         return Encoded(
             digests=self.digests(lines),
             ids=ids,
@@ -85,7 +86,7 @@ class Worker:
             band_keys=None,
             read_characters=read_characters,
             counts=Counter() if counts is None else counts,
-            untrained=_untrained(documents, ids, np.diff(ends, prepend=0)),
+            untrained=_untrained(documents, ids, np.diff(ends, prepend=0), self.tokenizer),
         )
 
     def _clean(self, document: Document, counts: Counter) -> Document | None:
@@ -120,7 +121,7 @@ def _without_surrogates(document: Document, counts: Counter) -> Document:
     return [{**message, "content": _without_surrogates(message["content"], ignored)} for message in document]
 
 
-def _untrained(documents: list[Document], ids: np.ndarray, n_tokens: np.ndarray) -> np.ndarray:
+def _untrained(documents: list[Document], ids: np.ndarray, n_tokens: np.ndarray, tokenizer: Tokenizer) -> np.ndarray:
     """The answers of weight 0 in conversations whose ids these are, as in `Encoded.untrained`."""
     found = [
         (index, position)
@@ -131,7 +132,7 @@ def _untrained(documents: list[Document], ids: np.ndarray, n_tokens: np.ndarray)
     ]
     if not found:
         return np.zeros((0, 3), dtype=np.int64)
-    messages = message_spans(ids)
+    messages = tokenizer.message_spans(ids)
     document, position = np.array(found, dtype=np.int64).T
     first_message = np.cumsum([0, *map(len, documents)])[:-1]
     message = first_message[document] + position

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -10,33 +12,41 @@ from evaluation.splits import Split
 
 RESAMPLES = 2000
 FEWEST_UNITS = 10  # with fewer documents or blocks, the interval would be too narrow
+NATS_PER_TOKEN, BITS_PER_BYTE = "nats per token", "bits per byte"
 
 
-def paired_bootstrap(split: Split, scope: str, first: np.ndarray, second: np.ndarray) -> dict | None:
+class Scored(NamedTuple):
+    """A model's losses at every position of a split; models with other tokenizers have splits of their own."""
+
+    checkpoint: str
+    split: Split
+    losses: np.ndarray  # (N + 1,) nats
+
+
+def paired_bootstrap(scope: str, first: Scored, second: Scored) -> dict | None:
     """The difference of two models' mean losses, second - first, with its 95 % interval; None with too few documents.
 
-    Documents are drawn with replacement, the same ones for both models, RESAMPLES times from a fixed seed; the
-    interval runs from the 2.5th to the 97.5th percentile ("An Introduction to the Bootstrap", Efron and Tibshirani
-    1993, chapter 13; paired as in "Statistical Significance Tests for Machine Translation Evaluation", Koehn 2004).
+    Models with one tokenizer are compared in nats per token, others in bits per byte of the same documents. Documents
+    are drawn with replacement, the same ones for both models, RESAMPLES times from a fixed seed; the interval runs from
+    the 2.5th to the 97.5th percentile ("An Introduction to the Bootstrap", Efron and Tibshirani 1993, chapter 13;
+    paired as in "Statistical Significance Tests for Machine Translation Evaluation", Koehn 2004).
     """
-    counts = split.counted[scope][0]
-    difference = second[counts].astype(np.float64) - first[counts]
-    _, unit = np.unique(split.unit[counts], return_inverse=True)
-    n_units = int(unit.max(initial=-1)) + 1
-    if n_units < FEWEST_UNITS:
+    per_unit = _per_token(scope, first, second) if first.split is second.split else _per_byte(scope, first, second)
+    if per_unit is None:
         return None
-    nats, tokens = np.bincount(unit, weights=difference), np.bincount(unit)
+    sums, sizes = per_unit
     rng = np.random.default_rng(0)
     means = np.empty(RESAMPLES)
     for resample in range(RESAMPLES):
-        drawn = rng.integers(n_units, size=n_units)
-        means[resample] = nats[drawn].sum() / tokens[drawn].sum()
+        drawn = rng.integers(len(sums), size=len(sums))
+        means[resample] = sums[drawn].sum() / sizes[drawn].sum()
     low, high = np.percentile(means, [2.5, 97.5]).tolist()
     return {
-        "difference": float(difference.mean()),
+        "difference": float(sums.sum() / sizes.sum()),
         "interval": [low, high],
         "excludes_zero": low > 0 or high < 0,
-        "units": f"{n_units:,} {split.unit_name}",
+        "units": f"{len(sums):,} {first.split.unit_name}",
+        "measure": NATS_PER_TOKEN if first.split is second.split else BITS_PER_BYTE,
     }
 
 
@@ -55,26 +65,56 @@ def margin(split: Split, scope: str, losses: np.ndarray) -> float | None:
     return float(1.96 * np.sqrt((deviations**2).sum() * n_units / (n_units - 1)) / len(own))
 
 
-def compare(split: Split, checkpoints: Sequence[str], losses: Sequence[np.ndarray]) -> list[dict]:
+def _per_token(scope: str, first: Scored, second: Scored) -> tuple[np.ndarray, np.ndarray] | None:
+    """The difference in nats, and the number of tokens, of each document or block."""
+    split = first.split
+    counts = split.counted[scope][0]
+    difference = second.losses[counts].astype(np.float64) - first.losses[counts]
+    _, unit = np.unique(split.unit[counts], return_inverse=True)
+    if int(unit.max(initial=-1)) + 1 < FEWEST_UNITS:
+        return None
+    return np.bincount(unit, weights=difference), np.bincount(unit)
+
+
+def _per_byte(scope: str, first: Scored, second: Scored) -> tuple[np.ndarray, np.ndarray] | None:
+    """The difference in bits, and the bytes of text, of each document; None if there are too few documents."""
+    split = first.split
+    if split.unit_name.startswith("blocks") or split.unit_name != second.split.unit_name:
+        return None  # blocks of tokens contain other text in another tokenizer
+    n_units = int(max(split.unit.max(), second.split.unit.max())) + 1
+    bits = [np.zeros(n_units), np.zeros(n_units)]
+    for one, own in zip(bits, (first, second), strict=True):
+        counts = own.split.counted[scope][0]
+        one += np.bincount(own.split.unit[counts], own.losses[counts] / math.log(2), minlength=n_units)
+    in_scope = split.counted[scope][0]
+    sizes = np.bincount(split.unit[in_scope], split.bytes_at[in_scope], minlength=n_units)
+    is_counted = sizes > 0
+    if is_counted.sum() < FEWEST_UNITS:
+        return None
+    return (bits[1] - bits[0])[is_counted], sizes[is_counted]
+
+
+def compare(models: Sequence[Scored]) -> list[dict]:
     """Every checkpoint but the first against the first, in each scope."""
+    baseline = models[0]
     return [
-        {"checkpoint": path, "baseline": checkpoints[0], "scope": scope, "bootstrap": bootstrap}
-        for scope in split.counted
-        for path, own in zip(checkpoints[1:], losses[1:], strict=True)
-        for bootstrap in [paired_bootstrap(split, scope, losses[0], own)]
+        {"checkpoint": other.checkpoint, "baseline": baseline.checkpoint, "scope": scope, "bootstrap": bootstrap}
+        for scope in baseline.split.counted
+        for other in models[1:]
+        for bootstrap in [paired_bootstrap(scope, baseline, other)]
     ]
 
 
-def verdict(split: Split, checkpoints: Sequence[str], losses: Sequence[np.ndarray]) -> dict | None:
+def verdict(models: Sequence[Scored]) -> dict | None:
     """The best checkpoint against the second best, in the split's main scope; None for a single checkpoint."""
-    if len(checkpoints) < 2:
+    if len(models) < 2:
         return None
-    counts = split.counted[split.main_scope][0]
-    totals = [float(own[counts].sum(dtype=np.float64)) for own in losses]
-    best, second = sorted(range(len(totals)), key=totals.__getitem__)[:2]
+    scope = models[0].split.main_scope
+    totals = [float(own.losses[own.split.counted[scope][0]].sum(dtype=np.float64)) for own in models]
+    best, second = (models[index] for index in sorted(range(len(totals)), key=totals.__getitem__)[:2])
     return {
-        "scope": split.main_scope,
-        "best": checkpoints[best],
-        "second": checkpoints[second],
-        "bootstrap": paired_bootstrap(split, split.main_scope, losses[best], losses[second]),
+        "scope": scope,
+        "best": best.checkpoint,
+        "second": second.checkpoint,
+        "bootstrap": paired_bootstrap(scope, best, second),
     }

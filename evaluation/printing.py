@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 from common.numbers import significant
+from evaluation.bootstrap import NATS_PER_TOKEN
 from evaluation.stories import N_COPIED, STORY_TOKENS
 from generation.sampling import TEXT_SAMPLING
 
@@ -33,8 +34,9 @@ def print_report(report: dict) -> None:
 
 def print_table(scope: str, results: list[dict]) -> None:
     """Print the numbers of one scope, one line per checkpoint."""
-    tokens, text_bytes = results[0][scope]["tokens"], results[0][scope]["text_bytes"]
-    print(f"\n{SCOPE_NAMES[scope]}: {tokens:,} tokens, {text_bytes:,} bytes of text; loss in nats per token")
+    counts = sorted({result[scope]["tokens"] for result in results})  # they differ where the tokenizers do
+    tokens, text_bytes = " to ".join(f"{count:,}" for count in counts), results[0][scope]["text_bytes"]
+    print(f"\n{SCOPE_NAMES[scope]}: {tokens} tokens, {text_bytes:,} bytes of text; loss in nats per token")
     width = max(10, *(len(result["checkpoint"]) for result in results))
     titles = f"{'window/stride':>13} {'loss':>8} {'perplexity':>10} {'bits/byte':>9} {'accuracy':>8} {'tokens/s':>9}"
     print(f"{'checkpoint':<{width}} {titles}")
@@ -85,7 +87,7 @@ def comparison_line(comparison: dict) -> str:
         return f"{names}: the split is too short for an interval"
     digits, (low, high) = decimals(bootstrap["interval"]), bootstrap["interval"]
     return (
-        f"{names}: {bootstrap['difference']:+.{digits}f} nats per token, 95 % interval {low:+.{digits}f} to "
+        f"{names}: {bootstrap['difference']:+.{digits}f} {bootstrap['measure']}, 95 % interval {low:+.{digits}f} to "
         f"{high:+.{digits}f} (paired bootstrap over {bootstrap['units']})"
     )
 
@@ -97,10 +99,12 @@ def verdict_line(name: str, verdict: dict) -> str:
     if bootstrap is None:
         return f"{where}: {best} has the lowest loss, but the split is too short to tell whether it is better"
     digits, (low, high) = decimals(bootstrap["interval"]), bootstrap["interval"]
-    amount = f"{bootstrap['difference']:.{digits}f} nats per token"
+    amount = f"{bootstrap['difference']:.{digits}f} {bootstrap['measure']}"
     interval = f"95 % interval {low:.{digits}f} to {high:.{digits}f}"
     if not bootstrap["excludes_zero"]:
         return f"{where}: no clear difference between {best} and {second} ({amount}, {interval}, which includes 0)"
+    if bootstrap["measure"] != NATS_PER_TOKEN:
+        return f"{where}: {best} is better than {second} by {amount} ({interval})"
     ratio = math.exp(min(bootstrap["difference"], 700))  # exp(710) overflows a float
     lower = f"its perplexity is {significant(100 * (1 - 1 / ratio), 2)} % lower"
     if ratio > 10:

@@ -20,7 +20,6 @@ from common.device import autocast
 from evaluation.bootstrap import margin
 from evaluation.splits import Split
 from model import GPT
-from setup_tokenizer import ENDOFTEXT_ID
 
 HEAD_CHUNK = 1024  # rows of logits in memory at a time; those of a whole batch would take gigabytes
 
@@ -79,7 +78,7 @@ def window_batch(ids: np.ndarray, batch: list[tuple[int, int, int]]) -> tuple[np
     The longest window comes first. Shorter ones are padded on the right, where no scored position sees the padding.
     """
     longest = batch[0][1] - batch[0][0]
-    inputs = np.full((len(batch), longest), ENDOFTEXT_ID)
+    inputs = np.zeros((len(batch), longest), dtype=ids.dtype)
     is_scored = np.zeros((len(batch), longest), dtype=bool)
     for row, (begin, end, first) in enumerate(batch):
         inputs[row, : end - begin] = ids[begin - 1 : end - 1]

@@ -13,7 +13,8 @@ import numpy as np
 
 from common.cli import UserError
 from data.token_stream import TokenStream
-from setup_tokenizer import ENDOFTEXT_ID, get_extended_tokenizer, message_spans
+from evaluation.reencoding import encode_again
+from setup_tokenizer import Tokenizer
 from training.targets import assistant_targets
 
 FEWEST_DOCUMENTS = 50  # with fewer, the bootstrap resamples blocks of tokens instead of documents
@@ -27,7 +28,7 @@ class Split:
     `ids` begins with an additional `<|endoftext|>`, the context of the first token. Each span (start, end) is a range
     of positions that share a context. `counted` maps "all", and for chat "assistant", to the positions that count,
     (N + 1,) bool, and the bytes of text that they contain. `unit` (N + 1,) is what the bootstrap resamples: the index
-    of each position's document or block.
+    of each position's document or block. `bytes_at` (N + 1,) is the number of bytes of text at each position.
     """
 
     name: str
@@ -36,6 +37,7 @@ class Split:
     counted: dict[str, tuple[np.ndarray, int]]
     unit: np.ndarray
     unit_name: str
+    bytes_at: np.ndarray
 
     @property
     def main_scope(self) -> str:
@@ -43,14 +45,21 @@ class Split:
         return next(iter(self.counted))
 
 
-def read_split(name: str, stream: TokenStream, is_chat: bool, limit: int | None = None) -> Split:
+def read_split(
+    name: str, stream: TokenStream, is_chat: bool, limit: int | None = None, tokenizer: Tokenizer | None = None
+) -> Split:
     """The first `limit` tokens of a split (None: all), ready to be scored; for chat, only whole conversations.
 
-    Raises UserError if nothing is left to score.
+    With another `tokenizer` than the stream's, their text is encoded again. Raises UserError if nothing is left to
+    score.
     """
+    tokenizer = tokenizer or stream.tokenizer
     ids = stream.read(-1, min(limit or len(stream), len(stream)))
+    is_whole, is_trained = len(ids) == len(stream) + 1, stream.is_trained(-1, len(ids) - 1)
+    if tokenizer != stream.tokenizer:
+        ids, is_trained = encode_again(ids, is_trained, is_chat, stream.tokenizer, tokenizer)
     if is_chat:
-        ids, spans = _whole_conversations(ids, ends_the_stream=len(ids) == len(stream) + 1)
+        ids, spans = _whole_conversations(ids, tokenizer.endoftext, is_whole)
     else:
         spans = [(1, len(ids))]
     is_scored = np.zeros(len(ids), dtype=bool)
@@ -58,15 +67,20 @@ def read_split(name: str, stream: TokenStream, is_chat: bool, limit: int | None 
         is_scored[start:end] = True
     if not is_scored.any():
         raise UserError(f"{name}: --limit {limit} is shorter than the first conversation; use a larger --limit")
-    unit, unit_name = _units(ids, "conversations" if is_chat else "documents")
-    return Split(
-        name, ids, spans, _counted(ids, is_scored, is_chat, stream.is_trained(-1, len(ids) - 1)), unit, unit_name
-    )
+    unit, unit_name = _units(ids, tokenizer.endoftext, "conversations" if is_chat else "documents")
+    bytes_at = _bytes_at(ids, is_chat, tokenizer)
+    counted = {"all": (is_scored, int(bytes_at[1:].sum()))}
+    if is_chat:  # the scope that matters most comes first
+        is_assistant = assistant_targets(ids, tokenizer) & is_scored & is_trained[: len(ids)]
+        counted = {"assistant": (is_assistant, int(id_bytes(tokenizer)[ids[is_assistant]].sum())), **counted}
+    return Split(name, ids, spans, counted, unit, unit_name, bytes_at)
 
 
-def _whole_conversations(ids: np.ndarray, ends_the_stream: bool) -> tuple[np.ndarray, list[tuple[int, int]]]:
+def _whole_conversations(
+    ids: np.ndarray, endoftext: int, ends_the_stream: bool
+) -> tuple[np.ndarray, list[tuple[int, int]]]:
     """The ids up to the end of the last whole conversation, and the scored positions of each conversation."""
-    ends = np.flatnonzero(ids == ENDOFTEXT_ID)[1:] + 1
+    ends = np.flatnonzero(ids == endoftext)[1:] + 1
     if ends_the_stream and (not len(ends) or ends[-1] < len(ids)):
         ends = np.append(ends, len(ids))  # the last conversation has no <|endoftext|>
     ids = ids[: ends[-1] if len(ends) else 1]
@@ -75,43 +89,32 @@ def _whole_conversations(ids: np.ndarray, ends_the_stream: bool) -> tuple[np.nda
     return ids, spans
 
 
-def _counted(
-    ids: np.ndarray, is_scored: np.ndarray, is_chat: bool, is_trained: np.ndarray
-) -> dict[str, tuple[np.ndarray, int]]:
-    """`Split.counted`; the scope that matters most comes first."""
-    byte_lengths = id_bytes()
-    if not is_chat:
-        return {"all": (is_scored, int(byte_lengths[ids[1:]].sum()))}
-    is_assistant = assistant_targets(ids) & is_scored & is_trained
-    return {
-        "assistant": (is_assistant, int(byte_lengths[ids[is_assistant]].sum())),
-        "all": (is_scored, content_bytes(ids, byte_lengths)),
-    }
-
-
-def _units(ids: np.ndarray, documents_name: str) -> tuple[np.ndarray, str]:
+def _units(ids: np.ndarray, endoftext: int, documents_name: str) -> tuple[np.ndarray, str]:
     """The index of each position's document, or of its block if there are few documents; and the name of the units."""
-    document = np.cumsum(ids == ENDOFTEXT_ID) - (ids == ENDOFTEXT_ID)
+    document = np.cumsum(ids == endoftext) - (ids == endoftext)
     if document[-1] >= FEWEST_DOCUMENTS:
         return document, documents_name
     return np.arange(len(ids)) // BLOCK_TOKENS, f"blocks of {BLOCK_TOKENS} tokens"
 
 
-def id_bytes() -> np.ndarray:
+def id_bytes(tokenizer: Tokenizer) -> np.ndarray:
     """The number of bytes of text for each id, (n_vocab,); 0 for a control token."""
-    enc = get_extended_tokenizer()
-    control_ids = {enc.encode_single_token(token) for token in enc.special_tokens_set}
-    sizes = [0 if i in control_ids else len(enc.decode_single_token_bytes(i)) for i in range(enc.n_vocab)]
-    return np.array(sizes)
+    sizes = [len(tokenizer.token_bytes(token)) for token in range(tokenizer.endoftext)]
+    return np.array([*sizes, 0, 0, 0])
 
 
-def content_bytes(ids: np.ndarray, byte_lengths: np.ndarray) -> int:
-    """The bytes of all message contents in ChatML ids, without the roles and the newlines after them."""
-    messages = message_spans(ids)
+def _bytes_at(ids: np.ndarray, is_chat: bool, tokenizer: Tokenizer) -> np.ndarray:
+    """The bytes of text at each position (N + 1,); in chat those of contents alone, without roles."""
+    bytes_at = id_bytes(tokenizer)[ids]
+    if not is_chat:
+        return bytes_at
+    messages = tokenizer.message_spans(ids)
     steps = np.zeros(len(ids) + 1, dtype=int)  # +1 where a content starts, -1 after it; control tokens have no bytes
     steps[messages.content] += 1
     steps[messages.end] -= 1
     in_content = np.cumsum(steps[:-1]) > 0
     # The token with the role's newline may also hold white space at the start of the content.
-    shared = byte_lengths[ids[messages.content - 1]] - 1
-    return int(byte_lengths[ids[in_content]].sum() + shared.clip(min=0).sum())
+    shared = (bytes_at[messages.content - 1] - 1).clip(min=0)
+    bytes_at = np.where(in_content, bytes_at, 0)
+    bytes_at[messages.content - 1] += shared
+    return bytes_at

@@ -19,14 +19,13 @@ from data.token_stream import TokenStream
 from generation.decoding import DecodeStep, decode_step, generate
 from generation.sampling import TEXT_SAMPLING
 from model import GPT
-from setup_tokenizer import ENDOFTEXT_ID, IM_END_ID, encode_text, get_extended_tokenizer
+from setup_tokenizer import GPT2, Tokenizer
 
 N_COPIED = 8  # a run of this many tokens counts as copied
 SCAN_TOKENS = 1 << 20  # tokens of the training data in memory at a time
 FILTER_BITS = 20
 
 STORY_TOKENS = 200  # the longest story
-STOP_IDS = (ENDOFTEXT_ID, IM_END_ID)
 STORY_PROMPTS = (
     "Once upon a time, there was a little girl named Mia. She had a red kite",
     "Once upon a time, in a quiet village, there lived an old baker who",
@@ -52,17 +51,22 @@ STORY_PROMPTS = (
 
 
 def write_stories(
-    model: GPT, seed: int, max_tokens: int = STORY_TOKENS, decode: DecodeStep = decode_step
+    model: GPT,
+    seed: int,
+    max_tokens: int = STORY_TOKENS,
+    decode: DecodeStep = decode_step,
+    tokenizer: Tokenizer = GPT2,
 ) -> list[list[int]]:
     """The ids that `model` writes after each of STORY_PROMPTS, without the prompt, up to the end of the document.
 
     They are drawn with gen.py's default settings for text.
     """
-    prompts = [[ENDOFTEXT_ID, *encode_text(prompt)] for prompt in STORY_PROMPTS]
+    stop_ids = (tokenizer.endoftext, tokenizer.im_end)
+    prompts = [[tokenizer.endoftext, *tokenizer.encode_text(prompt)] for prompt in STORY_PROMPTS]
     generator = torch.Generator(model.wte.weight.device).manual_seed(seed)
-    steps = generate(model, prompts, max_tokens, TEXT_SAMPLING, generator=generator, stop_ids=STOP_IDS, decode=decode)
+    steps = generate(model, prompts, max_tokens, TEXT_SAMPLING, generator=generator, stop_ids=stop_ids, decode=decode)
     rows = torch.stack(list(steps), 1).tolist()
-    return [[i for i in row if i >= 0 and i not in STOP_IDS] for row in rows]
+    return [[i for i in row if i >= 0 and i not in stop_ids] for row in rows]
 
 
 def ngrams(ids: Sequence[int], n: int) -> list[tuple[int, ...]]:
@@ -121,11 +125,14 @@ def _high_bits(hashes: np.ndarray) -> np.ndarray:
     return (hashes >> np.uint64(64 - FILTER_BITS)).astype(np.int64)
 
 
-def judge_stories(stories: list[list[int]], streams: dict[str, TokenStream]) -> dict:
+def judge_stories(stories: list[list[int]], streams: dict[str, TokenStream], tokenizer: Tokenizer = GPT2) -> dict:
     """How varied the stories are, and how much of them occurs in the training data, compared with real text.
 
     The real text is the same number of documents from all over the validation split, each cut to STORY_TOKENS ids.
+    Stories in the ids of another `tokenizer` than the data's are encoded again.
     """
+    if tokenizer != streams["train"].tokenizer:
+        stories = [streams["train"].tokenizer.encode_text(tokenizer.enc.decode(story)) for story in stories]
     real = real_texts(streams["val"], len(stories))
     grams = [[gram for text in texts for gram in ngrams(text, N_COPIED)] for texts in (stories, real)]
     known = found_in(streams["train"], {gram for group in grams for gram in group}, N_COPIED)
@@ -141,16 +148,17 @@ def judge_stories(stories: list[list[int]], streams: dict[str, TokenStream]) -> 
 
 def real_texts(stream: TokenStream, n_texts: int) -> list[list[int]]:
     """The beginnings of `n_texts` documents, evenly spread over a stream (fewer if it has fewer)."""
-    starts = np.concatenate([[0], stream.positions_of(ENDOFTEXT_ID) + 1])
+    endoftext = stream.tokenizer.endoftext
+    starts = np.concatenate([[0], stream.positions_of(endoftext) + 1])
     starts = starts[starts < len(stream)]
     chosen = starts[np.unique(np.linspace(0, len(starts) - 1, n_texts).astype(int))]
     texts = [stream.read(start, start + STORY_TOKENS).tolist() for start in chosen.tolist()]
-    return [text[: text.index(ENDOFTEXT_ID)] if ENDOFTEXT_ID in text else text for text in texts]
+    return [text[: text.index(endoftext)] if endoftext in text else text for text in texts]
 
 
-def readable_stories(stories: list[list[int]]) -> list[dict]:
+def readable_stories(stories: list[list[int]], tokenizer: Tokenizer = GPT2) -> list[dict]:
     """Prompts and stories as text."""
-    enc = get_extended_tokenizer()
     return [
-        {"prompt": prompt, "story": enc.decode(story)} for prompt, story in zip(STORY_PROMPTS, stories, strict=True)
+        {"prompt": prompt, "story": tokenizer.enc.decode(story)}
+        for prompt, story in zip(STORY_PROMPTS, stories, strict=True)
     ]

@@ -13,9 +13,10 @@ from pathlib import Path
 from torch import Tensor
 
 from common.cli import UserError
+from common.tokenizer_json import GPT2_PATTERN
 from exchange.tokenizer_files import CHAT_TEMPLATE, merges, vocabulary
 from model import GPTConfig
-from setup_tokenizer import ENDOFTEXT_ID, IM_END_ID, SPECIAL_TOKENS
+from setup_tokenizer import GPT2, Tokenizer
 
 KINDS = ("f32", "bf16", "q8_0")
 Q8_0_BLOCK = 32  # weights per scale
@@ -33,12 +34,17 @@ NAMES = {
 }
 
 
-def require_gguf(kind: str, config: GPTConfig) -> None:
+def require_gguf(kind: str, config: GPTConfig, tokenizer: Tokenizer = GPT2) -> None:
     """Raise UserError unless `write_gguf` can write this kind of file here; call it before any work is done."""
     try:
         import gguf  # noqa: F401
     except ImportError as error:
         raise UserError("--gguf needs the gguf package; run: pip install gguf==0.19.0") from error
+    if tokenizer.vocabulary and tokenizer.vocabulary.pattern != GPT2_PATTERN:
+        raise UserError(
+            f"--gguf: llama.cpp does not know the pattern of the tokenizer {tokenizer.name}; leave --gguf out, or "
+            "train the tokenizer with --pattern gpt2"
+        )
     if kind == "q8_0" and config.n_embd % Q8_0_BLOCK:
         raise UserError(
             f"--gguf q8_0 needs an n_embd that is a multiple of {Q8_0_BLOCK}, not {config.n_embd}; use --gguf bf16"
@@ -59,7 +65,13 @@ def gguf_name(name: str) -> str:
 
 
 def write_gguf(
-    path: Path, weights: Mapping[str, Tensor], config: GPTConfig, kind: str, is_chat: bool, name: str
+    path: Path,
+    weights: Mapping[str, Tensor],
+    config: GPTConfig,
+    kind: str,
+    is_chat: bool,
+    name: str,
+    tokenizer: Tokenizer = GPT2,
 ) -> None:
     """Write `complete_weights` and the tokenizer. `kind` is the matrices' precision: f32, bf16 or q8_0 (8 bits)."""
     import gguf
@@ -67,7 +79,7 @@ def write_gguf(
     writer = gguf.GGUFWriter(path, gguf.MODEL_ARCH_NAMES[gguf.MODEL_ARCH.GPT2])
     try:
         _add_settings(writer, config, kind, name)
-        _add_tokenizer(writer, config.n_vocab, is_chat)
+        _add_tokenizer(writer, config.n_vocab, is_chat, tokenizer)
         quantization = gguf.GGMLQuantizationType[kind.upper()]
         for our_name, tensor in weights.items():
             data = tensor.numpy()
@@ -99,23 +111,23 @@ def _add_settings(writer, config: GPTConfig, kind: str, name: str) -> None:
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
 
 
-def _add_tokenizer(writer, n_vocab: int, is_chat: bool) -> None:
+def _add_tokenizer(writer, n_vocab: int, is_chat: bool, tokenizer: Tokenizer) -> None:
     import gguf
 
-    control_ids = set(SPECIAL_TOKENS.values())
-    kinds = [gguf.TokenType.CONTROL if id_ in control_ids else gguf.TokenType.NORMAL for id_ in range(n_vocab)]
-    end_id = IM_END_ID if is_chat else ENDOFTEXT_ID
+    normal, control = gguf.TokenType.NORMAL, gguf.TokenType.CONTROL
+    kinds = [normal if id_ < tokenizer.endoftext else control for id_ in range(n_vocab)]
+    end_id = tokenizer.im_end if is_chat else tokenizer.endoftext
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("gpt-2")
-    writer.add_token_list(vocabulary()[:n_vocab])
+    writer.add_token_list(vocabulary(tokenizer)[:n_vocab])
     writer.add_token_types(kinds)
     n_bytes = 256  # the first tokens are the single bytes, which are not merged from others
-    writer.add_token_merges([" ".join(pair) for pair in merges()[: max(0, n_vocab - n_bytes)]])
-    writer.add_bos_token_id(ENDOFTEXT_ID)
+    writer.add_token_merges([" ".join(pair) for pair in merges(tokenizer)[: max(0, n_vocab - n_bytes)]])
+    writer.add_bos_token_id(tokenizer.endoftext)
     writer.add_eos_token_id(end_id)
     writer.add_eot_token_id(end_id)
-    writer.add_pad_token_id(ENDOFTEXT_ID)
-    writer.add_unk_token_id(ENDOFTEXT_ID)
+    writer.add_pad_token_id(tokenizer.endoftext)
+    writer.add_unk_token_id(tokenizer.endoftext)
     writer.add_add_bos_token(False)
     if is_chat:
         writer.add_chat_template(CHAT_TEMPLATE)

@@ -21,17 +21,8 @@ from torch import Tensor
 from common.cli import UserError, first_cause
 from common.hub import fetch_file
 from exchange.tokenizer_files import vocabulary
-from model import GPT, GPTConfig
-from setup_tokenizer import (
-    ENDOFTEXT_ID,
-    IM_END,
-    IM_END_ID,
-    IM_START,
-    IM_START_ID,
-    N_GPT2_VOCAB,
-    N_VOCAB,
-    TOKENIZER_NAME,
-)
+from model import GPT, GPTConfig, padded_vocab_size
+from setup_tokenizer import ENDOFTEXT_ID, GPT2, IM_END, IM_START, Tokenizer, parse_tokenizer
 
 # OpenAI's weights on the hub, by the names of our presets.
 HUB_MODELS = {name: f"openai-community/{name}" for name in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")}
@@ -52,22 +43,24 @@ def load_folder(path: Path, parts: Collection[str]) -> dict:
     not a GPT-2.
     """
     settings = _read_json(_file(path, "config.json"))
-    config = model_config(path, settings)
-    tokenizer_ids = _tokenizer_ids(path)
+    tokenizer, tokenizer_ids = _tokenizer_of(path)
+    config = model_config(path, settings, tokenizer)
     info = {
         "model": dataclasses.asdict(config),
         "config": {},
         "dataset": "unknown",
         "data": {},
         "format": "chat" if _is_chat(path) else "text",
-        "tokenizer": {"name": TOKENIZER_NAME, "n_vocab": config.n_vocab},
+        "tokenizer": {**tokenizer.to_info(), "n_vocab": config.n_vocab},
         "origin": f"Hugging Face ({HUB_MODELS.get(str(path), path.name)})",
     }
     found: dict[str, Any] = {"info": info, "training": None}
     if "model" in parts:
-        n_kept = _n_kept_rows(settings["vocab_size"], tokenizer_ids)
-        found["model"] = _read_weights(path, config, settings["vocab_size"], n_kept)
-        if n_kept < N_VOCAB:
+        n_kept = _n_kept_rows(settings["vocab_size"], tokenizer_ids, tokenizer)
+        weights = _read_weights(path, config, settings["vocab_size"])
+        weights["wte.weight"] = padded_embedding(weights["wte.weight"], n_kept, config.vocab_size, tokenizer)
+        found["model"] = weights
+        if n_kept < tokenizer.n_vocab:
             print(
                 f"note: {IM_START} and {IM_END} are new in the vocabulary of {path}; their embeddings start as the "
                 "mean of all others, so the model cannot chat before it is trained on chat data",
@@ -88,7 +81,7 @@ def _is_chat(path: Path) -> bool:
 # ---- config.json ---------------------------------------------------------------------------------------------------
 
 
-def model_config(path: Path, settings: Mapping) -> GPTConfig:
+def model_config(path: Path, settings: Mapping, tokenizer: Tokenizer = GPT2) -> GPTConfig:
     """The shape of the model that a config.json describes. Raises UserError for features that `model.GPT` lacks."""
     try:
         n_embd, vocab_size = settings["n_embd"], settings["vocab_size"]
@@ -109,13 +102,20 @@ def model_config(path: Path, settings: Mapping) -> GPTConfig:
                     f"{path} has {name} {json.dumps(settings[name])} and only {expected} is supported; use another "
                     "model"
                 )
-        if not N_GPT2_VOCAB <= vocab_size <= GPTConfig.vocab_size:
+        padded = padded_vocab_size(tokenizer.n_vocab)
+        if not tokenizer.im_start <= vocab_size <= padded:
+            whose = "GPT-2's" if tokenizer == GPT2 else "its tokenizer's"
             raise UserError(
-                f"{path} has a vocabulary of {vocab_size:,} ids, which is not GPT-2's {N_GPT2_VOCAB:,}; use another "
-                "model"
+                f"{path} has a vocabulary of {vocab_size:,} ids, which is not {whose} {tokenizer.im_start:,}; use "
+                "another model"
             )
         return GPTConfig(
-            block_size=settings["n_positions"], n_layer=settings["n_layer"], n_head=settings["n_head"], n_embd=n_embd
+            block_size=settings["n_positions"],
+            vocab_size=padded,
+            n_vocab=tokenizer.n_vocab,
+            n_layer=settings["n_layer"],
+            n_head=settings["n_head"],
+            n_embd=n_embd,
         )
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(
@@ -123,7 +123,7 @@ def model_config(path: Path, settings: Mapping) -> GPTConfig:
         ) from error
 
 
-def config_json(config: GPTConfig, end_id: int) -> dict:
+def config_json(config: GPTConfig, end_id: int, tokenizer: Tokenizer = GPT2) -> dict:
     """The config.json of a model without padding in its vocabulary."""
     return {
         "architectures": ["GPT2LMHeadModel"],
@@ -144,16 +144,16 @@ def config_json(config: GPTConfig, end_id: int) -> dict:
         "scale_attn_weights": True,
         "tie_word_embeddings": True,
         "use_cache": True,
-        "bos_token_id": ENDOFTEXT_ID,
+        "bos_token_id": tokenizer.endoftext,
         "eos_token_id": end_id,
-        "pad_token_id": ENDOFTEXT_ID,
+        "pad_token_id": tokenizer.endoftext,
         "dtype": "float32",
     }
 
 
-def check_exportable(path: str, config: GPTConfig) -> None:
-    """Raise UserError unless the model has GPT-2's vocabulary, with or without ChatML's tokens."""
-    if config.n_vocab not in (N_GPT2_VOCAB, N_VOCAB):
+def check_exportable(path: str, config: GPTConfig, tokenizer: Tokenizer = GPT2) -> None:
+    """Raise UserError unless the model has its tokenizer's vocabulary, with or without ChatML's tokens."""
+    if config.n_vocab not in (tokenizer.im_start, tokenizer.n_vocab):
         raise UserError(
             f"{path} has a vocabulary of {config.n_vocab:,} ids, which does not belong to this project's tokenizer; "
             "export a model made by train.py"
@@ -197,8 +197,8 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
         ) from error
 
 
-def _read_weights(path: Path, config: GPTConfig, vocab_size: int, n_kept: int) -> dict[str, Tensor]:
-    """The weights under our names, the embedding padded to our vocabulary. Raises UserError if they do not fit."""
+def _read_weights(path: Path, config: GPTConfig, vocab_size: int) -> dict[str, Tensor]:
+    """The weights under our names, the embedding as stored. Raises UserError if they do not fit."""
     with torch.device("meta"):
         shapes = {name: tensor.shape for name, tensor in GPT(config).state_dict().items()}
     shapes["wte.weight"] = torch.Size([vocab_size, config.n_embd])
@@ -220,27 +220,26 @@ def _read_weights(path: Path, config: GPTConfig, vocab_size: int, n_kept: int) -
         raise UserError(
             f"the output layer of {path} is not tied to its embedding, which is not supported; use another model"
         )
-    weights["wte.weight"] = padded_embedding(weights["wte.weight"], n_kept, config.vocab_size)
     return weights
 
 
-def padded_embedding(embedding: Tensor, n_kept: int, vocab_size: int) -> Tensor:
-    """The first `n_kept` rows of an embedding (V, C), padded to `vocab_size` rows with the mean of GPT-2's own rows.
+def padded_embedding(embedding: Tensor, n_kept: int, vocab_size: int, tokenizer: Tokenizer = GPT2) -> Tensor:
+    """The first `n_kept` rows of an embedding (V, C), padded to `vocab_size` rows with the mean of all before ChatML's.
 
     A new token's logit is then the mean of all logits. With a small random row it would be near 0, far above the logits
     of a trained model ("Initializing New Word Embeddings for Pretrained Language Models", Hewitt 2021).
     """
-    mean = embedding[:N_GPT2_VOCAB].mean(0, keepdim=True)
+    mean = embedding[: tokenizer.im_start].mean(0, keepdim=True)
     return torch.cat([embedding[:n_kept], mean.expand(vocab_size - n_kept, -1)])
 
 
-def _n_kept_rows(vocab_size: int, tokenizer_ids: Mapping[str, int]) -> int:
+def _n_kept_rows(vocab_size: int, tokenizer_ids: Mapping[str, int], tokenizer: Tokenizer) -> int:
     """How many rows of an embedding to keep: all except ChatML's two if other tokens use their ids."""
-    chatml = {IM_START: IM_START_ID, IM_END: IM_END_ID}
-    if vocab_size < N_VOCAB or any(tokenizer_ids.get(token, id_) != id_ for token, id_ in chatml.items()):
-        return N_GPT2_VOCAB
+    chatml = {IM_START: tokenizer.im_start, IM_END: tokenizer.im_end}
+    if vocab_size < tokenizer.n_vocab or any(tokenizer_ids.get(token, id_) != id_ for token, id_ in chatml.items()):
+        return tokenizer.im_start
     others = [token for token, id_ in tokenizer_ids.items() if id_ in chatml.values() and token not in chatml]
-    return N_GPT2_VOCAB if others else N_VOCAB
+    return tokenizer.im_start if others else tokenizer.n_vocab
 
 
 def _stored_tensors(path: Path) -> dict[str, Tensor]:
@@ -301,12 +300,15 @@ def _unreadable(path: Path, error: Exception) -> UserError:
     return UserError(f"{path} cannot be read ({first_cause(error)}); download or save the model again")
 
 
-def _tokenizer_ids(path: Path) -> dict[str, int]:
-    """The tokenizer of a local model, {} if it has none. Raises UserError if it is not GPT-2's."""
+def _tokenizer_of(path: Path) -> tuple[Tokenizer, dict[str, int]]:
+    """The tokenizer of a model, and its ids by token as the files give them; GPT-2's and {} if it has none.
+
+    Raises UserError if it is neither GPT-2's nor one whose ids are those of our Tokenizer, as in our exports.
+    """
     ids: dict[str, int] = {}
     file = path / "tokenizer.json"
     if not path.is_dir():
-        return ids
+        return GPT2, ids
     try:
         if file.is_file():
             content = _read_json(file)
@@ -314,9 +316,15 @@ def _tokenizer_ids(path: Path) -> dict[str, int]:
         elif (file := path / "vocab.json").is_file():
             added = path / "added_tokens.json"
             ids = {**_read_json(file), **(_read_json(added) if added.is_file() else {})}
-        is_gpt2 = not ids or all(ids.get(token) == id_ for id_, token in enumerate(vocabulary()[:ENDOFTEXT_ID]))
+        if not ids or all(ids.get(token) == id_ for id_, token in enumerate(vocabulary()[:ENDOFTEXT_ID])):
+            return GPT2, ids
     except (KeyError, TypeError) as error:
         raise UserError(f"{file} is not a GPT-2 tokenizer ({error}); use another model") from error
-    if not is_gpt2:
-        raise UserError(f"{path} has a different tokenizer from GPT-2's ({file.name}); use another model")
-    return ids
+    if file.name == "tokenizer.json":
+        tokenizer = parse_tokenizer(path.resolve().name, file.read_text(encoding="utf-8"), str(file))
+        if all(ids.get(token) == id_ for id_, token in enumerate(vocabulary(tokenizer))):
+            return tokenizer, ids
+    raise UserError(
+        f"{path} has a different tokenizer from GPT-2's ({file.name}), and its ids are not those of an export by Jojo; "
+        "use another model"
+    )

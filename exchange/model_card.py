@@ -79,9 +79,11 @@ def _summary(info: Mapping) -> str:
     shape = info["model"]
     kind = "chat model (ChatML)" if info["format"] == "chat" else "model that continues text"
     made = "Trained" if info.get("data") else "Exported"
+    own = info.get("tokenizer", {})
+    vocabulary = f"the vocabulary {own['name']}" if "json" in own else "GPT-2's vocabulary"
     return (
         f"A {kind} with GPT-2's architecture: {shape['n_layer']} layers, {shape['n_head']} heads, width "
-        f"{shape['n_embd']}, a window of {shape['block_size']:,} tokens, and GPT-2's vocabulary with ChatML's control "
+        f"{shape['n_embd']}, a window of {shape['block_size']:,} tokens, and {vocabulary} with ChatML's control "
         f"tokens ({shape['n_vocab']:,} ids). {made} with Jojo, a GPT-2 from scratch in PyTorch."
     )
 

@@ -1,13 +1,15 @@
 /* y = gelu(x weight' * scale + bias) + residual for a few rows x, as in each decode step.
  *
- * Every weight is read once, in memory order, and prefetched before its use: memory bandwidth sets the time. Up to 4 rows
- * are multiplied by vector instructions, up to 16 by AMX's matrix instructions on processors that have them. Parallel
+ * Every weight is read once, in memory order, and prefetched before its use: memory bandwidth sets the time. Rows are
+ * multiplied by vector instructions, four at a time, or by AMX's matrix instructions on processors that have them. Parallel
  * regions run on the OpenMP library that torch has loaded, so both share its threads.
  */
 #include "lanes.h"
 
 #define AHEAD 8192       /* bytes between what is used and what is prefetched into the L2 cache */
 #define STEP (4 * LANES) /* weights per iteration: four sums hide the latency of each addition */
+#define FEW 4            /* rows multiplied at a time, whose sums fit into the registers */
+#define MANY 16          /* rows for which the weights are read once */
 
 /* The products of one output's weights with each of `rows` inputs, which are float32 with `inputs` per row. */
 static inline __attribute__((always_inline)) void products(
@@ -147,17 +149,25 @@ static void tile_product(
 #define tile_product(layer, x, residual, y, rows, has_gelu) (void)0
 #endif
 
-/* The most rows that `row_product` accepts for a layer; with more, memory no longer sets the time. */
+static int is_tiled(const struct layer *layer) {
+    return layer->is_bfloat16 && layer->outputs >= SIDE && layer->inputs % DEPTH == 0 && has_tiles();
+}
+
+/* The most rows that `row_product` accepts for a layer; with more, other products are faster. Those for 8-bit weights
+ * widen every weight first, and those for bfloat16 need AVX512, so without it this one is faster for longer. */
 long most_rows(const struct layer *layer) {
-    int is_tiled = layer->is_bfloat16 && layer->outputs >= SIDE && layer->inputs % DEPTH == 0 && has_tiles();
-    return is_tiled ? 16 : 4;
+#ifdef __AVX512F__
+    return is_tiled(layer) ? 16 : layer->is_int8 ? MANY : FEW;
+#else
+    return MANY;
+#endif
 }
 
 /* x (rows, inputs), rows 1 to most_rows; y and residual, which may be NULL, (rows, outputs). */
 void row_product(const struct layer *layer, const void *x, const void *residual, void *y, long rows, int has_gelu) {
     const long outputs = layer->outputs, inputs = layer->inputs;
     const int is_int8 = layer->is_int8, is_bfloat16 = layer->is_bfloat16;
-    if (rows > 4) {
+    if (rows > FEW && is_tiled(layer)) {
         tile_product(layer, x, residual, y, rows, has_gelu);
         return;
     }
@@ -166,16 +176,21 @@ void row_product(const struct layer *layer, const void *x, const void *residual,
 #pragma omp parallel for schedule(static)
     for (long output = 0; output < outputs; output++) {
         const char *weight = layer->weight + (is_int8 ? 1 : 2) * output * inputs;
-        float found[4];
-        switch (2 * rows + is_int8) { /* constants for the compiler, so that sums stay in registers */
-            case 2: products(weight, 0, numbers, 1, inputs, found); break;
-            case 3: products(weight, 1, numbers, 1, inputs, found); break;
-            case 4: products(weight, 0, numbers, 2, inputs, found); break;
-            case 5: products(weight, 1, numbers, 2, inputs, found); break;
-            case 6: products(weight, 0, numbers, 3, inputs, found); break;
-            case 7: products(weight, 1, numbers, 3, inputs, found); break;
-            case 8: products(weight, 0, numbers, 4, inputs, found); break;
-            default: products(weight, 1, numbers, 4, inputs, found);
+        float found[rows];
+        for (long first = 0; first < rows; first += FEW) { /* the weights are in the cache after the first rows */
+            const float *some = numbers + first * inputs;
+            float *of_some = found + first;
+            const long count = rows - first < FEW ? rows - first : FEW;
+            switch (2 * count + is_int8) { /* constants for the compiler, so that sums stay in registers */
+                case 2: products(weight, 0, some, 1, inputs, of_some); break;
+                case 3: products(weight, 1, some, 1, inputs, of_some); break;
+                case 4: products(weight, 0, some, 2, inputs, of_some); break;
+                case 5: products(weight, 1, some, 2, inputs, of_some); break;
+                case 6: products(weight, 0, some, 3, inputs, of_some); break;
+                case 7: products(weight, 1, some, 3, inputs, of_some); break;
+                case 8: products(weight, 0, some, 4, inputs, of_some); break;
+                default: products(weight, 1, some, 4, inputs, of_some);
+            }
         }
         for (long row = 0; row < rows; row++) {
             long index = row * outputs + output;

@@ -17,7 +17,7 @@ from common.cli import UserError
 from common.files import atomic_write
 from common.text_files import decode_text, unix_line_ends
 from generation.window import fit_window, room_for_reply
-from setup_tokenizer import ENDOFTEXT_ID, check_messages, encode_chat, encode_text
+from setup_tokenizer import GPT2, Tokenizer, check_messages
 
 Pieces = Generator[str, None, None]  # of a text, as it is generated; a generator, so that it can be closed
 
@@ -27,6 +27,7 @@ class Engine(Protocol):
 
     block_size: int  # the longest context, in tokens
     temperature: float
+    tokenizer: Tokenizer
 
     def stream(self, ids: list[int], max_tokens: int | None) -> Pieces:
         """The text that follows `ids`, in pieces, as it is generated."""
@@ -78,7 +79,7 @@ class PromptSession:
     def reply(self, text: str) -> Pieces:
         """The continuation of `text`, in pieces. Raises UserError for a text that does not fit."""
         text = unix_line_ends(text)
-        ids = [ENDOFTEXT_ID, *encode_text(text)]
+        ids = [self.engine.tokenizer.endoftext, *self.engine.tokenizer.encode_text(text)]
         if len(ids) > self.engine.block_size:
             raise UserError(f"the prompt has {len(ids) - 1} tokens and the window {self.engine.block_size}; shorten it")
         self.last_prompt = text
@@ -202,7 +203,7 @@ class ChatSession(PromptSession):
 
     def _window(self, messages: list[dict]) -> list[int]:
         """The ids of `messages` that the model sees, without the oldest whole exchanges that do not fit."""
-        ids, n_dropped = fit_window(messages, self.engine.block_size - self.room_for_reply)
+        ids, n_dropped = fit_window(messages, self.engine.block_size - self.room_for_reply, self.engine.tokenizer)
         if n_dropped and not self._said_that_it_forgets:
             self.notify("the window is full: from now on the model no longer sees the oldest exchanges")
             self._said_that_it_forgets = True
@@ -229,12 +230,13 @@ class ChatSession(PromptSession):
     def set_system(self, text: str) -> None:
         """Set the system message. Raises UserError if it leaves no room for a chat."""
         message = {"role": "system", "content": unix_line_ends(text)}
-        n_tokens = len(chat_ids([message, {"role": "user", "content": ""}]))
+        n_tokens = len(chat_ids([message, {"role": "user", "content": ""}], self.engine.tokenizer))
         capacity = self.engine.block_size - self.room_for_reply
         if n_tokens >= capacity:
+            n_tokens = len(self.engine.tokenizer.encode_text(text))
             raise UserError(
-                f"the system message has {len(encode_text(text))} tokens, too many for the window of "
-                f"{self.engine.block_size}; shorten it"
+                f"the system message has {n_tokens} tokens, too many for the window of {self.engine.block_size}; "
+                "shorten it"
             )
         self.messages = [message, *self.messages[len(self.system) :]]
 
@@ -286,19 +288,19 @@ class ChatSession(PromptSession):
         return f"removed the last exchange; {len(self.messages)} messages remain"
 
     def _stats(self, argument: str) -> str:
-        n_tokens = len(chat_ids(self.messages)) if self.messages else 0
+        n_tokens = len(chat_ids(self.messages, self.engine.tokenizer)) if self.messages else 0
         return (
             f"{len(self.messages)} messages, {n_tokens} tokens, window of {self.engine.block_size} of which "
             f"{self.room_for_reply} are kept free for the reply\n{self.engine.statistics()}"
         )
 
 
-def chat_ids(messages: list[dict]) -> list[int]:
+def chat_ids(messages: list[dict], tokenizer: Tokenizer = GPT2) -> list[int]:
     """The ids after which the assistant replies: the messages and the header of its next message.
 
     They do not start with `<|endoftext|>`: in training the document mask hides it from every conversation.
     """
-    return encode_chat(messages, add_generation_prompt=True)
+    return tokenizer.encode_chat(messages, add_generation_prompt=True)
 
 
 def read_chat(path: str) -> list[dict]:

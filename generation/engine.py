@@ -1,7 +1,7 @@
 """A loaded model that continues ids as text, piece by piece as the ids are generated.
 
 engine = TextEngine(model, Settings(TEXT_SAMPLING))
-print("".join(engine.stream([ENDOFTEXT_ID, *encode_text("Once upon a time")], max_tokens=100)))
+print("".join(engine.stream([GPT2.endoftext, *GPT2.encode_text("Once upon a time")], max_tokens=100)))
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from generation.decoding import DecodeStep, decode_step, generate, new_cache
 from generation.sampling import Sampling
 from generation.text_stream import TextStream
 from model import GPT, KVCache
-from setup_tokenizer import ENDOFTEXT_ID, get_extended_tokenizer
+from setup_tokenizer import GPT2, Tokenizer
 
 LIKELIEST_SHOWN = 5  # ids whose log probabilities are recorded next to the drawn one's
 
@@ -30,7 +30,7 @@ class Settings:
 
     sampling: Sampling = dataclasses.field(default_factory=Sampling)
     seed: int | None = None  # None: a new one each time
-    stop_ids: tuple[int, ...] = (ENDOFTEXT_ID,)
+    stop_ids: tuple[int, ...] = (GPT2.endoftext,)
     stop_texts: tuple[str, ...] = ()
     hidden_ids: tuple[int, ...] = ()  # left out of the text, but in the model's context like all others
     logprobs: bool = False  # record each token's log probability
@@ -39,9 +39,9 @@ class Settings:
 class TextEngine:
     """A loaded model that continues ids as text (see chat.Engine) and keeps its key-value caches between calls."""
 
-    def __init__(self, model: GPT, settings: Settings, decode: DecodeStep = decode_step):
+    def __init__(self, model: GPT, settings: Settings, decode: DecodeStep = decode_step, tokenizer: Tokenizer = GPT2):
         self.model, self.settings, self.decode = model, settings, decode
-        self.enc = get_extended_tokenizer()
+        self.tokenizer, self.enc = tokenizer, tokenizer.enc
         self.block_size = model.config.block_size
         self.temperature = settings.sampling.temperature
         self.generator = torch.Generator(model.wte.weight.device)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from generation.sampling import SMALLEST_TEMPERATURE, Sampling, penalize_repetition
 from generation.text_stream import TextStream
-from setup_tokenizer import get_extended_tokenizer
+from setup_tokenizer import GPT2, Tokenizer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +35,7 @@ class Request:
     prompt_logprobs: bool = False  # the same for the prompt's tokens
     slides: bool = False  # when the window is full, drop its older half and continue, as gen.py does with text
     n_prefix_ids: int = 0
+    tokenizer: Tokenizer = GPT2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,7 +79,7 @@ class Stream:
         self.is_cancelled = self.is_finished = False
         self.n_tokens = 0
         prefix = request.prompt[len(request.prompt) - request.n_prefix_ids :]
-        self._text = TextStream(get_extended_tokenizer(), request.stop_texts, prefix)
+        self._text = TextStream(request.tokenizer.enc, request.stop_texts, prefix)
         self._held_logprobs: list[tuple[int, TokenLogprob]] = []  # with the number of bytes before the token
         self._n_bytes = self._n_released_bytes = 0
         self._seen: Tensor | None = None

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from common.cli import UserError
-from setup_tokenizer import encode_chat, encode_text
+from setup_tokenizer import GPT2, Tokenizer
 
 
 class MessageTooLong(UserError):
@@ -18,32 +18,32 @@ def room_for_reply(block_size: int, max_tokens: int | None) -> int:
     return quarter if max_tokens is None else min(quarter, max_tokens)
 
 
-def fit_window(messages: Sequence[Mapping], capacity: int) -> tuple[list[int], int]:
+def fit_window(messages: Sequence[Mapping], capacity: int, tokenizer: Tokenizer = GPT2) -> tuple[list[int], int]:
     """The ids of as many messages as fit into `capacity`, followed by the assistant's header; and how many are dropped.
 
     The oldest whole exchanges are dropped; a system message at the beginning stays. Raises MessageTooLong if the
     newest exchange alone does not fit.
     """
     n_system = int(messages[0]["role"] == "system")
-    system = encode_chat(messages[:1]) if n_system else []
+    system = tokenizer.encode_chat(messages[:1]) if n_system else []
     starts = [index for index in range(n_system, len(messages)) if messages[index]["role"] == "user"]
     starts = sorted({min(n_system, len(messages) - 1), *starts[1:]})
     kept: list[int] = []
     first = len(messages)
     for start in reversed(starts):  # newest first, so that a long history is not encoded in vain
         is_newest = start == starts[-1]
-        ids = encode_chat(messages[start:first], add_generation_prompt=is_newest)
+        ids = tokenizer.encode_chat(messages[start:first], add_generation_prompt=is_newest)
         if len(system) + len(ids) + len(kept) > capacity:
             if is_newest:
-                raise _too_long(messages, capacity - len(system) - len(ids))
+                raise _too_long(messages, capacity - len(system) - len(ids), tokenizer)
             break
         kept, first = ids + kept, start
     return (system if first >= n_system else []) + kept, max(0, first - n_system)
 
 
-def _too_long(messages: Sequence[Mapping], room: int) -> MessageTooLong:
+def _too_long(messages: Sequence[Mapping], room: int, tokenizer: Tokenizer) -> MessageTooLong:
     """The error for a message that does not fit: `room`, which is negative, is what remains with it."""
-    n_tokens = len(encode_text(messages[-1]["content"]))
+    n_tokens = len(tokenizer.encode_text(messages[-1]["content"]))
     advice = "shorten it" + (" or the system message" if messages[0]["role"] == "system" else "")
     return MessageTooLong(
         f"the message has {n_tokens} tokens and the window has room for {max(0, room + n_tokens)}; {advice}"

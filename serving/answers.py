@@ -8,16 +8,12 @@ import time
 from collections.abc import Sequence
 
 from generation.stream import Output, Request, TokenLogprob
-from setup_tokenizer import get_extended_tokenizer
+from setup_tokenizer import Tokenizer
 
 
-def token_bytes(token: int) -> bytes:
-    return get_extended_tokenizer().decode_single_token_bytes(token)
-
-
-def token_string(token: int) -> str:
+def token_string(token: int, tokenizer: Tokenizer) -> str:
     r"""A token as text; bytes that are no whole character are escaped as \xe2."""
-    return token_bytes(token).decode("utf-8", "backslashreplace")
+    return tokenizer.token_bytes(token).decode("utf-8", "backslashreplace")
 
 
 class Answer:
@@ -29,6 +25,7 @@ class Answer:
         self.id = f"{self.id_prefix}-{secrets.token_hex(12)}"
         self.model, self.requests, self.n_dropped = model, requests, n_dropped
         self.created = int(time.time())
+        self.tokenizer = requests[0].tokenizer
         self.n_tokens = [0] * len(requests)
         self.cached_tokens = 0
 
@@ -80,7 +77,7 @@ class ChatAnswer(Answer):
         return {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
 
     def chunk(self, index: int, output: Output) -> list[dict]:
-        logprobs = {"content": _content(output.logprobs), "refusal": None} if output.logprobs else None
+        logprobs = {"content": _content(output.logprobs, self.tokenizer), "refusal": None} if output.logprobs else None
         choices: list[dict] = []
         if output.text or logprobs:
             delta = {"content": output.text}
@@ -93,7 +90,7 @@ class ChatAnswer(Answer):
     def whole(self, outputs: list[list[Output]]) -> dict:
         choices = []
         for index, parts in enumerate(outputs):
-            entries = _content([one for part in parts for one in part.logprobs])
+            entries = _content([one for part in parts for one in part.logprobs], self.tokenizer)
             asked = self.requests[index].top_logprobs is not None
             message = {"role": "assistant", "content": "".join(part.text for part in parts), "refusal": None}
             choices.append(
@@ -107,17 +104,22 @@ class ChatAnswer(Answer):
         return self.envelope(self.object_name, choices, usage=self.usage())
 
 
-def _content(logprobs: Sequence[TokenLogprob]) -> list[dict]:
+def _content(logprobs: Sequence[TokenLogprob], tokenizer: Tokenizer) -> list[dict]:
     """Tokens with their likeliest alternatives, in the layout of chats."""
     return [
-        {**_described(one.id, one.logprob), "top_logprobs": [_described(*other) for other in one.likeliest]}
+        {
+            **_described(one.id, one.logprob, tokenizer),
+            "top_logprobs": [_described(*other, tokenizer) for other in one.likeliest],
+        }
         for one in logprobs
     ]
 
 
-def _described(token: int, logprob: float) -> dict:
+def _described(token: int, logprob: float, tokenizer: Tokenizer) -> dict:
     """A token in OpenAI's layout, and its id, which OpenAI's does not have."""
-    return {"token": token_string(token), "bytes": list(token_bytes(token)), "logprob": logprob, "id": token}
+    token_bytes = tokenizer.token_bytes(token)
+    text = token_string(token, tokenizer)
+    return {"token": text, "bytes": list(token_bytes), "logprob": logprob, "id": token}
 
 
 class TextAnswer(Answer):
@@ -128,7 +130,7 @@ class TextAnswer(Answer):
     def __init__(self, model: str, requests: Sequence[Request], echoed: Sequence[str] | None = None):
         super().__init__(model, requests)
         self.echoed = echoed  # the prompt of each choice, to be repeated
-        self._offsets = [_Offsets() for _ in requests]
+        self._offsets = [_Offsets(self.tokenizer) for _ in requests]
 
     def chunk(self, index: int, output: Output) -> list[dict]:
         is_first = self._offsets[index].is_first()
@@ -159,20 +161,23 @@ class TextAnswer(Answer):
         if not entries and not outputs[-1].finish_reason:
             return None
         return {
-            "tokens": [token_string(one.id) for one in entries],
+            "tokens": [token_string(one.id, self.tokenizer) for one in entries],
             "token_logprobs": [one.logprob for one in entries],
-            "top_logprobs": [{token_string(token): value for token, value in one.likeliest} for one in entries],
+            "top_logprobs": [
+                {token_string(token, self.tokenizer): value for token, value in one.likeliest} for one in entries
+            ],
             "text_offset": [self._offsets[index].of(one.id) for one in entries],
             "ids": [one.id for one in entries],
             "top_ids": [[token for token, _ in one.likeliest] for one in entries],
-            "content": _content(entries),
+            "content": _content(entries, self.tokenizer),
         }
 
 
 class _Offsets:
     """The number of characters before each token of a text."""
 
-    def __init__(self) -> None:
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._n_characters = 0
         self._has_begun = False
@@ -184,5 +189,5 @@ class _Offsets:
 
     def of(self, token: int) -> int:
         start = self._n_characters
-        self._n_characters += len(self._decoder.decode(token_bytes(token)))
+        self._n_characters += len(self._decoder.decode(self._tokenizer.token_bytes(token)))
         return start

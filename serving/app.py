@@ -77,7 +77,7 @@ class Service:
         card = self.pool.card(fields.model)
         requests = await asyncio.to_thread(text_requests, fields, card, self.settings.max_rows)
         n = len(requests) // len(fields.prompts)
-        rest = prefix_text(fields.prefix_ids or [])
+        rest = prefix_text(fields.prefix_ids or [], card.tokenizer)
         echoed = [prompt + rest for prompt in fields.prompts for _ in range(n)] if fields.echo else None
         run = self._run(GenerationRun(self.pool, self.metrics, card, requests))
         return await self._answer(request, run, fields, TextAnswer(card.id, requests, echoed))

@@ -22,7 +22,7 @@ from generation.worker import Worker
 from model import GPT, GPTConfig
 from serving.errors import ApiError
 from serving.settings import ServerSettings
-from setup_tokenizer import N_VOCAB
+from setup_tokenizer import GPT2, Tokenizer
 
 log = logging.getLogger("jojo")
 DEFAULT_MAX_TOKENS = 500  # of a text; a chat's reply may fill the window
@@ -40,11 +40,12 @@ class ModelCard:
     format: str = "text"
     dataset: str = ""
     created: int = 0
+    tokenizer: Tokenizer = GPT2
 
     @property
     def can_chat(self) -> bool:
         """Whether the vocabulary has ChatML's control tokens."""
-        return self.config.n_vocab >= N_VOCAB
+        return self.config.n_vocab >= self.tokenizer.n_vocab
 
     def as_dict(self) -> dict:
         """The model as GET /v1/models lists it; what OpenAI's does not have comes last."""
@@ -67,7 +68,9 @@ def model_cards(facts: Mapping[str, Mapping]) -> dict[str, ModelCard]:
         name = f"{name}#{number + 1}" if number else name
         created = int(Path(path).stat().st_mtime) if Path(path).exists() else 0
         config = GPTConfig(**info["model"])
-        cards[name] = ModelCard(name, path, config, info.get("format", "text"), str(info.get("dataset") or ""), created)
+        facts_known = {"format": info.get("format", "text"), "dataset": str(info.get("dataset") or "")}
+        tokenizer = Tokenizer.from_info(info, path)
+        cards[name] = ModelCard(name, path, config, **facts_known, created=created, tokenizer=tokenizer)
     return cards
 
 

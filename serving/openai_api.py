@@ -11,7 +11,6 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from generation.sampling import Sampling
 from serving.errors import ApiError
-from setup_tokenizer import ENDOFTEXT_ID
 
 MAX_STOPS = 16
 MAX_LOGPROBS = 20
@@ -182,10 +181,10 @@ def check_stream_options(fields: GenerationFields) -> None:
         raise ApiError(400, "stream_options needs stream: true", param="stream_options")
 
 
-def check_ids(ids: list[int], name: str) -> None:
+def check_ids(ids: list[int], name: str, endoftext: int) -> None:
     """Raise ApiError unless all ids are those of ordinary tokens: no client sends control tokens."""
-    if ids and max(ids) >= ENDOFTEXT_ID:
-        raise ApiError(400, f"{name}: ids must be from 0 to {ENDOFTEXT_ID - 1}", param=name)
+    if ids and max(ids) >= endoftext:
+        raise ApiError(400, f"{name}: ids must be from 0 to {endoftext - 1}", param=name)
 
 
 def not_served(name: str, but: str = "") -> ApiError:

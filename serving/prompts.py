@@ -11,9 +11,7 @@ from generation.window import MessageTooLong, fit_window, room_for_reply
 from serving.errors import ApiError
 from serving.models import DEFAULT_MAX_TOKENS, ModelCard
 from serving.openai_api import ChatFields, GenerationFields, TextFields, check_ids
-from setup_tokenizer import ENDOFTEXT_ID, IM_END_ID, IM_START_ID, encode_text, get_extended_tokenizer
-
-CHAT_STOP_IDS = (IM_END_ID, ENDOFTEXT_ID, IM_START_ID)
+from setup_tokenizer import Tokenizer
 
 
 def chat_requests(fields: ChatFields, card: ModelCard, max_rows: int) -> tuple[list[Request], int]:
@@ -21,16 +19,18 @@ def chat_requests(fields: ChatFields, card: ModelCard, max_rows: int) -> tuple[l
     if not card.can_chat:
         raise ApiError(400, "this model has no ChatML tokens; use /v1/completions", param="model")
     messages = fields.plain_messages()
+    tokenizer = card.tokenizer
     prefix = fields.assistant_prefix_ids or []
-    check_ids(prefix, "assistant_prefix_ids")
+    check_ids(prefix, "assistant_prefix_ids", tokenizer.endoftext)
     if fields.continue_final_message:
-        prefix = [*encode_text(messages.pop()["content"]), *prefix]
+        prefix = [*tokenizer.encode_text(messages.pop()["content"]), *prefix]
         if not messages:
             raise ApiError(400, "messages: there is no message before the assistant's", param="messages")
     block_size = card.config.block_size
     max_tokens = fields.max_completion_tokens or fields.max_tokens
     try:
-        ids, n_dropped = fit_window(messages, block_size - room_for_reply(block_size, max_tokens) - len(prefix))
+        capacity = block_size - room_for_reply(block_size, max_tokens) - len(prefix)
+        ids, n_dropped = fit_window(messages, capacity, tokenizer)
     except MessageTooLong as error:
         hint = f"; the reply so far has {len(prefix)} tokens" if prefix else ""
         raise ApiError(400, f"{error}{hint}", param="messages", code="context_length_exceeded") from None
@@ -40,7 +40,7 @@ def chat_requests(fields: ChatFields, card: ModelCard, max_rows: int) -> tuple[l
         ids,
         room if max_tokens is None else min(room, max_tokens),
         sampling=fields.sampling(CHAT_SAMPLING),
-        stop_ids=CHAT_STOP_IDS,
+        stop_ids=(tokenizer.im_end, tokenizer.endoftext, tokenizer.im_start),
         top_logprobs=(fields.top_logprobs or 0) if fields.logprobs else None,
         n_prefix_ids=len(prefix),
         **shared_settings(fields, card),
@@ -51,12 +51,12 @@ def chat_requests(fields: ChatFields, card: ModelCard, max_rows: int) -> tuple[l
 def text_requests(fields: TextFields, card: ModelCard, max_rows: int) -> list[Request]:
     """One request per prompt and choice. Raises ApiError."""
     prefix = fields.prefix_ids or []
-    check_ids(prefix, "prefix_ids")
+    check_ids(prefix, "prefix_ids", card.tokenizer.endoftext)
     if not 1 <= len(fields.prompts) <= max_rows:
         raise ApiError(400, f"prompt: give 1 to {max_rows} prompts", param="prompt")
     requests = []
     for prompt in fields.prompts:
-        ids = [ENDOFTEXT_ID, *encode_text(prompt), *prefix]
+        ids = [card.tokenizer.endoftext, *card.tokenizer.encode_text(prompt), *prefix]
         if len(ids) > card.config.block_size:
             raise ApiError(
                 400,
@@ -69,7 +69,7 @@ def text_requests(fields: TextFields, card: ModelCard, max_rows: int) -> list[Re
                 ids,
                 DEFAULT_MAX_TOKENS if fields.max_tokens is None else fields.max_tokens,
                 sampling=fields.sampling(TEXT_SAMPLING),
-                stop_ids=(ENDOFTEXT_ID,),
+                stop_ids=(card.tokenizer.endoftext,),
                 top_logprobs=fields.logprobs,
                 prompt_logprobs=bool(fields.echo) and fields.logprobs is not None,
                 slides=True,
@@ -80,9 +80,9 @@ def text_requests(fields: TextFields, card: ModelCard, max_rows: int) -> list[Re
     return numbered(requests, fields, max_rows)
 
 
-def prefix_text(ids: list[int]) -> str:
+def prefix_text(ids: list[int], tokenizer: Tokenizer) -> str:
     """The whole characters of the ids with which a continuation begins."""
-    text = TextStream(get_extended_tokenizer())
+    text = TextStream(tokenizer.enc)
     return "".join(map(text.feed, ids))
 
 
@@ -90,6 +90,7 @@ def shared_settings(fields: GenerationFields, card: ModelCard) -> dict:
     """The settings that chats and texts have in common."""
     return {
         "seed": fields.seed,
+        "tokenizer": card.tokenizer,
         "stop_texts": fields.stop_texts,
         "frequency_penalty": fields.frequency_penalty or 0.0,
         "presence_penalty": fields.presence_penalty or 0.0,

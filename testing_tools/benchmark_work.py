@@ -18,6 +18,7 @@ from benchmark_training import train_compiled, train_ours, train_plain, train_tr
 from common.cli import UserError
 from common.device import choose_device, choose_dtype
 from common.speedups import load_speedups
+from setup_tokenizer import N_VOCAB
 
 if TYPE_CHECKING:
     from training.config import RunConfig
@@ -48,7 +49,7 @@ def training_config(options) -> RunConfig:
         TrainOptions(**{"batch_size": BATCH_SIZE, **given}),
         given,
         choose_device(options.device),
-        {"format": "text"},
+        {"format": "text", "n_vocab": N_VOCAB},
         speed_up=fast.speed_up_training if fast else None,
         logits_rows=fast.LOSS_CHUNK_ROWS if fast else None,
     )

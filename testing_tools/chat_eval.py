@@ -23,7 +23,7 @@ from common.cli import option, parse_options, run_script
 from common.device import choose_device, choose_dtype, device_option, dtype_option
 from common.files import atomic_write
 from data.chitchat.templates import assistant_words, words_of
-from setup_tokenizer import ENDOFTEXT_ID, IM_END, IM_END_ID, encode_chat, get_extended_tokenizer
+from setup_tokenizer import GPT2, IM_END, Tokenizer
 
 if TYPE_CHECKING:
     from model import GPT
@@ -167,19 +167,18 @@ def print_report(answers: list[Answer], verbose: bool) -> None:
     print(f"names remembered: {names['right']} of {names['asked']} ({100 * names['right'] / names['asked']:.0f} %)")
 
 
-def model_reply(model: GPT) -> Reply:
+def model_reply(model: GPT, tokenizer: Tokenizer = GPT2) -> Reply:
     """A model as an assistant that always takes the likeliest token, up to and including `<|im_end|>`."""
     from generation.decoding import generate, new_cache
     from generation.sampling import GREEDY
 
-    enc = get_extended_tokenizer()
     cache = new_cache(model)  # keeps the keys and values of the conversation between the turns
 
     def reply(messages: list[dict[str, str]]) -> str:
-        prompt = encode_chat(messages, add_generation_prompt=True)
-        stop_ids = (IM_END_ID, ENDOFTEXT_ID)
+        prompt = tokenizer.encode_chat(messages, add_generation_prompt=True)
+        stop_ids = (tokenizer.im_end, tokenizer.endoftext)
         steps = generate(model, [prompt], MAX_REPLY_TOKENS, GREEDY, stop_ids=stop_ids, cache=cache)
-        return enc.decode([int(ids[0]) for ids in steps])
+        return tokenizer.enc.decode([int(ids[0]) for ids in steps])
 
     return reply
 
@@ -192,7 +191,7 @@ def main() -> None:
     model, info = load_model(options.checkpoint, device, choose_dtype(options.dtype, device))
     if info.get("format") != "chat":
         print(f"note: {options.checkpoint} was trained on {info.get('dataset')}, which contains no conversations")
-    answers = evaluate(model_reply(model))
+    answers = evaluate(model_reply(model, Tokenizer.from_info(info, options.checkpoint)))
     print_report(answers, options.verbose)
     if options.json:
         content = {

@@ -29,25 +29,23 @@ from data.dataset import DatasetInfo, open_dataset, prepared_datasets
 from data.token_stream import TokenStream
 from setup_tokenizer import (
     ENDOFTEXT_ID,
+    GPT2,
     IM_END_ID,
     IM_START_ID,
-    N_VOCAB,
     ROLES,
     SPECIAL_TOKENS,
+    Tokenizer,
     encode_chat,
     encode_document,
     encode_text,
     get_base_tokenizer,
     get_extended_tokenizer,
-    message_spans,
-    token_text,
 )
 from training.targets import assistant_targets
 
 DATA_FOLDER = Path(__file__).resolve().parent.parent / "data"
 CHUNK_TOKENS = 1 << 19
 LONGEST_DOCUMENT_TOKENS = 1 << 27
-NEWLINE_ID = 198
 
 
 @dataclass(frozen=True)
@@ -135,18 +133,18 @@ class Findings:
             self.first.setdefault(problem, int(positions[0]))
 
 
-def inspect(stream: TokenStream, is_chat: bool, n_vocab: int = N_VOCAB, chunk_tokens: int = CHUNK_TOKENS) -> Findings:
+def inspect(stream: TokenStream, is_chat: bool, chunk_tokens: int = CHUNK_TOKENS) -> Findings:
     """Count and check the control tokens of a stream, `chunk_tokens` at a time."""
-    findings = Findings(tokens=len(stream))
+    findings, tokenizer = Findings(tokens=len(stream)), stream.tokenizer
     with tqdm(total=len(stream), desc="checking", unit="tok", unit_scale=True, delay=1, disable=None) as bar:
         for offset, ids in whole_documents(stream, chunk_tokens):
-            _inspect_ids(ids, offset, n_vocab, findings)
+            _inspect_ids(ids, offset, tokenizer, findings)
             if is_chat:
-                _inspect_messages(ids, offset, findings)
-                targets = assistant_targets(ids)
+                _inspect_messages(ids, offset, tokenizer, findings)
+                targets = assistant_targets(ids, tokenizer)
                 findings.targets += int((targets & stream.is_trained(offset, offset + len(ids))).sum())
             else:
-                findings.report("control token of a chat in a text", offset + np.flatnonzero(ids > ENDOFTEXT_ID))
+                findings.report("control token of a chat in a text", offset + np.flatnonzero(ids > tokenizer.endoftext))
                 findings.targets += len(ids)
             bar.update(len(ids))
     return findings
@@ -161,7 +159,7 @@ def whole_documents(
         end = min(start + size, len(stream))
         ids = stream.read(start, end)
         if end < len(stream):
-            ends = np.flatnonzero(ids == ENDOFTEXT_ID)
+            ends = np.flatnonzero(ids == stream.tokenizer.endoftext)
             if not len(ends):
                 size *= 2
                 if size > longest:
@@ -175,77 +173,81 @@ def whole_documents(
         start, size = start + len(ids), chunk_tokens
 
 
-def _inspect_ids(ids: np.ndarray, offset: int, n_vocab: int, findings: Findings) -> None:
+def _inspect_ids(ids: np.ndarray, offset: int, tokenizer: Tokenizer, findings: Findings) -> None:
     """Check what text and chat have in common: ids of the vocabulary, documents that end and are not empty."""
+    n_vocab = tokenizer.n_vocab
     findings.report(f"id outside the vocabulary of {n_vocab}", offset + np.flatnonzero(ids >= n_vocab))
-    is_end = ids == ENDOFTEXT_ID
+    is_end = ids == tokenizer.endoftext
     findings.documents += int(is_end.sum())
-    for spelling, token in SPECIAL_TOKENS.items():
+    for spelling, token in tokenizer.special_tokens.items():
         findings.controls[spelling] += int((ids == token).sum())
     findings.report("empty document", offset + np.flatnonzero(is_end & np.append(True, is_end[:-1])))
     if not is_end[-1]:
         findings.report("last document without <|endoftext|>", np.array([offset + len(ids) - 1]))
 
 
-def _inspect_messages(ids: np.ndarray, offset: int, findings: Findings) -> None:
+def _inspect_messages(ids: np.ndarray, offset: int, tokenizer: Tokenizer, findings: Findings) -> None:
     """Check whole conversations: messages open, name a role and close, and there is nothing between them."""
-    positions = np.flatnonzero((ids >= ENDOFTEXT_ID) & (ids <= IM_END_ID))
+    endoftext, im_start, im_end = tokenizer.special_tokens.values()
+    newline = tokenizer.encode_text("\n")[0]
+    positions = np.flatnonzero((ids >= endoftext) & (ids <= im_end))
     kinds = ids[positions]
-    previous_kinds = np.append(ENDOFTEXT_ID, kinds[:-1])
+    previous_kinds = np.append(endoftext, kinds[:-1])
     between = np.diff(positions, prepend=-1) - 1  # tokens since the previous control token
     before = ids[positions - 1]  # wrong at the first position, where only `between` matters
-    in_message = previous_kinds == IM_START_ID
+    in_message = previous_kinds == im_start
 
     def report(problem: str, is_problem: np.ndarray) -> None:
         findings.report(problem, offset + positions[is_problem])
 
-    report("<|im_start|> before the last message was closed", (kinds == IM_START_ID) & in_message)
-    report("<|im_end|> without <|im_start|>", (kinds == IM_END_ID) & ~in_message)
-    report("message not closed before <|endoftext|>", (kinds == ENDOFTEXT_ID) & in_message)
-    follows_end = (previous_kinds == IM_END_ID) & (kinds != IM_END_ID)
-    report("no newline after <|im_end|>", follows_end & ((between != 1) | (before != NEWLINE_ID)))
-    report("text outside messages", (previous_kinds == ENDOFTEXT_ID) & (between > 0))
-    if len(positions) and kinds[-1] == IM_START_ID:
+    report("<|im_start|> before the last message was closed", (kinds == im_start) & in_message)
+    report("<|im_end|> without <|im_start|>", (kinds == im_end) & ~in_message)
+    report("message not closed before <|endoftext|>", (kinds == endoftext) & in_message)
+    follows_end = (previous_kinds == im_end) & (kinds != im_end)
+    report("no newline after <|im_end|>", follows_end & ((between != 1) | (before != newline)))
+    report("text outside messages", (previous_kinds == endoftext) & (between > 0))
+    if len(positions) and kinds[-1] == im_start:
         report("message not closed at the end", np.arange(len(positions)) == len(positions) - 1)
-    _inspect_roles(ids, offset, findings)
+    _inspect_roles(ids, offset, tokenizer, findings)
 
 
-def _inspect_roles(ids: np.ndarray, offset: int, findings: Findings) -> None:
+def _inspect_roles(ids: np.ndarray, offset: int, tokenizer: Tokenizer, findings: Findings) -> None:
     """Count the messages of each role, which a newline follows."""
-    messages = message_spans(ids)
+    messages = tokenizer.message_spans(ids)
     # The newline may share a token with newlines and spaces at the start of the content.
-    has_newline = _begins_with_newline()[np.minimum(ids[messages.content - 1], N_VOCAB - 1)]
+    has_newline = _begins_with_newline(tokenizer)[np.minimum(ids[messages.content - 1], tokenizer.n_vocab - 1)]
     for index, role in enumerate(ROLES):
         findings.messages[role] += int((has_newline & (messages.role == index)).sum())
     findings.report("message without a known role", offset + messages.start[~has_newline | (messages.role < 0)])
 
 
 @functools.cache
-def _begins_with_newline() -> np.ndarray:
-    """Whether the text of each id begins with a newline, (N_VOCAB,) bool."""
-    enc = get_extended_tokenizer()
-    return np.array([enc.decode_single_token_bytes(token)[:1] == b"\n" for token in range(N_VOCAB)])
+def _begins_with_newline(tokenizer: Tokenizer) -> np.ndarray:
+    """Whether the text of each id begins with a newline, (n_vocab,) bool."""
+    return np.array([tokenizer.token_bytes(token)[:1] == b"\n" for token in range(tokenizer.n_vocab)])
 
 
-def show_sample(ids: np.ndarray, is_trained: np.ndarray | None = None) -> str:
+def show_sample(ids: np.ndarray, is_trained: np.ndarray | None = None, tokenizer: Tokenizer = GPT2) -> str:
     """The text of conversations with their targets in green, or in [[ ]] without colours.
 
     `is_trained` is False where an answer has weight 0 and is no target.
     """
-    mask = assistant_targets(ids) if is_trained is None else assistant_targets(ids) & is_trained
+    mask = assistant_targets(ids, tokenizer)
+    if is_trained is not None:
+        mask &= is_trained
     borders = np.flatnonzero(np.diff(mask)) + 1
     opening, closing = ("\x1b[32m", "\x1b[0m") if shows_colour() else ("[[", "]]")
     shown = []
     for part in np.split(np.arange(len(ids)), borders):
-        text = _printable(ids[part])
+        text = _printable(ids[part], tokenizer)
         shown.append(f"{opening}{text}{closing}" if len(part) and mask[part[0]] else text)
     return "".join(shown)
 
 
-def _printable(ids: np.ndarray) -> str:
+def _printable(ids: np.ndarray, tokenizer: Tokenizer) -> str:
     """The text of ids, in which all but newlines and printable characters are escaped."""
-    known = [int(token) for token in ids if token < N_VOCAB]
-    text = get_extended_tokenizer().decode(known, errors="backslashreplace")
+    known = [int(token) for token in ids if token < tokenizer.n_vocab]
+    text = tokenizer.enc.decode(known, errors="backslashreplace")
     return "".join(c if c == "\n" or c.isprintable() else repr(c)[1:-1] for c in text)
 
 
@@ -293,7 +295,10 @@ def print_findings(name: str, stream: TokenStream, findings: Findings, is_chat: 
     for problem, count in findings.problems.items():
         position = findings.first[problem]
         near = stream.read(max(position - 3, 0), min(position + 4, len(stream)))
-        pieces = " ".join(token_text(int(token)) if token < N_VOCAB else f"<{token}>" for token in near)
+        tokenizer = stream.tokenizer
+        pieces = " ".join(
+            tokenizer.token_text(int(token)) if token < tokenizer.n_vocab else f"<{token}>" for token in near
+        )
         print(f"  MALFORMED: {problem}: {count:,} times, first at token {position:,}: ... {pieces} ...")
     if not findings.problems:
         print("  every control token is well formed")
@@ -324,14 +329,15 @@ def main() -> int:
     streams, info = open_streams(options)
     for name, stream in streams.items():
         head = stream.read(0, min(len(stream), CHUNK_TOKENS))
-        is_chat = info.format == "chat" if info else bool((head == IM_START_ID).any())
-        findings = inspect(stream, is_chat, info.n_vocab if info else N_VOCAB)
+        is_chat = info.format == "chat" if info else bool((head == GPT2.im_start).any())
+        findings = inspect(stream, is_chat)
         print_findings(name, stream, findings, is_chat)
         disagreeing = disagreements(findings, info, name)
         print("".join(f"  MALFORMED: {sentence}\n" for sentence in disagreeing), end="")
         n_problems += len(findings.problems) + len(disagreeing)
         if is_chat and options.sample:
-            print(f"\n{show_sample(head[: options.sample], stream.is_trained(0, len(head[: options.sample])))}")
+            sample = head[: options.sample]
+            print(f"\n{show_sample(sample, stream.is_trained(0, len(sample)), stream.tokenizer)}")
     return 1 if n_problems else 0
 
 

@@ -2,7 +2,7 @@
 
     python testing_tools/compare_tokenizers.py
     python testing_tools/compare_tokenizers.py --dataset chitchat
-    python testing_tools/compare_tokenizers.py --input conversations.jsonl
+    python testing_tools/compare_tokenizers.py --input conversations.jsonl --tokenizer tales
 
 All get the same text: the conversations in ChatML, separated by <|endoftext|>. GPT-2's own tokenizer knows
 <|endoftext|> and needs several tokens for <|im_start|> and <|im_end|>. Prints a table, which also shows what each makes
@@ -12,6 +12,7 @@ reads.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import sys
 import time
@@ -28,10 +29,12 @@ from data.dataset import prepare_command, read_info
 from data.documents import Document, read_prepared
 from data.pipeline import DATA_FOLDER
 from data.readers.recognize import read_documents, recognize
+from data.vocabularies import open_tokenizer
 from setup_tokenizer import (
     ENDOFTEXT,
     IM_END_ID,
     IM_START_ID,
+    Tokenizer,
     encode_chat,
     get_base_tokenizer,
     get_extended_tokenizer,
@@ -77,6 +80,9 @@ class CompareOptions:
     split: str = option("val", "the split of --dataset to read", choices=("train", "val"))
     data_dir: str = option(str(DATA_FOLDER), "the folder with --dataset's files (default: data/)")
     limit: int = option(20_000, "largest number of conversations to read", at_least=1)
+    tokenizer: tuple[str, ...] = option(
+        (), "also tokenizers of one's own, by name or as tokenizer.json files", nargs="+", metavar="NAME"
+    )
     repeats: int = option(3, "how often to encode; the fastest time counts", at_least=1)
 
     def __post_init__(self):
@@ -120,8 +126,8 @@ def read_conversations(options: CompareOptions) -> tuple[str, list[list[dict]]]:
     return name, conversations
 
 
-def compare(conversations: Sequence[list[dict]], repeats: int) -> list[Measured]:
-    """GPT-2's own tokenizer, the extended one on messages, and the wrapper, on the same conversations."""
+def compare(conversations: Sequence[list[dict]], repeats: int, others: Sequence[Tokenizer] = ()) -> list[Measured]:
+    """GPT-2's own tokenizer, the extended one, the wrapper, and `others`, on the same conversations."""
     texts = [render_chat(messages) + ENDOFTEXT for messages in conversations]
     text_bytes = sum(len(text.encode("utf-8", "replace")) for text in texts)
     base, extended, wrapper = get_base_tokenizer(), get_extended_tokenizer(), ExtendedTokenizerWrapper()
@@ -130,6 +136,7 @@ def compare(conversations: Sequence[list[dict]], repeats: int) -> list[Measured]
         "extended": (lambda text: extended.encode(text, allowed_special="all"), texts),
         "extended, encode_chat": (lambda messages: encode_chat(messages, end_of_conversation=True), conversations),
         "historical wrapper": (wrapper.encode, texts),
+        **{other.name: (functools.partial(_encode_conversation, other), conversations) for other in others},
     }
     best_s = dict.fromkeys(ways, float("inf"))
     tokens = {}
@@ -141,13 +148,17 @@ def compare(conversations: Sequence[list[dict]], repeats: int) -> list[Measured]
     return [Measured(name, tokens[name], text_bytes / best_s[name] / 1e6) for name in ways]
 
 
+def _encode_conversation(tokenizer: Tokenizer, messages: list[dict]) -> list[int]:
+    return tokenizer.encode_chat(messages, end_of_conversation=True)
+
+
 def saving(results: Sequence[Measured]) -> float:
     """The fraction of GPT-2's tokens that the extended tokenizer saves."""
     tokens = {result.name: result.tokens for result in results}
     return 1 - tokens["extended, encode_chat"] / tokens["GPT-2"]
 
 
-def forged_ids() -> dict[str, int]:
+def forged_ids(others: Sequence[Tokenizer] = ()) -> dict[str, int]:
     """How many control tokens a message with their texts can forge, for each way of encoding it."""
     messages = [{"role": "user", "content": FORGERY}]
     text = render_chat(messages)
@@ -156,7 +167,10 @@ def forged_ids() -> dict[str, int]:
         "extended, encode_chat": encode_chat(messages),
         "historical wrapper": ExtendedTokenizerWrapper().encode(text),
     }
-    return {name: sum(token in (IM_START_ID, IM_END_ID) for token in ids) - 2 for name, ids in ways.items()}
+    forged = {name: sum(token in (IM_START_ID, IM_END_ID) for token in ids) - 2 for name, ids in ways.items()}
+    for other in others:
+        forged[other.name] = sum(token in (other.im_start, other.im_end) for token in other.encode_chat(messages)) - 2
+    return forged
 
 
 def main() -> None:
@@ -164,8 +178,9 @@ def main() -> None:
     name, conversations = read_conversations(options)
     n_messages = sum(map(len, conversations))
     print(f"{name}: {len(conversations):,} conversations, {n_messages:,} messages")
-    results = compare(conversations, options.repeats)
-    forged = forged_ids()
+    others = [open_tokenizer(word, Path(options.data_dir)) for word in options.tokenizer]
+    results = compare(conversations, options.repeats, others)
+    forged = forged_ids(others)
     baseline = results[0]
     print(f"{'tokenizer':<23} {'tokens':>12} {'saving':>8} {'MB/s':>8}   tokens forged by a message")
     for result in results:

@@ -30,7 +30,7 @@ from exchange.loading import load_model
 from generation.decoding import generate
 from generation.sampling import GREEDY
 from model import GPT
-from setup_tokenizer import ENDOFTEXT_ID, IM_END_ID, encode_chat, encode_text, token_text
+from setup_tokenizer import GPT2, Tokenizer
 
 MOST_LABELS = 32  # with more tokens, the axes show positions instead of tokens
 
@@ -51,17 +51,19 @@ class InspectOptions:
         check_options(self)
 
 
-def prompt_ids(prompt: str | None, is_chat: bool) -> list[int]:
+def prompt_ids(prompt: str | None, is_chat: bool, tokenizer: Tokenizer = GPT2) -> list[int]:
     """A prompt as gen.py gives it to the model: after `<|endoftext|>`, or as the user's message in ChatML."""
     if is_chat:
-        return encode_chat([{"role": "user", "content": prompt or "Hello! How are you?"}], add_generation_prompt=True)
-    return [ENDOFTEXT_ID, *encode_text("Once upon a time, there was a little" if prompt is None else prompt)]
+        message = {"role": "user", "content": prompt or "Hello! How are you?"}
+        return tokenizer.encode_chat([message], add_generation_prompt=True)
+    text = "Once upon a time, there was a little" if prompt is None else prompt
+    return [tokenizer.endoftext, *tokenizer.encode_text(text)]
 
 
-def reply_ids(model: GPT, prompt: list[int], max_tokens: int) -> list[int]:
+def reply_ids(model: GPT, prompt: list[int], max_tokens: int, tokenizer: Tokenizer = GPT2) -> list[int]:
     """What the model replies, the likeliest token each time, up to and with the token that ends the reply."""
     room = model.config.block_size - len(prompt)
-    stop_ids = (ENDOFTEXT_ID, IM_END_ID)
+    stop_ids = (tokenizer.endoftext, tokenizer.im_end)
     if not min(max_tokens, room):
         return []
     steps = generate(model, [prompt], min(max_tokens, room), GREEDY, stop_ids=stop_ids)
@@ -102,16 +104,16 @@ def attention_map(projection: Tensor, n_head: int) -> Tensor:
     return scores.masked_fill(is_later, -math.inf).softmax(-1)
 
 
-def print_next_tokens(log_probabilities: Tensor, top_k: int) -> None:
+def print_next_tokens(log_probabilities: Tensor, top_k: int, tokenizer: Tokenizer = GPT2) -> None:
     """Print the likeliest ids at one position (n_vocab,) as a table."""
     values, ids = log_probabilities.topk(min(top_k, len(log_probabilities)))
     print(f"{'rank':>4} {'id':>6} {'probability':>11}  token")
     for rank, (value, token_id) in enumerate(zip(values.tolist(), ids.tolist(), strict=True), 1):
-        print(f"{rank:>4} {token_id:>6} {percent(math.exp(value)):>11}  {shown(token_id)!r}")
+        print(f"{rank:>4} {token_id:>6} {percent(math.exp(value)):>11}  {shown(token_id, tokenizer)!r}")
 
 
-def draw_attention(path: Path, maps: Tensor, ids: Sequence[int], title: str, first_layer: int = 0) -> None:
-    """Draw attention maps (layers, H, T, T) as a PNG: one row per layer, one column per head.
+def draw_attention(path: Path, maps: Tensor, labels: Sequence[str], title: str, first_layer: int = 0) -> None:
+    """Draw attention maps (layers, H, T, T) as a PNG: one row per layer, one column per head, T labels of the tokens.
 
     Raises UserError if matplotlib is missing.
     """
@@ -134,9 +136,8 @@ def draw_attention(path: Path, maps: Tensor, ids: Sequence[int], title: str, fir
             axes.imshow(weights, norm=norm, cmap="viridis")
             axes.set_title(f"layer {first_layer + layer}, head {head}", fontsize=9)
             if is_labelled:
-                names = [axis_label(token_id) for token_id in ids]
-                axes.set_xticks(range(T), names, rotation=90, fontsize=7, parse_math=False)
-                axes.set_yticks(range(T), names, fontsize=7, parse_math=False)
+                axes.set_xticks(range(T), labels, rotation=90, fontsize=7, parse_math=False)
+                axes.set_yticks(range(T), labels, fontsize=7, parse_math=False)
     what = "token" if is_labelled else "position"
     figure.supxlabel(f"{what} attended to", fontsize=10)
     figure.supylabel(f"attending {what}", fontsize=10)
@@ -149,9 +150,8 @@ def draw_attention(path: Path, maps: Tensor, ids: Sequence[int], title: str, fir
         figure.savefig(file, format="png")
 
 
-def axis_label(token_id: int) -> str:
-    """A token as a short label, in characters that matplotlib's own font has."""
-    text = token_text(token_id)
+def axis_label(text: str) -> str:
+    """A token's text as a short label, in characters that matplotlib's own font has."""
     text = "".join(c if ord(c) < 0x250 else c.encode("ascii", "backslashreplace").decode() for c in text)
     text = text if len(text) <= 14 else text[:13] + "\u2026"
     return text if text.strip() else repr(text)
@@ -161,28 +161,30 @@ def inspect(options: InspectOptions) -> list[Path]:
     """Print the table and write the two files; returns their paths."""
     path = Path(options.checkpoint)
     model, info = load_model(path, choose_device(options.device))
-    prompt = prompt_ids(options.prompt, info.get("format") == "chat")
+    tokenizer = Tokenizer.from_info(info, options.checkpoint)
+    prompt = prompt_ids(options.prompt, info.get("format") == "chat", tokenizer)
     folder = check_inspection(options, path, model, prompt)
     if len(prompt) > model.config.block_size:
         print(f"note: the prompt has {len(prompt)} tokens; only the last {model.config.block_size} are used")
         prompt = prompt[-model.config.block_size :]
     n_prompt = len(prompt)
     try:
-        ids = [*prompt, *reply_ids(model, prompt, options.max_tokens)]
+        ids = [*prompt, *reply_ids(model, prompt, options.max_tokens, tokenizer)]
     except FloatingPointError as error:
         raise UserError(f"the logits of {path} are not finite; use another checkpoint") from error
     log_probabilities, maps = look(model, ids)
     if not log_probabilities.isfinite().all():
         raise UserError(f"the logits of {path} are not finite; use another checkpoint")
-    print_next_tokens(log_probabilities[n_prompt - 1], options.top_k)
+    print_next_tokens(log_probabilities[n_prompt - 1], options.top_k, tokenizer)
 
     picture, page = folder / f"{path.stem}-attention.png", folder / f"{path.stem}-tokens.html"
     first_layer, last_layer = (0, None) if options.layer is None else (options.layer, options.layer + 1)
     maps = maps[first_layer:last_layer, :, :n_prompt, :n_prompt]
-    draw_attention(picture, maps, prompt, f"{path.stem}: attention weights, each row sums to 1", first_layer)
+    labels = [axis_label(tokenizer.token_text(token_id)) for token_id in prompt]
+    draw_attention(picture, maps, labels, f"{path.stem}: attention weights, each row sums to 1", first_layer)
     title = f"{path.stem}: loss of each token"
     with atomic_write(page, "w", encoding="utf-8") as file:
-        file.write(losses_page(title, ids, token_losses(ids, log_probabilities), n_prompt))
+        file.write(losses_page(title, ids, token_losses(ids, log_probabilities, tokenizer), n_prompt, tokenizer))
     for file_path in (picture, page):
         print(f"wrote {file_path}")
     return [picture, page]

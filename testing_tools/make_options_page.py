@@ -46,7 +46,7 @@ with `--no-compile`. An empty default means that the option is not used unless i
 
 def script_paths() -> list[str]:
     """The scripts that take options, relative to the project: the README's first, then data/ and testing_tools/."""
-    folders = (ROOT / "data").glob("prepare-*.py"), (ROOT / "testing_tools").glob("*.py"), ROOT.glob("*.py")
+    folders = (ROOT / "data").glob("*-*.py"), (ROOT / "testing_tools").glob("*.py"), ROOT.glob("*.py")
     found = {path.relative_to(ROOT).as_posix() for paths in folders for path in paths if _takes_options(path)}
     rest = sorted(found - set(FIRST), key=lambda path: ("/" in path, path))
     return [*(path for path in FIRST if path in found), *rest]

@@ -17,7 +17,7 @@ from common.cli import option, parse_options, run_script
 from common.device import choose_device, choose_dtype
 from common.speedups import load_speedups
 from generation.chat import ChatSession
-from setup_tokenizer import ENDOFTEXT_ID, IM_END_ID, IM_START_ID
+from setup_tokenizer import Tokenizer
 
 LINES = ("Hello!", "My name is Priya.", "How are you today?", "What is my name?", "Thank you!", "Goodbye!")
 
@@ -39,9 +39,10 @@ def main() -> None:
     from generation.sampling import GREEDY
 
     device = choose_device(options.device)
-    model, _ = load_model(options.checkpoint, device, choose_dtype(None, device))
-    settings = Settings(GREEDY, stop_ids=(IM_END_ID, IM_START_ID, ENDOFTEXT_ID))
-    session = ChatSession(TextEngine(model, settings))
+    model, info = load_model(options.checkpoint, device, choose_dtype(None, device))
+    tokenizer = Tokenizer.from_info(info, options.checkpoint)
+    settings = Settings(GREEDY, stop_ids=tuple(tokenizer.special_tokens.values()))
+    session = ChatSession(TextEngine(model, settings, tokenizer=tokenizer))
     for line in options.lines or LINES:
         print(f"you:  {line}")
         print(f"jojo: {''.join(session.reply(line))}", flush=True)

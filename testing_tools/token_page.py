@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from setup_tokenizer import get_extended_tokenizer, token_text
+from setup_tokenizer import GPT2, Tokenizer
 
 TOP_LOSS = 8.0  # nats; this loss and all above have the same colour
 COLOURS = ((255, 250, 240), (253, 187, 99), (200, 50, 40), (90, 10, 30))  # from loss 0 to TOP_LOSS
@@ -30,19 +30,19 @@ class TokenLoss:
     loss: float
 
 
-def token_losses(ids: Sequence[int], log_probabilities: Tensor) -> list[TokenLoss]:
+def token_losses(ids: Sequence[int], log_probabilities: Tensor, tokenizer: Tokenizer = GPT2) -> list[TokenLoss]:
     """How the model saw each id but the first, from the log probabilities (T, n_vocab) after each of T ids."""
     seen = []
     for token_id, scores in zip(ids[1:], log_probabilities[:-1], strict=True):
         loss = -scores[token_id].item()
         rank = 1 + int((scores > scores[token_id]).sum())
-        seen.append(TokenLoss(token_id, token_text(token_id), math.exp(-loss), rank, loss))
+        seen.append(TokenLoss(token_id, tokenizer.token_text(token_id), math.exp(-loss), rank, loss))
     return seen
 
 
-def shown(token_id: int) -> str:
+def shown(token_id: int, tokenizer: Tokenizer = GPT2) -> str:
     """A token as text; an id that only pads the vocabulary has none."""
-    return token_text(token_id) if token_id < get_extended_tokenizer().n_vocab else "(padding)"
+    return tokenizer.token_text(token_id) if token_id < tokenizer.n_vocab else "(padding)"
 
 
 def percent(probability: float) -> str:
@@ -118,17 +118,19 @@ among all {n_vocab:,} tokens would cost {uniform:.1f} nats. Point at a token for
 """
 
 
-def losses_page(title: str, ids: Sequence[int], seen: Sequence[TokenLoss], n_prompt: int) -> str:
+def losses_page(
+    title: str, ids: Sequence[int], seen: Sequence[TokenLoss], n_prompt: int, tokenizer: Tokenizer = GPT2
+) -> str:
     """The page for ids: the first `n_prompt` are the prompt, the others are the model's reply.
 
     `seen` are the losses of all ids but the first, which is given. Each token has its numbers as a tooltip and in a
     table.
     """
-    spans = [f"<span>{html.escape(shown(ids[0]))}</span>", *map(_span, seen)]
+    spans = [f"<span>{html.escape(shown(ids[0], tokenizer))}</span>", *(_span(token, tokenizer) for token in seen)]
     sections = [_section("Prompt", spans[:n_prompt], seen[: n_prompt - 1])]
     if len(ids) > n_prompt:
         sections.append(_section("Reply, the likeliest token each time", spans[n_prompt:], seen[n_prompt - 1 :]))
-    n_vocab = get_extended_tokenizer().n_vocab
+    n_vocab = tokenizer.n_vocab
     return PAGE.format(
         title=html.escape(title),
         n_vocab=n_vocab,
@@ -157,10 +159,10 @@ def _section(heading: str, spans: Sequence[str], seen: Sequence[TokenLoss]) -> s
     return f'<h2>{heading}</h2>\n<p>{counts}</p>\n<div class="text">{"".join(spans)}</div>'
 
 
-def _span(token: TokenLoss) -> str:
+def _span(token: TokenLoss, tokenizer: Tokenizer) -> str:
     name = html.escape(token.text)
     numbers = f"probability {percent(token.probability)}, rank {token.rank:,}, loss {token.loss:.2f} nats"
-    newline = "\n" if "\n" in get_extended_tokenizer().decode([token.token_id]) else ""
+    newline = "\n" if b"\n" in tokenizer.token_bytes(token.token_id) else ""
     return f'<span style="{style(token.loss)}" title="{name}: {numbers}">{name}</span>{newline}'
 
 

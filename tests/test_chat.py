@@ -14,6 +14,7 @@ from data.readers.records import read_records
 from generation.chat import ChatSession, PromptSession, Quit, chat_ids
 from setup_tokenizer import (
     ENDOFTEXT_ID,
+    GPT2,
     IM_END,
     IM_END_ID,
     IM_START,
@@ -28,6 +29,8 @@ ENC = get_extended_tokenizer()
 
 class EchoEngine:
     """Replies with a counter, and records what it is given."""
+
+    tokenizer = GPT2
 
     def __init__(self, block_size: int = 200):
         self.block_size, self.temperature, self.calls = block_size, 0.5, []

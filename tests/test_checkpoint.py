@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import io
 import json
@@ -270,8 +271,9 @@ def test_a_damaged_nanogpt_checkpoint_is_refused(tmp_path):
 
 
 def test_another_vocabulary_is_refused(gpt, path):
-    with pytest.raises(UserError, match=r"a.pt has a vocabulary of 64 ids instead of GPT-2's"):
-        load_weights(GPT(TINY), gpt.state_dict(), "a.pt")
+    larger = dataclasses.replace(TINY, vocab_size=128, n_vocab=100)
+    with pytest.raises(UserError, match=r"a.pt has a vocabulary of 64 ids instead of the 100 of the data's tokenizer"):
+        load_weights(GPT(larger), gpt.state_dict(), "a.pt")
 
 
 # Names, copies, random states

@@ -18,7 +18,7 @@ from common.speedups import load_speedups
 from data.dataset import open_dataset
 from evaluate import EvaluateOptions, measure
 from evaluation import stories
-from evaluation.bootstrap import margin, paired_bootstrap
+from evaluation.bootstrap import NATS_PER_TOKEN, Scored, margin, paired_bootstrap
 from evaluation.printing import digits_of, print_report, verdict_line
 from evaluation.scoring import score, summarize, windows
 from evaluation.splits import read_split
@@ -192,7 +192,7 @@ def test_the_bootstrap_sees_a_real_difference_and_no_false_one(tmp_path):
     first = rng.normal(3, 1, len(split.ids)).astype(np.float32)
     noise = rng.normal(0, 1, len(split.ids)).astype(np.float32)
     noise -= noise[1:].mean()
-    same, better = (paired_bootstrap(split, "all", first, first + shift + noise) for shift in (0.0, -0.5))
+    same, better = (bootstrap(split, first, first + shift + noise) for shift in (0.0, -0.5))
     assert not same["excludes_zero"] and same["interval"][0] < 0 < same["interval"][1]
     assert better["excludes_zero"] and better["interval"][1] < 0
     assert better["difference"] == pytest.approx(-0.5, abs=1e-3)
@@ -200,7 +200,7 @@ def test_the_bootstrap_sees_a_real_difference_and_no_false_one(tmp_path):
     # Against the textbook's standard error of a mean of independent values.
     error = 1.96 / math.sqrt(len(split.ids) - 1)
     assert (same["interval"][1] - same["interval"][0]) / 2 == pytest.approx(error, rel=0.25)
-    assert better == paired_bootstrap(split, "all", first, first - np.float32(0.5) + noise)
+    assert better == bootstrap(split, first, first - np.float32(0.5) + noise)
     assert margin(split, "all", first) == pytest.approx(error, rel=0.25)
 
 
@@ -220,17 +220,22 @@ def test_a_number_has_the_digits_that_its_margin_allows():
         assert digits_of({**numbers, "loss_margin": loss_margin}) == digits
 
 
+def bootstrap(split, first: np.ndarray, second: np.ndarray) -> dict | None:
+    return paired_bootstrap("all", Scored("a.pt", split, first), Scored("b.pt", split, second))
+
+
 def test_few_documents_are_resampled_in_blocks(tmp_path):
     split = val_split(write_dataset(tmp_path, "book", ["word " * 2600]), "book")
-    bootstrap = paired_bootstrap(split, "all", np.ones(len(split.ids)), np.ones(len(split.ids)))
-    assert bootstrap["units"] == "11 blocks of 256 tokens" and not bootstrap["excludes_zero"]
+    found = bootstrap(split, np.ones(len(split.ids)), np.ones(len(split.ids)))
+    assert found["units"] == "11 blocks of 256 tokens" and not found["excludes_zero"]
     short = val_split(write_dataset(tmp_path, "short", ["A word. " * 600]), "short")
-    assert paired_bootstrap(short, "all", np.ones(len(short.ids)), np.ones(len(short.ids))) is None
+    assert bootstrap(short, np.ones(len(short.ids)), np.ones(len(short.ids))) is None
 
 
 def test_a_verdict_claims_no_more_than_the_interval_allows():
     verdict = {"scope": "all", "best": "b.pt", "second": "a.pt"}
     clear = {"difference": 0.12345, "interval": [0.1, 0.15], "excludes_zero": True, "units": "90 documents"}
+    clear["measure"] = NATS_PER_TOKEN
     line = verdict_line("story", {**verdict, "bootstrap": clear})
     assert "b.pt is better than a.pt by 0.123 nats per token (95 % interval 0.100 to 0.150)" in line
     assert line.endswith("its perplexity is 12 % lower")  # 1 - exp(-0.12345) is 0.1161
@@ -301,7 +306,7 @@ def test_8_bit_weights_cost_a_little_and_not_nothing(tmp_path, monkeypatch, caps
     [
         ({}, {"dataset": "nowhere"}, {}, "nowhere-train.bin not found; run: "),
         ({}, {"dataset": "unknown"}, {}, "name a data set with --dataset"),
-        ({}, {"tokenizer": {"name": "char"}}, {}, "uses the tokenizer char"),
+        ({}, {"tokenizer": {"name": "char"}}, {}, "does not contain its tokenizer char"),
         ({"n_vocab": 50257, "vocab_size": 50257}, {"dataset": "chat"}, {}, "the model has 50257 ids"),
         ({}, {}, {"stride": BLOCK_SIZE + 1}, "exceeds the block size 16"),
     ],

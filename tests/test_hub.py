@@ -270,22 +270,9 @@ def test_a_second_source_is_tried_when_the_first_is_gone(tmp_path, run_scripts):
         assert part in sentence
 
 
-def test_a_branch_that_moved_is_another_input_and_a_pinned_revision_is_not_asked_for(tmp_path, run_scripts):
-    files = {
-        f"data/{split}-00000-of-00001.parquet": parquet(chat_records(*part))
-        for split, part in (("train_sft", (0, 9)), ("test_sft", (9, 11)))
-    }
-    card = b"---\nconfigs:\n- config_name: default\n  data_files:\n"
-    card += b"  - {split: train_sft, path: data/train_sft-*}\n  - {split: test_sft, path: data/test_sft-*}\n---\n"
-    command = [str(ROOT / "data" / "prepare-chat.py"), "--source", "everyday", "--output_dir", str(tmp_path / "out")]
-    assert not SOURCES["everyday"][0].is_pinned
-    with HubServer({SOURCES["everyday"][0].repository: files | {"README.md": card}}) as hub:
-        environment = hub.environment(tmp_path / "cache")
-        first, again = run_scripts([command, command], tmp_path, environment)
-        hub.commit = hub.commit[::-1]
-        (moved,) = run_scripts([command], tmp_path, environment)
-    assert not first.status and "already prepared" in again.output and "already prepared" not in moved.output
-    assert read_info(tmp_path / "out", "chat").input_digest == hub.commit
+def test_only_the_hubs_own_conversion_is_not_pinned_by_commit():
+    branches = [source for sources in SOURCES.values() for source in sources if not source.is_pinned]
+    assert [source.revision for source in branches] == ["refs/convert/parquet"]
 
 
 def test_all_data_sets_in_one_go_and_what_is_missing_is_said(tmp_path):

@@ -104,11 +104,14 @@ def test_every_chat_source_is_read_in_its_own_layout_and_a_gated_one_asks_for_a_
     ]
     pairs = [{"instruction": f"q{n}", "context": "", "response": f"a{n}", "category": "x"} for n in range(20)]
     served = {
-        "HuggingFaceTB/everyday-conversations-llama3.1-2k": {
-            "data/train_sft-00000-of-00001.parquet": parquet(chat_records(0, 9)),
-            "data/test_sft-00000-of-00001.parquet": parquet(chat_records(9, 11)),
-            "README.md": b"---\nconfigs:\n- config_name: default\n  data_files:\n"
-            b"  - {split: train_sft, path: data/train_sft-*}\n  - {split: test_sft, path: data/test_sft-*}\n---\n",
+        "HuggingFaceTB/smoltalk": {
+            "data/everyday-conversations/train-00000-of-00001.parquet": parquet(chat_records(0, 9)),
+            "data/everyday-conversations/test-00000-of-00001.parquet": parquet(chat_records(9, 11)),
+            "data/all/train-00000-of-00009.parquet": parquet(chat_records(20, 30)),
+            "README.md": b"---\nconfigs:\n- config_name: all\n  data_files:\n"
+            b"  - {split: train, path: data/all/train-*}\n- config_name: everyday-conversations\n  data_files:\n"
+            b"  - {split: train, path: data/everyday-conversations/train-*}\n"
+            b"  - {split: test, path: data/everyday-conversations/test-*}\n---\n",
         },
         "OpenAssistant/oasst1": {
             "data/train-00000-of-00001.parquet": parquet(rows[:18]),

@@ -200,7 +200,7 @@ def test_what_cannot_be_inspected_is_said(tmp_path, monkeypatch, settings, words
 
 
 def test_axis_labels_are_short_and_in_the_pictures_font():
-    labels = [inspect_model.axis_label(token_id) for token_id in range(50259)]
+    labels = [inspect_model.axis_label(token_text(token_id)) for token_id in range(50259)]
     assert max(map(len, labels)) <= 14 + 2
     assert all(label.strip() and all(ord(c) < 0x250 or c == "\u2026" for c in label) for label in labels)
 

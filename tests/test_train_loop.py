@@ -76,7 +76,7 @@ def test_a_step_does_not_wait_for_the_device(monkeypatch):
     shape = {"n_layer": 1, "n_head": 2, "n_embd": 8, "block_size": 16, "dropout": 0.1}
     config = config_of(**shape, batch_size=1, gradient_accumulation_steps=2, dtype="float32", document_mask=True)
     config = dataclasses.replace(config, device="meta")
-    gpt = make_model(model_config(shape)).to("meta").train()
+    gpt = make_model(model_config({**shape, "n_vocab": config.n_vocab})).to("meta").train()
     load_speedups(plain=False).speed_up_training(gpt)
     both = make_optimizers(gpt, config)
     scaler = torch.amp.GradScaler("cpu", enabled=False)

@@ -206,6 +206,7 @@ class RunConfig:
     n_head: int
     n_embd: int
     block_size: int
+    n_vocab: int  # ids of the data's tokenizer
     dropout: float
     batch_size: int
     gradient_accumulation_steps: int
@@ -269,6 +270,7 @@ def make_config(
     formats = {part["format"] for part in data.get("parts") or [data]}
     _check_combinations(options, given, formats, is_plain=speed_up is None)
     shape = _shape(options, device, info)
+    shape["n_vocab"] = data["n_vocab"]
     chosen = {**shape, **_choices(options, device, formats, shape["n_embd"], has_fast_parts=speed_up is not None)}
 
     # The micro-batch: the default or the largest that fits, while the sequences per iteration stay the same.

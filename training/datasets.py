@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-from data.dataset import DatasetInfo, data_parts, open_dataset, require_length
+from common.cli import UserError
+from data.dataset import DatasetInfo, data_parts, open_dataset, prepare_command, require_length
 from data.token_stream import TokenStream
+from setup_tokenizer import GPT2, Tokenizer
 from training.batches import fixed_batches
 from training.config import RunConfig
 from training.mixture import MixedRows, mixture_facts, parse_mixture
@@ -22,6 +25,7 @@ class TrainingData:
     parts: dict[str, tuple[dict[str, TokenStream], DatasetInfo]]  # as open_dataset returns them
     shares: dict[str, Fraction]
     facts: dict[str, Any]  # what a checkpoint stores about them, see mixture_facts
+    tokenizer: Tokenizer = GPT2
 
     @property
     def formats(self) -> list[str]:
@@ -33,6 +37,16 @@ class TrainingData:
         for streams, _ in self.parts.values():
             require_length(streams, block_size)
 
+    def require_tokenizer_of(self, info: Mapping[str, Any], path: str) -> None:
+        """Raise UserError if the model in `path`, whose facts are `info`, has another tokenizer than the data."""
+        found = Tokenizer.from_info(info, path)
+        if found != self.tokenizer:
+            name = next(iter(self.parts))
+            raise UserError(
+                f"{path} has the tokenizer {found.name} and {name} was prepared with {self.tokenizer.name}; prepare it "
+                f"with the model's: {prepare_command(name)} --tokenizer {found.option}"
+            )
+
     def mean_loss(self, losses: dict[str, float]) -> float:
         """The mean of the parts' losses, weighted by their shares."""
         return sum(float(self.shares[name]) * loss for name, loss in losses.items())
@@ -42,8 +56,16 @@ def open_data(dataset: str, data_dir: str) -> TrainingData:
     """Open and check the data sets that --dataset names. Raises UserError, see `open_dataset`."""
     shares = parse_mixture(dataset)
     parts = {name: open_dataset(Path(data_dir), name) for name in shares}
+    tokenizers = {name: streams["train"].tokenizer for name, (streams, _) in parts.items()}
+    first, tokenizer = next(iter(tokenizers.items()))
+    for name, other in tokenizers.items():
+        if other != tokenizer:
+            raise UserError(
+                f"{first} was prepared with the tokenizer {tokenizer.name} and {name} with {other.name}; prepare both "
+                f"with one, for example: {prepare_command(name)} --tokenizer {tokenizer.option}"
+            )
     facts = mixture_facts({name: info.to_json() for name, (_, info) in parts.items()}, shares)
-    return TrainingData(parts, shares, facts)
+    return TrainingData(parts, shares, facts, tokenizer)
 
 
 def make_rows(data: TrainingData, config: RunConfig) -> tuple[TextRows | ChatRows | MixedRows, dict[str, list]]:

@@ -11,19 +11,20 @@ from torch import Tensor
 
 from common.checkpoint import load_weights
 from common.cli import UserError
-from model import GPT, GPTConfig
+from model import GPT, GPTConfig, padded_vocab_size
 
-SHAPE = ("block_size", "n_layer", "n_head", "n_embd", "dropout")
+SHAPE = ("block_size", "n_vocab", "n_layer", "n_head", "n_embd", "dropout")
 PUBLISHED_WIDTH, PUBLISHED_STD = 768, 0.02  # GPT-2's smallest model, and the spread of its new embeddings
 
 
 def model_config(shape: Mapping[str, Any], checkpoint: dict | None = None) -> GPTConfig:
-    """The GPTConfig of a run from its SHAPE options; a checkpoint says whether there are biases and how many ids."""
+    """The GPTConfig of a run from its SHAPE; a checkpoint says whether there are biases, and may have more rows."""
     settings = {name: shape[name] for name in SHAPE}
+    settings["vocab_size"] = padded_vocab_size(shape["n_vocab"])
     if checkpoint:
         saved = checkpoint["info"]["model"]
         settings["bias"] = saved["bias"]
-        settings["vocab_size"] = max(GPTConfig.vocab_size, saved["vocab_size"])
+        settings["vocab_size"] = max(settings["vocab_size"], saved["vocab_size"])
     try:
         return GPTConfig(**settings)
     except ValueError as error:

@@ -72,6 +72,7 @@ def mixture_facts(facts: Mapping[str, dict], shares: Mapping[str, Fraction]) -> 
         "format": "chat" if any(part["format"] == "chat" for part in parts) else "text",
         "tokenizer": first["tokenizer"],
         "n_vocab": first["n_vocab"],
+        **({"tokenizer_digest": first["tokenizer_digest"]} if "tokenizer_digest" in first else {}),
         "parts": parts,
     }
 

@@ -6,8 +6,8 @@ import contextlib
 import shlex
 import time
 from collections.abc import Callable
-from typing import Any
 
+import tiktoken
 import torch
 
 from common.cli import UserError
@@ -17,6 +17,7 @@ from data.dataset import data_parts
 from generation.decoding import generate
 from generation.sampling import PREVIEW_SAMPLING
 from model import GPT
+from setup_tokenizer import control_ids, encode_chat, get_extended_tokenizer
 from training.config import RunConfig
 from training.parallel import world_size
 from training.run import Run
@@ -93,16 +94,15 @@ class Clock:
         return tokens_per_s
 
 
-def sample_text(model: GPT, config: RunConfig, enc, chat: bool, iter_num: int) -> str:
+def sample_text(model: GPT, config: RunConfig, enc: tiktoken.Encoding, chat: bool, iter_num: int) -> str:
     """A short text by the current model, decoded with `enc`; does not change the global random states."""
-    import setup_tokenizer
-
+    endoftext, _, im_end = control_ids(config.n_vocab)
     if chat:
-        prompt = setup_tokenizer.encode_chat([{"role": "user", "content": "Hello! How are you?"}], True)
+        prompt = encode_chat([{"role": "user", "content": "Hello! How are you?"}], True, enc=enc)
     else:
-        prompt = [setup_tokenizer.ENDOFTEXT_ID]
+        prompt = [endoftext]
     generator = torch.Generator(config.device).manual_seed(config.seed + iter_num)
-    stop_ids = (setup_tokenizer.ENDOFTEXT_ID, setup_tokenizer.IM_END_ID)
+    stop_ids = (endoftext, im_end)
     max_tokens = min(60, config.block_size - len(prompt))
     steps = generate(model, [prompt], max_tokens, PREVIEW_SAMPLING, generator=generator, stop_ids=stop_ids)
     ids = [int(step[0]) for step in steps]
@@ -112,12 +112,12 @@ def sample_text(model: GPT, config: RunConfig, enc, chat: bool, iter_num: int) -
 class Sampler:
     """Prints a sample of the model at an evaluation, or nothing if the tokenizer cannot be loaded.
 
-    `load` returns the tokenizer or raises UserError; it is called once.
+    `load` returns the encoding or raises UserError; it is called once.
     """
 
-    def __init__(self, load: Callable[[], Any] | None = None):
-        self.load = load or _tokenizer
-        self.enc: Any = None
+    def __init__(self, load: Callable[[], tiktoken.Encoding] = get_extended_tokenizer):
+        self.load = load
+        self.enc: tiktoken.Encoding | None = None
         self.is_loaded = False
 
     def __call__(self, model: GPT, config: RunConfig, chat: bool, iter_num: int) -> None:
@@ -132,9 +132,3 @@ class Sampler:
         text = sample_text(model, config, self.enc, chat, iter_num)
         torch.use_deterministic_algorithms(config.deterministic)
         print(f"  sample: {text.strip()!r}")
-
-
-def _tokenizer() -> Any:
-    import setup_tokenizer
-
-    return setup_tokenizer.get_extended_tokenizer()

@@ -14,7 +14,7 @@ import numpy as np
 from common.cli import UserError
 from data.token_stream import TokenStream
 from model import IGNORED
-from setup_tokenizer import ENDOFTEXT_ID, IM_START_ID, ROLE_IDS
+from setup_tokenizer import GPT2, ROLES, Tokenizer
 from training.targets import assistant_targets
 
 SCANNED_TOKENS = 1 << 20  # in memory at a time while answers are looked for
@@ -63,7 +63,8 @@ class ChatRows:
         self, stream: TokenStream, block_size: int, seed: int, loss_on: str = "assistant", end_pieces: bool = False
     ):
         self.stream, self.block_size, self.seed, self.loss_on = stream, block_size, seed, loss_on
-        ends = complete_ends = stream.positions_of(ENDOFTEXT_ID) + 1
+        self.tokenizer = stream.tokenizer
+        ends = complete_ends = stream.positions_of(self.tokenizer.endoftext) + 1
         if not len(ends) or ends[-1] < len(stream):
             ends = np.append(ends, len(stream))
         starts = np.concatenate([[0], ends[:-1]])
@@ -86,7 +87,7 @@ class ChatRows:
 
         Each is (start of the message in which it starts, start, end).
         """
-        starts = (np.flatnonzero(self.stream.read(start, end) == IM_START_ID) + start).tolist()
+        starts = (np.flatnonzero(self.stream.read(start, end) == self.tokenizer.im_start) + start).tolist()
         if starts[:1] != [start]:  # whatever comes before the first message is cut like a message
             starts = [start, *starts]
         pieces, message, position = [], start, start
@@ -108,8 +109,8 @@ class ChatRows:
         has_target = np.zeros(len(self._pieces), dtype=bool)
         ends = self._pieces[:n_whole, 2]
         for first in range(0, len(self.stream) if n_whole else 0, SCANNED_TOKENS):
-            last = first + SCANNED_TOKENS + 4
-            spoken = first_spoken_ids(self.stream.read(first, last))
+            last = first + SCANNED_TOKENS + header_length(self.tokenizer)
+            spoken = first_spoken_ids(self.stream.read(first, last), self.tokenizer)
             spoken = first + spoken[self.stream.is_trained(first, last)[spoken]]
             piece = np.minimum(np.searchsorted(ends, spoken, side="right"), n_whole - 1)
             has_target[piece[self._pieces[piece, 1] <= spoken]] = True
@@ -157,7 +158,7 @@ class ChatRows:
 
     def row(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         """Ids and targets, (block_size,) each, of the epoch's row `index`."""
-        ids = np.full(self.block_size + 1, ENDOFTEXT_ID, dtype=np.int64)
+        ids = np.full(self.block_size + 1, self.tokenizer.endoftext, dtype=np.int64)
         counts = np.zeros(self.block_size + 1, dtype=bool)
         position = 0
         for piece in self._rows[index]:
@@ -172,20 +173,31 @@ class ChatRows:
 
     def _is_target(self, start: int, end: int) -> np.ndarray:
         is_trained = self.stream.is_trained(start, end)
-        return is_trained if self.loss_on == "all" else is_trained & assistant_targets(self.stream.read(start, end))
+        return (
+            is_trained
+            if self.loss_on == "all"
+            else is_trained & assistant_targets(self.stream.read(start, end), self.tokenizer)
+        )
 
 
-def first_spoken_ids(ids: np.ndarray) -> np.ndarray:
-    """The positions of the first target of each message of the assistant in ids (N,), without the last four ids.
+def header_length(tokenizer: Tokenizer) -> int:
+    """The ids before an answer: `<|im_start|>`, those of the role "assistant", and the line end."""
+    return len(tokenizer.role_ids[ROLES.index("assistant")]) + 2
+
+
+def first_spoken_ids(ids: np.ndarray, tokenizer: Tokenizer = GPT2) -> np.ndarray:
+    """The positions of the first target of each message of the assistant in ids (N,), without the last few ids.
 
     The same as the first True of each message in `assistant_targets`, but much faster. A message without any id after
-    its header has none.
+    its header has none. The last `header_length` ids are not searched.
     """
-    starts = np.flatnonzero(ids[:-4] == IM_START_ID)
-    name, role = ROLE_IDS["assistant"]
-    is_assistant = (ids[starts + 1] == name) & (ids[starts + 2] == role) & (ids[starts + 3] < ENDOFTEXT_ID)
-    spoken = starts[is_assistant] + 4
-    return spoken[(ids[spoken] != ENDOFTEXT_ID) & (ids[spoken] != IM_START_ID)]
+    header = header_length(tokenizer)
+    starts = np.flatnonzero(ids[:-header] == tokenizer.im_start)
+    is_assistant = ids[starts + header - 1] < tokenizer.endoftext  # the id with the line end
+    for offset, role_id in enumerate(tokenizer.role_ids[ROLES.index("assistant")], 1):
+        is_assistant &= ids[starts + offset] == role_id
+    spoken = starts[is_assistant] + header
+    return spoken[(ids[spoken] != tokenizer.endoftext) & (ids[spoken] != tokenizer.im_start)]
 
 
 def pack_best_fit(items: list[int], lengths: np.ndarray, capacity: int) -> list[list[int]]:

@@ -42,10 +42,11 @@ class Run:
         optimizers: Sequence[Optimizer],
         scaler: torch.amp.GradScaler,
         data: Mapping[str, Any],
+        tokenizer: Mapping[str, Any],
         files: RunFiles,
     ):
         self.config, self.model, self.optimizers, self.scaler = config, model, optimizers, scaler
-        self.data, self.files = data, files
+        self.data, self.tokenizer, self.files = data, tokenizer, files
         self.started, self.elapsed_s = time.perf_counter(), 0.0
         self.iter_num = self.tokens_seen = self.skipped_steps = 0
         self.train_loss: float | None = None
@@ -123,7 +124,7 @@ class Run:
             "dataset": mixture_name(self.config.dataset),
             "format": self.data["format"],
             "data": self.data,
-            "tokenizer": {"name": self.data["tokenizer"], "n_vocab": self.data["n_vocab"]},
+            "tokenizer": self.tokenizer,
             "config": dataclasses.asdict(self.config),
             "elapsed_s": self.total_elapsed_s(),
             "val_losses": self.val_losses,

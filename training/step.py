@@ -19,7 +19,7 @@ from training.targets import document_numbers
 
 def to_device(config: RunConfig, ids: np.ndarray, targets: np.ndarray) -> tuple[Tensor, Tensor, Tensor | None]:
     """Rows on the device: ids, targets and, if attention is to stay inside documents, each id's document number."""
-    arrays = [ids, targets, document_numbers(ids)] if config.document_mask else [ids, targets]
+    arrays = [ids, targets, document_numbers(ids, config.n_vocab)] if config.document_mask else [ids, targets]
     tensors = [torch.from_numpy(array) for array in arrays]
     if config.device.startswith("cuda"):  # pinned memory can be copied while the device computes
         tensors = [tensor.pin_memory().to(config.device, non_blocking=True) for tensor in tensors]

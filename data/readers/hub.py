@@ -39,23 +39,6 @@ def _fetch(source: HubSource, name: str) -> Path:
     return fetch_file(source.repository, name, remedy, repo_type="dataset", revision=source.revision)
 
 
-def hub_commit(source: HubSource) -> str | None:
-    """The commit of a source, which tells a finished preparation from an outdated one.
-
-    A pinned revision is the commit. For a branch the hub is asked; None if it cannot be, for instance offline, and
-    reading from it then reports why.
-    """
-    import huggingface_hub
-    from huggingface_hub.errors import HTTPError
-
-    if source.is_pinned:
-        return source.revision
-    try:
-        return huggingface_hub.HfApi().dataset_info(source.repository, revision=source.revision).sha
-    except (OSError, HTTPError, ValueError):
-        return None
-
-
 def stream_hub(
     repository: str,
     config: str | None = None,

@@ -1,0 +1,199 @@
+"""The texts that a tokenizer learns from: read from files, cleaned, and sampled if there are too many.
+
+    found = recognized_files(["stories.txt"])
+    for text in ChosenTexts(found, survey(found), max_bytes=10**8): ...
+
+Texts are streamed: a few blocks or one document are in memory at a time, and a small sample to measure with.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from tqdm import tqdm
+
+from common.cli import UserError
+from data.cleaning import fix_mojibake, normalise
+from data.counts import Skipped, n_dropped, reasons_in_words
+from data.readers.files import ALL_SUFFIXES, is_text, split_suffix
+from data.readers.inputs import input_files, parse_suffixes
+from data.readers.recognize import Recognized, UnknownContent, read_documents, recognize
+
+MEASURED_BYTES = 8_000_000  # of text, on which memory and bytes per token are measured
+PART_CHARACTERS = 1 << 18
+# What tokenizers 0.23.3 holds while it learns, for each different piece of text: 3.1 KB for pieces of 32 bytes
+# (Japanese and Chinese manual pages), 1.2 KB for pieces of 10 bytes (German and French ones). With 800 MB for them, the
+# whole process stays below 1 GB.
+MEMORY_PER_PIECE, MEMORY_PER_PIECE_BYTE = 300, 90
+MEMORY_BYTES = 800e6
+
+
+def recognized_files(
+    paths: Sequence[str], field: str = "text", suffixes: Sequence[str] = (), encoding: str | None = None
+) -> list[Recognized]:
+    """What each file that --input names contains, printed; one in a folder with unknown records is left out."""
+    files = input_files(paths, ALL_SUFFIXES, parse_suffixes(suffixes), encoding=encoding, takes_more=True)
+    found = []
+    for file in files:
+        try:
+            found.append(recognize(file, field))
+        except UnknownContent as error:
+            if str(file) in paths or len(files) == 1:
+                raise
+            print(f"left out: {str(error).partition(';')[0]}")
+        else:
+            print(found[-1])
+    if not found:
+        raise UserError(f"no file in {', '.join(paths)} contains text or conversations that are known; name others")
+    return found
+
+
+def cleaned_texts(found: Sequence[Recognized], skipped: Skipped) -> Iterator[str]:
+    """The documents and the contents of messages in the files, repaired as the prepare scripts repair them."""
+    for recognized in found:
+        for document in read_documents(recognized, skipped):
+            contents = [document] if isinstance(document, str) else [message["content"] for message in document]
+            for content in contents:
+                if text := normalise(fix_mojibake(content)):
+                    yield _without_surrogates(text)
+
+
+def _without_surrogates(text: str) -> str:
+    """Text with U+FFFD for unpaired surrogates, as tiktoken encodes them."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text
+
+
+@dataclass(frozen=True)
+class Survey:
+    """How much text there is, and about MEASURED_BYTES of it, spread over all."""
+
+    n_texts: int
+    n_bytes: int
+    sample: tuple[str, ...]
+
+
+def survey(found: Sequence[Recognized]) -> Survey:
+    """Read all texts once, to know their size before some are chosen. Raises UserError if there is none."""
+    sample, skipped = SpreadSample(MEASURED_BYTES), Skipped()
+    n_texts = n_bytes = 0
+    total = _known_size(found)
+    with tqdm(total=total, desc="measuring", unit="B", unit_scale=True, disable=None) as bar:  # on a terminal only
+        for text in cleaned_texts(found, skipped):
+            size = len(text.encode())
+            n_texts, n_bytes = n_texts + 1, n_bytes + size
+            bar.update(size)
+            sample.add(text, size)
+    dropped = f"; left out: {reasons_in_words(skipped)}" if n_dropped(skipped) else ""
+    print(f"read {n_texts:,} texts, {n_bytes:,} bytes{dropped}")
+    if not n_texts:
+        raise UserError("--input contains no text; name files that contain some")
+    return Survey(n_texts, n_bytes, tuple(sample.texts))
+
+
+class SpreadSample:
+    """Every n-th text of a stream, where n doubles whenever the sample has more than `max_bytes`."""
+
+    def __init__(self, max_bytes: int):
+        self.max_bytes, self.texts = max_bytes, list[str]()
+        self._stride, self._n_seen, self._n_bytes = 1, 0, 0
+
+    def add(self, text: str, n_bytes: int) -> None:
+        """Consider the next text, which has `n_bytes`."""
+        if self._n_seen % self._stride == 0:
+            self.texts.append(text)
+            self._n_bytes += n_bytes
+            while self._n_bytes > self.max_bytes and len(self.texts) > 1:
+                self.texts = self.texts[::2]
+                self._stride *= 2
+                self._n_bytes = sum(len(kept.encode()) for kept in self.texts)
+        self._n_seen += 1
+
+
+def _known_size(found: Sequence[Recognized]) -> int | None:
+    """The bytes of files of plain text; None if the size of the text in them is unknown."""
+    is_plain = all(is_text(recognized.path) and not split_suffix(recognized.path)[1] for recognized in found)
+    return sum(recognized.path.stat().st_size for recognized in found) if is_plain else None
+
+
+# --- memory ---
+
+
+def bytes_that_fit(sample: Sequence[str], pattern: str, memory_bytes: float = MEMORY_BYTES) -> int:
+    """How many bytes of text like the sample the trainer can learn from in so much memory.
+
+    The trainer holds every different piece once. Their number grows as a power of the text (Heaps' law); the exponent
+    is that between half of the sample and all of it, and falls as texts get longer, so the result is rather too small.
+    """
+    whole_bytes, whole_memory = _memory_of(sample, pattern)
+    half_bytes, half_memory = _memory_of(sample[::2], pattern)
+    exponent = 1.0
+    if half_bytes < whole_bytes:
+        exponent = math.log(whole_memory / half_memory) / math.log(whole_bytes / half_bytes)
+    exponent = min(max(exponent, 0.1), 1.0)
+    return int(whole_bytes * min((memory_bytes / whole_memory) ** (1 / exponent), 1e9))
+
+
+def _memory_of(texts: Sequence[str], pattern: str) -> tuple[int, int]:
+    """(bytes of the texts, bytes that the trainer needs for their different pieces)."""
+    import regex  # tiktoken depends on it
+
+    pieces = {piece for text in texts for piece in regex.findall(pattern, text)}
+    memory = sum(MEMORY_PER_PIECE + MEMORY_PER_PIECE_BYTE * len(piece.encode()) for piece in pieces)
+    return sum(len(text.encode()) for text in texts), memory
+
+
+# --- the chosen texts ---
+
+
+class ChosenTexts:
+    """The texts to learn from: all of them, or about `max_bytes` spread evenly over all if they have more.
+
+    Iterating counts the texts that are chosen.
+    """
+
+    def __init__(self, found: Sequence[Recognized], surveyed: Survey, max_bytes: int):
+        self.found, self.surveyed, self.max_bytes = found, surveyed, max_bytes
+        self.n_texts = self.n_bytes = 0
+
+    def __iter__(self) -> Iterator[str]:
+        self.n_texts = self.n_bytes = n_read_bytes = 0
+        for text in cleaned_texts(self.found, Skipped()):
+            size = len(text.encode())
+            n_read_bytes += size
+            # Chosen if the share of the bytes so far is then still at most what it will be in the end.
+            is_chosen = (self.n_bytes + size) * self.surveyed.n_bytes <= self.max_bytes * n_read_bytes
+            if is_chosen or self.surveyed.n_bytes <= self.max_bytes:
+                self.n_texts += 1
+                self.n_bytes += size
+                yield from _parts(text)
+
+    @property
+    def about(self) -> int:
+        """About how many texts will be chosen, for a progress bar."""
+        return math.ceil(self.surveyed.n_texts * min(1, self.max_bytes / self.surveyed.n_bytes))
+
+    def report(self, reason: str) -> None:
+        """Print how much was chosen, if not all. Raises UserError if that is nothing."""
+        if not self.n_texts:
+            raise UserError(f"--max_bytes {self.max_bytes} is less than any text has; use a larger number")
+        if self.n_texts < self.surveyed.n_texts:
+            print(
+                f"learned from a sample: {self.n_texts:,} texts spread over all of it, {self.n_bytes:,} bytes, "
+                f"{self.n_bytes / self.surveyed.n_bytes:.1%} ({reason})"
+            )
+
+
+def _parts(text: str) -> Iterator[str]:
+    """A text, a very long one in parts that end at a line end, because the trainer holds many texts at once."""
+    start = 0
+    while len(text) - start > PART_CHARACTERS:
+        end = text.rfind("\n", start, start + PART_CHARACTERS) + 1 or start + PART_CHARACTERS
+        yield text[start:end]
+        start = end
+    yield text[start:]

@@ -1,0 +1,99 @@
+"""The tokenizers of data sets: found by name or file, and stored next to the data as `<name>-tokenizer.json`."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+from common.cli import UserError
+from common.files import atomic_write
+from common.tokenizer_json import tokenizer_json
+from setup_tokenizer import GPT2, TOKENIZER_NAME, Tokenizer, parse_tokenizer
+
+DATA_FOLDER = Path(__file__).resolve().parent
+SUFFIX = "-tokenizer.json"
+
+
+def tokenizer_path(folder: Path, name: str) -> Path:
+    """The file of the tokenizer `name`."""
+    return folder / f"{name}{SUFFIX}"
+
+
+def open_tokenizer(word: str, folder: Path) -> Tokenizer:
+    """The tokenizer that --tokenizer names: "gpt2", a name, or a file in the layout of tokenizer.json.
+
+    A name is looked up in `folder`, then in the project's data folder. Raises UserError if there is no such tokenizer.
+    """
+    if word in ("gpt2", TOKENIZER_NAME):
+        return GPT2
+    if word.endswith(".json") or "/" in word:
+        return _read(Path(word), name_of(Path(word)))
+    for data_folder in (folder, DATA_FOLDER):
+        if (path := tokenizer_path(data_folder, word)).is_file():
+            return _read(path, word)
+    paths = [*folder.glob(f"*{SUFFIX}"), *DATA_FOLDER.glob(f"*{SUFFIX}")]
+    known = sorted({path.name.removesuffix(SUFFIX) for path in paths})
+    there = f" (there are gpt2, {', '.join(known)})" if known else ""
+    raise UserError(
+        f"the tokenizer {word} is not in {folder}{there}; train it with: "
+        f"python data/train-tokenizer.py --name {word} --input FILE"
+    )
+
+
+def name_of(path: Path) -> str:
+    """The name of the tokenizer in a file: the file's own or, for tokenizer.json, its folder's.
+
+    >>> name_of(Path("data/tales-tokenizer.json")), name_of(Path("my-model/tokenizer.json"))
+    ('tales', 'my-model')
+    """
+    stem = path.name.removesuffix(".json").removesuffix("tokenizer").removesuffix("-") or path.resolve().parent.name
+    return re.sub(r"[^A-Za-z0-9_-]+", "_", stem).strip("_-") or "own"
+
+
+def tokenizer_of(folder: Path, dataset: str, name: str, digest: str | None, command: str) -> Tokenizer:
+    """The tokenizer with which a data set in `folder` was prepared; `command` prepares it again.
+
+    Raises UserError if its file is missing or contains another vocabulary.
+    """
+    if name == TOKENIZER_NAME:
+        return GPT2
+    path = tokenizer_path(folder, name)
+    if not path.is_file():
+        raise UserError(f"{path}, the tokenizer of {dataset}, not found; prepare the data again with: {command}")
+    tokenizer = _read(path, name)
+    if tokenizer.digest != digest:
+        raise UserError(
+            f"{path} is not the vocabulary with which {dataset} was prepared; prepare the data again with: "
+            f"{command} --tokenizer {name}"
+        )
+    return tokenizer
+
+
+def keep_tokenizer(folder: Path, tokenizer: Tokenizer) -> None:
+    """Store a tokenizer next to the data that is prepared with it, unless it is there already or GPT-2's.
+
+    Raises UserError if the file of that name contains another vocabulary.
+    """
+    if tokenizer.vocabulary is None:
+        return
+    path = tokenizer_path(folder, tokenizer.name)
+    if path.is_file():
+        if _read(path, tokenizer.name).digest != tokenizer.digest:
+            raise UserError(f"{path} contains another vocabulary; rename the file that --tokenizer names")
+        return
+    content = tokenizer_json(tokenizer.vocabulary, tokenizer.special_tokens)
+    with atomic_write(path) as file:
+        file.write(json.dumps(content, ensure_ascii=False, indent=1).encode() + b"\n")
+
+
+def _read(path: Path, name: str) -> Tokenizer:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError as error:
+        raise UserError(f"{path} not found; give --tokenizer a name or a tokenizer.json") from error
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}); run: chmod u+r {path}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 text, so not a tokenizer.json; use another file") from error
+    return parse_tokenizer(name, text, str(path))

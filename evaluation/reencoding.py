@@ -1,0 +1,57 @@
+"""The text of token ids in the ids of another tokenizer, so that models with different vocabularies can be compared."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+
+from setup_tokenizer import ROLES, Tokenizer
+
+
+def encode_again(
+    ids: np.ndarray, is_trained: np.ndarray, is_chat: bool, old: Tokenizer, new: Tokenizer
+) -> tuple[np.ndarray, np.ndarray]:
+    """Ids (N,) and which of them are trained, (N,) bool, in another tokenizer: (M,) each.
+
+    The first id is an `<|endoftext|>`, as after a document. A last document without its `<|endoftext|>` has none in the
+    result either.
+    """
+    ends = [*np.flatnonzero(ids == old.endoftext).tolist(), len(ids)]
+    encoded: list[int] = [new.endoftext]
+    trained: list[bool] = [bool(is_trained[0])]
+    for start, end in itertools.pairwise(ends):
+        document = slice(start + 1, end)
+        encode = _encode_messages if is_chat else _encode_text
+        new_ids, flags = encode(ids[document], is_trained[document], old, new)
+        encoded += new_ids
+        trained += flags
+        if end < len(ids):
+            encoded.append(new.endoftext)
+            trained.append(bool(is_trained[end]))
+    return np.array(encoded, dtype=np.int64), np.array(trained, dtype=bool)
+
+
+def _encode_text(
+    ids: np.ndarray, is_trained: np.ndarray, old: Tokenizer, new: Tokenizer
+) -> tuple[list[int], list[bool]]:
+    new_ids = new.encode_text(old.enc.decode(ids.tolist()))
+    return new_ids, [True] * len(new_ids)
+
+
+def _encode_messages(
+    ids: np.ndarray, is_trained: np.ndarray, old: Tokenizer, new: Tokenizer
+) -> tuple[list[int], list[bool]]:
+    """A conversation's ids. Whether a message is trained is decided by its last id, `<|im_end|>` or the last one."""
+    encoded: list[int] = []
+    trained: list[bool] = []
+    spans = old.message_spans(ids)
+    for role, start, end, is_closed in zip(spans.role, spans.start, spans.end, spans.is_closed, strict=True):
+        text = old.enc.decode(ids[start + 1 : end - int(is_closed)].tolist())
+        message = {"role": ROLES[role], "content": text.partition("\n")[2]}
+        new_ids = new.encode_chat([message])
+        if not is_closed:  # the conversation breaks off
+            new_ids = new_ids[:-2]
+        encoded += new_ids
+        trained += [bool(is_trained[end - 1])] * len(new_ids)
+    return encoded, trained
