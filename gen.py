@@ -1,7 +1,7 @@
 """Generate text from a checkpoint, continue prompts one after another, or chat with it.
 
     python gen.py models/story5000.pt --prompt "Once upon a time"
-    python gen.py --chat                        # the newest checkpoint that was trained on chat data
+    python gen.py --chat                        # the best-trained chat model
     printf 'Hello!\\nWho are you?\\n' | python gen.py --chat
 
 Only the generated text goes to standard output, as it is generated; everything else goes to standard error.
@@ -15,24 +15,24 @@ import json
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
 from common.cli import UserError, check_options, option, parse_options, run_script
 from common.device import choose_device, choose_dtype, device_option, dtype_option, plain_option, quantize_option
 from common.files import atomic_write, require_target
 from common.speedups import load_speedups
 from common.text_files import decode_text, unix_line_ends
-from generation.chat import ChatSession, PromptSession, Quit
-from generation.terminal import Console
-from setup_tokenizer import Tokenizer
+from generation.chat import ChatSession, PromptSession
+from generation.terminal import Console, talk, wrapped
+from setup_tokenizer import IM_END, IM_START, Tokenizer
 
 if TYPE_CHECKING:  # at run time torch is imported only when a model is loaded, so that --help is instant
+    from exchange.choosing import FoundModel
     from generation.engine import Settings, TextEngine
-    from model import GPTConfig
 
-DEFAULT_CHECKPOINT = "models/story5000.pt"
 DEFAULT_MAX_TOKENS = 500
 
 
@@ -42,7 +42,7 @@ class GenOptions:
 
     checkpoint: str | None = option(
         None,
-        f"the model (default: {DEFAULT_CHECKPOINT}; with --chat the newest one trained on chat data)",
+        "the model (default: the newest in models; with --chat the best-trained one of the chat models there)",
         positional=True,
     )
     prompt: str | None = option(
@@ -76,7 +76,7 @@ class GenOptions:
         "temperature: lower is more focused, 0 takes the likeliest token (default: 0.8, in a chat 0.5)",
         group="sampling",
         at_least=0,
-        below=100,
+        at_most=100,
     )
     top_k: int | None = option(
         None,
@@ -155,30 +155,38 @@ class GenOptions:
             raise ValueError("--quantize needs fast/, which --plain leaves out; use one of them")
 
 
-def choose_checkpoint(options: GenOptions) -> str:
-    """The checkpoint to load. Raises UserError if --chat finds none that was trained on chat data."""
-    from exchange.loading import newest_chat_checkpoint
+def find_choices(chat: bool) -> list[FoundModel]:
+    """The models to choose from: for a chat the best-trained first, otherwise the newest first."""
+    from exchange.choosing import chat_models, newest_models
 
-    if options.checkpoint is not None or not options.chat:
-        return options.checkpoint or DEFAULT_CHECKPOINT
-    return newest_chat_checkpoint()
+    return chat_models() if chat else newest_models()
 
 
-def load_engine(options: GenOptions) -> TextEngine:
-    """The model that the options name, ready to generate. Raises UserError if it is missing or does not fit."""
-    fast = load_speedups(options.plain)
-    if fast:
-        fast.keep_freed_memory()  # before the first tensor is allocated
-    from exchange.loading import load_model, read_info
+def choose_checkpoint(chat: bool) -> str:
+    """The checkpoint to load if the options name none; it and the others go to standard error. Raises UserError."""
+    from exchange.choosing import names
+
+    chosen, *others = find_choices(chat)
+    first = "chatting with {}, the best-trained chat model" if chat else "using {}, the newest model"
+    print(wrapped(f"{first.format(chosen.path)}: {chosen.description}"), file=sys.stderr)
+    if others:
+        print(wrapped(f"other {'chat ' if chat else ''}models: {names(others)}"), file=sys.stderr)
+    return str(chosen.path)
+
+
+def load_engine(
+    path: str, info: Mapping[str, Any], options: GenOptions, device: str, dtype: str, fast: ModuleType | None
+) -> TextEngine:
+    """The model of `path`, ready to generate. Raises UserError if it does not fit.
+
+    `info` is what `read_info` says about it, `fast` what `load_speedups` returned.
+    """
+    from exchange.choosing import details, format_note
+    from exchange.loading import load_model
     from generation.decoding import decode_step
     from generation.engine import TextEngine
 
     started = time.perf_counter()
-    path = choose_checkpoint(options)
-    info = read_info(path)
-    with contextlib.redirect_stdout(sys.stderr):  # what they print is not generated text
-        device = choose_device(options.device)
-        dtype = choose_dtype(options.dtype, device)
     model, _ = load_model(path, device, dtype)
     tokenizer = Tokenizer.from_info(info, path)
     if not tokenizer.endoftext < model.config.n_vocab <= tokenizer.n_vocab:
@@ -188,7 +196,8 @@ def load_engine(options: GenOptions) -> TextEngine:
         )
     if options.chat and model.config.n_vocab < tokenizer.n_vocab:
         raise UserError(f"{path} has no ChatML tokens, so it cannot chat; leave --chat out or use another checkpoint")
-    print_format_note(path, info, options.chat)
+    if note := format_note(path, info, options.chat):
+        print(wrapped(f"note: {note}"), file=sys.stderr)
     n_params = model.n_params()  # counted before the weights are packed and stop being parameters
     decode, layers = decode_step, "plain layers"
     if fast:
@@ -196,25 +205,47 @@ def load_engine(options: GenOptions) -> TextEngine:
         decode, layers = speedups.decode, speedups.description
     engine = TextEngine(model, engine_settings(options, tokenizer), decode, tokenizer)
     if options.verbose:
-        print(describe_model(path, info, model.config, n_params, f"{device}, {dtype}, {layers}"), file=sys.stderr)
+        print(details(path, info, model.config, n_params, f"{device}, {dtype}, {layers}"), file=sys.stderr)
         print(f"ready after {time.perf_counter() - started:.1f} s, seed {engine.seed}", file=sys.stderr)
     return engine
 
 
-def print_format_note(path: str, info: dict, chat: bool) -> None:
-    """Point out a chat with a text model, or a text prompt for a chat model."""
-    if chat and info.get("format") != "chat":
-        trained_on = info.get("dataset", "text")
-        print(f"note: {path} was trained on {trained_on}, not on chat data, so do not expect replies", file=sys.stderr)
-    elif not chat and info.get("format") == "chat" and not holds_text(info):
-        print(f"note: {path} was trained on chat data; talk to it with --chat", file=sys.stderr)
+class LoadedModel:
+    """The model in use, and what /model does (see chat.Models): `path`, `engine`, and one line that describes it."""
 
+    def __init__(self, options: GenOptions):
+        self.options, self.fast = options, load_speedups(options.plain)
+        if self.fast:
+            self.fast.keep_freed_memory()  # before the first tensor is allocated
+        self.path = options.checkpoint or choose_checkpoint(options.chat)
+        from exchange.loading import read_info
 
-def holds_text(info: dict) -> bool:
-    """Whether a model was trained on plain text, possibly mixed with conversations."""
-    from data.dataset import data_parts
+        info = read_info(self.path)  # a wrong name is reported before anything else
+        with contextlib.redirect_stdout(sys.stderr):  # what they print is not generated text
+            self.device = choose_device(options.device)
+            self.dtype = choose_dtype(options.dtype, self.device)
+        self.engine = self._load(self.path, info)
+        self.description = ""  # what the last /model has done
 
-    return any(part.get("format") == "text" for part in data_parts(info.get("data") or {}))
+    def _load(self, path: str, info: Mapping[str, Any]) -> TextEngine:
+        return load_engine(path, info, self.options, self.device, self.dtype, self.fast)
+
+    def listing(self) -> str:
+        """The models that /model can change to, with a star on the current one."""
+        from exchange.choosing import listing
+
+        return listing(find_choices(self.options.chat), self.path)
+
+    def load(self, name: str) -> TextEngine:
+        """Change to another model, with the same temperature. Raises UserError if there is none of that name."""
+        from exchange.choosing import named_model
+
+        chosen = named_model(name, find_choices(self.options.chat))
+        engine = self._load(str(chosen.path), chosen.info)
+        engine.temperature, engine.logprobs = self.engine.temperature, self.engine.logprobs
+        self.path, self.engine = str(chosen.path), engine
+        self.description = f"now {self.path}: {chosen.description}"
+        return engine
 
 
 def engine_settings(options: GenOptions, tokenizer: Tokenizer) -> Settings:
@@ -237,21 +268,15 @@ def engine_settings(options: GenOptions, tokenizer: Tokenizer) -> Settings:
         seed=options.seed,
         stop_ids=() if options.nonstop else stop_ids,
         stop_texts=options.stop or (),
+        hidden_ids=hidden_ids(options, tokenizer),
         logprobs=options.logprobs is not None,
     )
 
 
-def describe_model(path: str, info: dict, config: GPTConfig, n_params: int, device: str) -> str:
-    """The lines that --verbose prints about a model; `device` describes the device, the precision and the layers."""
-    facts = {
-        "checkpoint": path,
-        "data": f"{info.get('dataset')} ({info.get('format')}), {info.get('tokens_seen')} tokens seen",
-        "iteration": f"{info.get('iter_num')}, loss train {info.get('train_loss')}, val {info.get('val_loss')}",
-        "model": f"{config.n_layer} layers, {config.n_head} heads, width {config.n_embd}, window {config.block_size}, "
-        f"{n_params / 1e6:.1f} M parameters",
-        "device": device,
-    }
-    return "\n".join(f"{name:<11}{value}" for name, value in facts.items())
+def hidden_ids(options: GenOptions, tokenizer: Tokenizer) -> tuple[int, ...]:
+    """The control tokens of a chat, which a chat model also writes into a text; not those that --stop waits for."""
+    names = {tokenizer.im_start: IM_START, tokenizer.im_end: IM_END}
+    return tuple(token for token, name in names.items() if not any(name in text for text in options.stop or ()))
 
 
 def read_prompt(options: GenOptions) -> str | None:
@@ -294,29 +319,6 @@ def _with_prompt(prompt: str, pieces: Iterator[str]) -> Iterator[str]:
     yield from pieces
 
 
-def talk(session: PromptSession, messages: Iterator[str], console: Console) -> None:
-    """Answer messages and run commands until the messages end or the user quits."""
-    for message in messages:
-        try:
-            if message.startswith("/") and not message.startswith("//"):
-                answer = session.command(message)
-            else:
-                answer = session.reply(message.removeprefix("/") if message.startswith("//") else message)
-            if isinstance(answer, str):
-                console.notice(answer)
-            else:
-                with contextlib.closing(answer):
-                    console.show(answer)
-        except UserError as error:
-            console.notice(f"error: {error}")
-        except KeyboardInterrupt:
-            if not console.is_terminal:
-                raise
-            console.end_line()
-        except Quit:
-            return
-
-
 def write_results(engine: TextEngine, options: GenOptions, console: Console) -> None:
     """Write the files of --output and --logprobs, with everything that has been generated."""
     if not console.shown:
@@ -332,7 +334,7 @@ def write_results(engine: TextEngine, options: GenOptions, console: Console) -> 
 
 def check_targets(options: GenOptions) -> None:
     """Raise UserError, before any work is done, if a result could not be written or would overwrite another file."""
-    taken = {Path(options.checkpoint or DEFAULT_CHECKPOINT).resolve(): "the model"}
+    taken = {} if options.checkpoint is None else {Path(options.checkpoint).resolve(): "the model"}
     for name in ("output", "logprobs"):
         path = getattr(options, name)
         if path is None:
@@ -349,14 +351,15 @@ def main() -> None:
     check_targets(options)
     prompt = read_prompt(options)
     signal.signal(signal.SIGTERM, _terminate)
-    engine = load_engine(options)
+    models = LoadedModel(options)
+    engine = models.engine
     console = Console("you" if options.chat else "prompt", delay=not options.no_delay)
     try:
         session: PromptSession
         if options.chat:
-            session = ChatSession(engine, options.max_tokens, console.notice, options.system)
+            session = ChatSession(engine, options.max_tokens, console.notice, options.system, models)
         else:
-            session = PromptSession(engine, options.max_tokens or DEFAULT_MAX_TOKENS, console.notice)
+            session = PromptSession(engine, options.max_tokens or DEFAULT_MAX_TOKENS, console.notice, models)
         if not options.chat and not options.interactive:
             generate_text(engine, options, prompt, console)
         elif prompt is not None:
@@ -366,9 +369,9 @@ def main() -> None:
                 console.notice("/help lists the commands; Ctrl-C stops a reply, Ctrl-D exits")
             talk(session, console.messages(), console)
     finally:
-        write_results(engine, options, console)
+        write_results(models.engine, options, console)
     if options.verbose:
-        print(engine.statistics(), file=sys.stderr)
+        print(models.engine.statistics(), file=sys.stderr)
 
 
 def _terminate(number: int, frame) -> None:

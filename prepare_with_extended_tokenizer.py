@@ -10,8 +10,9 @@ their fields: messages, conversations, conversation, a list of messages, prompt 
 answer, instruction and output, exports of ChatGPT, Claude, Telegram and Discord (docs/data.md has the whole list).
 Other kinds of files are read as text with --suffix, other encodings than UTF-8 with --encoding. It prints what each
 file contains and a sample; `--dry_run` stops there. Then run: python train.py --dataset mine
-`--dataset` encodes again the text that an earlier preparation kept in the data folder. Both print how many tokens the
-base tokenizer needs, which spells `<|im_start|>` with several tokens, and what the extended one saves.
+`--dataset` encodes again the text that an earlier preparation kept in the data folder, `--dataset all` that of every
+data set. Both print how many tokens the base tokenizer needs, which spells `<|im_start|>` with several tokens, and what
+the extended one saves.
 """
 
 from __future__ import annotations
@@ -76,12 +77,14 @@ class ExtendedOptions(TextOptions):
 
 
 def main() -> None:
-    options = parse_options(ExtendedOptions, __doc__)
+    options = parse_options(ExtendedOptions, __doc__, needs_options=True)
     if options.input and options.dataset:
         raise UserError("--input and --dataset cannot be combined; to name the data set made from --input, use --name")
     if options.input:
         prepare_own(options)
         return
+    if options.dataset is None:
+        raise UserError("nothing to prepare; name files with --input PATH, or prepared data with --dataset NAME")
     if options.near_dedup or options.max_document_tokens or options.limit:
         raise UserError(
             "--near_dedup, --max_document_tokens and --limit select documents, which --dataset does not; "

@@ -1,6 +1,6 @@
 """Serve models over HTTP: an OpenAI-compatible API for many clients at once, and a page to chat with them.
 
-    python serve.py                                 # the newest checkpoint that was trained on chat data
+    python serve.py                                 # all chat models, the best-trained first
     python serve.py models/story5000.pt models/chitchat1700.pt --max_models 2
     JOJO_API_KEY=... python serve.py --host 0.0.0.0 --port 8080
 
@@ -36,7 +36,8 @@ class ServeOptions:
 
     checkpoints: tuple[str, ...] = option(
         (),
-        "the models (default: the newest one trained on chat data); the first is used when a request names none",
+        "the models (default: all chat models in models, the best-trained first); the first is used when a request "
+        "names none",
         positional=True,
         nargs="*",
     )
@@ -165,17 +166,23 @@ def model_loader(options: ServeOptions) -> Loader:
     return load
 
 
+def choose_checkpoints(options: ServeOptions) -> list[str]:
+    """The checkpoints to serve, each once: those that the options name, or all chat models, the best-trained first."""
+    from exchange.choosing import chat_models
+
+    return list(dict.fromkeys(options.checkpoints)) or [str(found.path) for found in chat_models()]
+
+
 def main() -> None:
     options = parse_options(ServeOptions, __doc__)
     api_key = choose_api_key(options)
     start_log(options.log)
     load = model_loader(options)
-    from exchange.loading import newest_chat_checkpoint, read_info
+    from exchange.loading import read_info
     from serving.models import ModelPool, model_cards
     from serving.server import serve
     from serving.settings import ServerSettings
 
-    paths = dict.fromkeys(options.checkpoints or (newest_chat_checkpoint(),))
     settings = ServerSettings(
         options.host,
         api_key,
@@ -186,7 +193,7 @@ def main() -> None:
         options.exact,
         options.grace,
     )
-    pool = ModelPool(model_cards({path: read_info(path) for path in paths}), load, settings)
+    pool = ModelPool(model_cards({path: read_info(path) for path in choose_checkpoints(options)}), load, settings)
     serve(
         pool, settings, options.port, lambda address: print(f"serving {', '.join(pool.cards)} at {address}", flush=True)
     )

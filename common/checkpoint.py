@@ -221,8 +221,8 @@ def read_info(path: str | os.PathLike) -> dict:
 
 
 def find_checkpoints(folder: str | os.PathLike = "models") -> list[Path]:
-    """The checkpoints in `folder`, newest first."""
-    return sorted(Path(folder).glob("*.pt"), key=lambda path: path.stat().st_mtime, reverse=True)
+    """The checkpoints in `folder`, newest first; `-best` after the run of the same moment, of which it is a copy."""
+    return sorted(Path(folder).glob("*.pt"), key=lambda path: (-path.stat().st_mtime_ns, len(path.name), path.name))
 
 
 def copy_checkpoint(path: str | os.PathLike, copy: str | os.PathLike) -> None:

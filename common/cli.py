@@ -141,14 +141,18 @@ def check_options(options: Any) -> None:
 
 
 def parse_options(
-    cls: type[T], description: str, argv: Sequence[str] | None = None, examples: Sequence[str] | None = None
+    cls: type[T],
+    description: str,
+    argv: Sequence[str] | None = None,
+    examples: Sequence[str] | None = None,
+    needs_options: bool = False,
 ) -> T:
     """Parse command-line options into an instance of the dataclass `cls`.
 
     A `bool` that is False by default becomes `--name`, any other `bool` `--name/--no-name`; `X | None` parses as X.
     `description` is the script's docstring: `--help` shows its first line and, at the end, its indented command lines
-    as examples, unless `examples` lists others. A value out of range and a ValueError of `__post_init__` are usage
-    errors: one line, exit status 2.
+    as examples, unless `examples` lists others. With `needs_options`, a command line without any option shows the help,
+    too. A value out of range and a ValueError of `__post_init__` are usage errors: one line, exit status 2.
 
     >>> @dataclasses.dataclass
     ... class Options:
@@ -157,7 +161,8 @@ def parse_options(
     Options(top_k=5)
     """
     parser = option_parser(cls, description, examples)
-    values = _parse(parser, cls, argv)
+    argv = sys.argv[1:] if argv is None else argv
+    values = _parse(parser, cls, argv or (["--help"] if needs_options else []))
     try:
         return cls(**values)
     except ValueError as error:
@@ -237,6 +242,9 @@ class _Parser(argparse.ArgumentParser):
         message = re.sub(r"^argument (\S+?)(/\S+)?: ", r"\1 ", message)
         message = message.replace(" expected one argument", " needs a value")
         message = message.replace(" expected at least one argument", " needs at least one value")
+        if found := re.match(r"unrecognized arguments: (\S+)", message):  # such as: train.py dataset story
+            known = self._known_names().get(_bare_name(found[1]))
+            message += f"; did you mean {known}?" if known else ""
         self.exit(2, f"error: {message}\n")
 
     def check_names(self, argv: Sequence[str]) -> None:
@@ -247,12 +255,18 @@ class _Parser(argparse.ArgumentParser):
             if word == "--":
                 return
             name = word.partition("=")[0]
-            if name.startswith("--") and " " not in name and name not in self._option_string_actions:
+            is_option = re.match(r"--|-[A-Za-z]", name) and " " not in name  # -1 is a number, - a file
+            if is_option and name not in self._option_string_actions:
                 self.error(f"unrecognized option {name}; {self._suggestion(name)}")
 
+    def _known_names(self) -> dict[str, str]:
+        """The options with two dashes, by their bare names."""
+        return {_bare_name(option): option for option in self._option_string_actions if option.startswith("--")}
+
     def _suggestion(self, name: str) -> str:
-        known = {_bare_name(option): option for option in self._option_string_actions if option.startswith("--")}
-        closest = difflib.get_close_matches(_bare_name(name), known, n=1)
+        known, bare = self._known_names(), _bare_name(name)
+        closest = difflib.get_close_matches(bare, known, n=1, cutoff=0.65)
+        closest += [other for other in known if len(other) > 2 and bare.startswith(other)]  # --temperature: --temp
         return f"did you mean {known[closest[0]]}?" if closest else "--help lists the options"
 
 

@@ -50,6 +50,21 @@ def paired_bootstrap(scope: str, first: Scored, second: Scored) -> dict | None:
     }
 
 
+def margin(split: Split, scope: str, losses: np.ndarray) -> float | None:
+    """Half the 95 % interval of a model's mean loss over other text of the same kind; None with too few documents.
+
+    The mean is a ratio of sums over documents, nats to tokens ("Sampling Techniques", Cochran 1977, section 6.3).
+    """
+    counts = split.counted[scope][0]
+    own = losses[counts].astype(np.float64)
+    _, unit = np.unique(split.unit[counts], return_inverse=True)
+    n_units = int(unit.max(initial=-1)) + 1
+    if n_units < FEWEST_UNITS:
+        return None
+    deviations = np.bincount(unit, weights=own - own.mean())
+    return float(1.96 * np.sqrt((deviations**2).sum() * n_units / (n_units - 1)) / len(own))
+
+
 def _per_token(scope: str, first: Scored, second: Scored) -> tuple[np.ndarray, np.ndarray] | None:
     """The difference in nats, and the number of tokens, of each document or block."""
     split = first.split

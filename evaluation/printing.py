@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+from common.numbers import significant
 from evaluation.bootstrap import NATS_PER_TOKEN
 from evaluation.stories import N_COPIED, STORY_TOKENS
 from generation.sampling import TEXT_SAMPLING
@@ -39,26 +40,33 @@ def print_table(scope: str, results: list[dict]) -> None:
     width = max(10, *(len(result["checkpoint"]) for result in results))
     titles = f"{'window/stride':>13} {'loss':>8} {'perplexity':>10} {'bits/byte':>9} {'accuracy':>8} {'tokens/s':>9}"
     print(f"{'checkpoint':<{width}} {titles}")
+    loss, bits, digits = map(max, zip(*(digits_of(result[scope]) for result in results), strict=True))
     for result in results:
         numbers = result[scope]
         window = f"{result['block_size']}/{result['stride']}"
         print(
-            f"{result['checkpoint']:<{width}} {window:>13} {numbers['loss']:>8.4f} "
-            f"{significant(numbers['perplexity'], 4):>10} {numbers['bits_per_byte']:>9.4f} "
+            f"{result['checkpoint']:<{width}} {window:>13} {numbers['loss']:>8.{loss}f} "
+            f"{significant(numbers['perplexity'], digits):>10} {numbers['bits_per_byte']:>9.{bits}f} "
             f"{numbers['accuracy']:>8.1%} {significant(result['tokens_per_s'], 3):>9}"
         )
 
 
-def significant(value: float, digits: int) -> str:
-    """A number rounded to so many significant digits, without an exponent unless it is huge.
+def digits_of(numbers: dict) -> tuple[int, int, int]:
+    """How many decimals the loss and the bits per byte mean, and how many digits the perplexity.
 
-    >>> significant(1620595.6, 4), significant(28.43, 3), significant(0.5, 3)
-    ('1,621,000', '28.4', '0.500')
+    Two digits of the uncertainty of each, which depends on the number of documents, and at most three.
+
+    >>> digits_of({"loss": 0.3191, "bits_per_byte": 0.148, "loss_margin": 0.006})
+    (3, 3, 3)
+    >>> digits_of({"loss": 2.187, "bits_per_byte": 1.0108, "loss_margin": 0.12})
+    (2, 3, 2)
     """
-    if not math.isfinite(value) or value >= 1e12:
-        return f"{value:.{digits - 1}e}"
-    before_point = math.floor(math.log10(abs(value))) + 1 if value else 1
-    return f"{round(value, digits - before_point):,.{max(0, digits - before_point)}f}"
+    error = numbers["loss_margin"]
+    if not error:
+        return 2, 2, 2
+    ratio = numbers["bits_per_byte"] / numbers["loss"] if numbers["loss"] else 1.0
+    loss, bits = (min(3, decimals([-margin, margin])) for margin in (error, error * ratio))
+    return loss, bits, min(3, max(2, decimals([-error, error])))  # perplexity's relative error is that of the loss
 
 
 def decimals(interval: list[float]) -> int:
@@ -97,8 +105,11 @@ def verdict_line(name: str, verdict: dict) -> str:
         return f"{where}: no clear difference between {best} and {second} ({amount}, {interval}, which includes 0)"
     if bootstrap["measure"] != NATS_PER_TOKEN:
         return f"{where}: {best} is better than {second} by {amount} ({interval})"
-    lower = significant(100 * (1 - math.exp(-bootstrap["difference"])), 2)
-    return f"{where}: {best} is better than {second} by {amount} ({interval}); its perplexity is {lower} % lower"
+    ratio = math.exp(min(bootstrap["difference"], 700))  # exp(710) overflows a float
+    lower = f"its perplexity is {significant(100 * (1 - 1 / ratio), 2)} % lower"
+    if ratio > 10:
+        lower = f"the other's perplexity is {significant(ratio, 2)} times as high"
+    return f"{where}: {best} is better than {second} by {amount} ({interval}); {lower}"
 
 
 def print_stories(sample: dict) -> None:

@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from common.cli import UserError
 from common.device import autocast
+from evaluation.bootstrap import margin
 from evaluation.splits import Split
 from model import GPT
 
@@ -100,7 +101,7 @@ def summarize(split: Split, scope: str, losses: np.ndarray, is_right: np.ndarray
 
     Bits per byte (nats / ln 2 / bytes of text) compare models with different tokenizers ("The Pile", Gao et al. 2020,
     section 3.1). The numerator includes control tokens and ChatML's role lines; the bytes are those of the documents,
-    for chat those of the message contents.
+    for chat those of the message contents. `loss_margin` is half the 95 % interval of the loss, or None.
     """
     counts, text_bytes = split.counted[scope]
     tokens, nats = int(counts.sum()), float(losses[counts].sum(dtype=np.float64))
@@ -109,6 +110,7 @@ def summarize(split: Split, scope: str, losses: np.ndarray, is_right: np.ndarray
         "tokens": tokens,
         "text_bytes": text_bytes,
         "loss": loss,
+        "loss_margin": margin(split, scope, losses),
         "perplexity": math.exp(min(loss, 700)),  # exp(710) overflows a float
         "bits_per_byte": nats / math.log(2) / text_bytes if text_bytes else math.nan,
         "accuracy": float(is_right[counts].mean()) if tokens else math.nan,

@@ -7,14 +7,12 @@ model, info = load_model("gpt2")
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Collection
 from pathlib import Path
 
 import torch
 
-from common.checkpoint import PARTS, build_model, checked_parts, find_checkpoints, read_file
-from common.cli import UserError
+from common.checkpoint import PARTS, build_model, checked_parts, read_file
 from exchange.hugging_face import is_hugging_face, load_folder
 from exchange.nanogpt import is_nanogpt, load_nanogpt
 from model import GPT
@@ -45,20 +43,3 @@ def load_model(path: str | os.PathLike, device: str = "cpu", dtype: str = "float
 def read_info(path: str | os.PathLike) -> dict:
     """A model's plain facts, without reading its weights. Raises UserError as `load_checkpoint` does."""
     return load_checkpoint(path, ("info",))["info"]
-
-
-def newest_chat_checkpoint(folder: str | os.PathLike = "models") -> str:
-    """The newest checkpoint that was trained on chat data; its name goes to standard error.
-
-    Raises UserError if there is none.
-    """
-    found = find_checkpoints(folder)
-    for path in found:
-        try:
-            if read_info(path).get("format") == "chat":
-                print(f"chatting with {path}", file=sys.stderr)
-                return str(path)
-        except UserError as error:
-            print(f"skipped: {error}", file=sys.stderr)
-    existing = f" (found: {', '.join(map(str, found[:8]))})" if found else ""
-    raise UserError(f"no checkpoint in models was trained on chat data{existing}; train one in minutes with: make demo")

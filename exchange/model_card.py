@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Protocol
 
+from common.numbers import significant
 from data.dataset import data_parts
 
 # The licences that the hub has identifiers for.
@@ -118,7 +119,7 @@ def _training(info: Mapping) -> str:
     names = {"train_loss": "Training loss of the last iteration", "val_loss": "Validation loss"}
     for key, label in {**names, "best_val_loss": "Best validation loss"}.items():
         if info.get(key) is not None:
-            rows.append(f"- {label}: {info[key]:.4f} nats per token (perplexity {math.exp(info[key]):.2f})")
+            rows.append(f"- {label}: {info[key]:.4f} nats per token (perplexity {significant(math.exp(info[key]), 4)})")
     if info.get("val_losses"):
         own = ", ".join(f"{name} {loss:.4f}" for name, loss in info["val_losses"].items())
         rows.append(f"- The validation loss is the mean over the data sets, weighted by their shares; last: {own}")

@@ -36,6 +36,18 @@ class Engine(Protocol):
         """The number of tokens and the speed of the last reply, in one line."""
 
 
+class Models(Protocol):
+    """The models that a session can change between."""
+
+    description: str  # of the current one, in one line
+
+    def listing(self) -> str:
+        """All models, one per line, with a mark on the current one."""
+
+    def load(self, name: str) -> Engine:
+        """Make another model the current one. Raises UserError, and changes nothing, for a name that does not exist."""
+
+
 class Quit(Exception):
     """The user wants to exit."""
 
@@ -47,12 +59,19 @@ class PromptSession:
         "help": "list these commands",
         "retry": "generate another reply to the last message",
         "temp": "X: show or set the temperature (0: always the likeliest token)",
+        "model": "NAME: change the model; without NAME, list the models",
         "stats": "tokens, speed, and how full the window is",
         "quit": "exit (also Ctrl-D)",
     }
 
-    def __init__(self, engine: Engine, max_tokens: int | None = None, notify: Callable[[str], None] = print):
-        self.engine = engine
+    def __init__(
+        self,
+        engine: Engine,
+        max_tokens: int | None = None,
+        notify: Callable[[str], None] = print,
+        models: Models | None = None,
+    ):
+        self.engine, self.models = engine, models
         self.max_tokens = max_tokens
         self.notify = notify
         self.last_prompt: str | None = None
@@ -99,10 +118,18 @@ class PromptSession:
                 temperature = float(argument)
             except ValueError:
                 temperature = -1.0
-            if not 0 <= temperature < 100:
+            if not 0 <= temperature <= 100:
                 raise UserError(f"/temp {argument}: give a number from 0 (the likeliest token) to 100")
             self.engine.temperature = temperature
         return f"temperature {self.engine.temperature:g}"
+
+    def _model(self, argument: str) -> str:
+        if self.models is None:
+            raise UserError("only one model is loaded here; start gen.py to choose among the models in models/")
+        if not argument:
+            return self.models.listing()
+        self.engine = self.models.load(argument)
+        return self.models.description
 
     def _stats(self, argument: str) -> str:
         return self.engine.statistics()
@@ -127,6 +154,7 @@ class ChatSession(PromptSession):
         "retry": "generate another reply to the last message",
         "undo": "remove the last exchange",
         "temp": PromptSession.commands["temp"],
+        "model": PromptSession.commands["model"],
         "stats": PromptSession.commands["stats"],
         "quit": PromptSession.commands["quit"],
     }
@@ -137,8 +165,9 @@ class ChatSession(PromptSession):
         max_tokens: int | None = None,
         notify: Callable[[str], None] = print,
         system: str | None = None,
+        models: Models | None = None,
     ):
-        super().__init__(engine, max_tokens, notify)
+        super().__init__(engine, max_tokens, notify, models)
         self.messages: list[dict] = []
         self._said_that_it_forgets = False
         if system:
@@ -249,6 +278,10 @@ class ChatSession(PromptSession):
             raise UserError("/load needs the name of a file, such as /load chat.jsonl")
         self.load(argument)
         return f"loaded {len(self.messages)} messages from {argument}"
+
+    def _model(self, argument: str) -> str:
+        self._said_that_it_forgets &= not argument  # another model may have another window
+        return super()._model(argument)
 
     def _undo(self, argument: str) -> str:
         self.undo()

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from common.cli import UserError
+from common.numbers import significant
 from generation.decoding import DecodeStep, decode_step, generate, new_cache
 from generation.sampling import Sampling
 from generation.text_stream import TextStream
@@ -31,6 +32,7 @@ class Settings:
     seed: int | None = None  # None: a new one each time
     stop_ids: tuple[int, ...] = (GPT2.endoftext,)
     stop_texts: tuple[str, ...] = ()
+    hidden_ids: tuple[int, ...] = ()  # left out of the text, but in the model's context like all others
     logprobs: bool = False  # record each token's log probability
 
 
@@ -64,7 +66,7 @@ class TextEngine:
                 token = tokens[number]
                 if token in self.settings.stop_ids:
                     running.discard(number)
-                else:
+                elif token not in self.settings.hidden_ids:
                     if piece := texts[number].feed(token):
                         yield number, piece
                     if texts[number].stopped:
@@ -140,5 +142,5 @@ class TextEngine:
         rate = self.later_tokens / self.later_s if self.later_s else 0.0
         return (
             f"last: {self.tokens} tokens, the first after {self.first_token_s * 1000:.0f} ms, then "
-            f"{rate:.1f} tokens/s; temperature {self.temperature:g}, seed {self.seed}"
+            f"{significant(rate, 3)} tokens/s; temperature {self.temperature:g}, seed {self.seed}"
         )

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import io
+import shutil
 import sys
 import time
 from collections.abc import Iterable, Iterator
 
 from common.cli import UserError, is_terminal, shows_colour
+from generation.chat import PromptSession, Quit
+from generation.word_wrap import WordWrap
 
 QUOTES = '"""'
 DELAY_S = 0.01  # between the pieces of a reply, on a terminal
+MEANT = {"exit": "/quit", "quit": "/quit", "bye": "/quit", "help": "/help"}  # words that may mean a command
 
 
 class Console:
@@ -22,6 +26,7 @@ class Console:
         self.is_terminal = is_terminal()
         self.has_colour = self.is_terminal and shows_colour()
         self.delay_s = DELAY_S if delay and self.is_terminal else 0.0
+        self.wraps = sys.stdout is not None and sys.stdout.isatty()  # lines are broken between words
         self.shown: list[str] = []  # every reply, for --output
         if self.is_terminal:
             with contextlib.suppress(ImportError):  # not on Windows
@@ -75,15 +80,40 @@ class Console:
             line = self._read("... ")
         return "\n".join([*lines, line])
 
+    def as_meant(self, message: str) -> str:
+        """The message, or the command that a word such as "exit" stands for if the user agrees; "" after Ctrl-C.
+
+        Without a terminal the message stays a message, and a notice says so.
+        """
+        command = MEANT.get(message.strip().casefold())
+        if command is None:
+            return message
+        if not self.is_terminal:
+            self.notice(f"note: {message.strip()} is sent as a message; the command is {command}")
+            return message
+        question = f"Did you mean {command}? Enter for yes, n to send it as a message: "
+        try:
+            while (answer := self._read(question).strip().casefold()) not in ("", "y", "yes", "n", "no"):
+                pass
+        except (EOFError, KeyboardInterrupt) as interruption:
+            print()
+            return "/quit" if isinstance(interruption, EOFError) else ""
+        return message if answer in ("n", "no") else command
+
     def show(self, pieces: Iterable[str]) -> None:
         """Print a reply as it is generated, and a line break."""
+        wrap = WordWrap(terminal_columns)
         ended = ""
-        for piece in pieces:
-            self.shown.append(piece)
-            ended = piece[-1:]
-            print(piece, end="", flush=True)
-            if self.delay_s:  # even sleep(0) gives up the processor
-                time.sleep(self.delay_s)
+        try:
+            for piece in pieces:
+                self.shown.append(piece)
+                ended = piece[-1:]
+                print(wrap.feed(piece) if self.wraps else piece, end="", flush=True)
+                if self.delay_s:  # even sleep(0) gives up the processor
+                    time.sleep(self.delay_s)
+        finally:  # also when interrupted
+            if self.wraps:
+                print(wrap.finish(), end="", flush=True)
         if ended != "\n":
             self.end_line()
 
@@ -94,4 +124,44 @@ class Console:
 
     def notice(self, text: str) -> None:
         """Print something that is not a reply."""
+        text = wrapped(text)
         print(f"\33[2m{text}\33[0m" if self.has_colour else text, file=sys.stderr, flush=True)
+
+
+def wrapped(text: str) -> str:
+    """A notice with its lines broken between words, if standard error is a terminal."""
+    if sys.stderr is None or not sys.stderr.isatty():
+        return text
+    wrap = WordWrap(terminal_columns)
+    return wrap.feed(text) + wrap.finish()
+
+
+def terminal_columns() -> int:
+    """The width of the terminal now."""
+    return shutil.get_terminal_size().columns
+
+
+def talk(session: PromptSession, messages: Iterable[str], console: Console) -> None:
+    """Answer messages and run commands until the messages end or the user quits."""
+    for typed in messages:
+        try:
+            message = console.as_meant(typed)
+            if not message:
+                continue
+            if message.startswith("/") and not message.startswith("//"):
+                answer = session.command(message)
+            else:
+                answer = session.reply(message.removeprefix("/") if message.startswith("//") else message)
+            if isinstance(answer, str):
+                console.notice(answer)
+            else:
+                with contextlib.closing(answer):
+                    console.show(answer)
+        except UserError as error:
+            console.notice(f"error: {error}")
+        except KeyboardInterrupt:
+            if not console.is_terminal:
+                raise
+            console.end_line()
+        except Quit:
+            return

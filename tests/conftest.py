@@ -52,13 +52,14 @@ def straight(data, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def models(tmp_path_factory) -> Path:
-    """A folder to run gen.py in, with models/story5000.pt (text) and, newer, models/chitchat600.pt (chat)."""
+    """A folder to run gen.py in, with models/chitchat600.pt (chat) and, newer, models/story5000.pt (text)."""
     folder = tmp_path_factory.mktemp("run")
     (folder / "models").mkdir()
-    for name, kind, block_size in (("story5000", "text", 64), ("chitchat600", "chat", 1024)):
+    for name, kind, block_size in (("chitchat600", "chat", 1024), ("story5000", "text", 64)):
         info = {"dataset": name.rstrip("0123456789"), "format": kind, "iter_num": 1, "config": {}, "data": {}}
         info |= {"tokens_seen": 2, "train_loss": 3.0, "val_loss": 3.5}
         save_checkpoint(folder / "models" / f"{name}.pt", text_gpt(block_size), info)
+    os.utime(folder / "models" / "chitchat600.pt", (0, 0))
     return folder
 
 

@@ -131,6 +131,9 @@ def test_commands_of_a_chat(tmp_path):
         with pytest.raises(UserError, match="/temp"):
             session.command(f"/temp {wrong}")
     assert session.command("/temp") == "temperature 0"
+    with pytest.raises(UserError, match=r"/temp 100.5: give a number from 0 .* to 100$"):
+        session.command("/temp 100.5")
+    assert session.command("/temp 100") == "temperature 100"
     assert session.command("/stats").startswith("3 messages, ") and "last: 2 tokens" in session.command("/stats")
     assert session.command("/reset") and session.messages == [{"role": "system", "content": "Be bold."}]
     with pytest.raises(UserError, match="unknown command /nonsense"):
@@ -184,7 +187,7 @@ def test_any_number_that_temp_accepts(word):
 
 
 @pytest.mark.parametrize(
-    "word", ["nan", "inf", "-inf", "1e400", "-1", "-1e-46", "100", "0x10", "1,5", "½", "1 2", "hot"]
+    "word", ["nan", "inf", "-inf", "1e400", "-1", "-1e-46", "100.01", "0x10", "1,5", "½", "1 2", "hot"]
 )
 def test_any_number_that_temp_refuses(word):
     session = PromptSession(EchoEngine())
@@ -277,3 +280,36 @@ def test_a_prompt_session_continues_each_prompt_by_itself():
     assert "/undo" not in session.command("/help")
     with pytest.raises(UserError, match="has 400 tokens"):
         session.reply(" a" * 400)
+
+
+class TwoModels:
+    """What /model chooses from: two engines with windows of different sizes."""
+
+    def __init__(self):
+        self.engines = {"large": EchoEngine(block_size=400), "small": EchoEngine(block_size=64)}
+        self.description = ""
+
+    def listing(self) -> str:
+        return "large, small"
+
+    def load(self, name: str) -> EchoEngine:
+        if name not in self.engines:
+            raise UserError(f"there is no model {name}")
+        self.description = f"now {name}"
+        return self.engines[name]
+
+
+def test_the_model_of_a_chat_can_be_changed():
+    models, notices = TwoModels(), []
+    session = ChatSession(models.engines["large"], notify=notices.append, models=models)
+    joined(session.reply(" a" * 60))
+    assert session.command("/model") == "large, small"
+    with pytest.raises(UserError, match="there is no model huge"):
+        session.command("/model huge")
+    assert joined(session.reply("Hi")) == "reply 2" and session.engine is models.engines["large"]
+    assert session.command("/model small") == "now small"
+    assert joined(session.reply("And now?")) == "reply 1" and len(session.messages) == 6
+    assert len(models.engines["small"].calls[0][0]) <= 48, "only what fits the smaller window"
+    assert len(notices) == 1 and "the window is full" in notices[0]
+    with pytest.raises(UserError, match="only one model is loaded here"):
+        PromptSession(EchoEngine()).command("/model")

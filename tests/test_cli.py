@@ -109,6 +109,12 @@ def test_a_bool_can_be_switched_on_and_off_unless_it_is_off_by_default(capsys):
         (("--internal", "3"), "unrecognized option --internal; --help lists the options"),
         (("--comp",), "unrecognized option --comp; did you mean --compile?"),  # no abbreviations
         (("a.pt", "b.pt"), "unrecognized arguments: b.pt"),
+        (("--temperature", "1"), "unrecognized option --temperature; did you mean --temp?"),
+        (("--size", "1"), "unrecognized option --size; did you mean --sizes?"),
+        (("--text", "x"), "unrecognized option --text; --help lists the options"),
+        (("-top_k", "3"), "unrecognized option -top_k; did you mean --top_k?"),
+        (("-top-kk=3",), "unrecognized option -top-kk; did you mean --top_k?"),
+        (("a.pt", "top_k", "3"), "unrecognized arguments: top_k 3; did you mean --top_k?"),
     ],
 )
 def test_a_wrong_command_line_is_one_sentence(argv, sentence, capsys):
@@ -181,6 +187,13 @@ def test_help_lists_every_option_in_its_group_with_its_default_and_ends_with_the
     assert sections == ["positional arguments:", "options:", "speed:", "sampling:", "examples:"]
     assert text.endswith('examples:\n  python gen.py --chat\n  python gen.py --prompt "Once" \\\n      --top_k 5\n')
     assert max(map(len, text.splitlines())) <= 110
+
+
+def test_a_script_that_needs_options_shows_its_help_without_them(capsys):
+    with pytest.raises(SystemExit) as exit_status:
+        parse_options(Options, DOCSTRING, [], needs_options=True)
+    assert exit_status.value.code == 0 and capsys.readouterr().out.startswith("usage: ")
+    assert parse_options(Options, DOCSTRING, ["--top_k", "5"], needs_options=True).top_k == 5
 
 
 def test_given_options_are_those_on_the_command_line_even_if_equal_to_the_default(capsys):

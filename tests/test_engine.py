@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 
 from generation.chat import ChatSession, chat_ids
 from generation.engine import Settings, TextEngine
 from generation.sampling import Sampling
-from setup_tokenizer import ENDOFTEXT_ID, IM_END_ID, N_VOCAB, encode_text
+from setup_tokenizer import ENDOFTEXT_ID, IM_END_ID, N_VOCAB, encode_text, get_extended_tokenizer
 from tests.tiny_gpt import text_gpt
 
 
@@ -48,7 +50,7 @@ def test_the_speed_is_that_of_the_tokens_after_the_first_step(n_samples):
     list(engine.stream_samples([ENDOFTEXT_ID], 5, n_samples))
     engine.later_s = 2.0
     assert f"last: {5 * n_samples} tokens, " in engine.statistics()
-    assert f"then {2 * n_samples:.1f} tokens/s" in engine.statistics()
+    assert f"then {2 * n_samples:#.3g} tokens/s" in engine.statistics()
 
 
 def test_logprobs_are_those_of_the_plain_model():
@@ -63,3 +65,16 @@ def test_logprobs_are_those_of_the_plain_model():
         assert facts["logprob"] == pytest.approx(float(row[facts["id"]]), abs=1e-4)
         assert [other["id"] for other in facts["likeliest"]] == row.topk(5).indices.tolist()
         assert facts["step"] == step and facts["id"] in [other["id"] for other in facts["likeliest"][:3]]
+
+
+def test_hidden_ids_are_left_out_of_the_text_alone():
+    prompt = [ENDOFTEXT_ID, *encode_text("Once upon")]
+    settings = Settings(seed=1, stop_ids=(), logprobs=True)
+    shown, hiding = TextEngine(text_gpt(), settings), TextEngine(text_gpt(), settings)
+    list(shown.stream(prompt, 8))
+    hidden = (shown.logprobs[2]["id"], shown.logprobs[7]["id"])
+    hiding.settings = dataclasses.replace(settings, hidden_ids=hidden)
+    text = "".join(hiding.stream(prompt, 8))
+    ids = [facts["id"] for facts in hiding.logprobs]
+    assert ids == [facts["id"] for facts in shown.logprobs]
+    assert text == get_extended_tokenizer().decode([token for token in ids if token not in hidden])

@@ -18,8 +18,8 @@ from common.speedups import load_speedups
 from data.dataset import open_dataset
 from evaluate import EvaluateOptions, measure
 from evaluation import stories
-from evaluation.bootstrap import NATS_PER_TOKEN, Scored, paired_bootstrap
-from evaluation.printing import print_report, verdict_line
+from evaluation.bootstrap import NATS_PER_TOKEN, Scored, margin, paired_bootstrap
+from evaluation.printing import digits_of, print_report, verdict_line
 from evaluation.scoring import score, summarize, windows
 from evaluation.splits import read_split
 from fast.packed_linear import Int8Linear, is_exact
@@ -201,6 +201,23 @@ def test_the_bootstrap_sees_a_real_difference_and_no_false_one(tmp_path):
     error = 1.96 / math.sqrt(len(split.ids) - 1)
     assert (same["interval"][1] - same["interval"][0]) / 2 == pytest.approx(error, rel=0.25)
     assert better == bootstrap(split, first, first - np.float32(0.5) + noise)
+    assert margin(split, "all", first) == pytest.approx(error, rel=0.25)
+
+
+def test_the_margin_of_a_loss_counts_documents_not_tokens(tmp_path):
+    split = val_split(write_dataset(tmp_path, "story", [f"{n} word" + " word" * 39 for n in range(60)]), "story")
+    of_document = np.random.default_rng(1).normal(3, 1, split.unit.max() + 1)
+    losses = of_document[split.unit].astype(np.float32)  # all tokens of a document have the same loss
+    own = losses[split.counted["all"][0]]
+    assert margin(split, "all", losses) == pytest.approx(1.96 * own.std() / math.sqrt(60), rel=0.1)
+    short = val_split(write_dataset(tmp_path, "short", ["A word. " * 600]), "short")
+    assert margin(short, "all", np.ones(len(short.ids))) is None
+
+
+def test_a_number_has_the_digits_that_its_margin_allows():
+    numbers = {"loss": 2.187, "bits_per_byte": 1.0108}
+    for loss_margin, digits in ((0.006, (3, 3, 3)), (0.12, (2, 3, 2)), (1.2, (1, 2, 2)), (None, (2, 2, 2))):
+        assert digits_of({**numbers, "loss_margin": loss_margin}) == digits
 
 
 def bootstrap(split, first: np.ndarray, second: np.ndarray) -> dict | None:
@@ -222,6 +239,9 @@ def test_a_verdict_claims_no_more_than_the_interval_allows():
     line = verdict_line("story", {**verdict, "bootstrap": clear})
     assert "b.pt is better than a.pt by 0.123 nats per token (95 % interval 0.100 to 0.150)" in line
     assert line.endswith("its perplexity is 12 % lower")  # 1 - exp(-0.12345) is 0.1161
+    large = {**clear, "difference": 7.78, "interval": [7.54, 8.03]}  # exp(7.78) is 2392
+    line = verdict_line("story", {**verdict, "bootstrap": large})
+    assert line.endswith("(95 % interval 7.54 to 8.03); the other's perplexity is 2,400 times as high")
     unclear = {**clear, "interval": [-0.01, 0.2], "excludes_zero": False}
     assert "no clear difference between b.pt and a.pt (0.12 nats" in verdict_line(
         "story", {**verdict, "bootstrap": unclear}
@@ -254,7 +274,8 @@ def test_two_checkpoints_on_their_own_data_sets(tmp_path, capsys, monkeypatch):
         assert verdict["scope"] == scopes[0] and [verdict["best"], verdict["second"]] == sorted(means, key=means.get)
         assert verdict["bootstrap"]["difference"] == pytest.approx(abs(means[one] - means[two]), abs=1e-5)
         assert verdict_line(name, verdict) in printed
-        assert f"{results[0]['all']['loss']:.4f}" in printed
+        decimals = max(digits_of(result["all"])[0] for result in results)
+        assert f" {results[0]['all']['loss']:.{decimals}f} " in printed
     lines = printed.splitlines()
     assert lines[-1].startswith("Verdict on chat (what the assistant says): ")
     tables = [line.partition(":")[0] for line in lines if "bytes of text" in line]

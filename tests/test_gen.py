@@ -11,12 +11,14 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import gen
 from common.checkpoint import save_checkpoint
 from common.cli import UserError
 from generation.sampling import CHAT_SAMPLING, TEXT_SAMPLING
 from model import GPT, GPTConfig
+from setup_tokenizer import IM_START_ID
 from tests.tiny_gpt import text_gpt
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -136,9 +138,10 @@ def test_generation_continues_after_the_window_is_full(run):
     assert len(text) > 5 * 80
 
 
-def test_chat_from_a_pipe_uses_the_newest_chat_checkpoint_and_replies_line_by_line(run):
+def test_chat_from_a_pipe_uses_the_chat_model_and_replies_line_by_line(run):
     text, notices = run("--chat", "--max_tokens", "3", "--temp", "0", stdin="Hello!\n\n/stats\nMy name is Priya.\r\n")
-    assert "chatting with models/chitchat600.pt" in notices.splitlines()
+    described = "the best-trained chat model: chitchat, 2 tokens, validation loss 3.50"
+    assert f"chatting with models/chitchat600.pt, {described}" in notices.splitlines()
     assert "2 messages" in notices and "you>" not in text + notices
     once = run("--chat", "--max_tokens", "3", "--temp", "0", "--prompt", "Hello!")[0]
     assert text.startswith(once) and len(text) > len(once)
@@ -153,17 +156,68 @@ def test_a_chat_with_a_model_of_stories_prints_a_note(run):
 
 
 def test_a_mixture_of_stories_and_chat_needs_no_note(run, models):
-    parts = [{"name": "story", "format": "text"}, {"name": "chat", "format": "chat"}]
-    info = {"dataset": "story+chat", "format": "chat", "data": {"parts": parts}}
+    parts = [{"name": "story", "format": "text", "weight": 0.4}, {"name": "chat", "format": "chat", "weight": 0.6}]
+    info = {"dataset": "story+chat", "format": "chat", "data": {"parts": parts}, "tokens_seen": 4}
     path = models / "models" / "story+chat500.pt"
     save_checkpoint(path, text_gpt(64), info)
     try:
-        assert "chatting with models/story+chat500.pt" in run("--chat", "--max_tokens", "2", stdin="Hi\n")[1]
+        notices = run("--chat", "--max_tokens", "2", stdin="Hi\n")[1]
+        assert "chatting with models/story+chat500.pt" in notices and "other chat models: chitchat600\n" in notices
         assert "note:" not in run("models/story+chat500.pt", "--prompt", "Once", "--max_tokens", "2")[1]
     finally:
         path.unlink()
     notices = run("models/chitchat600.pt", "--prompt", "Once", "--max_tokens", "2")[1]
     assert "note: models/chitchat600.pt was trained on chat data; talk to it with --chat" in notices
+
+
+def test_a_chat_model_that_continues_text_shows_no_control_tokens(run, tmp_path):
+    model = text_gpt(64)
+    with torch.no_grad():  # it always predicts <|im_start|>
+        model.ln_f.weight.zero_()
+        model.ln_f.bias.fill_(1)
+        model.wte.weight[IM_START_ID] = 1
+    save_checkpoint(tmp_path / "eager.pt", model, {"format": "chat", "dataset": "chat"})
+    arguments = (tmp_path / "eager.pt", "--prompt", "Once", "--temp", "0", "--max_tokens", "9", "--dtype", "float32")
+    text, notices = run(*arguments, "--verbose")
+    assert text == "Once\n" and "last: 9 tokens" in notices
+    assert notices.index("was trained on chat data; talk to it with --chat") < notices.index("last: ")
+    assert run(*arguments, "--stop", "<|im_start|>", "--verbose")[1].count("last: 1 tokens") == 1
+
+
+def test_without_a_checkpoint_text_comes_from_the_newest_model_which_is_named(run):
+    text, notices = run("--prompt", "Once", "--max_tokens", "4", "--temp", "0")
+    assert "using models/story5000.pt, the newest model: story, 2 tokens, validation loss 3.50\n" in notices
+    assert "other models: chitchat600\n" in notices
+    assert run("models/story5000.pt", "--prompt", "Once", "--max_tokens", "4", "--temp", "0")[0] == text
+
+
+def test_a_session_can_change_its_model(run):
+    lines = ["/model", "/temp 0", "Once", "/model nothing", "/model chitchat600", "/temp", "Once", "/model"]
+    text, notices = run("--interactive", "--max_tokens", "5", stdin="\n".join(lines))
+    assert "* story5000    story, 2 tokens, validation loss 3.50\n  chitchat600  chitchat, 2 tokens" in notices
+    assert "error: there is no model nothing; choose one of story5000, chitchat600\n" in notices
+    assert "now models/chitchat600.pt: chitchat, 2 tokens, validation loss 3.50\n" in notices
+    assert "was trained on chat data" in notices and notices.count("temperature 0\n") == 2
+    assert "  story5000    story, 2 tokens, validation loss 3.50\n* chitchat600  chitchat" in notices
+    alone = [
+        run(f"models/{name}.pt", "--prompt", "Once", "--max_tokens", "5", "--temp", "0")[0].removeprefix("Once")
+        for name in ("story5000", "chitchat600")
+    ]
+    assert text == "".join(alone)
+
+
+def test_a_chat_keeps_its_messages_when_the_model_changes(run, tmp_path):
+    path = tmp_path / "chat.jsonl"
+    lines = ["Hello", "/model models/story5000.pt", "/model chitchat600", "Again", f"/save {path}", "/model"]
+    _, notices = run("--chat", "--max_tokens", "3", stdin="\n".join(lines))
+    assert "note: models/story5000.pt was trained on story, not on chat data" in notices
+    assert [message["role"] for message in json.loads(path.read_text("utf-8"))["messages"]] == ["user", "assistant"] * 2
+    assert notices.endswith("* chitchat600  chitchat, 2 tokens, validation loss 3.50\n")
+
+
+def test_words_from_a_pipe_that_may_mean_a_command_are_messages(run):
+    _, notices = run("--chat", "--max_tokens", "2", stdin="exit\n/stats\n")
+    assert "note: exit is sent as a message; the command is /quit\n" in notices and "2 messages" in notices
 
 
 def test_interactive_continues_prompts_without_chatml(run):
@@ -221,11 +275,17 @@ def test_mistakes_are_errors_of_one_sentence(run, models, arguments, sentence):
         foreign.unlink()
 
 
-def test_without_a_chat_checkpoint_the_error_tells_how_to_make_one(run, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "arguments, sentence",
+    [
+        (("--chat",), r"no checkpoint in models was trained on chat data; .*: make demo"),
+        ((), r"no checkpoint in models; train one with: python train.py, or in minutes with: make demo"),
+    ],
+)
+def test_without_a_model_the_error_tells_how_to_make_one(run, tmp_path, monkeypatch, arguments, sentence):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match=r"no checkpoint in models was trained on chat data; .*: make demo"):
-        monkeypatch.setattr(sys, "argv", ["gen.py", "--chat"])
-        gen.main()
+    with pytest.raises(UserError, match=sentence):
+        run(*arguments)
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import contextlib
 import os
 import select
 import signal
+import struct
 import subprocess
 import sys
 import time
@@ -53,11 +54,12 @@ def test_a_closed_pipe_ends_the_program_quietly(models):
 class Terminal:
     """gen.py on a pseudo-terminal: `type` keys, `wait` for output."""
 
-    def __init__(self, folder: Path, *arguments: str, **environment: str):
+    def __init__(self, folder: Path, *arguments: str, columns: int = 80, **environment: str):
         pty = pytest.importorskip("pty", reason="needs a system with pseudo-terminals")
         self.master, slave = pty.openpty()
         streams = {"stdin": slave, "stdout": slave, "stderr": slave}
-        environment = {"TERM": "xterm", **environment}
+        _set_columns(self.master, columns)
+        environment = {"TERM": "xterm", "COLUMNS": "", **environment}
         # A session of its own with this terminal, so that Ctrl-C reaches it as from a keyboard.
         self.process = start(
             folder, *arguments, environment=environment, start_new_session=True, preexec_fn=_own_terminal, **streams
@@ -74,15 +76,25 @@ class Terminal:
         while (end := self.seen.find(text, self.position)) < 0:
             ready, _, _ = select.select([self.master], [], [], max(0, deadline - time.monotonic()))
             assert ready, f"{text!r} did not appear in {self.seen[self.position :]!r}"
-            try:
-                data = os.read(self.master, 65536)
-            except OSError:  # the other side is closed
-                data = b""
-            assert data, f"ended before {text!r}: {self.seen[self.position :]!r}"
-            self.seen += data.decode("utf-8", "replace")
+            assert self._read(), f"ended before {text!r}: {self.seen[self.position :]!r}"
         shown = self.seen[self.position : end + len(text)]
         self.position = end + len(text)
         return shown
+
+    def _read(self) -> bool:
+        """Add what has arrived to `seen`; False if the program has ended."""
+        try:
+            data = os.read(self.master, 65536)
+        except OSError:  # the other side is closed
+            data = b""
+        self.seen += data.decode("utf-8", "replace")
+        return bool(data)
+
+    def wait_for_end(self) -> str:
+        """The output since the last wait, up to the end of the program."""
+        while self._read():
+            pass
+        return self.seen[self.position :]
 
     def interrupt(self, text: str) -> str:
         """Ctrl-C until `text` appears: readline misses a signal that arrives while it sets up the terminal."""
@@ -96,6 +108,13 @@ class Terminal:
         status = self.process.wait(30)
         os.close(self.master)
         return status
+
+
+def _set_columns(terminal: int, columns: int) -> None:
+    import fcntl
+    import termios
+
+    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
 
 
 def _own_terminal() -> None:
@@ -145,4 +164,64 @@ def test_colours_on_a_terminal(models):
     chat.wait("\33[2mtemperature 0.25\33[0m")
     chat.wait("\33[1;36mprompt> ")
     chat.type("/quit\n")
+    assert chat.close() == 0
+
+
+PROMPT = "Once upon a time there was a little fox who lived in the green wood and loved berries. " * 3
+
+
+def test_text_wraps_at_words_on_a_terminal_and_only_there(models, tmp_path):
+    output = tmp_path / "out.txt"
+    arguments = ("--prompt", PROMPT, "--max_tokens", "1", "--temp", "0", "--no_delay", "--output", str(output))
+    terminal = Terminal(models, *arguments, columns=30)
+    shown = terminal.wait_for_end()
+    lines = shown[shown.index("Once upon a time") :].split("\r\n")
+    assert max(map(len, shown.split("\r\n"))) <= 40, "notices wrap, too"
+    assert terminal.close() == 0
+    assert len(lines) > 8 and 20 < max(map(len, lines)) <= 30
+    assert " ".join(lines).startswith(PROMPT.rstrip())
+    assert output.read_text("utf-8").startswith(PROMPT)  # the file has no additional line breaks
+    piped = start(models, *arguments, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL).communicate()[0]
+    assert piped.decode().startswith(PROMPT)
+
+
+def test_text_wraps_if_only_the_input_is_no_terminal(models):
+    pty = pytest.importorskip("pty", reason="needs a system with pseudo-terminals")
+    master, slave = pty.openpty()
+    _set_columns(master, 30)
+    arguments = ("--prompt_file", "-", "--max_tokens", "1", "--temp", "0")
+    streams = {"stdin": subprocess.PIPE, "stdout": slave, "stderr": subprocess.DEVNULL}
+    start(models, *arguments, environment={"COLUMNS": ""}, **streams).communicate(PROMPT.encode(), timeout=60)
+    lines = os.read(master, 65536).decode().split("\r\n")
+    assert len(lines) > 8 and max(map(len, lines)) <= 30 and " ".join(lines).startswith(PROMPT.rstrip())
+
+
+def test_a_word_that_may_be_meant_as_a_command_is_asked_about(models):
+    chat = Terminal(models, "models/chitchat600.pt", "--chat", "--max_tokens", "2", "--no_delay", NO_COLOR="1")
+    chat.wait("you> ")
+    chat.type("bye\n")
+    chat.wait("Did you mean /quit? Enter for yes, n to send it as a message: ")
+    chat.type("n\n")
+    chat.wait("you> ")
+    chat.type("/stats\n")
+    assert "2 messages" in chat.wait("seed")
+    chat.wait("you> ")
+    chat.type("Help\n")
+    chat.wait("Did you mean /help? ")
+    chat.type("\n")
+    chat.wait("/retry")
+    chat.wait("you> ")
+    chat.type("quit\n")
+    chat.wait("Did you mean /quit? ")
+    chat.interrupt("you> ")  # neither: Ctrl-C returns to the prompt
+    chat.type("Please help\n")  # more than the word is a message
+    chat.wait("you> ")
+    chat.type("/stats\n")
+    assert "4 messages" in chat.wait("seed")
+    chat.wait("you> ")
+    chat.type("EXIT\n")
+    chat.wait("Did you mean /quit? ")
+    chat.type("what?\n")
+    chat.wait("Did you mean /quit? ")
+    chat.type("\n")
     assert chat.close() == 0

@@ -58,12 +58,13 @@ EXCEPTIONS = {
 # Modules that load without torch, so that --help and data preparation start at once.
 NO_TORCH_ROOMS = ("data",)
 NO_TORCH = {
-    *("common.cli", "common.output", "common.device", "common.files", "common.hub", "common.ngrams"),
+    *("common.cli", "common.output", "common.device", "common.files", "common.hub", "common.ngrams", "common.numbers"),
     *("common.speedups", "common.tokenizer_json", "setup_tokenizer", "training.mixture"),
     *("exchange.tokenizer_files", "exchange.model_card"),
     *(
         "generation.chat",
         "generation.terminal",
+        "generation.word_wrap",
         "gen",
         "serve",
         "export",

@@ -254,13 +254,13 @@ def test_encoding_all_again_passes_over_what_is_damaged_and_says_so(tmp_path, in
 
 
 @pytest.mark.parametrize("choice", [["--limit", "2"], ["--max_document_tokens", "9"], ["--near_dedup"]])
-@pytest.mark.parametrize("wanted", [["--dataset", "story"], []])
+@pytest.mark.parametrize("wanted", ["story", "all"])
 def test_encoding_again_loses_no_document(tmp_path, inline, choice, wanted):
     (tmp_path / "stories.txt").write_text(STORIES, "utf-8")
     inline("data/prepare-story.py", "--input", "stories.txt", "--output_dir", "out")
     before = {path.name: path.read_bytes() for path in (tmp_path / "out").glob("story*")}
     with pytest.raises(UserError, match="give them to the script that prepares the data set from its source"):
-        inline(OWN, *wanted, *choice, "--output_dir", "out")
+        inline(OWN, "--dataset", wanted, *choice, "--output_dir", "out")
     assert {path.name: path.read_bytes() for path in (tmp_path / "out").glob("story*")} == before
 
 
@@ -273,7 +273,8 @@ def test_encoding_again_loses_no_document(tmp_path, inline, choice, wanted):
         ({"a.txt": "x"}, ["--input", "a.txt", "--dataset", "story"], "cannot be combined"),
         ({}, ["--dataset", "story"], "run: python data/prepare-story.py$"),
         ({}, ["--dataset", "notes"], "run: python prepare_with_extended_tokenizer.py --input FILE --name notes$"),
-        ({}, [], "no prepared data set"),
+        ({}, ["--dataset", "all"], "no prepared data set"),
+        ({}, [], "nothing to prepare; name files with --input PATH, or prepared data with --dataset NAME"),
     ],
 )
 def test_own_input_that_cannot_be_used(tmp_path, inline, files, arguments, sentence):
@@ -281,3 +282,12 @@ def test_own_input_that_cannot_be_used(tmp_path, inline, files, arguments, sente
         (tmp_path / name).write_text(content, "utf-8")
     with pytest.raises(UserError, match=sentence):
         inline(OWN, *arguments, "--output_dir", "out")
+
+
+def test_without_options_the_own_script_shows_its_help_and_prepares_nothing(tmp_path, inline, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        inline(OWN)
+    assert stopped.value.code == 0
+    shown = capsys.readouterr().out
+    assert shown.startswith("usage: ") and "--input PATH" in shown and "--dataset NAME" in shown
+    assert list(tmp_path.iterdir()) == []

@@ -7,6 +7,7 @@ a download. Nothing else is left out, and a stand-in that no command needs is an
 from __future__ import annotations
 
 import ast
+import itertools
 import os
 import re
 import shutil
@@ -124,6 +125,21 @@ def test_the_commands_run_in_order_and_print_what_is_shown(sandbox):
             printed = {masked(line) for line in output.splitlines()}
             missing = [line for line in block.text.splitlines() if line != "..." and masked(line) not in printed]
             assert not missing, f"not in the output: {missing}\n\n{output}"
+
+
+@pytest.mark.slow
+def test_sections_2_to_4_print_exactly_what_they_show(sandbox):
+    """With all conversations, on which the numbers and the row depend; above there are only a few of them."""
+    pairs = list(itertools.pairwise(blocks()))
+    command, shown = next((first, second) for first, second in pairs if "prepare-chitchat.py" in first.text)
+    printed = run(sandbox, ["bash", "-c", f"{command.text.strip()} --output_dir full"])
+    assert set(shown.text.splitlines()) <= set(printed.splitlines())
+    session, before = "", ""
+    for code, shown in pairs:
+        if code.language == "python":
+            session += code.text.replace('Path("data")', 'Path("full")')
+            before += shown.text
+            assert run(sandbox, [sys.executable, "-c", session]) == before
 
 
 def test_every_stand_in_is_needed_and_every_training_run_is_small():

@@ -12,6 +12,7 @@ import torch
 
 from common.cli import UserError
 from common.device import peak_flops
+from common.numbers import significant
 from data.dataset import data_parts
 from generation.decoding import generate
 from generation.sampling import PREVIEW_SAMPLING
@@ -73,18 +74,20 @@ class Clock:
         """Print a line on the iteration just done; returns tokens per second.
 
         MFU, model FLOPs utilization, is the fraction of the device's peak that the model's own products use ("PaLM",
-        Chowdhery et al. 2022, appendix B).
+        Chowdhery et al. 2022, appendix B). It is left out if the peak is not known.
         """
         s_per_iter = (time.perf_counter() - self.start) / max(1, iter_num - self.start_iter)
         self.restart(iter_num)
         max_iters = self.config.max_iters
         tokens_per_s = self.config.tokens_per_iter / s_per_iter
-        mfu = f"{self.flops_per_iter / s_per_iter / self.peak_flops:.1%}" if self.peak_flops else "n/a"
+        speed = f"{significant(tokens_per_s, 3)} tokens/s"
+        if self.peak_flops:
+            speed += f", mfu {self.flops_per_iter / s_per_iter / self.peak_flops:.1%}"
         filled = 20 * iter_num // max_iters
         left = int(s_per_iter * (max_iters - iter_num))
         print(
             f"iter {iter_num:>{len(str(max_iters))}}/{max_iters} [{'#' * filled}{'.' * (20 - filled)}] "
-            f"loss {loss:.4f}, lr {learning_rate:.2e}, norm {grad_norm:.2f}, {tokens_per_s:,.0f} tokens/s, mfu {mfu}, "
+            f"loss {loss:.4f}, lr {learning_rate:.2e}, norm {grad_norm:.2f}, {speed}, "
             f"{left // 60}:{left % 60:02d} left" + (f", {skipped} skipped" if skipped else ""),
             flush=True,
         )

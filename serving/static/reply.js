@@ -132,7 +132,7 @@ export function describe(reply) {
   const parts = [reply.model];
   const n = reply.tokens.length || reply.usage?.completion_tokens || reply.nGenerated;
   if (n) parts.push(n === 1 ? "1 token" : `${n.toLocaleString("en")} tokens`);
-  if (reply.tokensPerSecond) parts.push(`${reply.tokensPerSecond.toFixed(1)} tokens/s`);
+  if (reply.tokensPerSecond) parts.push(`${reply.tokensPerSecond.toLocaleString("en", { maximumSignificantDigits: 3 })} tokens/s`);
   if (reply.finish === "length") parts.push("reached the limit");
   if (reply.finish === "stopped") parts.push("stopped");
   const dropped = reply.usage?.dropped_messages;
