@@ -94,10 +94,10 @@ def plan(options: TrainOptions, given: dict[str, Any], fast: ModuleType | None) 
     allow_tf32()
     speed_up, logits_rows = (fast.speed_up_training, fast.LOSS_CHUNK_ROWS) if fast else (None, None)
     config = make_config(options, given, device, data.facts, checkpoint, speed_up, logits_rows)
-    data.require_length(config.block_size)
+    too_short = data.short_splits(config.block_size)
     if checkpoint and config.resume:
         resume.require_same_data(data.facts, checkpoint["info"], config.resume)
-    for line in describe_data(data.facts):
+    for line in [*describe_data(data.facts), *(f"note: {sentence}" for sentence in too_short)]:
         print(line)
     return Plan(config, data, checkpoint)
 

@@ -7,7 +7,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-from data.dataset import DatasetInfo, data_parts, open_dataset, require_length
+from data.dataset import DatasetInfo, data_parts, open_dataset, short_splits
 from data.token_stream import TokenStream
 from training.batches import fixed_batches
 from training.config import RunConfig
@@ -28,10 +28,9 @@ class TrainingData:
         """ "text", "chat" or both, in the order of the parts."""
         return list(dict.fromkeys(part["format"] for part in data_parts(self.facts)))
 
-    def require_length(self, block_size: int) -> None:
-        """Raise UserError if a split is too short for one row."""
-        for streams, _ in self.parts.values():
-            require_length(streams, block_size)
+    def short_splits(self, block_size: int) -> list[str]:
+        """A sentence about each split that is shorter than one row. Raises UserError for a split of one token."""
+        return [sentence for streams, _ in self.parts.values() for sentence in short_splits(streams, block_size)]
 
     def mean_loss(self, losses: dict[str, float]) -> float:
         """The mean of the parts' losses, weighted by their shares."""
