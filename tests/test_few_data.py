@@ -1,18 +1,25 @@
-"""Training on few data: splits shorter than a row."""
+"""Training on few data: splits shorter than a row, the default number of iterations, and epochs."""
 
 from __future__ import annotations
 
+import dataclasses
 import math
+import re
 from pathlib import Path
 
 import pytest
 import torch
 
+import train
 from common.cli import UserError
+from common.speedups import load_speedups
 from data.dataset import open_dataset
+from data.epochs import Portion, fitting_iters
 from evaluate import EvaluateOptions, measure
 from model import GPT, GPTConfig
-from tests.tiny import load_checkpoint, prepare, run
+from tests.test_train_config import config_of, facts_of
+from tests.tiny import load_checkpoint, options_of_run, prepare, run
+from training.config import TrainOptions
 
 pytestmark = pytest.mark.usefixtures("one_thread", "quick_disk")
 
@@ -59,3 +66,72 @@ def test_a_split_of_one_token_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"text-val.bin contains a single token, so there is nothing to predict"):
         run(tmp_path / "data", tmp_path / "models")
     assert not (tmp_path / "models").exists()
+
+
+# The number of iterations
+
+MANY, DIARY, NOTES = Portion("many", 4_500_000), Portion("diary", 50_000), Portion("notes", 500_000)
+
+
+def part(portion: Portion, share: float) -> Portion:
+    return dataclasses.replace(portion, share=share)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "iters"),
+    [
+        (2, 100),
+        (1_500, 100),
+        (51_200, 100),  # 8 epochs of 200 rows in iterations of 16 rows
+        (400_000, 790),  # 8 * 1563 / 16 = 782, rounded up
+        (999_999, 2000),
+        (1_000_000, 5000),
+        (540_000_000, 5000),
+    ],
+)
+def test_the_default_number_of_iterations_fits_the_data(tokens, iters):
+    config = config_of(facts_of("text", tokens))
+    assert config.max_iters == iters and config.warmup_iters == iters // 20
+    assert config_of(facts_of("text", tokens), max_iters=7).max_iters == 7
+    assert (config.eval_interval, config.name) == (min(250, iters // 4), f"story{iters}")
+
+
+def test_larger_batches_need_fewer_iterations():
+    assert config_of(facts_of("text", 400_000), batch_size=32).max_iters == 400  # 391, rounded up
+    assert config_of(facts_of("text", 400_000), gradient_accumulation_steps=2).max_iters == 400
+
+
+def test_a_mixture_is_trained_until_each_part_has_been_read_often_enough():
+    assert fitting_iters([part(MANY, 0.8), part(DIARY, 0.2)], 256, 16) == 5000
+    assert fitting_iters([part(NOTES, 0.5), part(DIARY, 0.5)], 256, 16) == 2000  # 8 * 1954 / 8 = 1954, rounded up
+
+
+def test_the_epochs_are_printed_with_the_iterations(short, tmp_path, capsys):
+    run(short, tmp_path / "models", dataset="text=0.5,chat=0.5", max_iters=20, batch_size=4)
+    printed = capsys.readouterr().out
+    # Rows of 16 tokens: 60 tokens are 4 rows, 120 are 8; an iteration reads 2 rows of each.
+    assert "iterations: 20, which are 10 epochs of text's 60 tokens, 5.0 epochs of chat's 120 tokens\n" in printed
+    assert re.search(r"^iter  1/20 \(epoch 0\.5\+0\.2\) \[#\.{19}\] loss ", printed, re.MULTILINE)
+    assert re.search(r"^iter 20/20 \(epoch 10\+5\.0\) \[#{20}\] loss ", printed, re.MULTILINE)
+
+
+def test_a_run_without_max_iters_is_resumed_without(data, tmp_path, capsys):
+    options, given = options_of_run(data, tmp_path, max_iters=None)
+    del given["max_iters"]
+    planned = train.plan(options, given, None)
+    assert planned.config.max_iters == 160  # 8 epochs of 38 rows, 2 rows each: 152, rounded up
+    assert "iterations: 160, which are 8.4 epochs of text's 600 tokens (the default" in capsys.readouterr().out
+    assert run(data, tmp_path, stop_after=3, max_iters=None) == 130
+    assert run(data, tmp_path, max_iters=2) == 0  # newer, and complete
+    folders = {"data_dir": str(data), "out_dir": str(tmp_path), "dataset": "text", "resume": ""}
+    resumed = train.plan(TrainOptions(**folders), folders, load_speedups(plain=True))
+    assert resumed.config.max_iters == 160 and resumed.config.resume == str(tmp_path / "text160.pt")
+    (tmp_path / "text160.pt").unlink()
+    assert train.plan(TrainOptions(**folders), folders, None) is None
+    assert f"{tmp_path / 'text2.pt'} is complete" in capsys.readouterr().out
+
+
+def test_without_any_run_a_resume_names_the_default_one(data, tmp_path):
+    folders = {"data_dir": str(data), "out_dir": str(tmp_path), "dataset": "text", "resume": ""}
+    with pytest.raises(UserError, match=r"text5000.pt not found; make one with"):
+        train.plan(TrainOptions(**folders), folders, None)

@@ -16,10 +16,11 @@ from typing import Any
 
 from common.cli import UserError, check_options, option
 from common.device import choose_dtype, device_option, dtype_option, has_cpp_compiler, plain_option
+from data.epochs import DEFAULT_ITERS, fitting_iters
 from model import PRESETS
 from training.initialization import model_config
 from training.memory import SpeedUp, StepMemory, find_micro_batch
-from training.mixture import mixture_name, parse_mixture
+from training.mixture import mixture_name, parse_mixture, portions
 from training.parallel import micro_batch_size
 
 DEFAULT_BATCH_SIZE = 16
@@ -91,7 +92,13 @@ class TrainOptions:
         False, "recompute activations in the backward pass: less memory, up to a third more work", group="batch"
     )
 
-    max_iters: int = option(5000, "total iterations; the schedule scales with them", at_least=1, group="optimizer")
+    max_iters: int | None = option(
+        None,
+        "total iterations; the schedule scales with them (default: 5000; 8 epochs, but at least 100 iterations, for a "
+        "data set of less than a million tokens)",
+        at_least=1,
+        group="optimizer",
+    )
     optimizer: str = option(
         "muon", "muon (hidden matrices; AdamW for the rest) or adamw", choices=("muon", "adamw"), group="optimizer"
     )
@@ -190,8 +197,8 @@ class TrainOptions:
 
     @property
     def checkpoint_path(self) -> str:
-        """The checkpoint that --resume names, or the default one."""
-        return self.resume or f"{self.out_dir}/{mixture_name(self.dataset)}{self.max_iters}.pt"
+        """The checkpoint that --resume names, or the default one; see also `training.resume.find_checkpoint`."""
+        return self.resume or f"{self.out_dir}/{mixture_name(self.dataset)}{self.max_iters or DEFAULT_ITERS}.pt"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -269,13 +276,15 @@ def make_config(
     formats = {part["format"] for part in data.get("parts") or [data]}
     _check_combinations(options, given, formats, is_plain=speed_up is None)
     shape = _shape(options, device, info)
-    chosen = {**shape, **_choices(options, device, formats, shape["n_embd"], has_fast_parts=speed_up is not None)}
-
-    # The micro-batch: the default or the largest that fits, while the sequences per iteration stay the same.
     saved = info["config"] if options.resume is not None else {}
     wanted = options.batch_size if isinstance(options.batch_size, int) else saved.get("batch_size", DEFAULT_BATCH_SIZE)
     steps = options.gradient_accumulation_steps or (8 if device.startswith("cuda") else 1)
     micro_batch_size(wanted, steps)  # raises UserError if the processes cannot share the rows
+    max_iters = options.max_iters or fitting_iters(portions(data), shape["block_size"], wanted * steps)
+    has_fast_parts = speed_up is not None
+    chosen = {**shape, **_choices(options, device, formats, shape["n_embd"], max_iters, has_fast_parts)}
+
+    # The micro-batch: the default or the largest that fits, while the sequences per iteration stay the same.
     step = StepMemory(
         model=model_config(shape, checkpoint),
         device=device,
@@ -297,15 +306,16 @@ def make_config(
 
 
 def _choices(
-    options: TrainOptions, device: str, formats: set[str], n_embd: int, has_fast_parts: bool
+    options: TrainOptions, device: str, formats: set[str], n_embd: int, max_iters: int, has_fast_parts: bool
 ) -> dict[str, Any]:
     """The value of every option that may be None, except the model's shape and the micro-batch."""
     on_cuda, is_chat = device.startswith("cuda"), "chat" in formats
     # A narrow model tolerates, and needs, larger steps.
     learning_rate = _or(options.learning_rate, 3e-3 if n_embd <= 384 else 6e-4)
     # On a CPU, compiling takes up to a minute, which does not pay off in a short run.
-    pays_off = on_cuda or (device == "cpu" and options.max_iters >= 200 and has_cpp_compiler())
+    pays_off = on_cuda or (device == "cpu" and max_iters >= 200 and has_cpp_compiler())
     return {
+        "max_iters": max_iters,
         "preset": options.preset or _default_preset(device),
         "loss_on": options.loss_on or ("assistant" if is_chat else "all"),
         # The conversations in a row are unrelated, and in a chat a model never sees another conversation.
@@ -313,8 +323,8 @@ def _choices(
         "learning_rate": learning_rate,
         "min_lr": _or(options.min_lr, learning_rate / 10),
         "schedule": options.schedule or ("cosine" if is_chat else "wsd"),
-        "warmup_iters": _or(options.warmup_iters, max(1, options.max_iters // 20)),
-        "eval_interval": options.eval_interval or max(1, min(250, options.max_iters // 4)),
+        "warmup_iters": _or(options.warmup_iters, max(1, max_iters // 20)),
+        "eval_interval": options.eval_interval or max(1, min(250, max_iters // 4)),
         "device": device,
         "dtype": choose_dtype(options.dtype, device),
         "compile": has_fast_parts and _or(options.compile, pays_off),
