@@ -46,6 +46,14 @@ def fitting_iters(portions: Sequence[Portion], block_size: int, rows_per_iter: i
     return max(portion.fitting_iters(block_size, rows_per_iter) for portion in portions)
 
 
+def fine_tuning_iters(portions: Sequence[Portion], block_size: int, rows_per_iter: int) -> int:
+    """The iterations that teach a trained model a mixture: what the part needs that is repeated most.
+
+    The other parts are there to be remembered.
+    """
+    return min(portion.fitting_iters(block_size, rows_per_iter) for portion in portions)
+
+
 def round_up(number: float) -> int:
     """A number rounded up to two significant digits.
 
