@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from data.dataset import DatasetInfo
-from data.epochs import FITTING_EPOCHS, Portion, fine_tuning_iters, fitting_iters, in_words
+from data.epochs import FINE_TUNING_ROWS, FITTING_EPOCHS, Portion, fine_tuning_iters, fitting_iters, in_words
 
 BLOCK_SIZE, ROWS_PER_ITER = 256, 16  # train.py's defaults on a CPU
 SMALL_FROM = 20_000_000  # tokens; with fewer, `tiny` is large enough and twice as fast
@@ -43,6 +43,7 @@ class Advice:
     arguments: list[str]
     preset: str
     iters: int
+    rows_per_iter: int
     epochs: float
     warnings: list[str]
 
@@ -52,7 +53,8 @@ def print_advice(info: DatasetInfo, data_dir: str | None, models: Path = Path("m
     advice = advise(info, data_dir, models)
     for warning in advice.warnings:
         print(f"warning: {warning}")
-    seconds = advice.iters * ROWS_PER_ITER * BLOCK_SIZE * FLOPS_PER_TOKEN[advice.preset] / training_flops() + START_S
+    flops = advice.iters * advice.rows_per_iter * BLOCK_SIZE * FLOPS_PER_TOKEN[advice.preset]
+    seconds = flops / training_flops() + START_S
     epochs = in_words(advice.epochs)
     print(f"training: {advice.iters:,} iterations, {epochs} epochs, {duration_in_words(seconds)} on this CPU")
     print(f"next: {shlex.join(['python', 'train.py', *advice.arguments])}")
@@ -63,7 +65,7 @@ def advise(info: DatasetInfo, data_dir: str | None, models: Path) -> Advice:
 
     If there are few conversations, they are added to what a chitchat model in `models` knows.
     """
-    alone = Portion(info.name, info.splits["train"].tokens)
+    alone, rows = Portion(info.name, info.splits["train"].tokens), ROWS_PER_ITER
     iters = fitting_iters([alone], BLOCK_SIZE, ROWS_PER_ITER)
     epochs = alone.epochs(iters, BLOCK_SIZE, ROWS_PER_ITER)
     preset = "tiny" if alone.tokens < SMALL_FROM else "small"
@@ -71,9 +73,9 @@ def advise(info: DatasetInfo, data_dir: str | None, models: Path) -> Advice:
     warnings = []
     base = chat_model(models, Path(data_dir) if data_dir else Path(__file__).parent)
     if epochs > FEW_EPOCHS and info.format == "chat" and info.name != "chitchat" and base:
-        added = Portion(info.name, alone.tokens, OWN_SHARE)
-        iters = fine_tuning_iters([added], BLOCK_SIZE, ROWS_PER_ITER)
-        epochs = added.epochs(iters, BLOCK_SIZE, ROWS_PER_ITER)
+        added, rows = Portion(info.name, alone.tokens, OWN_SHARE), FINE_TUNING_ROWS
+        iters = fine_tuning_iters([added], BLOCK_SIZE, rows)
+        epochs = added.epochs(iters, BLOCK_SIZE, rows)
         arguments = ["--dataset", mixture_of(info), "--init_from", str(base)]
     elif epochs > FEW_EPOCHS:
         warnings.append(warning_of_few(info, epochs))
@@ -83,7 +85,7 @@ def advise(info: DatasetInfo, data_dir: str | None, models: Path) -> Advice:
             "add documents, or use a larger --val_fraction"
         )
     folder = ["--data_dir", data_dir] if data_dir else []
-    return Advice([*arguments, "--max_iters", str(iters), *folder], preset, iters, epochs, warnings)
+    return Advice([*arguments, "--max_iters", str(iters), *folder], preset, iters, rows, epochs, warnings)
 
 
 def mixture_of(info: DatasetInfo) -> str:
@@ -96,7 +98,7 @@ def warning_of_few(info: DatasetInfo, epochs: float) -> str:
     train = info.splits["train"]
     if info.format == "chat":
         return (
-            f"{train.documents or 0:,} conversations teach a new model these sentences, not how to chat; to add them "
+            f"so few conversations ({train.documents}) teach a new model these sentences, not how to chat; to add them "
             f"to a model that chats: make demo, then python train.py --dataset {mixture_of(info)} --init_from "
             "models/chitchat1700.pt (docs/fine-tuning.md)"
         )

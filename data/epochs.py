@@ -15,6 +15,10 @@ DEFAULT_ITERS = 5000
 FEW_TOKENS = 1_000_000
 FITTING_EPOCHS = 8  # more epochs of a small text mostly teach it by heart
 FEWEST_ITERS = 100  # fewer steps teach a model with new weights nothing, however few the data
+# A trained model is changed in smaller steps, so it needs more of them, but fewer rows in each: with the rows of a new
+# model, a few conversations would be in each step several times (docs/fine-tuning.md).
+FEWEST_FINE_TUNING_ITERS = 300
+FINE_TUNING_ROWS = 4
 
 
 @dataclass(frozen=True)
@@ -29,12 +33,12 @@ class Portion:
         """The epochs in so many iterations."""
         return iters * rows_per_iter * self.share / math.ceil(self.tokens / block_size)
 
-    def fitting_iters(self, block_size: int, rows_per_iter: int) -> int:
-        """FITTING_EPOCHS of few tokens, at least FEWEST_ITERS; DEFAULT_ITERS for more tokens."""
+    def fitting_iters(self, block_size: int, rows_per_iter: int, fewest: int) -> int:
+        """FITTING_EPOCHS of few tokens, at least `fewest` iterations; DEFAULT_ITERS for more tokens."""
         if self.tokens >= FEW_TOKENS:
             return DEFAULT_ITERS
         iters = FITTING_EPOCHS / self.epochs(1, block_size, rows_per_iter)
-        return min(DEFAULT_ITERS, max(FEWEST_ITERS, round_up(iters)))
+        return min(DEFAULT_ITERS, max(fewest, round_up(iters)))
 
 
 def fitting_iters(portions: Sequence[Portion], block_size: int, rows_per_iter: int) -> int:
@@ -43,7 +47,7 @@ def fitting_iters(portions: Sequence[Portion], block_size: int, rows_per_iter: i
     >>> fitting_iters([Portion("diary", 50_000)], block_size=256, rows_per_iter=16)
     100
     """
-    return max(portion.fitting_iters(block_size, rows_per_iter) for portion in portions)
+    return max(portion.fitting_iters(block_size, rows_per_iter, FEWEST_ITERS) for portion in portions)
 
 
 def fine_tuning_iters(portions: Sequence[Portion], block_size: int, rows_per_iter: int) -> int:
@@ -51,7 +55,12 @@ def fine_tuning_iters(portions: Sequence[Portion], block_size: int, rows_per_ite
 
     The other parts are there to be remembered.
     """
-    return min(portion.fitting_iters(block_size, rows_per_iter) for portion in portions)
+    return min(portion.fitting_iters(block_size, rows_per_iter, FEWEST_FINE_TUNING_ITERS) for portion in portions)
+
+
+def has_few_tokens(portions: Sequence[Portion]) -> bool:
+    """Whether a part has few tokens."""
+    return any(portion.tokens < FEW_TOKENS for portion in portions)
 
 
 def round_up(number: float) -> int:

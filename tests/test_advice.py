@@ -47,7 +47,7 @@ def test_few_data_are_warned_of_with_what_to_do(tmp_path):
         "use a larger --val_fraction"
     )
     (few,) = advise(info_of(1_500, "chat"), None, tmp_path).warnings
-    assert few.startswith("30 conversations teach a new model these sentences, not how to chat; to add them to")
+    assert few.startswith("so few conversations (30) teach a new model these sentences, not how to chat; to add them")
     assert "python train.py --dataset chitchat=0.8,mine=0.2 --init_from models/chitchat1700.pt" in few
 
 
@@ -60,8 +60,9 @@ def test_few_conversations_are_added_to_a_model_that_chats(tmp_path):
     base = tmp_path / "chitchat900.pt"
     base.touch()
     found = advise(info_of(1_500, "chat"), folder, tmp_path)
-    expected = f"--dataset chitchat=0.8,mine=0.2 --init_from {base} --max_iters 100 --data_dir {folder}"
+    expected = f"--dataset chitchat=0.8,mine=0.2 --init_from {base} --max_iters 300 --data_dir {folder}"
     assert shlex.join(found.arguments) == expected and not found.warnings
+    assert found.epochs == 40  # 300 * 4 rows, a fifth of them from 6 rows
     for other in (info_of(1_500), info_of(1_500, "chat", name="chitchat"), info_of(900_000, "chat")):
         assert "--init_from" not in advise(other, folder, tmp_path).arguments
     (tmp_path / "chitchat.json").unlink()

@@ -1,4 +1,4 @@
-"""Training on few data: splits shorter than a row, the default number of iterations, and epochs."""
+"""Training on few data: splits shorter than a row, the default number of iterations, epochs, and fine-tuning."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import train
 from common.cli import UserError
 from common.speedups import load_speedups
 from data.dataset import open_dataset
-from data.epochs import Portion, fitting_iters
+from data.epochs import Portion, fine_tuning_iters, fitting_iters, has_few_tokens
 from evaluate import EvaluateOptions, measure
 from model import GPT, GPTConfig
 from tests.test_train_config import config_of, facts_of
@@ -106,6 +106,13 @@ def test_a_mixture_is_trained_until_each_part_has_been_read_often_enough():
     assert fitting_iters([part(NOTES, 0.5), part(DIARY, 0.5)], 256, 16) == 2000  # 8 * 1954 / 8 = 1954, rounded up
 
 
+def test_fine_tuning_needs_as_many_iterations_as_the_new_data():
+    assert fine_tuning_iters([part(MANY, 0.8), part(DIARY, 0.2)], 256, 16) == 490
+    assert fine_tuning_iters([DIARY], 256, 4) == 400  # 8 * 196 / 4 = 392, rounded up
+    assert fine_tuning_iters([Portion("talks", 800)], 256, 4) == 300
+    assert fine_tuning_iters([MANY], 256, 16) == 5000
+
+
 def test_the_epochs_are_printed_with_the_iterations(short, tmp_path, capsys):
     run(short, tmp_path / "models", dataset="text=0.5,chat=0.5", max_iters=20, batch_size=4)
     printed = capsys.readouterr().out
@@ -135,3 +142,40 @@ def test_without_any_run_a_resume_names_the_default_one(data, tmp_path):
     folders = {"data_dir": str(data), "out_dir": str(tmp_path), "dataset": "text", "resume": ""}
     with pytest.raises(UserError, match=r"text5000.pt not found; make one with"):
         train.plan(TrainOptions(**folders), folders, None)
+
+
+# Fine-tuning
+
+
+def test_init_from_changes_the_weights_slowly_and_says_how(data, half, tmp_path, capsys):
+    source = str(half / "text10.pt")
+    run(data, tmp_path, stop_after=0, dataset="chat", init_from=source, max_iters=40)
+    saved = load_checkpoint(tmp_path / "chat40.pt")["info"]["config"]
+    rates = {"learning_rate": 1e-3, "min_lr": 1e-4, "muon_learning_rate": 0.02 / 3, "warmup_iters": 4}
+    assert {name: saved[name] for name in rates} == pytest.approx(rates)
+    line = (
+        f"fine-tuning {source}: learning_rate 0.001 to 0.0001, muon_learning_rate 0.00667, warmup_iters 4, batch_size 2"
+    )
+    assert line in capsys.readouterr().out
+    given = {"learning_rate": 1e-3, "muon_learning_rate": 0.01, "warmup_iters": 2, "min_lr": 1e-3}
+    run(data, tmp_path, stop_after=0, dataset="chat", init_from=source, max_iters=40, **given)
+    saved = load_checkpoint(tmp_path / "chat40.pt")["info"]["config"]
+    assert {name: saved[name] for name in given} == given
+
+
+def test_fine_tuning_on_few_data_takes_many_small_steps(data, half, tmp_path):
+    given = {"dataset": "chat", "data_dir": str(data), "init_from": str(half / "text10.pt"), "device": "cpu"}
+    config = train.plan(TrainOptions(**given), given, None).config
+    assert (config.max_iters, config.batch_size, config.val_rows) == (300, 4, 80)
+    given["batch_size"] = 16
+    assert train.plan(TrainOptions(**given), given, None).config.batch_size == 16
+    assert has_few_tokens([MANY, DIARY]) and not has_few_tokens([MANY])
+
+
+def test_a_resumed_fine_tuning_keeps_its_rates(data, half, tmp_path, capsys):
+    source = str(half / "text10.pt")
+    assert run(data, tmp_path, stop_after=5, dataset="chat", init_from=source, max_iters=8) == 130
+    before = load_checkpoint(tmp_path / "chat8.pt")["info"]["config"]
+    assert run(data, tmp_path, resume=tmp_path / "chat8.pt") == 0
+    after = load_checkpoint(tmp_path / "chat8.pt")["info"]["config"]
+    assert {**after, "resume": None, "init_from": source} == before

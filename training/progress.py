@@ -38,12 +38,20 @@ def describe_data(facts: dict) -> list[str]:
 
 
 def describe_config(config: RunConfig, facts: dict, options: TrainOptions) -> list[str]:
-    """The iterations of a run with the epochs that they are."""
+    """The iterations of a run with the epochs that they are, and the learning rates of a fine-tuning; a line each."""
     epochs = epochs_by_part(config, facts, config.max_iters)
     sizes = {part["name"]: part["splits"]["train"]["tokens"] for part in data_parts(facts)}
     of_each = ", ".join(f"{in_words(n)} epochs of {name}'s {sizes[name]:,} tokens" for name, n in epochs.items())
     remark = " (the default for this data; --max_iters changes it)" if options.max_iters is None else ""
-    return [f"iterations: {config.max_iters:,}, which are {of_each}{remark}"]
+    lines = [f"iterations: {config.max_iters:,}, which are {of_each}{remark}"]
+    if config.init_from:
+        muon = f", muon_learning_rate {config.muon_learning_rate:.3g}" if config.optimizer == "muon" else ""
+        lines.append(
+            f"fine-tuning {config.init_from}: learning_rate {config.learning_rate:.3g} to {config.min_lr:.3g}{muon}, "
+            f"warmup_iters {config.warmup_iters}, batch_size {config.batch_size}; larger rates learn faster and forget "
+            "more"
+        )
+    return lines
 
 
 def epochs_by_part(config: RunConfig, facts: dict, iter_num: int) -> dict[str, float]:
