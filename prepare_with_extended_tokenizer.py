@@ -9,7 +9,7 @@
 their fields: messages, conversations, conversation, a list of messages, prompt and completion or response, question and
 answer, instruction and output, exports of ChatGPT, Claude, Telegram and Discord (docs/data.md has the whole list).
 Other kinds of files are read as text with --suffix, other encodings than UTF-8 with --encoding. It prints what each
-file contains and a sample; `--dry_run` stops there. Then run: python train.py --dataset mine
+file contains and a sample; `--dry_run` stops there. The last line is the command that trains on the data.
 `--dataset` encodes again the text that an earlier preparation kept in the data folder, `--dataset all` that of every
 data set. Both print how many tokens the base tokenizer needs, which spells `<|im_start|>` with several tokens, and what
 the extended one saves.
@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from common.cli import UserError, option, parse_options, run_script
+from data.advice import print_advice
 from data.cleaning import CHAT_PASSES, TEXT_PASSES
 from data.counts import Skipped
 from data.dataset import DatasetInfo, prepare_command
@@ -117,7 +118,7 @@ def prepare_own(options: ExtendedOptions) -> None:
     passes = CHAT_PASSES if kind == "chat" else TEXT_PASSES
     info = prepare(dataset, options, corpus, passes)
     report_saving(output_folder(options), info)
-    print(f"now: python train.py --dataset {options.name}")
+    print_advice(info, options.output_dir)
 
 
 def recognize_files(options: ExtendedOptions) -> list[Recognized]:
@@ -210,7 +211,10 @@ def encode_again(name: str, options: ExtendedOptions) -> None:
     keep |= {"report_files": old.report_files} | ({} if old.report is None else {"report": old.report})
     tokenizer = options.tokenizer or old.tokenizer
     again = dataclasses.replace(options, force=True, shard_tokens=shard_tokens, seed=seed, tokenizer=tokenizer)
-    report_saving(folder, prepare(dataset, again, Corpus(train, val), keep=keep))
+    info = prepare(dataset, again, Corpus(train, val), keep=keep)
+    report_saving(folder, info)
+    if name == options.dataset:  # not for each of all
+        print_advice(info, options.output_dir)
 
 
 # --- what the extended tokenizer saves ---

@@ -38,7 +38,7 @@ from training.measurements import Measurements, not_finite_error
 from training.memory import move_model
 from training.metrics import draw_curves
 from training.optimizers import init_optimizer_states, make_optimizers, set_rates
-from training.progress import Clock, Sampler, describe_data, describe_end, describe_parts
+from training.progress import Clock, Sampler, describe_config, describe_data, describe_end, describe_parts
 from training.run import Run
 from training.run_files import RunFiles
 from training.schedule import schedule
@@ -80,7 +80,7 @@ def plan(options: TrainOptions, given: dict[str, Any], fast: ModuleType | None) 
     options, given = resume.options_after_restart(options, given, read_info)
     checkpoint = None
     if options.resume is not None:
-        path = options.checkpoint_path
+        path = resume.find_checkpoint(options)
         checkpoint = load_checkpoint(path)
         resume.require_resumable(checkpoint, path)
         options = resume.resumed_options(options, given, path, checkpoint["info"])
@@ -96,10 +96,11 @@ def plan(options: TrainOptions, given: dict[str, Any], fast: ModuleType | None) 
     if checkpoint and options.init_from is not None:
         data.require_tokenizer_of(checkpoint["info"], options.init_from)
     config = make_config(options, given, device, data.facts, checkpoint, speed_up, logits_rows)
-    data.require_length(config.block_size)
+    too_short = data.short_splits(config.block_size)
     if checkpoint and config.resume:
         resume.require_same_data(data.facts, checkpoint["info"], config.resume)
-    for line in describe_data(data.facts):
+    notes = [f"note: {sentence}" for sentence in too_short]
+    for line in [*describe_data(data.facts), *notes, *describe_config(config, data.facts, options)]:
         print(line)
     return Plan(config, data, checkpoint)
 
@@ -188,7 +189,7 @@ def loop(training: Training, model: torch.nn.Module, stop: StopSignal) -> int:
     """
     config, run, measurements = training.config, training.run, training.measurements
     optimizers, scaler, batches = training.optimizers, training.scaler, training.batches
-    clock = Clock(training.model, config, run.iter_num, parallel.world_size())
+    clock = Clock(training.model, config, training.data.facts, run.iter_num, parallel.world_size())
     while True:
         # The learning rate of this iteration: each optimizer's peak times the schedule.
         scale = schedule(run.iter_num, config)

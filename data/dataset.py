@@ -231,14 +231,22 @@ def _bin_paths(data_dir: Path, name: str, split: str, info: DatasetInfo | None) 
     return paths
 
 
-def require_length(streams: Mapping[str, TokenStream], block_size: int) -> None:
-    """Raise UserError where a split is too short for one row."""
-    for stream in streams.values():
+def short_splits(streams: Mapping[str, TokenStream], block_size: int) -> list[str]:
+    """A sentence about each split that is shorter than one row, which padding then fills.
+
+    Raises UserError for a split of a single token, because no token predicts it.
+    """
+    sentences = []
+    for split, stream in streams.items():
+        if len(stream) < 2:
+            raise UserError(f"{stream.paths[0]} contains a single token, so there is nothing to predict; add text")
         if len(stream) < block_size + 1:
-            raise UserError(
-                f"{stream.paths[0]} contains {len(stream)} tokens, but block_size {block_size} needs {block_size + 1}; "
-                "use a smaller --block_size or prepare more text"
+            remark = ", so the validation loss is only a rough estimate" if split == "val" else ""
+            sentences.append(
+                f"{stream.paths[0].name} contains {len(stream)} tokens, less than a row of {block_size}; the rest of "
+                f"the row is padding{remark}"
             )
+    return sentences
 
 
 def prepare_command(name: str) -> str:

@@ -31,6 +31,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that the project's modules are found anywhere
 
 from common.cli import option, parse_options, run_script
+from data.advice import print_advice
 from data.cleaning import CHAT_PASSES
 from data.counts import Skipped
 from data.layouts.chat import conversations
@@ -86,7 +87,7 @@ class ChatOptions(PrepareOptions):
 def main() -> None:
     options = parse_options(ChatOptions, __doc__)
     corpus = local_corpus(options) if options.input else hub_corpus(options)
-    prepare(describe(options, corpus.files), options, corpus, CHAT_PASSES)
+    print_advice(prepare(describe(options, corpus.files), options, corpus, CHAT_PASSES), options.output_dir)
 
 
 def describe(options: ChatOptions, files: Sequence[Path]) -> Dataset:

@@ -22,6 +22,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that the project's modules are found anywhere
 
 from common.cli import UserError, option, parse_options, run_script
+from data.advice import print_advice
 from data.chitchat.talks import generate, source_files
 from data.pipeline import Corpus, Dataset, PrepareOptions, prepare
 from setup_tokenizer import render_chat
@@ -45,8 +46,9 @@ def main() -> None:
         )
     # The generator's own files count as the input, so that the data is prepared again when they change.
     conversations = generate(options.conversations, options.seed)
-    prepare(DATASET, options, Corpus(conversations, files=source_files()))
+    info = prepare(DATASET, options, Corpus(conversations, files=source_files()))
     print(f"\nA conversation:\n\n{render_chat(next(generate(1, options.seed)))}")
+    print_advice(info, options.output_dir)
 
 
 if __name__ == "__main__":

@@ -30,6 +30,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that the project's modules are found anywhere
 
 from common.cli import UserError, parse_options, run_script
+from data.advice import print_advice
 from data.cleaning import DAILYDIALOG_PASSES
 from data.pipeline import Corpus, Dataset, PrepareOptions, files_of_input, prepare
 from data.readers.archives import zip_members
@@ -54,7 +55,7 @@ def main() -> None:
     else:
         name = next((name for name in ("train", "whole", "validation", "test") if name in by_split), "train")
         train, val = by_split.get(name, []), None
-    prepare(DATASET, options, Corpus(train, val, files), DAILYDIALOG_PASSES)
+    print_advice(prepare(DATASET, options, Corpus(train, val, files), DAILYDIALOG_PASSES), options.output_dir)
 
 
 def corpus_files(options: PrepareOptions) -> list[Path]:

@@ -27,6 +27,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that the project's modules are found anywhere
 
 from common.cli import option, parse_options, run_script
+from data.advice import print_advice
 from data.cleaning import TEXT_PASSES
 from data.counts import Skipped
 from data.pipeline import Corpus, Dataset, TextOptions, files_of_input, prepare
@@ -78,7 +79,7 @@ def main() -> None:
         )
         documents = text_fields(records, options.field, skipped, SOURCE.repository)
         corpus = Corpus(documents, digest=SOURCE.revision, skipped=skipped)
-    prepare(describe(options, corpus.files), options, corpus, TEXT_PASSES)
+    print_advice(prepare(describe(options, corpus.files), options, corpus, TEXT_PASSES), options.output_dir)
 
 
 def describe(options: EducationOptions, files: Sequence[Path]) -> Dataset:

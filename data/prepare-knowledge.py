@@ -37,7 +37,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that the p
 from tqdm import tqdm
 
 from common.cli import UserError, option, parse_options, run_script
+from data.advice import print_advice
 from data.cleaning import CHAT_PASSES, TEXT_PASSES
+from data.dataset import DatasetInfo
 from data.documents import Document
 from data.knowledge.client import Client, Retries, models_of, require_http
 from data.knowledge.collect import Collector
@@ -124,8 +126,8 @@ def main(first_wait_s: float = Retries.first_wait_s) -> None:
     folder = output_folder(options)
     with Journal(folder / f"{options.name}-answers.jsonl") as journal:
         selection = collect(options, client, journal, requests)
-        prepare_documents(options, client, journal, selection)
-    print(f"next: python train.py --dataset {options.name}")
+        info = prepare_documents(options, client, journal, selection)
+    print_advice(info, options.output_dir)
 
 
 # --- what to ask whom ---
@@ -238,8 +240,8 @@ def collect(options: KnowledgeOptions, client: Client, journal: Journal, request
     return selection
 
 
-def prepare_documents(options: KnowledgeOptions, client: Client, journal: Journal, selection: Selection) -> None:
-    """Run the documents through the pipeline of every prepare script."""
+def prepare_documents(options: KnowledgeOptions, client: Client, journal: Journal, selection: Selection) -> DatasetInfo:
+    """Run the documents through the pipeline of every prepare script; returns the description of the data set."""
     origin = (
         f"SQuAD questions ({SOURCES['squad'][0].repository})"
         if options.source == "squad"
@@ -255,7 +257,8 @@ def prepare_documents(options: KnowledgeOptions, client: Client, journal: Journa
     # Only the options of every preparation are recorded with the data, so no key and no address.
     shared = {field.name: getattr(options, field.name) for field in dataclasses.fields(PrepareOptions)}
     corpus = Corpus(documents(journal, selection), digest=digest.hexdigest(), skipped=selection.counts)
-    prepare(dataset, PrepareOptions(**shared), corpus, CHAT_PASSES if options.as_ == "chat" else TEXT_PASSES)
+    passes = CHAT_PASSES if options.as_ == "chat" else TEXT_PASSES
+    return prepare(dataset, PrepareOptions(**shared), corpus, passes)
 
 
 def documents(journal: Journal, selection: Selection) -> Iterator[Document]:

@@ -28,6 +28,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that the project's modules are found anywhere
 
 from common.cli import parse_options, run_script
+from data.advice import print_advice
 from data.cleaning import TEXT_PASSES
 from data.pipeline import Corpus, Dataset, TextOptions, files_of_input, prepare
 from data.readers.files import TEXT_SUFFIXES
@@ -46,7 +47,7 @@ def main() -> None:
         files = fetch_data_files(SOURCES["story"])
     train, val = divide(files)
     corpus = Corpus(documents(train), documents(val) if val else None, files)
-    prepare(DATASET, options, corpus, TEXT_PASSES)
+    print_advice(prepare(DATASET, options, corpus, TEXT_PASSES), options.output_dir)
 
 
 def divide(files: list[Path]) -> tuple[list[Path], list[Path]]:

@@ -34,6 +34,7 @@ WORKS: dict[str, dict[str, Callable[..., Work]]] = {
     "prepare": {"ours": prepare_ours, "tiktoken": prepare_tiktoken},
 }
 PEERS = {task: tuple(sides)[1:] for task, sides in WORKS.items()}
+LONG_RUN_ITERS = 5000
 BATCH_SIZE = 16  # as train.py's default, but without trying whether it fits
 
 
@@ -46,7 +47,7 @@ def training_config(options) -> RunConfig:
     given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
     fast = load_speedups(options.plain)
     return make_config(
-        TrainOptions(**{"batch_size": BATCH_SIZE, **given}),
+        TrainOptions(**{"batch_size": BATCH_SIZE, "max_iters": LONG_RUN_ITERS, **given}),
         given,
         choose_device(options.device),
         {"format": "text", "n_vocab": N_VOCAB},

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from common.cli import UserError
-from data.dataset import DatasetInfo, open_dataset, read_info, require_length
+from data.dataset import DatasetInfo, open_dataset, read_info, short_splits
 from tests.tiny import prepare, write_dataset
 
 # --- the description ---
@@ -175,10 +174,12 @@ def test_a_json_without_an_entry_is_damaged(data, key):
         open_dataset(data, "text")
 
 
-def test_too_few_tokens_for_a_row(data):
+def test_a_split_shorter_than_a_row_is_mentioned_and_one_token_is_refused(data):
     streams, _ = open_dataset(data, "text")
-    require_length(streams, 149)
-    with pytest.raises(
-        UserError, match=re.escape("text-val.bin contains 150 tokens, but block_size 150 needs 151; use a")
-    ):
-        require_length(streams, 150)
+    assert short_splits(streams, 149) == []
+    (sentence,) = short_splits(streams, 150)
+    assert sentence.startswith("text-val.bin contains 150 tokens, less than a row of 150; the rest of the row is padd")
+    assert "validation loss" in sentence
+    put(data, "val", np.array([7], "<u2").tobytes())
+    with pytest.raises(UserError, match=r"text-val.bin contains a single token, so there is nothing to predict; add"):
+        short_splits(open_dataset(data, "text")[0], 16)

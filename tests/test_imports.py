@@ -41,6 +41,7 @@ TABLE: dict[str, set[str]] = {
     "generation": {"common", "setup_tokenizer", "model"},
     "training": {
         *("common", "setup_tokenizer", "model", "data.dataset", "data.token_stream"),
+        "data.epochs",  # the iterations that fit a data set: train.py's default is what the prepare scripts advise
         *("generation.decoding", "generation.sampling"),  # for the sample that is printed at each evaluation
     },
     "exchange": {"common", "setup_tokenizer", "model", "data.dataset"},

@@ -122,7 +122,7 @@ def test_texts_are_collected_in_spite_of_faults_and_nothing_is_asked_twice(run, 
         assert f"{answers} answers, {answers * 100:,} tokens in, {answers * 200:,} out" in done.output
         assert f"cost {answers * 5e-4:.4f}" in done.output
         assert server.most_at_once <= 8
-        assert done.output.strip().endswith("next: python train.py --dataset knowledge")
+        assert "next: python train.py --dataset knowledge --preset tiny --max_iters 100" in done.output
 
         asked = len(server.asked)
         again = run(server, *arguments)

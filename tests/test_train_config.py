@@ -18,9 +18,16 @@ from training.config import RunConfig, TrainOptions, make_config
 from training.schedule import schedule
 
 ROOT = Path(train.__file__).parent
-TEXT = {"format": "text", "n_vocab": N_VOCAB}
-CHAT = {"format": "chat", "n_vocab": N_VOCAB}
-MIXED = {"format": "chat", "n_vocab": N_VOCAB, "parts": [TEXT, CHAT]}
+
+
+def facts_of(kind: str, tokens: int = 10_000_000, name: str = "mine", **more) -> dict:
+    """What make_config reads of a data set's facts."""
+    return {"name": name, "format": kind, "n_vocab": N_VOCAB, "splits": {"train": {"tokens": tokens}}, **more}
+
+
+TEXT = facts_of("text")
+CHAT = facts_of("chat")
+MIXED = {"format": "chat", "n_vocab": N_VOCAB, "parts": [{**TEXT, "weight": 0.5}, {**CHAT, "weight": 0.5}]}
 
 
 def config_of(data=TEXT, device: str = "cpu", **options) -> RunConfig:
@@ -59,7 +66,7 @@ def test_given_options_hold_what_was_given():
 
 def test_the_defaults_are_the_readmes():
     options = TrainOptions()
-    assert (options.dataset, options.max_iters, options.seed) == ("story", 5000, 1337)
+    assert (options.dataset, config_of().max_iters, options.seed) == ("story", 5000, 1337)
     assert options.checkpoint_path == "models/story5000.pt"
 
 

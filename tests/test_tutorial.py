@@ -31,7 +31,7 @@ STAND_INS = {
     r"train\.py --dataset story\b": f"train.py --dataset story {SHAPE}",
     r"--max_iters (900|300|100)\b": "--max_iters 4",
     r"--max_iters 1200\b": "--max_iters 6",
-    r"\b(chitchat|page|story)(900|300|100)\b": r"\g<1>4",
+    r"\b(chitchat|page|story|own)(900|300|100)\b": r"\g<1>4",
 }
 STORIES = "".join(
     f"Once upon a time there was a {animal} who had {n} shells. It gave one away and was glad.\n<|endoftext|>\n"
@@ -88,7 +88,8 @@ def sandbox(tmp_path_factory) -> Path:
     rooms = {path.parent.name for path in ROOT.glob("*/*.py")} | {"docs"}
     suffixes = (".py", ".md", ".c", ".h")
     files = [path for room in rooms for path in (ROOT / room).rglob("*") if path.suffix in suffixes]
-    files += [*ROOT.glob("*.py"), ROOT / "data" / "chitchat-phrases.json", *ROOT.glob("testing_tools/*.json")]
+    files += [*ROOT.glob("*.py"), ROOT / "data" / "chitchat-phrases.json"]
+    files += [*ROOT.glob("testing_tools/*.json"), *ROOT.glob("docs/*.jsonl")]
     for path in files:
         target = folder / path.relative_to(ROOT)
         target.parent.mkdir(parents=True, exist_ok=True)

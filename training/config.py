@@ -16,13 +16,18 @@ from typing import Any
 
 from common.cli import UserError, check_options, option
 from common.device import choose_dtype, device_option, dtype_option, has_cpp_compiler, plain_option
+from data.epochs import DEFAULT_ITERS, FINE_TUNING_ROWS, fine_tuning_iters, fitting_iters, has_few_tokens
 from model import PRESETS
 from training.initialization import model_config
 from training.memory import SpeedUp, StepMemory, find_micro_batch
-from training.mixture import mixture_name, parse_mixture
+from training.mixture import mixture_name, parse_mixture, portions
 from training.parallel import micro_batch_size
 
 DEFAULT_BATCH_SIZE = 16
+MUON_LEARNING_RATE = 0.02
+# With --init_from, a fraction of a new model's learning rates: steps as large as those that form new weights destroy
+# what trained ones know, and with much smaller ones they hardly learn (docs/fine-tuning.md has measurements).
+FINE_TUNING_RATE = 1 / 3
 
 
 def number_or_auto(word: str) -> int | str:
@@ -78,7 +83,7 @@ class TrainOptions:
     batch_size: int | str | None = option(
         None,
         "sequences per micro-batch; auto: the largest number that fits, with the same number of tokens per iteration "
-        "(default: 16, on CUDA fewer if 16 do not fit)",
+        "(default: 16, on CUDA fewer if 16 do not fit; 4 with --init_from and less than a million tokens)",
         type=number_or_auto,
         at_least=1,
         group="batch",
@@ -91,18 +96,30 @@ class TrainOptions:
         False, "recompute activations in the backward pass: less memory, up to a third more work", group="batch"
     )
 
-    max_iters: int = option(5000, "total iterations; the schedule scales with them", at_least=1, group="optimizer")
+    max_iters: int | None = option(
+        None,
+        "total iterations; the schedule scales with them (default: 5000; 8 epochs, but at least 100 iterations, for a "
+        "data set of less than a million tokens; with --init_from at least 300)",
+        at_least=1,
+        group="optimizer",
+    )
     optimizer: str = option(
         "muon", "muon (hidden matrices; AdamW for the rest) or adamw", choices=("muon", "adamw"), group="optimizer"
     )
     learning_rate: float | None = option(
         None,
-        "AdamW's peak learning rate (default: 3e-3 up to a width of 384, else 6e-4)",
+        "AdamW's peak learning rate (default: 3e-3 up to a width of 384, else 6e-4; a third of it with --init_from)",
         at_least=0,
         group="optimizer",
         metavar="LR",
     )
-    muon_learning_rate: float = option(0.02, "Muon's peak learning rate", at_least=0, group="optimizer", metavar="LR")
+    muon_learning_rate: float | None = option(
+        None,
+        "Muon's peak learning rate (default: 0.02; a third of it with --init_from)",
+        at_least=0,
+        group="optimizer",
+        metavar="LR",
+    )
     min_lr: float | None = option(
         None,
         "learning rate at the end (default: learning_rate / 10); Muon's falls by the same factor",
@@ -117,7 +134,11 @@ class TrainOptions:
         group="optimizer",
     )
     warmup_iters: int | None = option(
-        None, "iterations of linear warm-up (default: max_iters / 20)", at_least=0, group="optimizer", metavar="N"
+        None,
+        "iterations of linear warm-up (default: max_iters / 20; with --init_from max_iters / 10)",
+        at_least=0,
+        group="optimizer",
+        metavar="N",
     )
     weight_decay: float = option(
         0.1,
@@ -190,8 +211,8 @@ class TrainOptions:
 
     @property
     def checkpoint_path(self) -> str:
-        """The checkpoint that --resume names, or the default one."""
-        return self.resume or f"{self.out_dir}/{mixture_name(self.dataset)}{self.max_iters}.pt"
+        """The checkpoint that --resume names, or the default one; see also `training.resume.find_checkpoint`."""
+        return self.resume or f"{self.out_dir}/{mixture_name(self.dataset)}{self.max_iters or DEFAULT_ITERS}.pt"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -271,13 +292,17 @@ def make_config(
     _check_combinations(options, given, formats, is_plain=speed_up is None)
     shape = _shape(options, device, info)
     shape["n_vocab"] = data["n_vocab"]
-    chosen = {**shape, **_choices(options, device, formats, shape["n_embd"], has_fast_parts=speed_up is not None)}
-
-    # The micro-batch: the default or the largest that fits, while the sequences per iteration stay the same.
     saved = info["config"] if options.resume is not None else {}
-    wanted = options.batch_size if isinstance(options.batch_size, int) else saved.get("batch_size", DEFAULT_BATCH_SIZE)
+    default_size = FINE_TUNING_ROWS if options.init_from and has_few_tokens(portions(data)) else DEFAULT_BATCH_SIZE
+    wanted = options.batch_size if isinstance(options.batch_size, int) else saved.get("batch_size", default_size)
     steps = options.gradient_accumulation_steps or (8 if device.startswith("cuda") else 1)
     micro_batch_size(wanted, steps)  # raises UserError if the processes cannot share the rows
+    fitting = fine_tuning_iters if options.init_from else fitting_iters
+    max_iters = options.max_iters or fitting(portions(data), shape["block_size"], wanted * steps)
+    has_fast_parts = speed_up is not None
+    chosen = {**shape, **_choices(options, device, formats, shape["n_embd"], max_iters, has_fast_parts)}
+
+    # The micro-batch: the default or the largest that fits, while the sequences per iteration stay the same.
     step = StepMemory(
         model=model_config(shape, checkpoint),
         device=device,
@@ -299,24 +324,27 @@ def make_config(
 
 
 def _choices(
-    options: TrainOptions, device: str, formats: set[str], n_embd: int, has_fast_parts: bool
+    options: TrainOptions, device: str, formats: set[str], n_embd: int, max_iters: int, has_fast_parts: bool
 ) -> dict[str, Any]:
     """The value of every option that may be None, except the model's shape and the micro-batch."""
     on_cuda, is_chat = device.startswith("cuda"), "chat" in formats
     # A narrow model tolerates, and needs, larger steps.
-    learning_rate = _or(options.learning_rate, 3e-3 if n_embd <= 384 else 6e-4)
+    fraction = FINE_TUNING_RATE if options.init_from else 1.0
+    learning_rate = _or(options.learning_rate, fraction * (3e-3 if n_embd <= 384 else 6e-4))
     # On a CPU, compiling takes up to a minute, which does not pay off in a short run.
-    pays_off = on_cuda or (device == "cpu" and options.max_iters >= 200 and has_cpp_compiler())
+    pays_off = on_cuda or (device == "cpu" and max_iters >= 200 and has_cpp_compiler())
     return {
+        "max_iters": max_iters,
         "preset": options.preset or _default_preset(device),
         "loss_on": options.loss_on or ("assistant" if is_chat else "all"),
         # The conversations in a row are unrelated, and in a chat a model never sees another conversation.
         "document_mask": _or(options.document_mask, formats == {"chat"}),
         "learning_rate": learning_rate,
+        "muon_learning_rate": _or(options.muon_learning_rate, fraction * MUON_LEARNING_RATE),
         "min_lr": _or(options.min_lr, learning_rate / 10),
         "schedule": options.schedule or ("cosine" if is_chat else "wsd"),
-        "warmup_iters": _or(options.warmup_iters, max(1, options.max_iters // 20)),
-        "eval_interval": options.eval_interval or max(1, min(250, options.max_iters // 4)),
+        "warmup_iters": _or(options.warmup_iters, max(1, max_iters // (10 if options.init_from else 20))),
+        "eval_interval": options.eval_interval or max(1, min(250, max_iters // 4)),
         "device": device,
         "dtype": choose_dtype(options.dtype, device),
         "compile": has_fast_parts and _or(options.compile, pays_off),

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from common.cli import UserError
-from data.dataset import DatasetInfo, data_parts, open_dataset, prepare_command, require_length
+from data.dataset import DatasetInfo, data_parts, open_dataset, prepare_command, short_splits
 from data.token_stream import TokenStream
 from setup_tokenizer import GPT2, Tokenizer
 from training.batches import fixed_batches
@@ -32,10 +32,9 @@ class TrainingData:
         """ "text", "chat" or both, in the order of the parts."""
         return list(dict.fromkeys(part["format"] for part in data_parts(self.facts)))
 
-    def require_length(self, block_size: int) -> None:
-        """Raise UserError if a split is too short for one row."""
-        for streams, _ in self.parts.values():
-            require_length(streams, block_size)
+    def short_splits(self, block_size: int) -> list[str]:
+        """A sentence about each split that is shorter than one row. Raises UserError for a split of one token."""
+        return [sentence for streams, _ in self.parts.values() for sentence in short_splits(streams, block_size)]
 
     def require_tokenizer_of(self, info: Mapping[str, Any], path: str) -> None:
         """Raise UserError if the model in `path`, whose facts are `info`, has another tokenizer than the data."""

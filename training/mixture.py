@@ -11,8 +11,12 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
+from typing import Any
 
 import numpy as np
+
+from data.dataset import data_parts
+from data.epochs import Portion
 
 LONGEST_ROUND = 1 << 20  # rows
 
@@ -75,6 +79,13 @@ def mixture_facts(facts: Mapping[str, dict], shares: Mapping[str, Fraction]) -> 
         **({"tokenizer_digest": first["tokenizer_digest"]} if "tokenizer_digest" in first else {}),
         "parts": parts,
     }
+
+
+def portions(facts: Mapping[str, Any]) -> list[Portion]:
+    """The data sets that `mixture_facts` describes, with their training tokens and shares."""
+    return [
+        Portion(part["name"], part["splits"]["train"]["tokens"], part.get("weight", 1.0)) for part in data_parts(facts)
+    ]
 
 
 class MixedRows:

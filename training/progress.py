@@ -14,11 +14,13 @@ from common.cli import UserError
 from common.device import peak_flops
 from common.numbers import significant
 from data.dataset import data_parts
+from data.epochs import in_words
 from generation.decoding import generate
 from generation.sampling import PREVIEW_SAMPLING
 from model import GPT
 from setup_tokenizer import control_ids, encode_chat, get_extended_tokenizer
-from training.config import RunConfig
+from training.config import RunConfig, TrainOptions
+from training.mixture import portions
 from training.parallel import world_size
 from training.run import Run
 
@@ -35,6 +37,29 @@ def describe_data(facts: dict) -> list[str]:
         if part.get("licence"):
             lines.append(f"licence: {part['licence']}" + (" (non-commercial)" if part.get("non_commercial") else ""))
     return lines
+
+
+def describe_config(config: RunConfig, facts: dict, options: TrainOptions) -> list[str]:
+    """The iterations of a run with the epochs that they are, and the learning rates of a fine-tuning; a line each."""
+    epochs = epochs_by_part(config, facts, config.max_iters)
+    sizes = {part["name"]: part["splits"]["train"]["tokens"] for part in data_parts(facts)}
+    of_each = ", ".join(f"{in_words(n)} epochs of {name}'s {sizes[name]:,} tokens" for name, n in epochs.items())
+    remark = " (the default for this data; --max_iters changes it)" if options.max_iters is None else ""
+    lines = [f"iterations: {config.max_iters:,}, which are {of_each}{remark}"]
+    if config.init_from:
+        muon = f", muon_learning_rate {config.muon_learning_rate:.3g}" if config.optimizer == "muon" else ""
+        lines.append(
+            f"fine-tuning {config.init_from}: learning_rate {config.learning_rate:.3g} to {config.min_lr:.3g}{muon}, "
+            f"warmup_iters {config.warmup_iters}, batch_size {config.batch_size}; larger rates learn faster and forget "
+            "more"
+        )
+    return lines
+
+
+def epochs_by_part(config: RunConfig, facts: dict, iter_num: int) -> dict[str, float]:
+    """The epochs of each data set, by name, after so many iterations."""
+    rows_per_iter = config.batch_size * config.gradient_accumulation_steps
+    return {part.name: part.epochs(iter_num, config.block_size, rows_per_iter) for part in portions(facts)}
 
 
 def describe_parts(val_losses: dict[str, float]) -> str:
@@ -56,10 +81,10 @@ def describe_end(run: Run, facts: dict, stopped_by: int) -> str:
 
 
 class Clock:
-    """The speed of training, and the log line that shows it."""
+    """The speed of training, and the log line that shows it. `facts` are those of the run's data."""
 
-    def __init__(self, model: GPT, config: RunConfig, iter_num: int, n_devices: int = 1):
-        self.config = config
+    def __init__(self, model: GPT, config: RunConfig, facts: dict, iter_num: int, n_devices: int = 1):
+        self.config, self.facts = config, facts
         self.flops_per_iter = model.flops_per_token() * config.tokens_per_iter
         on_cuda = config.device.startswith("cuda")
         peak = peak_flops(torch.cuda.get_device_name(config.device)) if on_cuda else None
@@ -85,8 +110,10 @@ class Clock:
             speed += f", mfu {self.flops_per_iter / s_per_iter / self.peak_flops:.1%}"
         filled = 20 * iter_num // max_iters
         left = int(s_per_iter * (max_iters - iter_num))
+        bar = "#" * filled + "." * (20 - filled)
+        epochs = "+".join(map(in_words, epochs_by_part(self.config, self.facts, iter_num).values()))
         print(
-            f"iter {iter_num:>{len(str(max_iters))}}/{max_iters} [{'#' * filled}{'.' * (20 - filled)}] "
+            f"iter {iter_num:>{len(str(max_iters))}}/{max_iters} (epoch {epochs}) [{bar}] "
             f"loss {loss:.4f}, lr {learning_rate:.2e}, norm {grad_norm:.2f}, {speed}, "
             f"{left // 60}:{left % 60:02d} left" + (f", {skipped} skipped" if skipped else ""),
             flush=True,

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from common.checkpoint import find_checkpoints, read_info
 from common.cli import UserError
 from data.dataset import data_parts
 from training.config import TrainOptions
@@ -30,9 +32,34 @@ def require_resumable(checkpoint: Mapping[str, Any], path: str) -> None:
         raise UserError(f"{path} holds only weights and cannot be resumed; start from them with --init_from {path}")
 
 
-def print_if_complete(info: Mapping[str, Any], max_iters: int, path: str) -> bool:
+def find_checkpoint(options: TrainOptions) -> str:
+    """The checkpoint to resume: the one that --resume names, or that of --dataset and --max_iters.
+
+    With neither, it is the newest unfinished run of --dataset, or else its newest run: how many iterations a run has by
+    default depends on its data and its other options. If there is none, the path is that of a run of 5,000 iterations.
+    """
+    if options.resume or options.max_iters is not None:
+        return options.checkpoint_path
+    return broadcast(str(_newest_run(options)))  # the first process decides
+
+
+def _newest_run(options: TrainOptions) -> Path:
+    runs = _runs(options)
+    unfinished = [path for path, info in runs if info["iter_num"] < info["config"].get("max_iters", 0)]
+    return next(iter([*unfinished, *(path for path, _ in runs)]), Path(options.checkpoint_path))
+
+
+def _runs(options: TrainOptions) -> list[tuple[Path, Mapping[str, Any]]]:
+    """The checkpoints of --dataset's runs in --out_dir, newest first, and the info of each."""
+    name = mixture_name(options.dataset)
+    paths = [path for path in find_checkpoints(options.out_dir) if re.fullmatch(re.escape(name) + r"\d+", path.stem)]
+    infos = [(path, read_info(path)) for path in paths]
+    return [(path, info) for path, info in infos if info.get("dataset") == name]
+
+
+def print_if_complete(info: Mapping[str, Any], max_iters: int | None, path: str) -> bool:
     """Whether a run has done all iterations and its last evaluation; if so, print how to continue it."""
-    if info["iter_num"] < max_iters or info["record"] is not None:
+    if max_iters is None or info["iter_num"] < max_iters or info["record"] is not None:
         return False
     print(f"{path} is complete: iteration {info['iter_num']} of {max_iters}; continue with a larger --max_iters")
     return True
@@ -94,10 +121,13 @@ def options_after_restart(
         return options, given
     names: dict[str, Any] = {"dataset": options.dataset, "max_iters": options.max_iters, "out_dir": options.out_dir}
     if options.resume is not None:
-        saved = read_info(options.checkpoint_path)["config"]
+        saved = read_info(find_checkpoint(options))["config"]
         names = {key: given.get(key, saved[key]) for key in names}
-    path = Path(names["out_dir"]) / f"{mixture_name(names['dataset'])}{names['max_iters']}.pt"
-    if not path.is_file() or read_info(str(path)).get("job") != job:
+    written = [Path(names["out_dir"]) / f"{mixture_name(names['dataset'])}{names['max_iters']}.pt"]
+    if names["max_iters"] is None:  # the job chose them
+        written = [path for path, _ in _runs(options)]
+    path = next((path for path in written if path.is_file() and read_info(str(path)).get("job") == job), None)
+    if path is None:
         return options, given
     print(f"restart {restarts} by torchrun: resuming {path}")
     given = {key: value for key, value in given.items() if key != "init_from"}

@@ -1,0 +1,159 @@
+"""What every prepare script prints last: a training command that fits the data, how long it takes here, and warnings.
+
+training: 100 iterations, 8.2 epochs, about 3 minutes on this CPU
+next: python train.py --dataset diary --preset tiny --max_iters 100
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import re
+import shlex
+import time
+from pathlib import Path
+
+import numpy as np
+
+from data.dataset import DatasetInfo
+from data.epochs import FINE_TUNING_ROWS, FITTING_EPOCHS, Portion, fine_tuning_iters, fitting_iters, in_words
+
+BLOCK_SIZE, ROWS_PER_ITER = 256, 16  # train.py's defaults on a CPU
+SMALL_FROM = 20_000_000  # tokens; with fewer, `tiny` is large enough and twice as fast
+FEW_EPOCHS = 2 * FITTING_EPOCHS  # with more, a model mostly repeats what it has read
+ENOUGH_TOKENS = 50_000  # with so many, the fewest iterations are FITTING_EPOCHS epochs
+OWN_SHARE = 0.2  # of the rows when own conversations are added to what a model knows
+
+# FLOPs of a training step per token, as GPT.flops_per_token counts them (a test compares).
+FLOPS_PER_TOKEN = {"tiny": 45.0e6, "small": 99.4e6}
+MEASURED_S = 0.3
+# The speed of a training step as a fraction of that of numpy's float32 products. Measured on an AMD EPYC with AVX2:
+# 0.86 on one core (1,480 tokens/s of `tiny`, 77 GFLOP/s of numpy). Two cores help numpy more than training.
+EFFICIENCY = 0.7
+# How much faster training is in bfloat16, which numpy does not know. Not measured: computed from the README's tokens
+# per second on such CPUs, assuming 200 GFLOP/s of numpy on their two cores.
+BFLOAT16_GAINS = {"amx_bf16": 5.0, "avx512_bf16": 2.5}
+START_S = 15.0  # loading torch, and the evaluations of a short run
+
+
+@dataclasses.dataclass(frozen=True)
+class Advice:
+    """How to train on a data set: train.py's arguments, and what they mean."""
+
+    arguments: list[str]
+    preset: str
+    iters: int
+    rows_per_iter: int
+    epochs: float
+    warnings: list[str]
+
+
+def print_advice(info: DatasetInfo, data_dir: str | None, models: Path = Path("models")) -> None:
+    """Print how to train on a data set that was prepared in `data_dir` (None: the data folder); the command is last."""
+    advice = advise(info, data_dir, models)
+    for warning in advice.warnings:
+        print(f"warning: {warning}")
+    flops = advice.iters * advice.rows_per_iter * BLOCK_SIZE * FLOPS_PER_TOKEN[advice.preset]
+    seconds = flops / training_flops() + START_S
+    epochs = in_words(advice.epochs)
+    print(f"training: {advice.iters:,} iterations, {epochs} epochs, {duration_in_words(seconds)} on this CPU")
+    print(f"next: {shlex.join(['python', 'train.py', *advice.arguments])}")
+
+
+def advise(info: DatasetInfo, data_dir: str | None, models: Path) -> Advice:
+    """How to train on a data set that was prepared in `data_dir` (None: the data folder).
+
+    If there are few conversations, they are added to what a chitchat model in `models` knows.
+    """
+    alone, rows = Portion(info.name, info.splits["train"].tokens), ROWS_PER_ITER
+    iters = fitting_iters([alone], BLOCK_SIZE, ROWS_PER_ITER)
+    epochs = alone.epochs(iters, BLOCK_SIZE, ROWS_PER_ITER)
+    preset = "tiny" if alone.tokens < SMALL_FROM else "small"
+    arguments = ["--dataset", info.name, *(["--preset", preset] if preset == "tiny" else [])]
+    warnings = []
+    base = chat_model(models, Path(data_dir) if data_dir else Path(__file__).parent)
+    if epochs > FEW_EPOCHS and info.format == "chat" and info.name != "chitchat" and base:
+        added, rows = Portion(info.name, alone.tokens, OWN_SHARE), FINE_TUNING_ROWS
+        iters = fine_tuning_iters([added], BLOCK_SIZE, rows)
+        epochs = added.epochs(iters, BLOCK_SIZE, rows)
+        arguments = ["--dataset", mixture_of(info), "--init_from", str(base)]
+    elif epochs > FEW_EPOCHS:
+        warnings.append(warning_of_few(info, epochs))
+    if (n_val := info.splits["val"].tokens) <= BLOCK_SIZE:
+        warnings.append(
+            f"validation holds {n_val} tokens, less than a row of {BLOCK_SIZE}, so its loss is only a rough estimate; "
+            "add documents, or use a larger --val_fraction"
+        )
+    folder = ["--data_dir", data_dir] if data_dir else []
+    return Advice([*arguments, "--max_iters", str(iters), *folder], preset, iters, rows, epochs, warnings)
+
+
+def mixture_of(info: DatasetInfo) -> str:
+    """A data set as a part of a mixture with chitchat."""
+    return f"chitchat={1 - OWN_SHARE:g},{info.name}={OWN_SHARE:g}"
+
+
+def warning_of_few(info: DatasetInfo, epochs: float) -> str:
+    """Why so few tokens are a problem for a new model, and what to do."""
+    train = info.splits["train"]
+    if info.format == "chat":
+        return (
+            f"so few conversations ({train.documents}) teach a new model these sentences, not how to chat; to add them "
+            f"to a model that chats: make demo, then python train.py --dataset {mixture_of(info)} --init_from "
+            "models/chitchat1700.pt (docs/fine-tuning.md)"
+        )
+    return (
+        f"{train.tokens:,} tokens are few: the model reads them {in_words(epochs)} times and mostly repeats them; add "
+        f"text ({ENOUGH_TOKENS:,} tokens, about {ENOUGH_TOKENS * 4 // 1000} kB, are read {FITTING_EPOCHS} times), or "
+        "start from a model that knows more: --init_from CHECKPOINT (docs/fine-tuning.md)"
+    )
+
+
+def chat_model(models: Path, folder: Path) -> Path | None:
+    """The newest checkpoint of a run on chitchat, by its name, if chitchat is still prepared in `folder`."""
+    if not (folder / "chitchat.json").is_file():
+        return None
+    found = [path for path in models.glob("chitchat*.pt") if re.fullmatch(r"chitchat\d+", path.stem)]
+    return max(found, key=lambda path: path.stat().st_mtime, default=None)
+
+
+# --- how long it takes ---
+
+
+def training_flops() -> float:
+    """The FLOP/s that a training step reaches on this CPU: an estimate from a measurement of MEASURED_S seconds."""
+    matrix = np.full((512, 512), 0.5, dtype=np.float32)
+    out = np.empty_like(matrix)
+    np.matmul(matrix, matrix, out=out)  # the first one starts the threads
+    start, n_products = time.perf_counter(), 0
+    while time.perf_counter() - start < MEASURED_S:
+        np.matmul(matrix, matrix, out=out)
+        n_products += 1
+    numpy_flops = n_products * 2 * len(matrix) ** 3 / (time.perf_counter() - start)
+    flags = cpu_flags()
+    gain = max((gain for flag, gain in BFLOAT16_GAINS.items() if flag in flags), default=1.0)
+    return numpy_flops * EFFICIENCY * gain
+
+
+def cpu_flags() -> set[str]:
+    """The CPU's features as Linux names them; empty elsewhere."""
+    with contextlib.suppress(OSError):
+        return set(Path("/proc/cpuinfo").read_text(encoding="utf-8").split())
+    return set()
+
+
+def duration_in_words(seconds: float) -> str:
+    """A rough duration.
+
+    >>> [duration_in_words(s) for s in (20, 200, 2_500, 9_000, 40_000)]
+    ['less than a minute', 'about 3 minutes', 'about 40 minutes', 'about 2.5 hours', 'about 11 hours']
+    """
+    if seconds < 50:
+        return "less than a minute"
+    minutes = seconds / 60
+    if minutes < 1.5:
+        return "about a minute"
+    if minutes < 100:
+        return f"about {round(minutes) if minutes < 10 else 5 * round(minutes / 5)} minutes"
+    hours = minutes / 60
+    return f"about {hours:.1f} hours" if hours < 10 else f"about {hours:.0f} hours"

@@ -1,0 +1,83 @@
+"""How many iterations fit a data set: the default of train.py, and what the prepare scripts advise.
+
+An epoch is one pass over the training rows. Rows are counted as the tokens divided by block_size; conversations, which
+are packed whole, fill a few more.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+DEFAULT_ITERS = 5000
+# The published data sets have more tokens than this (DailyDialog: 1.6 million) and get DEFAULT_ITERS.
+FEW_TOKENS = 1_000_000
+FITTING_EPOCHS = 8  # more epochs of a small text mostly teach it by heart
+FEWEST_ITERS = 100  # fewer steps teach a model with new weights nothing, however few the data
+# A trained model is changed in smaller steps, so it needs more of them, but fewer rows in each: with the rows of a new
+# model, a few conversations would be in each step several times (docs/fine-tuning.md).
+FEWEST_FINE_TUNING_ITERS = 300
+FINE_TUNING_ROWS = 4
+
+
+@dataclass(frozen=True)
+class Portion:
+    """A data set as part of a run: its name, its training tokens, and its share of the rows."""
+
+    name: str
+    tokens: int
+    share: float = 1.0
+
+    def epochs(self, iters: float, block_size: int, rows_per_iter: int) -> float:
+        """The epochs in so many iterations."""
+        return iters * rows_per_iter * self.share / math.ceil(self.tokens / block_size)
+
+    def fitting_iters(self, block_size: int, rows_per_iter: int, fewest: int) -> int:
+        """FITTING_EPOCHS of few tokens, at least `fewest` iterations; DEFAULT_ITERS for more tokens."""
+        if self.tokens >= FEW_TOKENS:
+            return DEFAULT_ITERS
+        iters = FITTING_EPOCHS / self.epochs(1, block_size, rows_per_iter)
+        return min(DEFAULT_ITERS, max(fewest, round_up(iters)))
+
+
+def fitting_iters(portions: Sequence[Portion], block_size: int, rows_per_iter: int) -> int:
+    """The iterations that fit a mixture: what the part needs that is repeated least.
+
+    >>> fitting_iters([Portion("diary", 50_000)], block_size=256, rows_per_iter=16)
+    100
+    """
+    return max(portion.fitting_iters(block_size, rows_per_iter, FEWEST_ITERS) for portion in portions)
+
+
+def fine_tuning_iters(portions: Sequence[Portion], block_size: int, rows_per_iter: int) -> int:
+    """The iterations that teach a trained model a mixture: what the part needs that is repeated most.
+
+    The other parts are there to be remembered.
+    """
+    return min(portion.fitting_iters(block_size, rows_per_iter, FEWEST_FINE_TUNING_ITERS) for portion in portions)
+
+
+def has_few_tokens(portions: Sequence[Portion]) -> bool:
+    """Whether a part has few tokens."""
+    return any(portion.tokens < FEW_TOKENS for portion in portions)
+
+
+def round_up(number: float) -> int:
+    """A number rounded up to two significant digits.
+
+    >>> round_up(97.1), round_up(101)
+    (98, 110)
+    """
+    whole = math.ceil(number - 1e-6)  # 490.00000000000006 is 490
+    unit = 10 ** max(0, len(str(whole)) - 2)
+    return math.ceil(whole / unit) * unit
+
+
+def in_words(epochs: float) -> str:
+    """A number of epochs with two or more significant digits.
+
+    >>> in_words(0.04), in_words(8.16), in_words(1640.2)
+    ('0.04', '8.2', '1,640')
+    """
+    return f"{epochs:,.{0 if epochs >= 9.95 else 1 if epochs >= 0.095 else 2}f}"

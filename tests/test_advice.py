@@ -1,0 +1,100 @@
+"""The advice at the end of a preparation: commands that train.py accepts, and what is warned of."""
+
+from __future__ import annotations
+
+import shlex
+
+import pytest
+
+from common.cli import parse_options
+from data.advice import FLOPS_PER_TOKEN, advise, duration_in_words, print_advice, training_flops
+from data.dataset import DatasetInfo, FileInfo, SplitInfo
+from model import GPT, PRESETS
+from training.config import TrainOptions
+
+
+def info_of(tokens: int, kind: str = "text", n_val: int = 1000, name: str = "mine", documents: int = 30) -> DatasetInfo:
+    sizes = {"train": tokens, "val": n_val}
+    splits = {
+        split: SplitInfo(size, (FileInfo(f"{name}-{split}.bin", "ab"),), documents) for split, size in sizes.items()
+    }
+    return DatasetInfo(name, kind, splits=splits)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "command"),
+    [
+        (300, "--dataset mine --preset tiny --max_iters 100"),
+        (50_000, "--dataset mine --preset tiny --max_iters 100"),
+        (400_000, "--dataset mine --preset tiny --max_iters 790"),
+        (4_484_963, "--dataset mine --preset tiny --max_iters 5000"),
+        (540_000_000, "--dataset mine --max_iters 5000"),
+    ],
+)
+def test_the_command_fits_the_number_of_tokens(tokens, command, tmp_path):
+    found = advise(info_of(tokens), None, tmp_path)
+    assert shlex.join(found.arguments) == command
+    options = parse_options(TrainOptions, "", found.arguments)
+    assert (options.dataset, options.max_iters) == ("mine", found.iters)
+    assert bool(found.warnings) == (tokens < 20_000)
+
+
+def test_few_data_are_warned_of_with_what_to_do(tmp_path):
+    few, short = advise(info_of(2_500, n_val=60), None, tmp_path).warnings
+    assert few.startswith("2,500 tokens are few: the model reads them 160 times and mostly") and "--init_from" in few
+    assert short == (
+        "validation holds 60 tokens, less than a row of 256, so its loss is only a rough estimate; add documents, or "
+        "use a larger --val_fraction"
+    )
+    (few,) = advise(info_of(1_500, "chat"), None, tmp_path).warnings
+    assert few.startswith("so few conversations (30) teach a new model these sentences, not how to chat; to add them")
+    assert "python train.py --dataset chitchat=0.8,mine=0.2 --init_from models/chitchat1700.pt" in few
+
+
+def test_few_conversations_are_added_to_a_model_that_chats(tmp_path):
+    for name in ("story5000.pt", "chitchat900-best.pt", "chitchat+mine100.pt"):
+        (tmp_path / name).touch()
+    (tmp_path / "chitchat.json").touch()
+    folder = str(tmp_path)
+    assert "--init_from" not in advise(info_of(1_500, "chat"), folder, tmp_path).arguments
+    base = tmp_path / "chitchat900.pt"
+    base.touch()
+    found = advise(info_of(1_500, "chat"), folder, tmp_path)
+    expected = f"--dataset chitchat=0.8,mine=0.2 --init_from {base} --max_iters 300 --data_dir {folder}"
+    assert shlex.join(found.arguments) == expected and not found.warnings
+    assert found.epochs == 40  # 300 * 4 rows, a fifth of them from 6 rows
+    for other in (info_of(1_500), info_of(1_500, "chat", name="chitchat"), info_of(900_000, "chat")):
+        assert "--init_from" not in advise(other, folder, tmp_path).arguments
+    (tmp_path / "chitchat.json").unlink()
+    assert "--init_from" not in advise(info_of(1_500, "chat"), folder, tmp_path).arguments
+
+
+def test_another_folder_is_part_of_the_command(tmp_path, capsys):
+    print_advice(info_of(50_000), "my data", tmp_path)
+    training, command = capsys.readouterr().out.splitlines()
+    assert training.startswith("training: 100 iterations, 8.2 epochs, ") and training.endswith(" on this CPU")
+    assert command == "next: python train.py --dataset mine --preset tiny --max_iters 100 --data_dir 'my data'"
+
+
+def test_the_work_of_a_token_is_that_of_the_presets():
+    for preset, flops in FLOPS_PER_TOKEN.items():
+        assert GPT(PRESETS[preset]).flops_per_token() == pytest.approx(flops, rel=0.01)
+
+
+def test_the_speed_is_that_of_a_computer():
+    assert 1e8 < training_flops() < 1e14
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"),
+    [
+        (20, "less than a minute"),
+        (70, "about a minute"),
+        (200, "about 3 minutes"),
+        (2_500, "about 40 minutes"),
+        (9_000, "about 2.5 hours"),
+        (40_000, "about 11 hours"),
+    ],
+)
+def test_a_duration_is_rough(seconds, words):
+    assert duration_in_words(seconds) == words
