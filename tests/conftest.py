@@ -16,6 +16,14 @@ from tests.tiny_gpt import text_gpt
 __all__ = ["browser", "visit"]  # fixtures that tests/browser.py defines
 
 
+LONGEST = ("test_tutorial", "test_parallel", "test_train_stopping", "test_chitchat", "test_plain", "test_own_data")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Run the longest files first, so that with several processes none of them is the last."""
+    items.sort(key=lambda item: item.path.stem not in LONGEST)
+
+
 @pytest.fixture
 def one_thread():
     """One thread: faster for tiny models, and sums in one order."""

@@ -36,15 +36,17 @@ def test_counts_in_words(count, shown):
 class Config:
     """The fields of a RunConfig that a Clock reads."""
 
-    tokens_per_iter, device, max_iters = 4096, "cpu", 100
+    tokens_per_iter, device, max_iters, dataset = 4096, "cpu", 100, "mine"
+    batch_size, gradient_accumulation_steps, block_size = 16, 1, 256
 
 
 def test_a_progress_line_has_three_digits_of_the_speed_and_mfu_only_where_the_peak_is_known(capsys):
-    clock = Clock(tiny_gpt(), Config(), iter_num=0)
+    facts = {"name": "mine", "splits": {"train": {"tokens": 409_600}}}
+    clock = Clock(tiny_gpt(), Config(), facts, iter_num=0)
     tokens_per_s = clock.log(50, 1.5, 1e-3, 0.5, 0)
     line = capsys.readouterr().out
     assert f"norm 0.50, {significant(tokens_per_s, 3)} tokens/s, 0:00 left\n" in line
-    assert line.startswith("iter  50/100 [##########..........] loss 1.5000, lr 1.00e-03, ")
+    assert line.startswith("iter  50/100 (epoch 0.5) [##########..........] loss 1.5000, lr 1.00e-03, ")
     clock.peak_flops = 1e12
     clock.log(100, 1.5, 1e-3, 0.5, 0)
     assert "tokens/s, mfu " in capsys.readouterr().out
