@@ -28,6 +28,7 @@ from common.cli import UserError, check_options, option, parse_options, run_scri
 from common.device import choose_device, choose_dtype, device_option, dtype_option, plain_option, quantize_option
 from common.files import atomic_write, require_target
 from common.speedups import load_speedups
+from common.threads import sleep_while_waiting_if_busy
 from data.dataset import DatasetInfo, open_dataset, trained_on
 from evaluation.bootstrap import Scored, compare, verdict
 from evaluation.printing import print_report
@@ -218,4 +219,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    sleep_while_waiting_if_busy()
     run_script(main)

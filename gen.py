@@ -25,6 +25,7 @@ from common.device import choose_device, choose_dtype, device_option, dtype_opti
 from common.files import atomic_write, require_target
 from common.speedups import load_speedups
 from common.text_files import decode_text, unix_line_ends
+from common.threads import sleep_while_waiting_if_busy
 from generation.chat import ChatSession, PromptSession
 from generation.terminal import Console, talk, wrapped
 from setup_tokenizer import IM_END, IM_START, Tokenizer
@@ -380,4 +381,5 @@ def _terminate(number: int, frame) -> None:
 
 
 if __name__ == "__main__":
+    sleep_while_waiting_if_busy()
     run_script(main)

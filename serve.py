@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 from common.cli import UserError, check_options, option, parse_options, run_script
 from common.device import choose_device, choose_dtype, device_option, dtype_option, plain_option, quantize_option
 from common.speedups import load_speedups
+from common.threads import sleep_while_waiting_if_busy
 
 if TYPE_CHECKING:  # at run time torch is imported only when the options are known to be right
     from generation.row_cache import DecodeRows
@@ -200,4 +201,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    sleep_while_waiting_if_busy()
     run_script(main)

@@ -26,6 +26,7 @@ from common.checkpoint import checkpoint_bytes, random_states, set_random_states
 from common.cli import given_options, parse_options, run_script
 from common.device import allow_tf32, autocast, seed_everything, set_determinism
 from common.speedups import load_speedups
+from common.threads import sleep_while_waiting_if_busy
 from exchange.loading import load_checkpoint, read_info
 from model import GPT
 from training import parallel, resume
@@ -295,4 +296,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    sleep_while_waiting_if_busy()
     run_script(main, needs_output=False)  # training continues if its output goes to a full disk

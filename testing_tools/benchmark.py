@@ -4,6 +4,7 @@
     python testing_tools/benchmark.py generate --preset gpt2 --max_tokens 200 --peer transformers --json generate.json
     python testing_tools/benchmark.py prepare --input TinyStoriesV2-GPT4-train.txt --peer tiktoken
     python testing_tools/benchmark.py serve --help
+    python testing_tools/benchmark.py busy --help
 
 Prints a line per round and a table: tokens per second (median, minimum and maximum of the rounds), start-up (the first
 step, including compilation), peak memory, the ratio, FLOP/s and their share of the device's peak (model FLOPs
@@ -29,6 +30,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+import benchmark_busy  # noqa: E402
 import benchmark_serve  # noqa: E402
 from benchmark_timing import timed  # noqa: E402
 from benchmark_training import gpt_config  # noqa: E402
@@ -322,8 +324,8 @@ def _number(value: float) -> str:
 
 
 def main() -> None:
-    if sys.argv[1:2] == ["serve"]:  # has options of its own
-        return benchmark_serve.main()
+    if sys.argv[1:2] in (["serve"], ["busy"]):  # these have options of their own
+        return {"serve": benchmark_serve, "busy": benchmark_busy}[sys.argv[1]].main()
     options = parse_options(BenchmarkOptions, __doc__)
     if options.peer in PACKAGES and importlib.util.find_spec(options.peer) is None:
         raise UserError(f"--peer {options.peer} is not installed; run: pip install -r requirements-dev.txt")

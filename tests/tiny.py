@@ -19,7 +19,8 @@ from training.metrics import read_metrics
 from training.signals import StopSignal
 
 sys.path.append(str(Path(train.__file__).parent / "testing_tools"))
-from crash_test import differences, write_dataset
+from crash_test import differences
+from random_data import write_dataset
 
 __all__ = ["OPTIONS", "differences", "load_checkpoint", "losses", "prepare", "run", "same_as"]
 

@@ -13,6 +13,7 @@ import torch
 from common.cli import UserError
 from common.device import peak_flops
 from common.numbers import significant
+from common.threads import POLICY, SlowSteps
 from data.dataset import data_parts
 from data.epochs import in_words
 from generation.decoding import generate
@@ -89,6 +90,7 @@ class Clock:
         on_cuda = config.device.startswith("cuda")
         peak = peak_flops(torch.cuda.get_device_name(config.device)) if on_cuda else None
         self.peak_flops = peak and peak * n_devices
+        self.slow_steps = SlowSteps()
         self.restart(iter_num)
 
     def restart(self, iter_num: int) -> None:
@@ -118,6 +120,12 @@ class Clock:
             f"{left // 60}:{left % 60:02d} left" + (f", {skipped} skipped" if skipped else ""),
             flush=True,
         )
+        if self.config.device == "cpu" and self.slow_steps.is_disturbed(s_per_iter):
+            path = shlex.quote(f"{self.config.out_dir}/{self.config.name}.pt")
+            print(
+                "note: training is far slower than before because another program uses the processor; to make it "
+                f"faster, stop it with Ctrl-C and run: {POLICY}=PASSIVE python train.py --resume {path}"
+            )
         return tokens_per_s
 
 
