@@ -139,16 +139,14 @@ def measure(options: EvaluateOptions, fast: ModuleType | None = None, story_toke
     for path, info in zip(options.checkpoints, infos, strict=True):
         for _, data in datasets.values():
             print_notes(path, info, data)
+    splits = {
+        (name, tokenizer): read_split(name, streams["val"], data.format == "chat", options.limit, tokenizer)
+        for name, (streams, data) in datasets.items()
+        for tokenizer in dict.fromkeys(tokenizers)
+    }
     story_data = [stories_of(info, names[0]) for info in infos]
     if options.samples:
         datasets |= {name: open_dataset(data_dir, name) for name in set(story_data) - set(names)}
-    splits = {
-        (name, tokenizer): read_split(
-            name, datasets[name][0]["val"], datasets[name][1].format == "chat", options.limit, tokenizer
-        )
-        for name in names
-        for tokenizer in dict.fromkeys(tokenizers)
-    }
     device = choose_device(options.device)
     dtype = choose_dtype(options.dtype, device)
     results: dict[str, list[dict]] = {name: [] for name in names}

@@ -24,8 +24,7 @@ FEW_EPOCHS = 2 * FITTING_EPOCHS  # with more, a model mostly repeats what it has
 ENOUGH_TOKENS = 50_000  # with so many, the fewest iterations are FITTING_EPOCHS epochs
 OWN_SHARE = 0.2  # of the rows when own conversations are added to what a model knows
 
-# FLOPs of a training step per token, as GPT.flops_per_token counts them (a test compares).
-FLOPS_PER_TOKEN = {"tiny": 45.0e6, "small": 99.4e6}
+SHAPES = {"tiny": (4, 128), "small": (4, 256)}  # layers and width of train.py's presets
 MEASURED_S = 0.3
 # The speed of a training step as a fraction of that of numpy's float32 products. Measured on an AMD EPYC with AVX2:
 # 0.86 on one core (1,480 tokens/s of `tiny`, 77 GFLOP/s of numpy). Two cores help numpy more than training.
@@ -53,7 +52,7 @@ def print_advice(info: DatasetInfo, data_dir: str | None, models: Path = Path("m
     advice = advise(info, data_dir, models)
     for warning in advice.warnings:
         print(f"warning: {warning}")
-    flops = advice.iters * advice.rows_per_iter * BLOCK_SIZE * FLOPS_PER_TOKEN[advice.preset]
+    flops = advice.iters * advice.rows_per_iter * BLOCK_SIZE * flops_per_token(advice.preset, info.n_vocab)
     seconds = flops / training_flops() + START_S
     epochs = in_words(advice.epochs)
     print(f"training: {advice.iters:,} iterations, {epochs} epochs, {duration_in_words(seconds)} on this CPU")
@@ -71,7 +70,8 @@ def advise(info: DatasetInfo, data_dir: str | None, models: Path) -> Advice:
     preset = "tiny" if alone.tokens < SMALL_FROM else "small"
     arguments = ["--dataset", info.name, *(["--preset", preset] if preset == "tiny" else [])]
     warnings = []
-    base = chat_model(models, Path(data_dir) if data_dir else Path(__file__).parent)
+    has_own_tokenizer = info.tokenizer_digest is not None  # a model of chitchat does not know its ids
+    base = None if has_own_tokenizer else chat_model(models, Path(data_dir) if data_dir else Path(__file__).parent)
     if epochs > FEW_EPOCHS and info.format == "chat" and info.name != "chitchat" and base:
         added, rows = Portion(info.name, alone.tokens, OWN_SHARE), FINE_TUNING_ROWS
         iters = fine_tuning_iters([added], BLOCK_SIZE, rows)
@@ -118,6 +118,13 @@ def chat_model(models: Path, folder: Path) -> Path | None:
 
 
 # --- how long it takes ---
+
+
+def flops_per_token(preset: str, n_vocab: int) -> float:
+    """FLOPs of a training step per token, as GPT.flops_per_token counts them: most are those of the head."""
+    n_layer, n_embd = SHAPES[preset]
+    n_rows = -(-n_vocab // 64) * 64
+    return 6 * (12 * n_layer * n_embd**2 + n_rows * n_embd) + 12 * n_layer * n_embd * BLOCK_SIZE
 
 
 def training_flops() -> float:

@@ -184,16 +184,7 @@ def prepare(
     print(f"{dataset.name}: {dataset.source}")
     print(f"licence: {dataset.licence}{' (non-commercial use only)' if dataset.non_commercial else ''}")
     tokenizer = open_tokenizer(options.tokenizer or "gpt2", folder)
-    wanted = DatasetInfo(
-        **dataclasses.asdict(dataset),
-        tokenizer=tokenizer.name,
-        n_vocab=tokenizer.n_vocab,
-        tokenizer_digest=tokenizer.digest,
-        dtype="uint16",
-        seed=options.seed,
-        options=_recorded_options(options),
-        input_digest=corpus.digest or digest_of_files(corpus.files),
-    )
+    wanted = _describe(dataset, options, corpus, tokenizer)
     with FileLock(folder / f".{dataset.name}.lock", f"data set {dataset.name} in {folder}"):
         earlier = earlier_info(folder, dataset.name)
         if options.report:
@@ -224,6 +215,20 @@ def output_folder(options: PrepareOptions) -> Path:
     except OSError as error:
         raise write_error(folder, error) from error
     return folder
+
+
+def _describe(dataset: Dataset, options: PrepareOptions, corpus: Corpus, tokenizer: Tokenizer) -> DatasetInfo:
+    """The description of the data set before it is prepared, which identifies a finished preparation."""
+    return DatasetInfo(
+        **dataclasses.asdict(dataset),
+        tokenizer=tokenizer.name,
+        n_vocab=tokenizer.n_vocab,
+        tokenizer_digest=tokenizer.digest,
+        dtype="uint16",
+        seed=options.seed,
+        options=_recorded_options(options),
+        input_digest=corpus.digest or digest_of_files(corpus.files),
+    )
 
 
 def _recorded_options(options: PrepareOptions) -> dict[str, Any]:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shlex
 
 import pytest
 
 from common.cli import parse_options
-from data.advice import FLOPS_PER_TOKEN, advise, duration_in_words, print_advice, training_flops
+from data.advice import SHAPES, advise, duration_in_words, flops_per_token, print_advice, training_flops
 from data.dataset import DatasetInfo, FileInfo, SplitInfo
-from model import GPT, PRESETS
+from model import GPT, PRESETS, padded_vocab_size
 from training.config import TrainOptions
 
 
@@ -63,7 +64,8 @@ def test_few_conversations_are_added_to_a_model_that_chats(tmp_path):
     expected = f"--dataset chitchat=0.8,mine=0.2 --init_from {base} --max_iters 300 --data_dir {folder}"
     assert shlex.join(found.arguments) == expected and not found.warnings
     assert found.epochs == 40  # 300 * 4 rows, a fifth of them from 6 rows
-    for other in (info_of(1_500), info_of(1_500, "chat", name="chitchat"), info_of(900_000, "chat")):
+    other_ids = dataclasses.replace(info_of(1_500, "chat"), tokenizer="tales", tokenizer_digest="ab")
+    for other in (info_of(1_500), info_of(1_500, "chat", name="chitchat"), info_of(900_000, "chat"), other_ids):
         assert "--init_from" not in advise(other, folder, tmp_path).arguments
     (tmp_path / "chitchat.json").unlink()
     assert "--init_from" not in advise(info_of(1_500, "chat"), folder, tmp_path).arguments
@@ -77,8 +79,12 @@ def test_another_folder_is_part_of_the_command(tmp_path, capsys):
 
 
 def test_the_work_of_a_token_is_that_of_the_presets():
-    for preset, flops in FLOPS_PER_TOKEN.items():
-        assert GPT(PRESETS[preset]).flops_per_token() == pytest.approx(flops, rel=0.01)
+    for preset, shape in SHAPES.items():
+        config = PRESETS[preset]
+        assert (config.n_layer, config.n_embd) == shape
+        for n_vocab in (50259, 4096):
+            small = dataclasses.replace(config, n_vocab=n_vocab, vocab_size=padded_vocab_size(n_vocab))
+            assert flops_per_token(preset, n_vocab) == pytest.approx(GPT(small).flops_per_token(), rel=0.01)
 
 
 def test_the_speed_is_that_of_a_computer():
