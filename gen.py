@@ -183,18 +183,13 @@ def load_engine(
     `info` is what `read_info` says about it, `fast` what `load_speedups` returned.
     """
     from exchange.choosing import details, format_note
-    from exchange.loading import load_model
+    from exchange.loading import load_model, tokenizer_of
     from generation.decoding import decode_step
     from generation.engine import TextEngine
 
     started = time.perf_counter()
     model, _ = load_model(path, device, dtype)
-    tokenizer = Tokenizer.from_info(info, path)
-    if not tokenizer.endoftext < model.config.n_vocab <= tokenizer.n_vocab:
-        raise UserError(
-            f"{path} has a vocabulary of {model.config.n_vocab} tokens, which is not that of the tokenizer "
-            f"{tokenizer.name}; use a checkpoint that train.py wrote"
-        )
+    tokenizer = tokenizer_of(path, info, model)
     if options.chat and model.config.n_vocab < tokenizer.n_vocab:
         raise UserError(f"{path} has no ChatML tokens, so it cannot chat; leave --chat out or use another checkpoint")
     if note := format_note(path, info, options.chat):
@@ -238,7 +233,7 @@ class LoadedModel:
         return listing(find_choices(self.options.chat), self.path)
 
     def load(self, name: str) -> TextEngine:
-        """Change to another model, with the same temperature. Raises UserError if there is none of that name."""
+        """Change to another model, with the same temperature. Raises UserError if no model has that name."""
         from exchange.choosing import named_model
 
         chosen = named_model(name, find_choices(self.options.chat))

@@ -141,9 +141,8 @@ def model_loader(options: ServeOptions) -> Loader:
     fast = load_speedups(options.plain)
     if fast:
         fast.keep_freed_memory()  # before the first tensor is allocated
-    from exchange.loading import load_model
+    from exchange.loading import load_model, tokenizer_of
     from generation.row_cache import decode_rows
-    from setup_tokenizer import Tokenizer
 
     with contextlib.redirect_stdout(sys.stderr):  # standard output is for the address
         device = choose_device(options.device)
@@ -151,12 +150,7 @@ def model_loader(options: ServeOptions) -> Loader:
 
     def load(path: str) -> tuple[GPT, DecodeRows]:
         model, info = load_model(path, device, dtype)
-        tokenizer = Tokenizer.from_info(info, path)
-        if not tokenizer.endoftext < model.config.n_vocab <= tokenizer.n_vocab:
-            raise UserError(
-                f"{path} has a vocabulary of {model.config.n_vocab} tokens, which is not that of the tokenizer "
-                f"{tokenizer.name}; use a checkpoint that train.py wrote"
-            )
+        tokenizer = tokenizer_of(path, info, model)
         tokenizer.encode_text("")  # loading GPT-2's takes a second, which the first request should not wait for
         for parameter in model.parameters():  # a checkpoint's file may be replaced, so do not leave it mapped
             parameter.data = parameter.data.clone()

@@ -304,7 +304,7 @@ def _ordered_tokens(
     and these merges must be in the order of the tokens. That suffices. As long as no merge crosses the boundaries of
     a span, the span merges as it does alone, because what is outside cannot change which of its pairs is next. So
     whenever a text contains two neighbours that form a token, they are the parts that the token alone would have at
-    this point, that is, the pair of the checked merge. Both programs therefore choose the same pair at each step, and
+    this point: the pair of the checked merge. Both programs therefore choose the same pair at each step, and
     further merges of the same token (converters from tiktoken's format write all of them) are never used.
     """
     byte_of = {character: bytes([byte]) for byte, character in byte_characters().items()}
@@ -343,7 +343,7 @@ _CONSTRUCTS = re.compile(
 
 
 def _construct_with_two_meanings(pattern: str) -> str | None:
-    r"""The first part of a pattern that Oniguruma and fancy-regex read differently, None if there is none.
+    r"""The first part of a pattern that Oniguruma and fancy-regex read differently, or None.
 
     `{1,3}+` is possessive in one and repeats the repetition in the other, `^` and `$` match at every line end in one,
     (?m) lets the dot match a line end or `^` and `$`, and `\w`, `\b` and [:alpha:] contain other characters. After

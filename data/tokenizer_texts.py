@@ -79,7 +79,7 @@ class Survey:
 
 
 def survey(found: Sequence[Recognized]) -> Survey:
-    """Read all texts once, to know their size before some are chosen. Raises UserError if there is none."""
+    """Read all texts once, to know their size before some are chosen. Raises UserError for input without text."""
     sample, skipped = SpreadSample(MEASURED_BYTES), Skipped()
     n_texts = n_bytes = 0
     total = _known_size(found)

@@ -106,7 +106,7 @@ def chat_share(info: Mapping[str, Any]) -> float:
 
 
 def chat_models(folder: str | os.PathLike = "models") -> list[FoundModel]:
-    """The models that were trained on chat data, the best-trained first. Raises UserError if there is none.
+    """The models that were trained on chat data, the best-trained first. Raises UserError if there are no such models.
 
     That is the one that has seen the most tokens of chat data among the runs that are finished; `-best` copies, stopped
     runs and tiny ones come after them.
@@ -122,7 +122,7 @@ def chat_models(folder: str | os.PathLike = "models") -> list[FoundModel]:
 
 
 def newest_models(folder: str | os.PathLike = "models") -> list[FoundModel]:
-    """All models, newest first. Raises UserError if there is none."""
+    """All models, newest first. Raises UserError for a folder without models."""
     found = find_models(folder)
     if not found:
         raise UserError(f"no checkpoint in {folder}; train one with: python train.py, or in minutes with: make demo")
@@ -132,7 +132,7 @@ def newest_models(folder: str | os.PathLike = "models") -> list[FoundModel]:
 def named_model(name: str, models: Sequence[FoundModel], folder: str | os.PathLike = "models") -> FoundModel:
     """One of `models` or of the others in `folder` by its name, such as chitchat1700, or any model by its path.
 
-    Raises UserError, which names `models`, if there is none.
+    Raises UserError, which names `models`, if no model has that name.
     """
     for model in models:
         if name in (model.name, model.path.name, str(model.path)):

@@ -7,15 +7,18 @@ model, info = load_model("gpt2")
 from __future__ import annotations
 
 import os
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from common.checkpoint import PARTS, build_model, checked_parts, read_file
+from common.cli import UserError
 from exchange.hugging_face import is_hugging_face, load_folder
 from exchange.nanogpt import is_nanogpt, load_nanogpt
 from model import GPT
+from setup_tokenizer import Tokenizer
 
 
 def load_checkpoint(path: str | os.PathLike, parts: Collection[str] = PARTS) -> dict:
@@ -38,6 +41,17 @@ def load_model(path: str | os.PathLike, device: str = "cpu", dtype: str = "float
     checkpoint = load_checkpoint(path, ("info", "model"))
     model = build_model(path, checkpoint).to(device=device, dtype=getattr(torch, dtype))
     return model.eval().requires_grad_(False), checkpoint["info"]
+
+
+def tokenizer_of(path: str | os.PathLike, info: Mapping[str, Any], model: GPT) -> Tokenizer:
+    """The tokenizer of a loaded model, with or without ChatML's tokens. Raises UserError if the model has other ids."""
+    tokenizer = Tokenizer.from_info(info, str(path))
+    if not tokenizer.endoftext < model.config.n_vocab <= tokenizer.n_vocab:
+        raise UserError(
+            f"{path} has a vocabulary of {model.config.n_vocab} tokens, which is not that of the tokenizer "
+            f"{tokenizer.name}; use a checkpoint that train.py wrote"
+        )
+    return tokenizer
 
 
 def read_info(path: str | os.PathLike) -> dict:

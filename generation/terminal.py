@@ -81,7 +81,7 @@ class Console:
         return "\n".join([*lines, line])
 
     def as_meant(self, message: str) -> str:
-        """The message, or the command that a word such as "exit" stands for if the user agrees; "" after Ctrl-C.
+        """The message, or the command that a word such as "exit" means if the user agrees; "" after Ctrl-C.
 
         Without a terminal the message stays a message, and a notice says so.
         """

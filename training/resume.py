@@ -36,7 +36,7 @@ def find_checkpoint(options: TrainOptions) -> str:
     """The checkpoint to resume: the one that --resume names, or that of --dataset and --max_iters.
 
     With neither, it is the newest unfinished run of --dataset, or else its newest run: how many iterations a run has by
-    default depends on its data and its other options. If there is none, the path is that of a run of 5,000 iterations.
+    default depends on its data and its other options. Without a run, it is the path of one of 5,000 iterations.
     """
     if options.resume or options.max_iters is not None:
         return options.checkpoint_path
