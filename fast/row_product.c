@@ -163,44 +163,67 @@ long most_rows(const struct layer *layer) {
 #endif
 }
 
+/* `products` for up to FEW rows. */
+static inline __attribute__((always_inline)) void few_products(
+    const char *weight, int is_int8, const float *x, long rows, long inputs, float *found
+) {
+    switch (2 * rows + is_int8) { /* constants for the compiler, so that sums stay in registers */
+        case 2: products(weight, 0, x, 1, inputs, found); break;
+        case 3: products(weight, 1, x, 1, inputs, found); break;
+        case 4: products(weight, 0, x, 2, inputs, found); break;
+        case 5: products(weight, 1, x, 2, inputs, found); break;
+        case 6: products(weight, 0, x, 3, inputs, found); break;
+        case 7: products(weight, 1, x, 3, inputs, found); break;
+        case 8: products(weight, 0, x, 4, inputs, found); break;
+        default: products(weight, 1, x, 4, inputs, found);
+    }
+}
+
+/* Finishes one output of each row from its product `found` and stores it. */
+static inline void store(
+    const struct layer *layer, const float *found, const void *residual, void *y, long rows, long output, int has_gelu
+) {
+    const int is_bfloat16 = layer->is_bfloat16;
+    for (long row = 0; row < rows; row++) {
+        long index = row * layer->outputs + output;
+        float value = found[row];
+        if (layer->scale) value *= element(layer->scale, output, is_bfloat16);
+        if (layer->bias) value += element(layer->bias, output, is_bfloat16);
+        if (has_gelu) value = gelu(value);
+        if (residual) value += element(residual, index, is_bfloat16);
+        if (is_bfloat16) ((uint16_t *)y)[index] = bfloat16_of(value);
+        else ((float *)y)[index] = value;
+    }
+}
+
 /* x (rows, inputs), rows 1 to most_rows; y and residual, which may be NULL, (rows, outputs). */
 void row_product(const struct layer *layer, const void *x, const void *residual, void *y, long rows, int has_gelu) {
     const long outputs = layer->outputs, inputs = layer->inputs;
-    const int is_int8 = layer->is_int8, is_bfloat16 = layer->is_bfloat16;
+    const int is_int8 = layer->is_int8;
     if (rows > FEW && is_tiled(layer)) {
         tile_product(layer, x, residual, y, rows, has_gelu);
         return;
     }
+    const long row_bytes = (is_int8 ? 1 : 2) * inputs;
     float numbers[rows * inputs];
-    for (long index = 0; index < rows * inputs; index++) numbers[index] = element(x, index, is_bfloat16);
+    for (long index = 0; index < rows * inputs; index++) numbers[index] = element(x, index, layer->is_bfloat16);
+    if (rows <= FEW) { /* without the loop over groups of rows, which costs a single row 7 % */
+#pragma omp parallel for schedule(static)
+        for (long output = 0; output < outputs; output++) {
+            float found[FEW];
+            few_products(layer->weight + output * row_bytes, is_int8, numbers, rows, inputs, found);
+            store(layer, found, residual, y, rows, output, has_gelu);
+        }
+        return;
+    }
 #pragma omp parallel for schedule(static)
     for (long output = 0; output < outputs; output++) {
-        const char *weight = layer->weight + (is_int8 ? 1 : 2) * output * inputs;
-        float found[rows];
+        const char *weight = layer->weight + output * row_bytes;
+        float found[MANY];
         for (long first = 0; first < rows; first += FEW) { /* the weights are in the cache after the first rows */
-            const float *some = numbers + first * inputs;
-            float *of_some = found + first;
             const long count = rows - first < FEW ? rows - first : FEW;
-            switch (2 * count + is_int8) { /* constants for the compiler, so that sums stay in registers */
-                case 2: products(weight, 0, some, 1, inputs, of_some); break;
-                case 3: products(weight, 1, some, 1, inputs, of_some); break;
-                case 4: products(weight, 0, some, 2, inputs, of_some); break;
-                case 5: products(weight, 1, some, 2, inputs, of_some); break;
-                case 6: products(weight, 0, some, 3, inputs, of_some); break;
-                case 7: products(weight, 1, some, 3, inputs, of_some); break;
-                case 8: products(weight, 0, some, 4, inputs, of_some); break;
-                default: products(weight, 1, some, 4, inputs, of_some);
-            }
+            few_products(weight, is_int8, numbers + first * inputs, count, inputs, found + first);
         }
-        for (long row = 0; row < rows; row++) {
-            long index = row * outputs + output;
-            float value = found[row];
-            if (layer->scale) value *= element(layer->scale, output, is_bfloat16);
-            if (layer->bias) value += element(layer->bias, output, is_bfloat16);
-            if (has_gelu) value = gelu(value);
-            if (residual) value += element(residual, index, is_bfloat16);
-            if (is_bfloat16) ((uint16_t *)y)[index] = bfloat16_of(value);
-            else ((float *)y)[index] = value;
-        }
+        store(layer, found, residual, y, rows, output, has_gelu);
     }
 }
