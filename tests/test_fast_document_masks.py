@@ -15,7 +15,10 @@ from tests.tiny_gpt import CONFIG, plain_and_fast, seeded
 
 @pytest.fixture
 def gpt():
-    return plain_and_fast()[1]
+    """With dropout, because on a CPU attention without it needs no mask (see test_fast_document_attention.py)."""
+    model = plain_and_fast()[1]
+    model.config = dataclasses.replace(CONFIG, dropout=0.1)
+    return model
 
 
 def documents() -> torch.Tensor:
@@ -93,7 +96,7 @@ def test_flex_attention_is_used_only_in_compiled_training_on_cuda_without_dropou
     def uses_flex_attention(numbers: torch.Tensor) -> bool:
         return isinstance(gpt.document_mask(numbers), BlockMask)
 
-    gpt.h[0].compiled = gpt.h[0].plain_forward
+    gpt.config, gpt.h[0].compiled = CONFIG, gpt.h[0].plain_forward
     assert uses_flex_attention(on_cuda) and not uses_flex_attention(documents())
     gpt.eval()
     assert not uses_flex_attention(on_cuda)

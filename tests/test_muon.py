@@ -47,6 +47,19 @@ def test_it_takes_the_steps_of_torchs_muon(monkeypatch, together, settings):
     assert all(torch.equal(states[0][n]["momentum_buffer"], states[1][n]["momentum_buffer"]) for n in range(len(ours)))
 
 
+def test_steps_in_float32_are_those_of_bfloat16_rounded_less():
+    """For processors that emulate bfloat16. The exact step comes from the same iteration in float64."""
+    steps = {}
+    for dtype in (torch.float64, torch.float32, torch.bfloat16):
+        weights = matrices()
+        before = copy.deepcopy(weights)
+        take_steps(Muon(weights, dtype), range(3))
+        steps[dtype] = torch.cat([(weight - start).flatten() for weight, start in zip(weights, before, strict=True)])
+    exact = steps[torch.float64]
+    assert (steps[torch.float32] - exact).norm() < 1e-5 * exact.norm()
+    assert 1e-4 * exact.norm() < (steps[torch.bfloat16] - exact).norm() < 0.02 * exact.norm()
+
+
 def test_it_goes_on_with_the_state_of_torchs_muon_and_torchs_with_its():
     weights = matrices(), matrices()
     optimizers = torch.optim.Muon(weights[0]), Muon(weights[1])

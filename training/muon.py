@@ -2,13 +2,14 @@
 
 Muon updates a matrix by its orthogonalized momentum: all singular values are made nearly one ("Muon: An optimizer for
 hidden layers in neural networks", Jordan et al. 2024). torch.optim.Muon updates one matrix after another, with products
-too small to keep two CPU cores busy, let alone a GPU; here the matrices of one shape are multiplied together. State and
-arithmetic are torch's, and so is the default that adjusts the learning rate to a matrix's shape.
+too small to keep two CPU cores busy, let alone a GPU; here the matrices of one shape are multiplied together. The state
+is torch's, and so is the default that adjusts the learning rate to a matrix's shape. The precision of the products is
+torch's (bfloat16) or, for processors that only emulate it, float32, which on such a CPU is 20 times as fast.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -22,15 +23,20 @@ TOGETHER = 4  # matrices multiplied at a time; more would take memory and gain n
 class Muon(torch.optim.Muon):
     """torch.optim.Muon whose step multiplies weights of the same shape together.
 
-    The momentum of sharded weights stays sharded; each process computes the whole update and takes its shard.
+    The momentum of sharded weights stays sharded; each process computes the whole update and takes its shard. The
+    products are computed in `dtype`.
     """
+
+    def __init__(self, params: Iterable[Tensor], dtype: torch.dtype = torch.bfloat16, **settings: Any):
+        super().__init__(params, **settings)
+        self.dtype = dtype
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         for group in self.param_groups:
             for weights in same_shapes([weight for weight in group["params"] if weight.grad is not None]):
                 rows, columns = weights[0].shape
-                updates = torch.empty(len(weights), rows, columns, device=weights[0].device, dtype=torch.bfloat16)
+                updates = torch.empty(len(weights), rows, columns, device=weights[0].device, dtype=self.dtype)
                 for update, weight in zip(updates, weights, strict=True):
                     update.copy_(self._direction(weight, group))
                 updates = orthogonalised_(updates, group["ns_coefficients"], group["ns_steps"], group["eps"])
@@ -40,14 +46,14 @@ class Muon(torch.optim.Muon):
                     weight.add_(shard_like(update, weight), alpha=-rate)
 
     def _direction(self, weight: Tensor, group: dict) -> Tensor:
-        """The momentum's direction, with the current gradient added once more (Nesterov), whole and in bfloat16."""
+        """The momentum's direction, with the current gradient added once more (Nesterov), whole and in `dtype`."""
         state, gradient = self.state[weight], weight.grad
         assert gradient is not None  # `step` leaves out weights without one
         if "momentum_buffer" not in state:
             state["momentum_buffer"] = torch.zeros_like(gradient)
         momentum = state["momentum_buffer"].lerp_(gradient, 1 - group["momentum"])
         direction = gradient.lerp(momentum, group["momentum"]) if group["nesterov"] else momentum
-        return full_tensor(direction.bfloat16())
+        return full_tensor(direction.to(self.dtype))
 
 
 def same_shapes(weights: list[Tensor]) -> Iterator[list[Tensor]]:
