@@ -241,7 +241,7 @@ def test_encoding_all_again_passes_over_what_is_damaged_and_says_so(tmp_path, in
     for name in ("first", "second"):
         (tmp_path / "notes.txt").write_text("\n<|endoftext|>\n".join(f"{name} note {n}." for n in range(30)), "utf-8")
         inline(OWN, "--input", "notes.txt", "--name", name, "--output_dir", "out")
-    for name in ("knowledge-topics.json", "knowledge-prompts.json", "chitchat-phrases.json"):
+    for name in ("knowledge-topics.json", "knowledge-prompts.json", "chitchat-phrases.json", "tales-phrases.json"):
         shutil.copy(ROOT / "data" / name, tmp_path / "out")
     before = {path.name: path.read_bytes() for path in (tmp_path / "out").glob("*") if path.is_file()}
     (tmp_path / "out" / "first-train.txt").write_text("no separator")

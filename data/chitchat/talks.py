@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
+from data import templates
 from data.chitchat.names import made_up_names, real_names
 from data.chitchat.templates import PHRASES_FILE, SLOT, expand, load_phrases, parse_template
 from data.chitchat.typing_habits import type_like_a_person
@@ -230,7 +231,7 @@ def make_conversation(rng: random.Random) -> Conversation:
 
 def source_files() -> list[Path]:
     """The files that, with the seed, decide the conversations."""
-    return [PHRASES_FILE, *sorted(Path(__file__).parent.glob("*.py"))]
+    return [PHRASES_FILE, Path(templates.__file__), *sorted(Path(__file__).parent.glob("*.py"))]
 
 
 def generate(
