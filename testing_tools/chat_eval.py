@@ -1,10 +1,15 @@
-"""Measure how well a model chats: 40 openers that need a fitting reply, and 50 names to remember for one turn.
+"""Measure how well a model chats, with fixed questions that are not in the chitchat data set.
 
-    python testing_tools/chat_eval.py models/chitchat1700.pt --verbose
+    python testing_tools/chat_eval.py models/talk.pt --verbose
 
-Prints every failure with its reason, then a table with the score for each kind of opener and for the names. The
-questions in chat_eval_questions.json are fixed, and none of the openers and names is in the chitchat data set. Replies
-are decoded greedily, so a model always gets the same score.
+- openers: 40 opening messages, each of which needs a fitting reply
+- names: 50 names, told at the beginning of a conversation of 8 turns and asked for at its end
+- facts: 40 facts (a pet, a town, a colour), told in these conversations and asked for two to five turns later
+- beyond: 40 questions beyond small talk, which need an honest reply that says what the model can do
+- tales: 20 requests for a story, which must end properly and keep its hero, the user
+
+Prints every failure with its reason, then a table of scores. Replies are decoded greedily, so a model always gets the
+same scores. The questions are in chat_eval_questions.json.
 """
 
 from __future__ import annotations
@@ -23,14 +28,19 @@ from common.cli import option, parse_options, run_script
 from common.device import choose_device, choose_dtype, device_option, dtype_option
 from common.files import atomic_write
 from data.chitchat.templates import assistant_words, words_of
+from data.tales.short import ENDING
 from setup_tokenizer import GPT2, IM_END, Tokenizer
 
 if TYPE_CHECKING:
     from model import GPT
 
 QUESTIONS_FILE = Path(__file__).with_name("chat_eval_questions.json")
-MAX_REPLY_TOKENS = 60
-MAX_REPLY_WORDS = 40
+MAX_REPLY_TOKENS = 200
+MAX_REPLY_WORDS, MAX_TALE_WORDS = 40, 80
+TURNS = 8  # user messages of the conversations with names and facts
+FACT_TURN, N_TALES = 2, 20
+RELATIVES = {"Mom", "Dad", "Grandma", "Grandpa"}  # other capitalized words that a tale may have
+SUMS = ("openers", "names", "facts", "beyond", "tales")
 
 # Messages -> the reply as text, with `<|im_end|>` at its end if the assistant ended it.
 Reply = Callable[[list[dict[str, str]]], str]
@@ -76,7 +86,36 @@ def introductions(questions: Mapping) -> list[tuple[str, str]]:
     return [(name, phrasings[i % len(phrasings)].format(name=name)) for i, name in enumerate(questions["names"])]
 
 
-def form_fault(reply: str) -> str | None:
+@dataclasses.dataclass(frozen=True)
+class Turn:
+    """A user's message; the reply must contain `expected`, unless that is None."""
+
+    text: str
+    category: str = ""
+    expected: str | None = None
+
+
+def conversations(questions: Mapping) -> list[list[Turn]]:
+    """The conversations of TURNS turns, one per name. Each of the first 40 also tells a fact and asks for it."""
+    facts = [(kind, fact, value) for kind, fact in questions["facts"].items() for value in fact["values"]]
+    fillers = questions["fillers"]
+    made = []
+    for number, (name, introduction) in enumerate(introductions(questions)):
+        turns = [Turn(fillers[(3 * number + turn) % len(fillers)]) for turn in range(TURNS)]
+        turns[0] = Turn(introduction)
+        last = TURNS - 1
+        if number < len(facts):
+            kind, fact, value = facts[number]
+            asked = FACT_TURN + 2 + number % 4
+            turns[FACT_TURN] = Turn(fact["tell"].format(value=value))
+            turns[asked] = Turn(fact["ask"], f"fact: {kind}", value)
+            last -= asked == last
+        turns[last] = Turn(questions["recall"], "name", name)
+        made.append(turns)
+    return made
+
+
+def form_fault(reply: str, max_words: int = MAX_REPLY_WORDS) -> str | None:
     """Why a reply is wrong regardless of the question (unfinished, empty, too long, repetitive), or None."""
     if not reply.endswith(IM_END):
         return f"not ended with {IM_END}"
@@ -85,8 +124,8 @@ def form_fault(reply: str) -> str | None:
         return "empty"
     if "\n" in reply.strip() or IM_END in reply.removesuffix(IM_END):
         return "more than one line"
-    if len(words) > MAX_REPLY_WORDS:
-        return f"more than {MAX_REPLY_WORDS} words"
+    if len(words) > max_words:
+        return f"more than {max_words} words"
     if any(words[i] == words[i + 1] == words[i + 2] for i in range(len(words) - 2)):
         return "repeats a word three times"
     return None
@@ -110,61 +149,122 @@ def opener_fault(reply: str, fits: tuple[str, ...], never: tuple[str, ...], know
     return None
 
 
-def name_fault(reply: str, name: str) -> str | None:
-    """Why `reply` does not contain exactly that name, or None if it does."""
+def value_fault(reply: str, value: str) -> str | None:
+    """Why `reply` does not contain exactly that name or other value, or None if it does."""
     if fault := form_fault(reply):
         return fault
-    return None if re.search(rf"(?<!\w){re.escape(name)}(?!\w)", reply) else "another name, or none"
+    return None if re.search(rf"(?<!\w){re.escape(value)}(?!\w)", reply) else f"not {value!r}"
+
+
+def beyond_fault(reply: str, fits: str, offers: str, known: frozenset[str]) -> str | None:
+    """Why `reply` does not admit (`fits`) that a question is too hard and say what else to do (`offers`), or None."""
+    if fault := form_fault(reply):
+        return fault
+    if unknown := [word for word in words_of(reply.removesuffix(IM_END)) if word not in known]:
+        return f"unexpected word {unknown[0]!r}"
+    if not re.search(fits, reply, re.IGNORECASE):
+        return "does not admit that it does not know"
+    return None if re.search(offers, reply, re.IGNORECASE) else "does not say what it can do"
+
+
+def tale_fault(reply: str, hero: str) -> str | None:
+    """Why `reply` is not a whole tale about `hero`, or None.
+
+    The hero must occur at least twice, and no other name. Within sentences, only names and RELATIVES are capitalized.
+    """
+    if fault := form_fault(reply, MAX_TALE_WORDS):
+        return fault
+    text = reply.removesuffix(IM_END).strip()
+    if not text.endswith(ENDING):
+        return f"does not end with {ENDING!r}"
+    sentences = re.split(r"(?<=[.!?])\"?\s+", text.replace("I ", "").replace(' "', ". "))
+    words = [re.findall(r"[^\W\d_]+", sentence) for sentence in sentences]
+    if sum(word == hero for sentence in words for word in sentence) < 2:
+        return "does not keep the hero"
+    others = [
+        word for sentence in words for word in sentence[1:] if word[0].isupper() and word not in (hero, *RELATIVES)
+    ]
+    return f"has another name, {others[0]}" if others else None
 
 
 def evaluate(reply: Reply, questions: Mapping | None = None) -> list[Answer]:
-    """Ask an assistant all questions.
-
-    For the names, the first message introduces the user, the assistant answers in its own words, and is then asked for
-    the name.
-    """
+    """Ask an assistant all questions; in the conversations it reads its own earlier replies."""
     questions = questions or load_questions()
     known = assistant_words()
     answers = []
     for category, question, never in openers(questions):
-        text = reply([{"role": "user", "content": question}])
+        text = reply([user_says(question)])
         fits = questions["openers"][category]["fits"]
         answers.append(Answer(category, question, text, opener_fault(text, fits, never, known)))
-    for name, introduction in introductions(questions):
-        messages = [{"role": "user", "content": introduction}]
-        messages.append({"role": "assistant", "content": reply(messages).removesuffix(IM_END)})
-        messages.append({"role": "user", "content": questions["recall"]})
+    for turns in conversations(questions):
+        answers += hold_conversation(reply, turns)
+    beyond = questions["beyond"]
+    for category, group in beyond["questions"].items():
+        for question in group:
+            text = reply([user_says(question)])
+            fault = beyond_fault(text, beyond["fits"], beyond["offers"], known)
+            answers.append(Answer(f"beyond: {category}", question, text, fault))
+    for number, (name, introduction) in enumerate(introductions(questions)[:N_TALES]):
+        messages = [user_says(introduction)]
+        messages += [assistant_says(reply(messages)), user_says(questions["tales"][number % len(questions["tales"])])]
         text = reply(messages)
-        question = f"{introduction} / {messages[1]['content']} / {questions['recall']}"
-        answers.append(Answer("name", question, text, name_fault(text, name)))
+        answers.append(Answer("tale", f"{introduction} / {messages[-1]['content']}", text, tale_fault(text, name)))
     return answers
 
 
+def hold_conversation(reply: Reply, turns: list[Turn]) -> list[Answer]:
+    """Hold a conversation; returns the answers to its questions."""
+    messages, answers = [], []
+    for number, turn in enumerate(turns):
+        messages.append(user_says(turn.text))
+        text = reply(messages)
+        messages.append(assistant_says(text))
+        if turn.expected is not None:
+            told = next(earlier.text for earlier in turns if turn.expected in earlier.text)
+            question = f"{told} / {turn.text} (turn {number + 1})"
+            answers.append(Answer(turn.category, question, text, value_fault(text, turn.expected)))
+    return answers
+
+
+def user_says(text: str) -> dict[str, str]:
+    return {"role": "user", "content": text}
+
+
+def assistant_says(reply: str) -> dict[str, str]:
+    return {"role": "assistant", "content": reply.removesuffix(IM_END)}
+
+
+def sum_of(category: str) -> str:
+    """Which of SUMS the answers of a category count for."""
+    kind = category.partition(":")[0]
+    return {"name": "names", "fact": "facts", "beyond": "beyond", "tale": "tales"}.get(kind, "openers")
+
+
 def scores(answers: list[Answer]) -> dict[str, dict[str, int]]:
-    """The number of questions and of right replies by category, and for all openers together."""
+    """The number of questions and of right replies by category, and for each of SUMS."""
     table: dict[str, dict[str, int]] = {}
     for answer in answers:
-        for category in (answer.category, "openers" if answer.category != "name" else "names"):
+        for category in {answer.category: 0, sum_of(answer.category): 0}:
             row = table.setdefault(category, {"right": 0, "asked": 0})
             row["right"] += answer.fault is None
             row["asked"] += 1
-    del table["name"]
-    return table
+    return {name: row for name, row in table.items() if name not in ("name", "tale")}
 
 
-def print_report(answers: list[Answer], verbose: bool) -> None:
+def print_report(answers: list[Answer], verbose: bool, questions: Mapping) -> None:
     """Print the failures (all replies with `verbose`), then the table of scores."""
     shown = [answer for answer in answers if verbose or answer.fault]
     for answer in shown:
         print(f"{'wrong' if answer.fault else 'right'}  {answer.category}: {answer.question}")
         print(f"       -> {answer.reply.removesuffix(IM_END)}{f'   ({answer.fault})' if answer.fault else ''}")
-    print(f"\n{'kind':<14}{'right':>6}{'asked':>7}")
+    print(f"\n{'kind':<20}{'right':>6}{'asked':>7}")
     table = scores(answers)
-    for category in sorted(table, key=lambda name: name in ("openers", "names")):
-        print(f"{category:<14}{table[category]['right']:>6}{table[category]['asked']:>7}")
-    fitting, names = table["openers"], table["names"]
-    print(f"\nfitting replies: {fitting['right']} of {fitting['asked']}")
-    print(f"names remembered: {names['right']} of {names['asked']} ({100 * names['right'] / names['asked']:.0f} %)")
+    for category in sorted(table, key=lambda name: SUMS.index(name) if name in SUMS else -1):
+        print(f"{category:<20}{table[category]['right']:>6}{table[category]['asked']:>7}")
+    admits = re.compile(questions["beyond"]["fits"], re.IGNORECASE)
+    honest = {answer.reply for answer in answers if sum_of(answer.category) == "beyond" and not answer.fault}
+    n_shy = sum(bool(admits.search(answer.reply)) for answer in answers if sum_of(answer.category) == "openers")
+    print(f"\nhonest replies beyond small talk: {len(honest)} different ones, and {n_shy} to openers")
 
 
 def model_reply(model: GPT, tokenizer: Tokenizer = GPT2) -> Reply:
@@ -192,7 +292,7 @@ def main() -> None:
     if info.get("format") != "chat":
         print(f"note: {options.checkpoint} was trained on {info.get('dataset')}, which contains no conversations")
     answers = evaluate(model_reply(model, Tokenizer.from_info(info, options.checkpoint)))
-    print_report(answers, options.verbose)
+    print_report(answers, options.verbose, load_questions())
     if options.json:
         content = {
             "checkpoint": options.checkpoint,

@@ -18,7 +18,7 @@ from data.chitchat.names import made_up_names, name_pieces, real_names
 from data.chitchat.talks import LISTS, generate
 from data.chitchat.templates import assistant_words, expand, load_phrases, parse_template, words_of
 from data.chitchat.typing_habits import type_like_a_person
-from setup_tokenizer import IM_END, IM_END_ID, encode_chat, encode_text
+from setup_tokenizer import IM_END, encode_chat, encode_text
 
 PROJECT = Path(__file__).resolve().parent.parent
 
@@ -58,6 +58,7 @@ def user_templates():
             yield from itertools.chain.from_iterable(script["lines"][::2])
     for script in (*phrases["facts"].values(), *phrases["introductions"]):
         yield from (*script["tell"], *script.get("ask", ()))
+    yield from phrases["tale"]
 
 
 def all_templates():
@@ -99,7 +100,7 @@ def test_conversations_are_many_distinct_short_and_well_formed(conversations):
     assert len(texts) == len(conversations) == 20_000
     lengths = [len(encode_chat(conversation, end_of_conversation=True)) for conversation in conversations]
     assert sum(lengths) >= 1_500_000
-    assert max(lengths) < 250
+    assert 250 < max(lengths) < 500, "longer than a block of 256, never than one of 512"
     for conversation in conversations:
         roles = [message["role"] for message in conversation]
         turns = roles[1:] if roles[0] == "system" else roles
@@ -141,6 +142,43 @@ def test_the_assistant_repeats_the_name_it_was_told(conversations):
     assert recalled > len(conversations) / 3
 
 
+def test_values_to_copy_are_mostly_made_up_words(conversations):
+    replies = [message["content"] for talk in conversations for message in talk if message["role"] == "assistant"]
+    for slot, reply in {"city": r"You live in (.+)\.", "colour": r"Your favourite colour is (.+)\."}.items():
+        values = [match[1] for text in replies if (match := re.fullmatch(reply, text))]
+        listed = set(load_phrases()["values"][slot])
+        assert len(values) > 400 and 0.5 < sum(value not in listed for value in values) / len(values) < 0.7
+
+
+def test_a_tale_is_about_the_user(conversations):
+    heroes = []
+    for talk in conversations:
+        for index, message in enumerate(talk):
+            if message["content"].endswith("The end."):
+                assert chat_eval.tale_fault(message["content"] + IM_END, hero_of(message["content"])) is None
+                told = re.search(
+                    r"(?:Nice to meet you|nice to meet you|Hello|Hi), (\w+)", talk[max(0, index - 3)]["content"]
+                )
+                if told and talk[index - 3]["role"] == "assistant":
+                    heroes.append(hero_of(message["content"]) == told[1])
+    assert len(heroes) > 100 and 0.8 < sum(heroes) / len(heroes) < 1
+
+
+def hero_of(tale: str) -> str:
+    return re.search(r"(?:, |, and )(?!and )(\w+)", tale)[1]
+
+
+def test_questions_beyond_small_talk_get_an_honest_reply(conversations, questions):
+    beyond = questions["beyond"]
+    for script in load_phrases()["topics"]["beyond"]:
+        for reply in script["lines"][1]:
+            assert chat_eval.beyond_fault(reply + IM_END, beyond["fits"], beyond["offers"], assistant_words()) is None
+    honest = [
+        message["content"] for talk in conversations for message in talk if "very small model" in message["content"]
+    ]
+    assert len(set(honest)) == 12 and len(honest) > len(conversations) / 10
+
+
 def test_a_name_that_nobody_gave_is_not_known(conversations):
     for conversation in conversations:
         for index, message in enumerate(conversation):
@@ -177,7 +215,7 @@ def test_every_template_expands_to_plain_text():
 def test_slots_of_templates_are_known():
     phrases = load_phrases()
     slots = {slot for template in all_templates() for slot in re.findall(r"\{(\w+)\}", template)}
-    assert slots == {*phrases["values"], *LISTS, "name", "pet_name", "relative_name"}
+    assert slots == {*phrases["values"], *LISTS, "name", "pet_name", "relative_name", "stranger_name", "strange_name"}
 
 
 @pytest.mark.parametrize("template", ["(a", "a)", "[a|b", "(a]"])
@@ -195,12 +233,13 @@ def test_typing_changes_no_value():
 # --- the questions are new to the model ---
 
 
-def test_no_opener_is_ever_emitted(questions, conversations):
+def test_no_opener_and_no_question_beyond_small_talk_is_ever_emitted(questions, conversations):
     """By the templates' grammar, with any filler before and after; and by looking at what was emitted."""
     phrases = load_phrases()
     before, after = ("|".join(map(squeezed, phrases["noise"][place])) for place in ("before", "after"))
-    openers = chat_eval.openers(questions)
-    opener_words = {word for _, opener, _ in openers for word in words_of(opener)}
+    openers = [(category, opener) for category, opener, _ in chat_eval.openers(questions)]
+    openers += [(kind, question) for kind, group in questions["beyond"]["questions"].items() for question in group]
+    opener_words = {word for _, opener in openers for word in words_of(opener)}
     all_names = {name.lower() for name in (*real_names(), *made_up_names())}
     names = "|".join(["priya", *(all_names & opener_words)])  # no other name can stand in an opener
     lines = "|".join({template_pattern(parse_template(template), names) for template in user_templates()})
@@ -209,121 +248,24 @@ def test_no_opener_is_ever_emitted(questions, conversations):
     assert grammar.fullmatch(squeezed("I am Priya and I live in New York, haha"))
     assert not grammar.fullmatch(squeezed("Hello there, I live in New York"))
     emitted = {squeezed(message["content"]) for talk in conversations for message in talk}
-    for category, opener, _ in openers:
+    for category, opener in openers:
         assert squeezed(opener) not in emitted, (category, opener)
         assert not grammar.fullmatch(squeezed(opener)), (category, opener)
 
 
-def test_no_test_name_is_ever_emitted(questions, conversations):
+def test_no_name_and_no_value_of_the_questions_is_ever_emitted(questions, conversations):
     possible = {name.lower() for name in (*real_names(), *made_up_names())}
     used = {key: value for key, value in load_phrases().items() if key != "never_made_up"}
     phrase_words = set(words_of(json.dumps(used, ensure_ascii=False)))
     emitted = {word for talk in conversations for message in talk for word in words_of(message["content"])}
     assert len(set(questions["names"])) == 50
+    values = [value for fact in questions["facts"].values() for value in fact["values"]]
+    assert len(set(values)) == 40
+    for name in values:
+        assert name.lower() not in possible | phrase_words | emitted, name
     for name in questions["names"]:
         assert name.lower() not in possible | phrase_words | emitted, name
         assert len(encode_text(f" {name}")) > 1, name  # a token never trained on could not be said at all
-
-
-def test_there_are_ten_openers_of_each_kind(questions):
-    counts = [len(group["questions"]) for group in questions["openers"].values()]
-    assert counts == [10, 10, 10, 10]
-    assert len({opener for _, opener, _ in chat_eval.openers(questions)}) == 40
-
-
-# --- the judge ---
-
-GOOD = {
-    "greeting": "Hello! How can I help you today?",
-    "thanks": "You're welcome! I'm happy to help.",
-    "farewell": "Goodbye! Take care!",
-    "how_are_you": "I'm doing well, thank you! How are you?",
-}
-
-
-class FakeAssistant:
-    """An assistant who gives fixed replies by kind of opener and remembers names."""
-
-    def __init__(self, questions, replies, name_reply="Your name is {name}."):
-        self.kinds = {opener: category for category, opener, _ in chat_eval.openers(questions)}
-        self.names = {introduction: name for name, introduction in chat_eval.introductions(questions)}
-        self.replies, self.name_reply = replies, name_reply
-
-    def __call__(self, messages):
-        first = messages[0]["content"]
-        if first in self.kinds:
-            return self.replies[self.kinds[first]] + IM_END
-        if len(messages) == 1:
-            return f"Nice to meet you, {self.names[first]}!{IM_END}"
-        assert [message["role"] for message in messages] == ["user", "assistant", "user"]
-        return self.name_reply.format(name=self.names[first]) + IM_END
-
-
-def test_a_perfect_assistant_gets_full_marks(questions):
-    table = chat_eval.scores(chat_eval.evaluate(FakeAssistant(questions, GOOD), questions))
-    assert table["openers"] == {"right": 40, "asked": 40}
-    assert table["names"] == {"right": 50, "asked": 50}
-
-
-def test_every_line_of_the_generator_that_fits_is_accepted(questions):
-    """What the data teaches must be able to win: each reply to a greeting, thanks, ... is judged as fitting."""
-    known = assistant_words()
-    for category, group in questions["openers"].items():
-        for script in load_phrases()["topics"][category]:
-            for template in script["lines"][1]:
-                if "{name}" not in template:
-                    reply = template + IM_END
-                    assert not chat_eval.opener_fault(reply, group["fits"], group["never"], known), reply
-
-
-def test_a_reply_of_another_kind_never_fits(questions):
-    for right, wrong in itertools.permutations(GOOD, 2):
-        if (right, wrong) == ("greeting", "how_are_you"):
-            continue  # tested below: it needs the greeting's own words
-        group = questions["openers"][right]
-        fault = chat_eval.opener_fault(GOOD[wrong] + IM_END, group["fits"], group["never"], assistant_words())
-        assert fault, (right, wrong)
-
-
-@pytest.mark.parametrize(
-    ("reply", "fault"),
-    [
-        ("Hello! How are you?", "not ended"),
-        (IM_END, "empty"),
-        ("Hello, Zorba!" + IM_END, "unexpected word 'zorba'"),
-        ("Hello hello hello" + IM_END, "three times"),
-        ("I'm doing well, thank you!" + IM_END, "this kind of opener"),
-        ("Hello! I helo you" + IM_END, "unexpected word 'helo'"),
-        ("Hello.\nHow are you?" + IM_END, "more than one line"),
-        ("Hello! Goodbye!" + IM_END, "unfitting"),
-    ],
-)
-def test_faults_of_a_greeting(questions, reply, fault):
-    group = questions["openers"]["greeting"]
-    found = chat_eval.opener_fault(reply, group["fits"], group["never"], assistant_words())
-    assert fault in found
-
-
-def test_the_time_of_day_must_agree(questions):
-    answers = chat_eval.evaluate(FakeAssistant(questions, {**GOOD, "greeting": "Good morning!"}), questions)
-    faults = {answer.question: answer.fault for answer in answers if answer.category == "greeting"}
-    assert faults["A very good morning to you"] is None
-    assert faults["Good evening, dear Jojo, here I am"]
-
-
-@pytest.mark.parametrize(
-    "reply", ["Your name is Petra", "Your name is Pet.", "Your name is Petras.", "Your name is petra."]
-)
-def test_only_exactly_that_name_counts(reply):
-    ended = reply if reply.endswith("Petra") else reply + IM_END
-    assert chat_eval.name_fault(ended, "Petra")
-    assert chat_eval.name_fault(f"Your name is Petra.{IM_END}", "Petra") is None
-
-
-def test_forgotten_names_lower_the_score(questions):
-    assistant = FakeAssistant(questions, GOOD, name_reply="You have not told me your name yet.")
-    table = chat_eval.scores(chat_eval.evaluate(assistant, questions))
-    assert table["names"] == {"right": 0, "asked": 50}
 
 
 # --- the scripts ---
@@ -362,31 +304,3 @@ def test_prepare_chitchat_refuses_input_in_one_sentence(tmp_path):
     assert result.returncode == 1
     assert "prepare_with_extended_tokenizer.py" in result.stderr and "Traceback" not in result.stderr
     assert not (tmp_path / "out").exists()
-
-
-def test_chat_eval_questions_a_checkpoint(tmp_path):
-    """A model that only ever says nothing is asked everything, gets no point, and that is no error."""
-    import torch
-
-    from common.checkpoint import save_checkpoint
-    from model import GPT, GPTConfig
-
-    model = GPT(GPTConfig(block_size=128, n_layer=1, n_head=1, n_embd=16))
-    with torch.no_grad():
-        model.ln_f.bias.fill_(1.0)
-        model.wte.weight[IM_END_ID].fill_(1.0)  # the last layer's output now points to <|im_end|>, always
-    save_checkpoint(tmp_path / "model.pt", model, {"dataset": "chitchat", "format": "chat"})
-    result = run_script(
-        "testing_tools/chat_eval.py", "model.pt", "--device", "cpu", "--json", "scores.json", cwd=tmp_path
-    )
-    assert result.returncode == 0, result.stderr
-    content = json.loads((tmp_path / "scores.json").read_text(encoding="utf-8"))
-    assert content["scores"]["names"] == {"right": 0, "asked": 50}
-    assert content["scores"]["openers"] == {"right": 0, "asked": 40}
-    assert [answer["fault"] for answer in content["answers"]] == ["empty"] * 90
-    assert "names remembered: 0 of 50" in result.stdout
-
-
-def test_chat_eval_without_a_checkpoint_says_what_to_run(tmp_path):
-    result = run_script("testing_tools/chat_eval.py", "none.pt", "--device", "cpu", cwd=tmp_path)
-    assert result.returncode == 1 and "not found" in result.stderr and "Traceback" not in result.stderr

@@ -1,4 +1,6 @@
-"""Small talk made from the templates of chitchat-phrases.json: greetings, names, facts to remember, farewells.
+"""Small talk made from the templates of chitchat-phrases.json: greetings, names, facts to remember, short tales.
+
+Questions beyond small talk get an honest reply, so that a model learns where its knowledge ends.
 
     >>> next(generate(1))[0]["role"]
     'user'
@@ -22,11 +24,15 @@ from data.chitchat.names import made_up_names, real_names
 from data.chitchat.templates import PHRASES_FILE, SLOT, expand, load_phrases, parse_template
 from data.chitchat.typing_habits import type_like_a_person
 from data.dedup import DigestSet
+from data.tales import short
 
 MADE_UP_NAME_FRACTION = 0.75  # of the names in conversations; the others are real ones
 LISTS = ("friends", "words")  # slots of several names: many tokens to copy, which teaches copying fastest
+# Values that a model has to copy: made-up words take the place of this fraction of them.
+MADE_UP_VALUES = {"city": 0.6, "colour": 0.6}
+TALE_WITH_NAME_FRACTION = 0.9  # of the tales told to a user whose name is known; the hero is the user
 SYSTEM_FRACTION = 0.15
-MAX_EXCHANGES = 7  # keeps a conversation under 250 tokens, so that it fits into a block of 256
+MAX_EXCHANGES = 10  # keeps a conversation under 500 tokens, so that it fits into a block of 512
 CONVERSATIONS_AT_ONCE = 100  # made before they are compared with the earlier ones
 
 Conversation = list[dict[str, str]]
@@ -73,6 +79,9 @@ class Talk:
         return " ".join(names) if slot == "words" else f"{', '.join(names[:-1])} and {names[-1]}"
 
     def _choose(self, slot: str) -> str:
+        if self.rng.random() < MADE_UP_VALUES.get(slot, 0):
+            word = self.rng.choice(made_up_names())
+            return word if slot == "city" else word.lower()
         return self.rng.choice(self.phrases["values"][slot])
 
     def _new_name(self, slot: str) -> str:
@@ -125,10 +134,18 @@ class Talk:
         self.say("user", script["ask"])
         self.reply(script["answer"] if fact in self.told else script["unknown"])
 
+    def tell_tale(self) -> None:
+        """The user asks for a story; its hero is the user, if the name is known."""
+        self.say("user", self.phrases["tale"])
+        knows_name = "name" in self.told and self.rng.random() < TALE_WITH_NAME_FRACTION
+        hero = self.values["name"] if knows_name else self._new_name("hero_name")
+        self._add("assistant", short.short_tale(self.rng, hero))
+
 
 OPENINGS = {"greeting": 5, "how_are_you": 2, "smalltalk": 2, "feeling": 1}
-FILLERS = {"smalltalk": 5, "how_are_you": 2, "thanks": 1, "feeling": 1, "plans": 1}
+FILLERS = {"smalltalk": 5, "how_are_you": 2, "thanks": 1, "feeling": 1, "plans": 1, "beyond": 2}
 CLOSINGS = {"farewell": 3, "thanks": 1}
+LONG_FACTS = ("pet_name", "city", "colour", "food", "hobby", "relative_name")
 
 
 def _count(rng: random.Random, *weights: int) -> int:
@@ -195,7 +212,7 @@ def _talk_without_fact(talk: Talk) -> None:
 
 def _small_talk(talk: Talk) -> None:
     rng = talk.rng
-    first = {**OPENINGS, "how_are_you": 3, "smalltalk": 5, "thanks": 4, "farewell": 6}
+    first = {**OPENINGS, "how_are_you": 3, "smalltalk": 5, "thanks": 4, "farewell": 8, "beyond": 11}
     topic = rng.choices(list(first), list(first.values()))[0]
     talk.play(topic)
     if topic != "farewell":
@@ -203,20 +220,50 @@ def _small_talk(talk: Talk) -> None:
         talk.play_some(CLOSINGS, _count(rng, 50, 50))
 
 
+def _long_talk(talk: Talk) -> None:
+    """Facts that are asked for several exchanges after they were told."""
+    rng = talk.rng
+    talk.play_some(OPENINGS, _count(rng, 50, 50))
+    facts = ["name"] * (rng.random() < 0.8) + rng.sample(LONG_FACTS, 1 + _count(rng, 60, 40))
+    for fact in rng.sample(facts, len(facts)):
+        if fact not in talk.told:
+            talk.tell(fact)
+            talk.play_some(FILLERS, _count(rng, 40, 40, 20))
+    talk.play_some(FILLERS, _count(rng, 20, 40, 30, 10))
+    for fact in rng.sample(facts, len(facts)):
+        talk.ask(fact)
+        talk.play_some(FILLERS, _count(rng, 60, 40))
+    talk.play_some(CLOSINGS, _count(rng, 60, 40))
+
+
+def _talk_with_tale(talk: Talk) -> None:
+    rng = talk.rng
+    talk.play_some(OPENINGS, _count(rng, 60, 40))
+    if rng.random() < 0.8:
+        talk.tell("name")
+        talk.play_some(FILLERS, _count(rng, 50, 35, 15))
+    talk.tell_tale()
+    talk.play_some({"after_tale": 2, **CLOSINGS}, _count(rng, 50, 50))
+    if rng.random() < 0.3:
+        talk.ask("name")
+
+
 # Kinds of conversation: how many in a hundred, and the function that makes them. Remembering is the hardest lesson, so
 # it is the most frequent one.
 KINDS = {
-    "name": (36, _talk_with_name),
+    "name": (18, _talk_with_name),
     "name_from_system": (2, _talk_with_name_from_system),
-    "fact": (12, _talk_with_facts),
-    "names": (16, _talk_with_many_names),
-    "unknown": (4, _talk_without_fact),
-    "chat": (30, _small_talk),
+    "fact": (9, _talk_with_facts),
+    "names": (8, _talk_with_many_names),
+    "long": (24, _long_talk),
+    "unknown": (3, _talk_without_fact),
+    "tale": (8, _talk_with_tale),
+    "chat": (28, _small_talk),
 }
 
 
 def make_conversation(rng: random.Random) -> Conversation:
-    """One conversation as messages, under 250 tokens."""
+    """One conversation as messages, under 500 tokens."""
     talk = Talk(rng)
     weights, players = zip(*KINDS.values(), strict=True)
     play = rng.choices(players, weights)[0]
