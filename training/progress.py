@@ -11,7 +11,7 @@ import tiktoken
 import torch
 
 from common.cli import UserError
-from common.device import peak_flops
+from common.device import autocast, peak_flops
 from common.numbers import significant
 from common.threads import POLICY, SlowSteps
 from data.dataset import data_parts
@@ -140,7 +140,9 @@ def sample_text(model: GPT, config: RunConfig, enc: tiktoken.Encoding, chat: boo
     stop_ids = (endoftext, im_end)
     max_tokens = min(60, config.block_size - len(prompt))
     steps = generate(model, [prompt], max_tokens, PREVIEW_SAMPLING, generator=generator, stop_ids=stop_ids)
-    ids = [int(step[0]) for step in steps]
+    is_frozen = config.lora_rank is not None  # then the matrices have the precision of the products
+    with autocast(config.device, config.dtype if is_frozen else "float32"):
+        ids = [int(step[0]) for step in steps]
     return enc.decode([token_id for token_id in ids if token_id not in stop_ids])
 
 
