@@ -54,7 +54,7 @@ def load_peft(path: Path) -> dict[str, Any]:
             raise UserError(f"{path / WEIGHTS} contains {name}, which is not supported; use an adapter of GPT-2")
         factors[layer[1] if layer else "wte.rows"] = tensor.float()
     try:
-        rank, alpha = settings["r"], float(settings["lora_alpha"])
+        rank, alpha = int(settings["r"]), float(settings["lora_alpha"])
         tokens = list((settings.get("trainable_token_indices") or {"wte": []})["wte"])
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path / CONFIG} is not complete ({error}); save the adapter again") from error
