@@ -19,7 +19,7 @@ from tests.tiny import OPTIONS, load_checkpoint, losses, run, same_as
 from training.config import TrainOptions
 from training.lora import frozen_model, trial_model
 from training.memory import StepMemory, largest_by_trying
-from training.progress import Sampler
+from training.progress import Clock, Sampler
 
 pytestmark = pytest.mark.usefixtures("one_thread", "quick_disk")
 
@@ -232,6 +232,24 @@ def test_a_micro_batch_is_tried_with_the_adapter():
     assert trained[:2] == ["h.0.attn.c_attn.lora_A", "h.0.attn.c_attn.lora_B"]
     low = trial_model(step.model, Adapter(2), "cpu", "bfloat16")
     assert low.h[0].mlp.c_fc.weight.dtype == torch.bfloat16
+
+
+def test_the_speed_counts_no_gradients_of_frozen_weights(data, base, tmp_path):
+    counts = []
+
+    def count(training):
+        clock = Clock(training.model, training.config, training.data.facts, 0)
+        frozen = [name for name, weight in training.model.named_parameters() if not weight.requires_grad]
+        sizes = {name: weight.numel() for name, weight in training.model.named_parameters()}
+        products = 6 * sum(sizes.values()) - 6 * sizes["wpe.weight"]
+        products -= 2 * sum(sizes[name] for name in frozen if name != "wpe.weight")
+        attention = 12 * 2 * 8 * 16
+        counts.append((clock.flops_per_iter, (products + attention) * training.config.tokens_per_iter, len(frozen)))
+
+    run(data, tmp_path / "full", stop_after=0, adjust=count)
+    run(data, tmp_path / "lora", stop_after=0, adjust=count, **lora(base))
+    (full, expected_full, none), (found, expected, many) = counts
+    assert (full, none) == (expected_full, 0) and found == expected and many > 20
 
 
 def test_unmerged_holds_the_base_and_the_factors(data, base, tmp_path):

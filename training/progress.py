@@ -86,7 +86,11 @@ class Clock:
 
     def __init__(self, model: GPT, config: RunConfig, facts: dict, iter_num: int, n_devices: int = 1):
         self.config, self.facts = config, facts
-        self.flops_per_iter = model.flops_per_token() * config.tokens_per_iter
+        # A frozen weight has no gradient, which would take two of its six operations per token.
+        n_frozen = sum(weight.numel() for weight in model.parameters() if not weight.requires_grad)
+        n_looked_up = 0 if model.wpe.weight.requires_grad else model.wpe.weight.numel()
+        flops_per_token = model.flops_per_token() - 2 * (n_frozen - n_looked_up)
+        self.flops_per_iter = flops_per_token * config.tokens_per_iter
         on_cuda = config.device.startswith("cuda")
         peak = peak_flops(torch.cuda.get_device_name(config.device)) if on_cuda else None
         self.peak_flops = peak and peak * n_devices
