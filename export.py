@@ -31,6 +31,7 @@ STAGING_NAME = "{}.export"
 SUPERSEDED = (
     *("model*.gguf", "Modelfile", "model*.safetensors*", "pytorch_model*.bin", "chat_template.jinja"),
     *("vocab.json", "merges.txt", "added_tokens.json", "special_tokens_map.json"),
+    *("adapter_config.json", "adapter_model*"),  # transformers would add the adapter to the model
 )
 
 
@@ -45,6 +46,7 @@ class ExportOptions:
     gguf: str | None = option(
         None, "also write a GGUF file in this precision, and a Modelfile", choices=("f32", "bf16", "q8_0")
     )
+    peft: bool = option(False, "write an adapter, without its base, for the peft package")
     force: bool = option(False, "write into a folder that is not empty, and overwrite files with the same names")
 
 
@@ -59,6 +61,10 @@ def export(options: ExportOptions) -> list[str]:
 
     folder = Path(options.out_dir)
     check_folder(folder, options.force)
+    if options.peft and options.gguf:
+        raise UserError("--peft writes an adapter alone, and --gguf a whole model; leave one of them out")
+    if options.peft:
+        return export_adapter(options.checkpoint, folder)
     checkpoint = load_checkpoint(options.checkpoint, ("info", "model"))
     info = checkpoint["info"]
     config = GPTConfig(**info["model"])
@@ -86,6 +92,20 @@ def export(options: ExportOptions) -> list[str]:
         names = sorted(path.name for path in staging.iterdir())
     remove_superseded(folder, names)
     return names
+
+
+def export_adapter(checkpoint: str, folder: Path) -> list[str]:
+    """Write an adapter in PEFT's layout; returns the names of its files. Raises UserError for a model without one."""
+    from exchange.loading import load_unmerged
+    from exchange.peft import write_peft
+
+    loaded = load_unmerged(checkpoint, ("info", "model"))
+    if "base" not in loaded:
+        raise UserError(f"{checkpoint} is not an adapter; leave --peft out, or make one with train.py --lora_rank")
+    with appearing_folder(folder, sum(tensor.nbytes for tensor in loaded["model"].values()) + (1 << 20)) as staging:
+        write_peft(staging, loaded["info"], loaded["model"])
+        shutil.copymode(staging / "adapter_config.json", staging / "adapter_model.safetensors")
+        return sorted(path.name for path in staging.iterdir())
 
 
 def settings_files(config: GPTConfig, is_chat: bool, tokenizer: Tokenizer) -> dict[str, dict]:
@@ -153,7 +173,10 @@ def main() -> None:
     folder = Path(options.out_dir)
     total = sum((folder / name).stat().st_size for name in names)
     print(f"wrote {folder} ({total / 2**20:.1f} MiB): {', '.join(names)}")
-    print(f"next: {folder / 'README.md'} explains how to load and publish the model")
+    if options.peft:
+        print(f"next: export its base, too, and load both with PeftModel.from_pretrained(base, {str(folder)!r})")
+    else:
+        print(f"next: {folder / 'README.md'} explains how to load and publish the model")
 
 
 if __name__ == "__main__":

@@ -27,14 +27,14 @@ from common.cli import given_options, parse_options, run_script
 from common.device import allow_tf32, autocast, seed_everything, set_determinism
 from common.speedups import load_speedups
 from common.threads import sleep_while_waiting_if_busy
-from exchange.loading import load_checkpoint, read_info
+from exchange.loading import load_checkpoint, load_unmerged, read_info
 from model import GPT
 from training import parallel, resume
 from training.batches import Batches
 from training.config import RunConfig, TrainOptions, make_config
 from training.datasets import TrainingData, make_rows, open_data
 from training.failures import saving_after_errors
-from training.initialization import make_model, model_config
+from training.lora import make_run_model
 from training.measurements import Measurements, not_finite_error
 from training.memory import move_model
 from training.metrics import draw_curves
@@ -82,7 +82,7 @@ def plan(options: TrainOptions, given: dict[str, Any], fast: ModuleType | None) 
     checkpoint = None
     if options.resume is not None:
         path = resume.find_checkpoint(options)
-        checkpoint = load_checkpoint(path)
+        checkpoint = load_unmerged(path)
         resume.require_resumable(checkpoint, path)
         options = resume.resumed_options(options, given, path, checkpoint["info"])
         if resume.print_if_complete(checkpoint["info"], options.max_iters, path):
@@ -122,7 +122,7 @@ def build(
     config, checkpoint = plan.config, plan.checkpoint
     seed_everything(config.seed)
     source = config.resume or config.init_from or ""
-    model = make_model(model_config(dataclasses.asdict(config), checkpoint), checkpoint, source)
+    model = make_run_model(config, checkpoint, source)
     shape = f"{config.n_layer} layers, {config.n_head} heads, {config.n_embd} wide"
     print(f"model: {shape}, {model.n_params():,} parameters, {config.dtype}, block size {config.block_size}")
     if fast:

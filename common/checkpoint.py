@@ -5,8 +5,8 @@ A checkpoint is one file written by `torch.save`:
     format    "jojo-1"
     info      plain facts: model (GPTConfig as a dict), config (train.py's options), dataset, format ("text" or "chat"),
               data (the data set's .json; for a mixture, one entry per data set under "parts"), tokenizer, iter_num,
-              tokens_seen, elapsed_s, train_loss, val_loss, ...
-    model     the weights in float32, by name
+              tokens_seen, elapsed_s, train_loss, val_loss, ..., and adapter (see common/lora.py) if it is one
+    model     the weights in float32, by name; of an adapter only its factors
     training  what else is needed to resume: optimizers, scaler, data position, random states; None in a weights file
     digests   the sha256 of info, model and training
 
@@ -288,8 +288,9 @@ def set_random_states(states: Mapping, device: str) -> None:
 
 
 def checkpoint_bytes(model: GPT, optimizer_floats_per_weight: int = 2) -> int:
-    """The estimated size of a training checkpoint of `model`, in bytes."""
-    return model.n_params() * 4 * (1 + optimizer_floats_per_weight) + (1 << 20)
+    """The estimated size of a training checkpoint of `model`, in bytes; frozen weights are not in it."""
+    n_trained = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
+    return n_trained * 4 * (1 + optimizer_floats_per_weight) + (1 << 20)
 
 
 def prune_kept(folder: Path, pattern: str, keep: int) -> None:

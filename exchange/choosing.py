@@ -18,7 +18,7 @@ from common.checkpoint import find_checkpoints
 from common.cli import UserError
 from common.numbers import count_in_words, significant
 from data.dataset import data_parts
-from exchange.loading import read_info
+from exchange.loading import read_info, split_pair
 from model import GPTConfig
 
 TINY_TOKENS = 500_000  # of chat data, about 120 iterations of `make demo`: too few for sensible replies
@@ -59,7 +59,9 @@ class FoundModel:
             facts.append(f"{count_in_words(info['tokens_seen'])} tokens")
         if info.get("val_loss") is not None:
             facts.append(f"validation loss {significant(info['val_loss'], 3)}")
-        if config.get("init_from"):
+        if adapter := info.get("adapter"):
+            facts.append(f"adapter of {Path(adapter['base']).stem}")
+        elif config.get("init_from"):
             facts.append(f"started from {Path(config['init_from']).stem}")
         if not self.is_finished:
             facts.append(f"iteration {info.get('iter_num') or 0:,} of {config['max_iters']:,}")
@@ -73,7 +75,8 @@ def _or_infinity(value: float | None) -> float:
 def find_models(folder: str | os.PathLike = "models") -> list[FoundModel]:
     """The readable checkpoints in `folder`, newest first; the others are named on standard error.
 
-    A second name of the same file, as `-best` is where the last evaluation was the best, is left out.
+    An adapter whose base is missing counts as unreadable. A second name of the same file, as `-best` is where the last
+    evaluation was the best, is left out.
     """
     infos: dict[Path, Mapping[str, Any]] = {}
     for path in find_checkpoints(folder):
@@ -92,7 +95,7 @@ def _chat_tokens(path: Path, infos: Mapping[Path, Mapping[str, Any]], later: Col
     if path not in infos or path in later:
         return 0.0
     info = infos[path]
-    source = (info.get("config") or {}).get("init_from")
+    source = info["adapter"]["base"] if "adapter" in info else (info.get("config") or {}).get("init_from")
     before = _chat_tokens(Path(source).resolve(), infos, (*later, path)) if source else 0.0
     return before + (info.get("tokens_seen") or 0) * chat_share(info)
 
@@ -138,7 +141,7 @@ def named_model(name: str, models: Sequence[FoundModel], folder: str | os.PathLi
         if name in (model.name, model.path.name, str(model.path)):
             return model
     for path in (Path(name), Path(folder) / f"{name}.pt"):
-        if path.exists():
+        if path.exists() or split_pair(str(path))[0] is not None:
             return FoundModel(path, read_info(path))
     raise UserError(f"there is no model {name}; choose one of {', '.join(model.name for model in models)}")
 

@@ -229,7 +229,8 @@ def padded_embedding(embedding: Tensor, n_kept: int, vocab_size: int, tokenizer:
     A new token's logit is then the mean of all logits. With a small random row it would be near 0, far above the logits
     of a trained model ("Initializing New Word Embeddings for Pretrained Language Models", Hewitt 2021).
     """
-    mean = embedding[: tokenizer.im_start].mean(0, keepdim=True)
+    # In float64, so that the rounded result, and with it the weights' digest, is the same on every machine.
+    mean = embedding[: tokenizer.im_start].double().mean(0, keepdim=True).float()
     return torch.cat([embedding[:n_kept], mean.expand(vocab_size - n_kept, -1)])
 
 

@@ -110,7 +110,10 @@ def _data_of_part(part: Mapping) -> Iterator[str]:
 def _training(info: Mapping) -> str:
     rows = []
     config = info.get("config") or {}
-    if config.get("init_from"):
+    if adapter := info.get("adapter"):
+        base = Path(adapter["base"]).name
+        rows.append(f"- An adapter (LoRA, rank {adapter['rank']}), merged with {base}, whose licence also applies")
+    elif config.get("init_from"):
         rows.append(f"- Started from the weights of {Path(config['init_from']).name}, whose licence also applies")
     if info.get("iter_num") is not None:
         rows.append(f"- Iterations: {info['iter_num']:,}; tokens seen: {info['tokens_seen']:,}")

@@ -8,7 +8,7 @@ Replaces: the embedding, the head's product and F.cross_entropy in GPT.forward. 
 take most of the memory and time. Here they exist for one chunk of rows at a time, and their gradient, computed in the
 forward pass, overwrites them.
 Gains: see docs/performance.md, "What each fast part gains".
-Skipped: with --plain, and without targets.
+Skipped: with --plain, and without targets. A frozen weight (see common/lora.py) gets no gradient.
 
 Shapes: B batch, T time, C n_embd, V vocab_size, N rows of a loss.
 """
@@ -130,6 +130,7 @@ class _HeadLoss(torch.autograd.Function):
                 loss += (losses * head.counts[rows]).sum()
                 if hidden_grad is not None:
                     hidden_grad[rows] = (logits @ low_weight.T).to(hidden.dtype)
+                if wants_gradient and weight.requires_grad:
                     product = head.partial_weight_grad(low_weight, part, logits, is_last=number == len(head.chunks))
                     weight_grad = product if weight_grad is None else weight_grad.to(weight.dtype).add_(product)
         head.release()
@@ -142,6 +143,8 @@ class _HeadLoss(torch.autograd.Function):
         hidden_grad, weight_grad, n_targets = ctx.saved_tensors
         scale = grads[0] / n_targets
         hidden_grad.mul_(scale * ctx.head.counts[:, None])
+        if weight_grad is None:  # the weight is frozen
+            return hidden_grad, None, None, None, None
         weight_grad = ctx.head.as_weight_layout(weight_grad).mul_(scale)
         if ctx.head.weight_grads is not None:
             ctx.head.weight_grads.append(weight_grad)

@@ -50,7 +50,8 @@ def speed_up_training(model: GPT, activation_checkpointing: bool = False) -> Non
         block.attn.__class__ = FastAttention
         block.mlp.__class__ = FastMLP
         for linear in (block.attn.c_attn, block.attn.c_proj, block.mlp.c_fc, block.mlp.c_proj):
-            linear.__class__ = FastLinear
+            if type(linear) is nn.Linear:  # an adapter's layer has its own forward pass, and its weight no gradient
+                linear.__class__ = FastLinear
 
 
 def compile_training(
@@ -188,10 +189,14 @@ class FastMLP(MLP):
 
 
 class FastLinear(nn.Linear):
-    """A linear layer with a faster backward pass in compiled low-precision steps on a CPU."""
+    """A linear layer with a faster backward pass in compiled low-precision steps on a CPU.
+
+    The gradient of its weight is what takes less time, so a frozen layer keeps torch's.
+    """
 
     def forward(self, x: Tensor) -> Tensor:
-        if _is_compiled_cpu_training(self, x) and compute_dtype(self.weight).itemsize == 2:
+        is_low_precision = compute_dtype(self.weight).itemsize == 2
+        if self.weight.requires_grad and is_low_precision and _is_compiled_cpu_training(self, x):
             return cpu_backward.linear(x, self.weight, self.bias)
         return super().forward(x)
 

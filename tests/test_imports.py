@@ -31,12 +31,14 @@ SCRIPTS = {
 }
 
 # The modules outside its own row that a room may import: whole rooms or single modules. The order is the direction:
-# a row names only earlier ones. common.checkpoint has a row of its own because it is above the network.
+# a row names only earlier ones. common.checkpoint and common.lora have rows of their own because they are above the
+# network.
 TABLE: dict[str, set[str]] = {
     "common": set(),
     "setup_tokenizer": {"common"},
     "model": set(),
     "common.checkpoint": {"common", "model"},
+    "common.lora": {"model"},  # training makes adapters, and exchange merges, reads and writes them
     "data": {"common", "setup_tokenizer"},
     "generation": {"common", "setup_tokenizer", "model"},
     "training": {

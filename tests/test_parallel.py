@@ -34,6 +34,8 @@ ADAMW = {
 # A micro-batch for each process, whose gradients add up in one order. In any other order the last digits differ, and
 # Muon's bfloat16 makes 1e-4 of that: one process alone differs as much between 4 x 2 and 1 x 8 rows.
 MUON = {**ADAMW, "optimizer": "muon", "batch_size": 4, "gradient_accumulation_steps": 2, "grad_clip": 0.0}
+# An adapter, of the first run of the job.
+LORA = {**ADAMW, **dict.fromkeys(MODEL), "lora_rank": 4, "lora_chat_rows": True, "dtype": "bfloat16"}
 DROPOUT = {**ADAMW, "dropout": 0.2, "max_iters": 6, "eval_interval": 3, "dataset": "text"}
 
 # One process of a job: the runs of a list one after another. "alone" is a run of the first process, and "stop_after" a
@@ -108,11 +110,12 @@ def straight(data, tmp_path_factory):
     folder = tmp_path_factory.mktemp("straight")
     for name, options in (("adamw", ADAMW), ("muon", MUON)):
         assert run(data, folder / name, **options) == 0
+    assert run(data, folder / "lora", **LORA, init_from=str(folder / "adamw" / "chat20.pt")) == 0
     return folder
 
 
 @pytest.fixture(scope="module")
-def job(data, tmp_path_factory):
+def job(data, straight, tmp_path_factory):
     """The folder and the output of one job of two processes that makes run after run."""
     folder = tmp_path_factory.mktemp("job")
 
@@ -123,6 +126,7 @@ def job(data, tmp_path_factory):
     runs = [
         options("adamw-ddp", **ADAMW),
         options("adamw-fsdp", **ADAMW, parallel="fsdp"),
+        options("lora-ddp", **LORA, init_from=straight / "adamw" / "chat20.pt"),
         options("muon-ddp", **MUON),
         options("muon-fsdp", **MUON, parallel="fsdp", activation_checkpointing=True),
         # One process, two, two in pieces, two, one.
@@ -165,6 +169,16 @@ def test_two_processes_have_the_losses_of_one(job, straight, kind, optimizer):
     for name, weight in theirs["model"].items():
         torch.testing.assert_close(ours["model"][name], weight, rtol=0, atol=1e-4)
     assert ours["info"]["tokens_seen"] == theirs["info"]["tokens_seen"] == 20 * 8 * 16
+
+
+def test_an_adapter_trained_by_two_processes_is_that_of_one(job, straight):
+    folder, output, _ = job
+    for column in (1, 2):
+        assert largest_difference(folder / "lora-ddp", straight / "lora", column) < 1e-4, output
+    ours, theirs = (load_checkpoint(path / "chat20.pt")["model"] for path in (folder / "lora-ddp", straight / "lora"))
+    assert ours.keys() == theirs.keys()
+    for name, weight in theirs.items():
+        torch.testing.assert_close(ours[name], weight, rtol=0, atol=1e-3)
 
 
 @pytest.mark.parametrize(("name", "optimizer"), [("layouts", "adamw"), ("muon-layouts", "muon")])

@@ -9,7 +9,6 @@ Every field of a RunConfig has its final value. A checkpoint stores them in info
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 from collections.abc import Mapping
 from typing import Any
@@ -18,8 +17,9 @@ from common.cli import UserError, check_options, option
 from common.device import choose_dtype, device_option, dtype_option, has_cpp_compiler, plain_option
 from data.epochs import DEFAULT_ITERS, FINE_TUNING_ROWS, fine_tuning_iters, fitting_iters, has_few_tokens
 from model import PRESETS
+from training import lora
 from training.initialization import model_config
-from training.memory import SpeedUp, StepMemory, find_micro_batch
+from training.memory import SpeedUp, StepMemory, find_micro_batch, number_or_auto
 from training.mixture import mixture_name, parse_mixture, portions
 from training.parallel import micro_batch_size
 
@@ -28,14 +28,6 @@ MUON_LEARNING_RATE = 0.02
 # With --init_from, a fraction of a new model's learning rates: steps as large as those that form new weights destroy
 # what trained ones know, and with much smaller ones they hardly learn (docs/fine-tuning.md has measurements).
 FINE_TUNING_RATE = 1 / 3
-
-
-def number_or_auto(word: str) -> int | str:
-    """A number on the command line, or the word "auto"."""
-    try:
-        return word if word == "auto" else int(word)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"must be a number or auto, not {word!r}") from error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,6 +71,11 @@ class TrainOptions:
         group="model",
         metavar="CHECKPOINT",
     )
+
+    lora_rank: int | None = lora.rank_option()
+    lora_alpha: float | None = lora.alpha_option()
+    lora_layers: str | None = lora.layers_option()
+    lora_chat_rows: bool | None = lora.chat_rows_option()
 
     batch_size: int | str | None = option(
         None,
@@ -208,6 +205,7 @@ class TrainOptions:
             raise ValueError("--init_from is empty; name a checkpoint")
         if self.resume is not None and self.init_from is not None:
             raise ValueError("--resume continues a run and --init_from starts a new one; do not use both")
+        lora.check_options(self)
 
     @property
     def checkpoint_path(self) -> str:
@@ -257,6 +255,12 @@ class RunConfig:
     out_dir: str
     resume: str | None  # the checkpoint that the run continues; None for a new run
     init_from: str | None  # the model whose weights a new run starts from; None: new weights
+    lora_rank: int | None  # an adapter's settings, and the base beside which it trains; None: all weights train
+    lora_alpha: float | None
+    lora_layers: str | None
+    lora_chat_rows: bool | None
+    lora_base: str | None
+    lora_base_digest: str | None
     val_rows: int  # rows per evaluation; the number stays the same if a resumed run changes its batch_size
 
     @property
@@ -289,6 +293,7 @@ def make_config(
     """
     info = checkpoint["info"] if checkpoint else {}
     formats = {part["format"] for part in data.get("parts") or [data]}
+    options = lora.with_adamw(options, given)
     _check_combinations(options, given, formats, is_plain=speed_up is None)
     shape = _shape(options, device, info)
     shape["n_vocab"] = data["n_vocab"]
@@ -301,6 +306,7 @@ def make_config(
     max_iters = options.max_iters or fitting(portions(data), shape["block_size"], wanted * steps)
     has_fast_parts = speed_up is not None
     chosen = {**shape, **_choices(options, device, formats, shape["n_embd"], max_iters, has_fast_parts)}
+    chosen |= lora.choices(options, shape, checkpoint, formats)
 
     # The micro-batch: the default or the largest that fits, while the sequences per iteration stay the same.
     step = StepMemory(
@@ -312,6 +318,7 @@ def make_config(
         compile=chosen["compile"],
         is_sharded=options.parallel == "fsdp",
         logits_rows=logits_rows,
+        adapter=lora.adapter_of(chosen),
     )
     batch_size, steps = find_micro_batch(step, options.batch_size, wanted, steps, speed_up)
     chosen |= {"batch_size": batch_size, "gradient_accumulation_steps": steps}
@@ -320,7 +327,7 @@ def make_config(
     is_same = saved.get("val_rows") and options.eval_iters == saved["eval_iters"]
     chosen["val_rows"] = saved["val_rows"] if is_same else options.eval_iters * wanted
     given_names = {field.name for field in dataclasses.fields(RunConfig)} - chosen.keys()
-    return RunConfig(**{name: getattr(options, name) for name in given_names}, **chosen)
+    return lora.require_other_file(RunConfig(**{name: getattr(options, name) for name in given_names}, **chosen))
 
 
 def _choices(
@@ -328,8 +335,8 @@ def _choices(
 ) -> dict[str, Any]:
     """The value of every option that may be None, except the model's shape and the micro-batch."""
     on_cuda, is_chat = device.startswith("cuda"), "chat" in formats
-    # A narrow model tolerates, and needs, larger steps.
-    fraction = FINE_TUNING_RATE if options.init_from else 1.0
+    # A narrow model tolerates, and needs, larger steps. An adapter's factors are new weights beside trained ones.
+    fraction = FINE_TUNING_RATE if options.init_from and options.lora_rank is None else 1.0
     learning_rate = _or(options.learning_rate, fraction * (3e-3 if n_embd <= 384 else 6e-4))
     # On a CPU, compiling takes up to a minute, which does not pay off in a short run.
     pays_off = on_cuda or (device == "cpu" and max_iters >= 200 and has_cpp_compiler())

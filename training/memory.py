@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import functools
 import gc
@@ -12,7 +13,9 @@ import torch
 
 from common.cli import UserError
 from common.device import autocast, is_out_of_memory
+from common.lora import Adapter
 from model import GPT, GPTConfig
+from training.lora import trial_model
 from training.parallel import local_world_size, micro_batch_size, reduce, world_size
 
 HEADROOM = 0.9  # fraction of the free memory that a step may fill
@@ -72,6 +75,14 @@ def divisors(number: int) -> list[int]:
 SpeedUp = Callable[[GPT, bool], None]  # (model, activation_checkpointing)
 
 
+def number_or_auto(word: str) -> int | str:
+    """A number on the command line, or the word "auto"."""
+    try:
+        return word if word == "auto" else int(word)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"must be a number or auto, not {word!r}") from error
+
+
 @dataclasses.dataclass(frozen=True)
 class StepMemory:
     """What decides, together with the number of rows, how much memory a training step takes."""
@@ -84,6 +95,12 @@ class StepMemory:
     compile: bool = False
     is_sharded: bool = False
     logits_rows: int | None = None  # rows whose logits exist at once; None: all
+    adapter: Adapter | None = None  # what trains beside frozen weights; None: all weights train
+
+    def bytes(self, batch_size: int) -> int:
+        """`step_bytes` of a micro-batch."""
+        n_trained = None if self.adapter is None else self.adapter.n_params(self.model)
+        return step_bytes(self.model, batch_size, self.logits_rows, self.activation_checkpointing, n_trained)
 
 
 def find_micro_batch(
@@ -143,7 +160,7 @@ def check_memory(step: StepMemory, batch_size: int, steps: int) -> None:
     if available is None:
         return
     size = micro_batch_size(batch_size, steps)
-    most = step_bytes(step.model, size, step.logits_rows, step.activation_checkpointing)
+    most = step.bytes(size)
     least = most * (LEAST_SHARE_COMPILED if step.compile else LEAST_SHARE)
     if least > available / local_world_size():
         raise out_of_memory_error(size, batch_size * steps // size)
@@ -163,15 +180,13 @@ def largest_by_estimate(step: StepMemory, sizes: list[int]) -> int | None:
     if available is None:
         return None
     room = HEADROOM * available / local_world_size()
-    more = step.logits_rows, step.activation_checkpointing
-    return next((size for size in sizes if step_bytes(step.model, size, *more) <= room), 1)
+    return next((size for size in sizes if step.bytes(size) <= room), 1)
 
 
 def largest_by_trying(step: StepMemory, sizes: list[int], speed_up: SpeedUp | None = None) -> int:
     """The first of `sizes` with which a step of a throwaway model runs through on the device, else 1."""
     try:
-        with torch.device(step.device):
-            model = GPT(step.model).train()
+        model = trial_model(step.model, step.adapter, step.device, step.dtype).train()
     except Exception as error:
         if not is_out_of_memory(error):
             raise
@@ -197,7 +212,8 @@ def fits(model: GPT, run_step: Callable[[], None], device: str) -> bool:
         held.append(torch.empty(int((1 - HEADROOM) * free), device=device, dtype=torch.uint8))
         # Two optimizer states and, with several processes, the buckets in which gradients are averaged.
         n_copies = 2 + (world_size() > 1)
-        held += [torch.empty_like(weight) for weight in model.parameters() for _ in range(n_copies)]
+        trained = [weight for weight in model.parameters() if weight.requires_grad]
+        held += [torch.empty_like(weight) for weight in trained for _ in range(n_copies)]
         run_step()
         return True
     except Exception as error:
@@ -216,7 +232,11 @@ def fits(model: GPT, run_step: Callable[[], None], device: str) -> bool:
 
 
 def step_bytes(
-    config: GPTConfig, batch_size: int, logits_rows: int | None = None, activation_checkpointing: bool = False
+    config: GPTConfig,
+    batch_size: int,
+    logits_rows: int | None = None,
+    activation_checkpointing: bool = False,
+    n_trained: int | None = None,
 ) -> int:
     """The most memory in bytes that a training step on a CPU takes in addition to the weights: eager, in float32.
 
@@ -224,14 +244,16 @@ def step_bytes(
     Linear and GELU); with activation checkpointing 1, and the 18 of one layer at a time. The gradients of the current
     layer take 16 more. At most `logits_rows` rows of logits exist at once (None: all rows, and their gradient), in
     addition to a copy of the head's weight and a part of its gradient. Gradients, two optimizer states and the
-    optimizer's temporaries take the size of the weights each, and the libraries 128 MiB.
+    optimizer's temporaries take the size of the weights each, and the libraries 128 MiB. With `n_trained` only so many
+    weights have those; the others are frozen.
     """
+    n_weights = _n_weights(config) if n_trained is None else n_trained
     tokens = batch_size * config.block_size
     kept = config.n_layer + 18 if activation_checkpointing else 18 * config.n_layer
     activations = tokens * config.n_embd * (kept + 16)
     rows = 2 * tokens if logits_rows is None else min(logits_rows, tokens)
     logits = (rows + 2 * config.n_embd) * config.vocab_size
-    return 4 * (activations + logits + 4 * _n_weights(config)) + (128 << 20)
+    return 4 * (activations + logits + 4 * n_weights) + (128 << 20)
 
 
 def _n_weights(config: GPTConfig) -> int:

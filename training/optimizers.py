@@ -29,6 +29,8 @@ def make_optimizers(model: GPT, config: RunConfig) -> list[torch.optim.Optimizer
     Stollenwerk and Stollenwerk 2025). The embeddings therefore have a larger eps. It keeps gradients small that are
     much smaller than that of a single occurrence, 1 / tokens_per_iter.
     """
+    if config.lora_rank is not None:
+        return [_adapter_optimizer(model, config)]
     blocks = [weight for name, weight in model.named_parameters() if weight.dim() == 2 and name.startswith("h.")]
     vectors = [weight for name, weight in model.named_parameters() if weight.dim() < 2]
     embeddings = [model.wte.weight, model.wpe.weight]
@@ -46,6 +48,18 @@ def make_optimizers(model: GPT, config: RunConfig) -> list[torch.optim.Optimizer
     # 0.95 as for GPT-3 (Brown et al. 2020, appendix B): the default, 0.999, averages over a thousand steps.
     optimizers.append(torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, 0.95), fused=fused))
     return optimizers
+
+
+def _adapter_optimizer(model: GPT, config: RunConfig) -> torch.optim.Optimizer:
+    """AdamW for an adapter's factors and for the rows of ChatML's tokens, which are embeddings."""
+    trained = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
+    rows = [weight for name, weight in trained.items() if name.endswith(".rows")]
+    factors = [weight for name, weight in trained.items() if not name.endswith(".rows")]
+    groups: list[dict[str, Any]] = [{"params": factors, "weight_decay": config.weight_decay}]
+    if rows:
+        groups.append({"params": rows, "weight_decay": 0.0, "eps": EMBEDDING_EPS / config.tokens_per_iter})
+    fused = config.device.startswith(("cuda", "cpu"))
+    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, 0.95), fused=fused)
 
 
 def init_optimizer_states(optimizers: list[torch.optim.Optimizer]) -> None:

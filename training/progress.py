@@ -11,7 +11,7 @@ import tiktoken
 import torch
 
 from common.cli import UserError
-from common.device import peak_flops
+from common.device import autocast, peak_flops
 from common.numbers import significant
 from common.threads import POLICY, SlowSteps
 from data.dataset import data_parts
@@ -86,7 +86,11 @@ class Clock:
 
     def __init__(self, model: GPT, config: RunConfig, facts: dict, iter_num: int, n_devices: int = 1):
         self.config, self.facts = config, facts
-        self.flops_per_iter = model.flops_per_token() * config.tokens_per_iter
+        # A frozen weight has no gradient, which would take two of its six operations per token.
+        n_frozen = sum(weight.numel() for weight in model.parameters() if not weight.requires_grad)
+        n_looked_up = 0 if model.wpe.weight.requires_grad else model.wpe.weight.numel()
+        flops_per_token = model.flops_per_token() - 2 * (n_frozen - n_looked_up)
+        self.flops_per_iter = flops_per_token * config.tokens_per_iter
         on_cuda = config.device.startswith("cuda")
         peak = peak_flops(torch.cuda.get_device_name(config.device)) if on_cuda else None
         self.peak_flops = peak and peak * n_devices
@@ -140,7 +144,9 @@ def sample_text(model: GPT, config: RunConfig, enc: tiktoken.Encoding, chat: boo
     stop_ids = (endoftext, im_end)
     max_tokens = min(60, config.block_size - len(prompt))
     steps = generate(model, [prompt], max_tokens, PREVIEW_SAMPLING, generator=generator, stop_ids=stop_ids)
-    ids = [int(step[0]) for step in steps]
+    is_frozen = config.lora_rank is not None  # then the matrices have the precision of the products
+    with autocast(config.device, config.dtype if is_frozen else "float32"):
+        ids = [int(step[0]) for step in steps]
     return enc.decode([token_id for token_id in ids if token_id not in stop_ids])
 
 

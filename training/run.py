@@ -15,8 +15,10 @@ from torch.optim import Optimizer
 
 from common.checkpoint import random_states, set_random_states
 from common.cli import UserError
+from common.lora import trained_weights
 from model import GPT
 from training.config import RunConfig
+from training.lora import adapter_of
 from training.metrics import PART_LOSS
 from training.mixture import mixture_name
 from training.parallel import gather, is_first, job_name, on_first, rank, seed_dropout, world_size
@@ -120,6 +122,7 @@ class Run:
 
     def info(self) -> dict[str, Any]:
         """The plain facts that go into the checkpoint."""
+        adapter = adapter_of(self.config)
         return {
             "dataset": mixture_name(self.config.dataset),
             "format": self.data["format"],
@@ -129,12 +132,13 @@ class Run:
             "elapsed_s": self.total_elapsed_s(),
             "val_losses": self.val_losses,
             "job": job_name(),
+            **({"adapter": dataclasses.asdict(adapter)} if adapter else {}),
             **{name: getattr(self, name) for name in self.FACTS},
         }
 
     def save(self, is_best: bool = False, keep: bool = False) -> None:
         """Write the last complete step to the run's checkpoint. Raises UserError if that fails."""
-        weights = gather_full(self.model.state_dict())
+        weights = gather_full(trained_weights(self.model))
         optimizers = gather_full([optimizer.state_dict() for optimizer in self.optimizers])
         training = {"optimizers": optimizers, "scaler": self.scaler.state_dict(), **self.resume_point}
         if world_size() > 1:
