@@ -1,11 +1,11 @@
-"""Prepare every data set in one go: the four of the hub and chitchat. `make data` runs this.
+"""Prepare every data set in one go: the four of the hub, tales and chitchat. `make data` runs this.
 
     python data/prepare-all.py
     python data/prepare-all.py story chitchat --limit 20000
 
 prints what each script prints, and at the end:
 
-    prepared: story, dailydialog, chat, education, chitchat
+    prepared: story, dailydialog, chat, education, tales, chitchat
     missing: nothing
 
 Downloads 2.2 GB for the stories and streams about 2 GB more; of Cosmopedia's stories the first 100,000 are used. A data
@@ -28,6 +28,7 @@ SCRIPTS: dict[str, tuple[str, ...]] = {
     "dailydialog": (),
     "chat": (),
     "education": ("--limit", "100000"),
+    "tales": (),
     "chitchat": (),
 }
 

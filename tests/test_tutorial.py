@@ -27,11 +27,13 @@ SHAPE = "--n_layer 3 --n_head 2 --n_embd 16 --block_size 64 --batch_size 2 --eva
 STAND_INS = {
     r"python data/prepare-chitchat\.py": "python data/prepare-chitchat.py --conversations 300",
     r"python data/prepare-story\.py": "python data/prepare-story.py --input stories.txt",  # it downloads 2.2 GB
+    r"python data/prepare-tales\.py": "python data/prepare-tales.py --stories 300",
+    r"--vocab_size 1024\b": "--vocab_size 600",
     r"--preset tiny\b": SHAPE,
     r"train\.py --dataset story\b": f"train.py --dataset story {SHAPE}",
     r"--max_iters (900|300|100)\b": "--max_iters 4",
     r"--max_iters 1200\b": "--max_iters 6",
-    r"\b(chitchat|page|story|own)(900|300|100)\b": r"\g<1>4",
+    r"\b(chitchat|page|story|tales|own)(900|300|100)\b": r"\g<1>4",
 }
 STORIES = "".join(
     f"Once upon a time there was a {animal} who had {n} shells. It gave one away and was glad.\n<|endoftext|>\n"
@@ -88,7 +90,7 @@ def sandbox(tmp_path_factory) -> Path:
     rooms = {path.parent.name for path in ROOT.glob("*/*.py")} | {"docs"}
     suffixes = (".py", ".md", ".c", ".h")
     files = [path for room in rooms for path in (ROOT / room).rglob("*") if path.suffix in suffixes]
-    files += [*ROOT.glob("*.py"), ROOT / "data" / "chitchat-phrases.json"]
+    files += [*ROOT.glob("*.py"), *ROOT.glob("data/*-phrases.json")]
     files += [*ROOT.glob("testing_tools/*.json"), *ROOT.glob("docs/*.jsonl")]
     for path in files:
         target = folder / path.relative_to(ROOT)

@@ -10,14 +10,11 @@ anybody, so no pronoun refers to the hero.
 from __future__ import annotations
 
 import random
-import re
-from collections.abc import Mapping, Sequence
-from pathlib import Path
 
-from data import templates
-from data.templates import SLOT, PhraseBook, expand
+from data.tales.phrases import BOOK, choose, choose_values, fill, names, source_files, with_articles
 
-BOOK = PhraseBook(Path(__file__).parent.with_name("tales-phrases.json"))
+__all__ = ["short_tale", "source_files"]
+
 ENDING = "The end."
 
 
@@ -31,40 +28,13 @@ def short_tale(rng: random.Random, hero: str | None = None) -> str:
     plot = rng.choice(short["plots"])
     trouble = rng.choice(plot["troubles"])
     lines = [
-        _text(plot.get("openings", short["openings"]), rng),
-        _text([trouble["trouble"]], rng),
-        _text(plot.get("meetings", short["meetings"]), rng),
-        _text([trouble["help"]], rng),
-        _text(plot["endings"], rng),
+        choose(plot.get("openings", short["openings"]), rng),
+        choose([trouble["trouble"]], rng),
+        choose(plot.get("meetings", short["meetings"]), rng),
+        choose([trouble["help"]], rng),
+        choose(plot["endings"], rng),
     ]
-    choices = {**short["values"], **plot["values"], **trouble.get("values", {})}
-    values = {slot: rng.choice(texts) for slot, texts in choices.items()}
-    values |= {"wish": _text(plot["wish"], rng), "helper": rng.choice(trouble["helpers"])}
+    values = choose_values(rng, short["values"], plot["values"], trouble.get("values", {}))
+    values |= {"wish": choose(plot["wish"], rng), "helper": rng.choice(trouble["helpers"])}
     tale = with_articles(fill(" ".join((*lines, ENDING)), values))
-    return tale.replace("{hero}", hero or rng.choice(hero_names()))
-
-
-def hero_names() -> list[str]:
-    """The names of the file."""
-    return " ".join(BOOK.load()["names"].values()).split()
-
-
-def fill(text: str, values: Mapping[str, str]) -> str:
-    """`text` with the values of its slots, and of the slots in those; a slot without a value is left as it is."""
-    while any(slot in values for slot in SLOT.findall(text)):
-        text = SLOT.sub(lambda match: values.get(match[1], match[0]), text)
-    return text
-
-
-def with_articles(text: str) -> str:
-    """`text` with "an" before a vowel: a orange hat -> an orange hat."""
-    return re.sub(r"\b([Aa]) (?=[aeiou])", r"\1n ", text)
-
-
-def _text(templates: Sequence[str], rng: random.Random) -> str:
-    return expand(BOOK.parse(rng.choice(templates)), rng)
-
-
-def source_files() -> list[Path]:
-    """The files that, with the seed, decide the tales."""
-    return [BOOK.file, Path(templates.__file__), *sorted(Path(__file__).parent.glob("*.py"))]
+    return tale.replace("{hero}", hero or rng.choice([*names("she"), *names("he")]))
