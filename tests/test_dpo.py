@@ -16,10 +16,11 @@ from common.speedups import load_speedups
 from data.dataset import open_dataset
 from data.layouts.preferences import preferences
 from data.pipeline import Corpus, Dataset, PrepareOptions, prepare
+from evaluate import EvaluateOptions, measure
 from model import IGNORED
 from setup_tokenizer import GPT2
 from tests.test_train_config import config_of
-from tests.tiny import differences, load_checkpoint, run
+from tests.tiny import differences, load_checkpoint, pair_records, prepare_pairs, run
 from tests.tiny_gpt import tiny_gpt
 from training.metrics import read_metrics
 from training.pair_rows import PairRows
@@ -31,32 +32,12 @@ pytestmark = pytest.mark.usefixtures("one_thread", "quick_disk")
 DPO = {"dataset": "pairs", "objective": "dpo", "batch_size": 4, "block_size": 64, "learning_rate": 3e-3}
 
 
-def records(n: int, seed: int = 0) -> list[dict]:
-    """Pairs of random words, with prompts and answers of different lengths."""
-    rng = np.random.default_rng(seed)
-
-    def words(most: int) -> str:
-        return " ".join(rng.choice(["red", "green", "blue", "hello", "you", "tree", "and"], int(rng.integers(1, most))))
-
-    made = []
-    for number in range(n):
-        turns = [
-            {"role": "user", "content": f"{words(6)} {number}"},
-            {"role": "assistant", "content": words(4)},
-            {"role": "user", "content": words(5)},
-        ]
-        made.append({"prompt": turns[:1] if number % 2 else turns, "chosen": words(9), "rejected": f"no {words(9)}"})
-    return made
-
-
 @pytest.fixture(scope="module")
 def pairs(tmp_path_factory) -> Path:
     """A folder with the prepared data sets "pairs" and "talks", and a model's checkpoint, talks4.pt."""
     folder = tmp_path_factory.mktemp("pairs")
-    found = list(preferences(records(40)))
+    talks = [pair[:-1] for pair in prepare_pairs(folder, n_pairs=30)]
     options = PrepareOptions(output_dir=str(folder), workers=1)
-    prepare(Dataset("pairs", "preference", "made", "MIT"), options, Corpus(found[:30], found[30:]))
-    talks = [pair[:-1] for pair in found]
     prepare(Dataset("talks", "chat", "made", "MIT"), options, Corpus(talks[:30], talks[30:]))
     assert run(folder, folder, dataset="talks", block_size=64, max_iters=4, n_embd=16) == 0
     return folder
@@ -114,7 +95,7 @@ def objective_of(folder: Path, reference, **changes) -> tuple[Preferences, dict]
 
 
 def _prepared() -> list[list[dict]]:
-    return list(preferences(records(40)))
+    return list(preferences(pair_records(40)))
 
 
 @pytest.mark.parametrize("plain", [True, False])
@@ -186,6 +167,12 @@ def test_each_epoch_has_every_pair_once_in_another_order(pairs):
         orders.append([int(rows.row(index)[2][0]) // 2 for index in range(rows.start_epoch(epoch))])
         assert sorted(orders[-1]) == list(range(30))
     assert len({str(order) for order in orders}) == 3
+
+
+def test_evaluate_refuses_pairs_in_a_sentence(pairs):
+    options = EvaluateOptions(checkpoints=(str(pairs / "talks4.pt"),), dataset=("pairs",), data_dir=str(pairs))
+    with pytest.raises(UserError, match=r"pairs contains preference pairs, which have no loss per token"):
+        measure(options)
 
 
 # --- whole runs ---
