@@ -18,6 +18,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 
@@ -92,6 +93,16 @@ def dataset_names(options: EvaluateOptions, infos: list[dict]) -> list[str]:
     return names
 
 
+def refuse_pairs(datasets: Sequence[DatasetInfo]) -> None:
+    """Raise UserError for preference pairs: rejected answers are not what a model should predict."""
+    for data in datasets:
+        if data.format == "preference":
+            raise UserError(
+                f"{data.name} contains preference pairs, which have no loss per token; train.py logs the accuracy on "
+                "them; here, name chat data, such as --dataset chitchat"
+            )
+
+
 def print_notes(path: str, info: dict, data: DatasetInfo) -> None:
     """Point out that model and data have different tokenizers, or that the data has changed since the training."""
     tokenizer = Tokenizer.from_info(info, path)
@@ -135,6 +146,7 @@ def measure(options: EvaluateOptions, fast: ModuleType | None = None, story_toke
     names = dataset_names(options, infos)
     data_dir = Path(options.data_dir)
     datasets = {name: open_dataset(data_dir, name) for name in names}
+    refuse_pairs([data for _, data in datasets.values()])
     tokenizers = [Tokenizer.from_info(info, path) for path, info in zip(options.checkpoints, infos, strict=True)]
     for path, info in zip(options.checkpoints, infos, strict=True):
         for _, data in datasets.values():

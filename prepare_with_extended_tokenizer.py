@@ -213,7 +213,7 @@ def encode_again(name: str, options: ExtendedOptions) -> None:
     again = dataclasses.replace(options, force=True, shard_tokens=shard_tokens, seed=seed, tokenizer=tokenizer)
     info = prepare(dataset, again, Corpus(train, val), keep=keep)
     report_saving(folder, info)
-    if name == options.dataset:  # not for each of all
+    if name == options.dataset and info.format != "preference":  # not for each of all
         print_advice(info, options.output_dir)
 
 
@@ -223,7 +223,7 @@ def encode_again(name: str, options: ExtendedOptions) -> None:
 def report_saving(folder: Path, info: DatasetInfo) -> None:
     """Print how many tokens GPT-2's base tokenizer and the data set's make of the train documents, and the saving."""
     tokenizer = tokenizer_of(folder, info.name, info.tokenizer, info.tokenizer_digest, prepare_command(info.name))
-    if info.format != "chat" and tokenizer == GPT2:
+    if info.format == "text" and tokenizer == GPT2:
         print("tokens: as many as with the base tokenizer, because plain text contains no control tokens")
         return
     n_documents, n_base, n_own = count_tokens(read_prepared(folder, info, "train"), tokenizer)

@@ -24,7 +24,7 @@ import torch
 
 from common.checkpoint import checkpoint_bytes, random_states, set_random_states
 from common.cli import given_options, parse_options, run_script
-from common.device import allow_tf32, autocast, seed_everything, set_determinism
+from common.device import allow_tf32, seed_everything, set_determinism
 from common.speedups import load_speedups
 from common.threads import sleep_while_waiting_if_busy
 from exchange.loading import load_checkpoint, load_unmerged, read_info
@@ -32,20 +32,21 @@ from model import GPT
 from training import parallel, resume
 from training.batches import Batches
 from training.config import RunConfig, TrainOptions, make_config
-from training.datasets import TrainingData, make_rows, open_data
+from training.datasets import TrainingData, open_data
 from training.failures import saving_after_errors
 from training.lora import make_run_model
 from training.measurements import Measurements, not_finite_error
 from training.memory import move_model
 from training.metrics import draw_curves
+from training.objectives import Objective, evaluate_parts, make_objective
 from training.optimizers import init_optimizer_states, make_optimizers, set_rates
-from training.progress import Clock, Sampler, describe_config, describe_data, describe_end, describe_parts
+from training.progress import Clock, Sampler, describe_config, describe_data, describe_end, describe_evaluation
 from training.run import Run
 from training.run_files import RunFiles
 from training.schedule import schedule
 from training.sharding import is_sharded_run, shard_model
 from training.signals import StopSignal
-from training.step import clip_gradients, evaluate, forward_backward, to_device
+from training.step import clip_gradients, forward_backward
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,6 +64,7 @@ class Training:
 
     config: RunConfig
     data: TrainingData
+    objective: Objective
     model: GPT
     optimizers: list[torch.optim.Optimizer]
     scaler: torch.amp.GradScaler
@@ -97,10 +99,9 @@ def plan(options: TrainOptions, given: dict[str, Any], fast: ModuleType | None) 
     if checkpoint and options.init_from is not None:
         data.require_tokenizer_of(checkpoint["info"], options.init_from)
     config = make_config(options, given, device, data.facts, checkpoint, speed_up, logits_rows)
-    too_short = data.short_splits(config.block_size)
+    notes = [f"note: {sentence}" for sentence in data.short_splits(config.block_size)]
     if checkpoint and config.resume:
         resume.require_same_data(data.facts, checkpoint["info"], config.resume)
-    notes = [f"note: {sentence}" for sentence in too_short]
     for line in [*describe_data(data.facts), *notes, *describe_config(config, data.facts, options)]:
         print(line)
     return Plan(config, data, checkpoint)
@@ -138,17 +139,19 @@ def build(
     files = RunFiles(config, resumed["info"] if resumed else None, draw)
     run = Run(config, model, optimizers, scaler, plan.data.facts, plan.data.tokenizer.to_info(), files)
     position = run.restore(resumed, source) if resumed else {"epoch": 0, "row": 0}
-    rows, val_batches = make_rows(plan.data, config)
+    objective, run.reference = make_objective(config, plan.data, model, checkpoint)
+    rows, val_batches = objective.make_rows()
     return Training(
         config=config,
         data=plan.data,
+        objective=objective,
         model=model,
         optimizers=optimizers,
         scaler=scaler,
-        batches=Batches(rows, config.batch_size * config.gradient_accumulation_steps, position),
+        batches=Batches(rows, objective.items_per_iter, position),
         val_batches=val_batches,
         run=run,
-        measurements=Measurements(run, scaler),
+        measurements=Measurements(run, scaler, objective.names),
         sample=sample or Sampler(lambda: plan.data.tokenizer.enc),
     )
 
@@ -158,17 +161,15 @@ def compile_and_wrap(training: Training, fast: ModuleType | None) -> torch.nn.Mo
 
     The model is compiled before DistributedDataParallel wraps it, which could not recover from a failed backward pass.
     """
-    config, model = training.config, training.model
-    size = parallel.micro_batch_size(config.batch_size, config.gradient_accumulation_steps)
-    ids, targets = (rows[:size] for rows in next(iter(training.val_batches.values()))[0])
+    config, model, objective = training.config, training.model, training.objective
+    n_items = objective.items_per_iter // parallel.world_size()
+    batch = [column[:n_items] for column in next(iter(training.val_batches.values()))[0]]
 
     def trial_step() -> None:
         """Run one micro-batch of the right shape, then restore the gradients and the random states."""
         states = random_states(config.device)
         try:
-            x, y, documents = to_device(config, ids, targets)
-            with autocast(config.device, config.dtype):
-                _, loss = model(x, y, documents=documents)
+            loss, _ = objective.loss(model, objective.micro_batches(batch)[0])
             loss.backward()
             loss.item()  # waits for the device, which reports errors late
         finally:
@@ -188,9 +189,9 @@ def loop(training: Training, model: torch.nn.Module, stop: StopSignal) -> int:
 
     `model` is the module to call in a step: training.model, perhaps wrapped.
     """
-    config, run, measurements = training.config, training.run, training.measurements
-    optimizers, scaler, batches = training.optimizers, training.scaler, training.batches
-    clock = Clock(training.model, config, training.data.facts, run.iter_num, parallel.world_size())
+    config, run, measurements, objective = training.config, training.run, training.measurements, training.objective
+    optimizers, scaler, batches, facts = training.optimizers, training.scaler, training.batches, training.data.facts
+    clock = Clock(training.model, config, facts, objective.tokens_per_iter, run.iter_num, parallel.world_size())
     while True:
         # The learning rate of this iteration: each optimizer's peak times the schedule.
         scale = schedule(run.iter_num, config)
@@ -210,11 +211,11 @@ def loop(training: Training, model: torch.nn.Module, stop: StopSignal) -> int:
             return stopped_by
 
         # Forward and backward over the iteration's rows. A thread prepares the batches ahead of time.
-        ids, targets = batches.next()
+        batch = batches.next()
         step = run.iter_num + 1
-        loss_on_device = forward_backward(model, config, ids, targets, scaler)
+        numbers_on_device = forward_backward(model, config, objective, batch, scaler)
         norm_on_device = clip_gradients(training.model, optimizers, scaler, config.grad_clip)
-        measurements.add(step, learning_rate, loss_on_device, norm_on_device)
+        measurements.add(step, learning_rate, numbers_on_device, norm_on_device)
 
         # Reading a number makes the program wait for the device, so `read` is called only when one is needed. It raises
         # an error if the loss is not finite.
@@ -230,27 +231,26 @@ def loop(training: Training, model: torch.nn.Module, stop: StopSignal) -> int:
                     scaler.step(optimizer)
             scaler.update()
             training.model.zero_grad(set_to_none=True)  # None frees the memory until the next backward pass
-            run.complete_step(ids.size, batches.position, is_skipped=not is_sound)
+            run.complete_step(batch[0].size, batches.position, is_skipped=not is_sound)
 
         if is_logged:
-            tokens_per_s = clock.log(step, loss, learning_rate, grad_norm, run.skipped_steps)
+            tokens_per_s = clock.log(step, loss, learning_rate, grad_norm, run.skipped_steps, measurements.others)
             run.record = {"iter_num": step, "loss": loss, "learning_rate": learning_rate, "grad_norm": grad_norm}
-            run.record["tokens_per_s"] = tokens_per_s
+            run.record |= {"tokens_per_s": tokens_per_s, **measurements.others}
 
 
 def evaluate_and_save(training: Training, learning_rate: float) -> None:
     """Print the validation loss and a sample of the current model, then save the run."""
     config, data, run, model = training.config, training.data, training.run, training.model
-    val_losses = {name: evaluate(model, batches, config) for name, batches in training.val_batches.items()}
+    val_losses, others = evaluate_parts(training.objective, model, training.val_batches)
     val_loss = data.mean_loss(val_losses)
     if not math.isfinite(val_loss):
         raise not_finite_error(run, "validation loss", val_loss, run.iter_num, learning_rate)
-    best = " (best)" if run.iter_num and run.is_best(val_loss) else ""
-    print(f"iter {run.iter_num}: validation loss {val_loss:.4f}{best}{describe_parts(val_losses)}")
+    print(describe_evaluation(run.iter_num, val_loss, val_losses, others, run.is_best(val_loss)))
     if run.iter_num and parallel.is_first() and not is_sharded_run(config):  # a shard alone cannot generate
         for kind in data.formats:
-            training.sample(model, config, kind == "chat", run.iter_num)
-    run.finish_evaluation(val_loss, val_losses)
+            training.sample(model, config, kind != "text", run.iter_num)
+    run.finish_evaluation(val_loss, val_losses, others)
 
 
 # --- the whole run ---

@@ -24,6 +24,7 @@ _NOTES = (
     *("read", DIVIDED, "unpaired surrogates", "empty system message", "system message that is not text, left out"),
     *("answer of weight 0, no target", "OASST message that is a repeat", "OASST message whose parent is missing"),
     *("OASST message deleted or empty, with all that follows it", "OASST prompt without a usable reply"),
+    "OASST prompt without replies of different rank",
 )
 _NOTE_PREFIXES = ("changed by ", "message ", "train documents that share ", "13-grams of ")
 _SHOWN_NAMES = 8
@@ -41,6 +42,13 @@ class Skipped(Counter):
         """Remember the name of a role that is unknown."""
         if len(self.unknown_roles) < _SHOWN_NAMES:
             self.unknown_roles[role[:40]] = None
+
+
+def count_unknown(record: Mapping, skipped: Counter) -> None:
+    """Count a record of an unknown layout, and remember the fields of the first one."""
+    skipped[NO_LAYOUT] += 1
+    if isinstance(skipped, Skipped) and not skipped.fields:
+        skipped.fields = tuple(map(str, record)) or ("none",)
 
 
 def is_reason(name: str) -> bool:

@@ -24,12 +24,13 @@ from data.vocabularies import tokenizer_of
 from setup_tokenizer import GPT2, N_VOCAB, TOKENIZER_NAME, control_ids
 
 SPLITS = ("train", "val")
-FORMATS = ("text", "chat")
+FORMATS = ("text", "chat", "preference")
 PREPARE_COMMANDS = {
     "story": "python data/prepare-story.py",
     "dailydialog": "python data/prepare-dailydialog.py",
     "chat": "python data/prepare-chat.py",
     "chitchat": "python data/prepare-chitchat.py",
+    "preferences": "python data/prepare-preferences.py",
     "education": "python data/prepare-education.py",
     "knowledge": "python data/prepare-knowledge.py --api_url http://localhost:11434/v1 --model llama3.2",
 }
@@ -87,8 +88,9 @@ class SplitInfo:
 class DatasetInfo:
     """What `<name>.json` says about a prepared data set.
 
-    `format` is "text" (documents are texts) or "chat" (documents are lists of messages). Fields that are None are
-    absent from the file; `extra` holds the entries that this version does not know.
+    `format` is "text" (documents are texts), "chat" (documents are lists of messages) or "preference" (documents are
+    conversations that end with a chosen and a rejected answer). Fields that are None are absent from the file; `extra`
+    holds the entries that this version does not know.
     """
 
     name: str

@@ -4,7 +4,8 @@
     for document in read_prepared(folder, info, "val"): ...
 
 Texts are in <name>-<split>.txt, each followed by a line `<|endoftext|>`; conversations are in <name>-<split>.jsonl,
-one {"messages": [...]} per line.
+one {"messages": [...]} per line. Preference pairs have one {"prompt": [...], "chosen": [...], "rejected": [...]} per
+line, which is TRL's layout; in memory a pair is a conversation that ends with both answers.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import json
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, cast
 
 import numpy as np
 
@@ -35,6 +36,12 @@ def document_line(document: Document) -> bytes:
 
     A line of a text that spells the separator is escaped with a backslash.
     """
+    if is_pair(document):
+        *prompt, chosen, rejected = (
+            {"role": message["role"], "content": message["content"]} for message in cast(list[dict], document)
+        )
+        pair = {"prompt": prompt, "chosen": [chosen], "rejected": [rejected]}
+        return json.dumps(pair, ensure_ascii=False).encode() + b"\n"
     if not isinstance(document, str):
         messages = [
             {"role": message["role"], "content": message["content"], **({"weight": 0} if is_untrained(message) else {})}
@@ -46,6 +53,11 @@ def document_line(document: Document) -> bytes:
     return f"{document}{TEXT_END}".encode()
 
 
+def is_pair(document: Document) -> bool:
+    """Whether a document is a preference pair: its last two messages are the chosen and the rejected answer."""
+    return not isinstance(document, str) and bool(document) and "preferred" in document[-1]
+
+
 def is_untrained(message: Mapping) -> bool:
     """Whether a message is an answer of weight 0, which is context for what follows and not a target."""
     return message.get("weight") == 0
@@ -55,13 +67,17 @@ def read_document_line(line: bytes, format: str) -> Document:
     """The document that `document_line` stored as `line`. Raises ValueError, KeyError or TypeError for other bytes."""
     if format == "chat":
         return json.loads(line)["messages"]
+    if format == "preference":
+        pair = json.loads(line)
+        answers = ((pair["chosen"][0], True), (pair["rejected"][0], False))
+        return [*pair["prompt"], *({**answer, "preferred": is_chosen} for answer, is_chosen in answers)]
     text = line.decode().removesuffix(TEXT_END)
     return _ESCAPED_SEPARATOR_LINE.sub(r"\1", text) if ENDOFTEXT in text else text
 
 
 def text_path(folder: Path, info: DatasetInfo, split: str) -> Path:
     """The file with a split's documents as text."""
-    return Path(folder) / f"{info.name}-{split}.{'jsonl' if info.format == 'chat' else 'txt'}"
+    return Path(folder) / f"{info.name}-{split}.{'txt' if info.format == 'text' else 'jsonl'}"
 
 
 def read_prepared(folder: Path, info: DatasetInfo, split: str) -> Iterator[Document]:
@@ -79,7 +95,7 @@ def read_prepared(folder: Path, info: DatasetInfo, split: str) -> Iterator[Docum
 def document_lines(folder: Path, info: DatasetInfo, split: str) -> Iterator[bytes]:
     """The documents of a prepared split as `document_line` stored them."""
     with text_path(folder, info, split).open("rb") as file:
-        if info.format == "chat":
+        if info.format != "text":
             yield from file
         else:
             for text in _text_lines(file):

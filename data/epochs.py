@@ -19,19 +19,22 @@ FEWEST_ITERS = 100  # fewer steps teach a model with new weights nothing, howeve
 # model, a few conversations would be in each step several times (docs/fine-tuning.md).
 FEWEST_FINE_TUNING_ITERS = 300
 FINE_TUNING_ROWS = 4
+PREFERENCE_EPOCHS = 3
+FEWEST_PREFERENCE_ITERS = 50
 
 
 @dataclass(frozen=True)
 class Portion:
-    """A data set as part of a run: its name, its training tokens, and its share of the rows."""
+    """A data set as part of a run: its name, its training tokens, its share of the rows, and its rows if known."""
 
     name: str
     tokens: int
     share: float = 1.0
+    rows: int | None = None
 
     def epochs(self, iters: float, block_size: int, rows_per_iter: int) -> float:
         """The epochs in so many iterations."""
-        return iters * rows_per_iter * self.share / math.ceil(self.tokens / block_size)
+        return iters * rows_per_iter * self.share / (self.rows or math.ceil(self.tokens / block_size))
 
     def fitting_iters(self, block_size: int, rows_per_iter: int, fewest: int) -> int:
         """FITTING_EPOCHS of few tokens, at least `fewest` iterations; DEFAULT_ITERS for more tokens."""
@@ -56,6 +59,23 @@ def fine_tuning_iters(portions: Sequence[Portion], block_size: int, rows_per_ite
     The other parts are there to be remembered.
     """
     return min(portion.fitting_iters(block_size, rows_per_iter, FEWEST_FINE_TUNING_ITERS) for portion in portions)
+
+
+def default_iters(portions: Sequence[Portion], block_size: int, rows_per_iter: int, is_fine_tuning: bool) -> int:
+    """The iterations that fit a run's data, without --max_iters."""
+    if any(portion.rows for portion in portions):
+        return preference_iters(portions, rows_per_iter)
+    return (fine_tuning_iters if is_fine_tuning else fitting_iters)(portions, block_size, rows_per_iter)
+
+
+def preference_iters(portions: Sequence[Portion], rows_per_iter: int) -> int:
+    """The iterations for preference pairs: PREFERENCE_EPOCHS, at least FEWEST_PREFERENCE_ITERS.
+
+    >>> preference_iters([Portion("mine", 30_000, rows=2000)], rows_per_iter=16)
+    380
+    """
+    iters = max(PREFERENCE_EPOCHS / portion.epochs(1, 1, rows_per_iter) for portion in portions)
+    return max(FEWEST_PREFERENCE_ITERS, round_up(iters))
 
 
 def has_few_tokens(portions: Sequence[Portion]) -> bool:

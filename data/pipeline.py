@@ -132,7 +132,7 @@ def files_of_input(options: PrepareOptions, suffixes: Sequence[str] = ALL_SUFFIX
 
 @dataclass(frozen=True)
 class Dataset:
-    """What a prepare script prepares: `format` is "text" (documents are str) or "chat" (lists of messages)."""
+    """What a prepare script prepares: `format` is "text" (documents are str), "chat" or "preference" (messages)."""
 
     name: str
     format: str
@@ -334,10 +334,11 @@ def _divided_by_tokens(
         counts.update({DIVIDED: 1} if is_cut else {})
     if not _is_fair(splits, options) and all(split.documents for split in splits.values()):
         share = splits["val"].tokens / sum(split.tokens for split in splits.values())
-        uncut = "conversations of fewer than 10 questions are" if info.format == "chat" else "short texts and words are"
+        short = {"text": "short texts and words", "chat": "conversations of fewer than 10 questions"}
         print(
             f"warning: validation holds {share:.1%} of the tokens, not {options.val_fraction:.1%}, because there are "
-            f"only {n_documents:,} documents and {uncut} not cut; add documents, or change --val_fraction"
+            f"only {n_documents:,} documents and {short.get(info.format, 'pairs')} are not cut; "
+            "add documents, or change --val_fraction"
         )
     return splits
 

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from data.dataset import SPLITS, DatasetInfo, SplitInfo
-from data.documents import Document, document_lines, read_document_line, read_ids, text_path
+from data.documents import Document, document_lines, is_pair, read_document_line, read_ids, text_path
 from data.splitting import cut_conversation, cut_text, fair_range
 from data.workers import Worker, text_bytes
 from data.writing import Encoded, SplitWriter
@@ -138,6 +138,8 @@ def _cut(
 ) -> tuple[Document, Document] | None:
     """A document of `size` tokens in two, whose end has about wanted[0] tokens, from wanted[1] to wanted[2]."""
     target, fewest, most = wanted
+    if is_pair(document):
+        return None
     if not isinstance(document, str):
         sizes = [len(worker.tokenizer.encode_chat([message])) for message in document]
         parts = cut_conversation(document, sizes, int(target))

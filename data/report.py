@@ -82,7 +82,7 @@ def page(
 
 def documents_word(info: DatasetInfo) -> str:
     """What the documents of a data set are called."""
-    return "conversations" if info.format == "chat" else "documents"
+    return {"chat": "conversations", "preference": "pairs"}.get(info.format, "documents")
 
 
 # --- pieces of Markdown ---
@@ -181,12 +181,12 @@ def token_efficiency(folder: Path, info: DatasetInfo, tokenizer: Tokenizer = GPT
             f"{per_token} The first {n_documents:,} train {documents_word(info)} take {n_gpt2:,} tokens with GPT-2's "
             f"tokenizer and {n_own:,} with {as_text(tokenizer.name)}."
         )
-    if info.format != "chat":
+    if info.format == "text":
         return f"{per_token} The base tokenizer makes the same tokens, because plain text contains no control tokens."
     n_documents, n_base, n_extended = count_tokens(read_prepared(folder, info, "train"))
     return (
-        f"{per_token} The first {n_documents:,} train conversations take {n_base:,} tokens with the base tokenizer, "
-        f"which spells `<|im_start|>` and `<|im_end|>` out, and {n_extended:,} with the extended one: "
+        f"{per_token} The first {n_documents:,} train {documents_word(info)} take {n_base:,} tokens with the base "
+        f"tokenizer, which spells `<|im_start|>` and `<|im_end|>` out, and {n_extended:,} with the extended one: "
         f"{1 - n_extended / n_base:.1%} fewer."
     )
 
@@ -219,7 +219,7 @@ def draw_samples(folder: Path, info: DatasetInfo) -> list[str]:
     receive nearly all positions, the first ones of the file are added.
     """
     path, format = text_path(folder, info, "train"), info.format
-    end = b"\n" if format == "chat" else TEXT_END.encode()
+    end = TEXT_END.encode() if format == "text" else b"\n"
     found: dict[int, bytes] = {}
     with path.open("rb") as file:
         for position in np.random.default_rng(info.seed).integers(path.stat().st_size, size=4 * SAMPLES):

@@ -81,6 +81,20 @@ SOURCES: dict[str, tuple[HubSource, ...]] = {
             ("databricks-dolly-15k.jsonl",),
         ),
     ),
+    "ultrafeedback": (
+        HubSource(
+            "HuggingFaceH4/ultrafeedback_binarized",
+            "3949bf5f8c17c394422ccfab0c31ea9c20bdeb85",
+            ("data/train_prefs-*.parquet", "data/test_prefs-*.parquet"),
+        ),
+    ),
+    "hh": (
+        HubSource(
+            "Anthropic/hh-rlhf",
+            "09be8c5bbc57cb3887f3a9732ad6aa7ec602a1fa",
+            ("*/train.jsonl.gz", "*/test.jsonl.gz"),
+        ),
+    ),
     "cosmopedia": (
         HubSource(
             "HuggingFaceTB/cosmopedia",

@@ -51,14 +51,15 @@ def with_split(batches: Iterator[Encoded], val_fraction: float) -> Iterator[tupl
 def split_by_opening(
     conversations: Iterable[list[dict]], val_fraction: float, seed: int
 ) -> tuple[list[list[dict]], list[list[dict]] | None]:
-    """(train, val), keeping conversations with the same first message together, such as the paths of one OASST tree.
+    """(train, val), keeping conversations with the same first question together, such as the paths of one OASST tree.
 
     Such conversations share most of their text, so dividing them one by one would show validation text in training. A
     single opening cannot be divided: val is None. All conversations are in memory at once.
     """
     groups: dict[str, list[list[dict]]] = {}
     for messages in conversations:
-        groups.setdefault(messages[0]["content"], []).append(messages)
+        opening = next((message for message in messages if message["role"] == "user"), messages[0])
+        groups.setdefault(opening["content"], []).append(messages)
     openings = sorted(groups, key=lambda opening: _digest(opening, seed))
     sizes = [sum(len(m["content"]) for messages in groups[opening] for m in messages) for opening in openings]
     n_val = min(max(1, round(val_fraction * len(groups))), len(groups) - 1)

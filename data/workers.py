@@ -50,7 +50,7 @@ class Worker:
             cleaned = self._clean(document, counts)
             if cleaned is None:
                 continue
-            if self.format == "chat":
+            if self.format != "text":
                 try:
                     check_messages(cast(list[dict], cleaned))
                 except ValueError as error:

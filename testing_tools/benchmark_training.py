@@ -35,6 +35,7 @@ def train_ours(options, config: RunConfig) -> Work:
 
     from training.initialization import make_model
     from training.memory import move_model
+    from training.objectives import NextToken
     from training.optimizers import init_optimizer_states, make_optimizers
     from training.step import clip_gradients, forward_backward
 
@@ -46,13 +47,15 @@ def train_ours(options, config: RunConfig) -> Work:
     model = move_model(model, config.device).train()
     optimizers = make_optimizers(model, config)
     scaler = torch.amp.GradScaler(config.device.partition(":")[0], enabled=config.dtype == "float16")
+    objective = NextToken(config)
     n_rows = config.batch_size * config.gradient_accumulation_steps
     rows = np.random.default_rng(0).integers(model.config.n_vocab, size=(n_rows, config.block_size + 1))
     ids, targets = rows[:, :-1].copy(), rows[:, 1:].copy()
 
     def trial_step() -> None:
         """One micro-batch, to compile."""
-        forward_backward(model, config, ids[: config.batch_size], targets[: config.batch_size]).item()
+        few = [ids[: config.batch_size], targets[: config.batch_size]]
+        forward_backward(model, config, objective, few)[0].item()
         model.zero_grad(set_to_none=True)
 
     if config.compile and fast:
@@ -60,7 +63,7 @@ def train_ours(options, config: RunConfig) -> Work:
     init_optimizer_states(optimizers)
 
     def step() -> int:
-        forward_backward(model, config, ids, targets, scaler)
+        forward_backward(model, config, objective, [ids, targets], scaler)
         clip_gradients(model, optimizers, scaler, config.grad_clip)
         for optimizer in optimizers:
             scaler.step(optimizer)

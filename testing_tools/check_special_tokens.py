@@ -329,7 +329,7 @@ def main() -> int:
     streams, info = open_streams(options)
     for name, stream in streams.items():
         head = stream.read(0, min(len(stream), CHUNK_TOKENS))
-        is_chat = info.format == "chat" if info else bool((head == GPT2.im_start).any())
+        is_chat = info.format != "text" if info else bool((head == GPT2.im_start).any())
         findings = inspect(stream, is_chat)
         print_findings(name, stream, findings, is_chat)
         disagreeing = disagreements(findings, info, name)

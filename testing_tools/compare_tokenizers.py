@@ -113,7 +113,7 @@ def read_conversations(options: CompareOptions) -> tuple[str, list[list[dict]]]:
         if info is None:
             command = prepare_command(options.dataset)
             raise UserError(f"{options.dataset}.json not found in {options.data_dir}; run: {command}")
-        if info.format != "chat":
+        if info.format == "text":
             raise UserError(f"{options.dataset} is text, not chat; give --dataset a chat data set such as chitchat")
         name = f"{options.dataset}, {options.split}"
         documents = read_prepared(Path(options.data_dir), info, options.split)

@@ -21,6 +21,7 @@ from tests.test_train_config import config_of
 from tests.tiny import OPTIONS, load_checkpoint, losses, options_of_run, run
 from training.initialization import make_model, model_config
 from training.metrics import draw_curves
+from training.objectives import NextToken
 from training.optimizers import make_optimizers
 from training.progress import Sampler
 from training.step import clip_gradients, forward_backward
@@ -82,7 +83,7 @@ def test_a_step_does_not_wait_for_the_device(monkeypatch):
     scaler = torch.amp.GradScaler("cpu", enabled=False)
     rows = np.arange(2 * 16).reshape(2, 16)
     with Watch():
-        loss = forward_backward(gpt, config, rows, rows, scaler)
+        loss = forward_backward(gpt, config, NextToken(config), [rows, rows], scaler)[0]
         grad_norm = clip_gradients(gpt, both, scaler, config.grad_clip)
         both[0].step()  # AdamW's fused step, which CUDA has, is torch's
     assert loss.shape == grad_norm.shape == ()

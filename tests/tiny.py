@@ -7,12 +7,16 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch.nn.modules.module import register_module_forward_hook
 
 import train
 from common.checkpoint import load_checkpoint
 from common.speedups import load_speedups
+from data.layouts.preferences import preferences
+from data.pipeline import Corpus, Dataset, PrepareOptions
+from data.pipeline import prepare as prepare_files
 from model import GPT
 from training.config import TrainOptions
 from training.metrics import read_metrics
@@ -37,6 +41,32 @@ def prepare(folder: Path, kind: str = "text", name: str | None = None, n_tokens:
     folder.mkdir(parents=True, exist_ok=True)
     write_dataset(folder, name or kind, kind, n_tokens, seed=1)
     return folder
+
+
+def pair_records(n_pairs: int, seed: int = 0) -> list[dict]:
+    """Preference records of random words in TRL's layout, with prompts and answers of different lengths."""
+    rng = np.random.default_rng(seed)
+
+    def words(most: int) -> str:
+        return " ".join(rng.choice(["red", "green", "blue", "hello", "you", "tree", "and"], int(rng.integers(1, most))))
+
+    made = []
+    for number in range(n_pairs):
+        turns = [
+            {"role": "user", "content": f"{words(6)} {number}"},
+            {"role": "assistant", "content": words(4)},
+            {"role": "user", "content": words(5)},
+        ]
+        made.append({"prompt": turns[: 3 - 2 * (number % 2)], "chosen": words(9), "rejected": f"no {words(9)}"})
+    return made
+
+
+def prepare_pairs(folder: Path, n_pairs: int, n_val: int = 10) -> list[list[dict]]:
+    """A prepared data set "pairs" in `folder`; returns its pairs, those of validation last."""
+    pairs = list(preferences(pair_records(n_pairs + n_val)))
+    options = PrepareOptions(output_dir=str(folder), workers=1)
+    prepare_files(Dataset("pairs", "preference", "made", "MIT"), options, Corpus(pairs[:n_pairs], pairs[n_pairs:]))
+    return pairs
 
 
 def options_of_run(data_dir: Path, out_dir: Path, resume: bool | Path = False, **changes) -> tuple[TrainOptions, dict]:

@@ -11,15 +11,14 @@ from typing import Protocol
 import numpy as np
 
 from model import IGNORED
-from training.rows import ChatRows, TextRows
 
 
 class Rows(Protocol):
-    """Rows in epochs: TextRows, ChatRows or MixedRows."""
+    """Rows in epochs: TextRows, ChatRows, MixedRows or PairRows. A row has ids, targets and perhaps more columns."""
 
     def start_epoch(self, epoch: int) -> int: ...
 
-    def row(self, index: int) -> tuple[np.ndarray, np.ndarray]: ...
+    def row(self, index: int) -> tuple[np.ndarray, ...]: ...
 
 
 class Batches:
@@ -53,27 +52,26 @@ class Batches:
                 return True
         return False
 
-    def _make(self, position: dict) -> Iterator[tuple[np.ndarray, np.ndarray, dict]]:
+    def _make(self, position: dict) -> Iterator[tuple[list[np.ndarray], dict]]:
         epoch, row = position["epoch"], position["row"]
         n_rows = self._rows.start_epoch(epoch)
         while True:
-            made: list[tuple[np.ndarray, np.ndarray]] = []
+            made: list[tuple[np.ndarray, ...]] = []
             while len(made) < self._n_rows:
                 if row >= n_rows:
                     epoch, row = epoch + 1, 0
                     n_rows = self._rows.start_epoch(epoch)
                 made.append(self._rows.row(row))
                 row += 1
-            ids, targets = (np.stack(column) for column in zip(*made, strict=True))
-            yield ids, targets, {"epoch": epoch, "row": row}
+            yield [np.stack(column) for column in zip(*made, strict=True)], {"epoch": epoch, "row": row}
 
-    def next(self) -> tuple[np.ndarray, np.ndarray]:
-        """The next ids and targets, (n_rows, block_size) each in int64."""
+    def next(self) -> list[np.ndarray]:
+        """The next rows, a column each: ids and targets, (n_rows, block_size) in int64, and what else a row has."""
         item = self._ready.get()
         if isinstance(item, BaseException):
             raise item
-        ids, targets, self.position = item
-        return ids, targets
+        columns, self.position = item
+        return columns
 
     def close(self) -> None:
         """Stop the thread."""
@@ -81,7 +79,7 @@ class Batches:
         self._thread.join()
 
 
-def fixed_batches(rows: TextRows | ChatRows, batch_size: int, max_rows: int) -> list[tuple[np.ndarray, np.ndarray]]:
+def fixed_batches(rows: Rows, batch_size: int, max_rows: int) -> list[tuple[np.ndarray, ...]]:
     """The first `max_rows` rows of a split's epoch 0 in batches, the same at every call, for validation.
 
     The last batch is padded with rows without targets, which do not count.
@@ -90,7 +88,6 @@ def fixed_batches(rows: TextRows | ChatRows, batch_size: int, max_rows: int) -> 
     batches = []
     for first in range(0, n_rows, batch_size):
         made = [rows.row(index) for index in range(first, min(first + batch_size, n_rows))]
-        made += [(made[0][0], np.full_like(made[0][1], IGNORED))] * (batch_size - len(made))
-        ids, targets = (np.stack(column) for column in zip(*made, strict=True))
-        batches.append((ids, targets))
+        made += [(made[0][0], np.full_like(made[0][1], IGNORED), *made[0][2:])] * (batch_size - len(made))
+        batches.append(tuple(np.stack(column) for column in zip(*made, strict=True)))
     return batches

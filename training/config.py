@@ -15,12 +15,14 @@ from typing import Any
 
 from common.cli import UserError, check_options, option
 from common.device import choose_dtype, device_option, dtype_option, has_cpp_compiler, plain_option
-from data.epochs import DEFAULT_ITERS, FINE_TUNING_ROWS, fine_tuning_iters, fitting_iters, has_few_tokens
+from data.epochs import DEFAULT_ITERS, FINE_TUNING_ROWS, default_iters, has_few_tokens
 from model import PRESETS
 from training import lora
 from training.initialization import model_config
 from training.memory import SpeedUp, StepMemory, find_micro_batch, number_or_auto
 from training.mixture import mixture_name, parse_mixture, portions
+from training.objective_options import DPO_RATE, ObjectiveOptions
+from training.option_checks import check_combinations, require_whole_pairs
 from training.parallel import micro_batch_size
 
 DEFAULT_BATCH_SIZE = 16
@@ -31,7 +33,7 @@ FINE_TUNING_RATE = 1 / 3
 
 
 @dataclasses.dataclass(frozen=True)
-class TrainOptions:
+class TrainOptions(ObjectiveOptions):
     """The command line of train.py. None means that `make_config` chooses, as the help says."""
 
     dataset: str = option(
@@ -229,6 +231,10 @@ class RunConfig:
     dropout: float
     batch_size: int
     gradient_accumulation_steps: int
+    objective: str
+    beta: float
+    label_smoothing: float
+    sft_weight: float
     loss_on: str
     document_mask: bool
     optimizer: str
@@ -294,16 +300,18 @@ def make_config(
     info = checkpoint["info"] if checkpoint else {}
     formats = {part["format"] for part in data.get("parts") or [data]}
     options = lora.with_adamw(options, given)
-    _check_combinations(options, given, formats, is_plain=speed_up is None)
+    check_combinations(options, given, formats, is_plain=speed_up is None)
     shape = _shape(options, device, info)
     shape["n_vocab"] = data["n_vocab"]
     saved = info["config"] if options.resume is not None else {}
-    default_size = FINE_TUNING_ROWS if options.init_from and has_few_tokens(portions(data)) else DEFAULT_BATCH_SIZE
+    is_dpo = options.objective == "dpo"
+    few_rows = options.init_from and has_few_tokens(portions(data)) and not is_dpo
+    default_size = FINE_TUNING_ROWS if few_rows else DEFAULT_BATCH_SIZE
     wanted = options.batch_size if isinstance(options.batch_size, int) else saved.get("batch_size", default_size)
     steps = options.gradient_accumulation_steps or (8 if device.startswith("cuda") else 1)
     micro_batch_size(wanted, steps)  # raises UserError if the processes cannot share the rows
-    fitting = fine_tuning_iters if options.init_from else fitting_iters
-    max_iters = options.max_iters or fitting(portions(data), shape["block_size"], wanted * steps)
+    fitting = default_iters(portions(data), shape["block_size"], wanted * steps, options.init_from is not None)
+    max_iters = options.max_iters or fitting
     has_fast_parts = speed_up is not None
     chosen = {**shape, **_choices(options, device, formats, shape["n_embd"], max_iters, has_fast_parts)}
     chosen |= lora.choices(options, shape, checkpoint, formats)
@@ -317,10 +325,12 @@ def make_config(
         activation_checkpointing=chosen["activation_checkpointing"],
         compile=chosen["compile"],
         is_sharded=options.parallel == "fsdp",
-        logits_rows=logits_rows,
+        logits_rows=None if is_dpo else logits_rows,  # DPO needs all logits
         adapter=lora.adapter_of(chosen),
     )
-    batch_size, steps = find_micro_batch(step, options.batch_size, wanted, steps, speed_up)
+    batch_size, steps = find_micro_batch(step, options.batch_size, wanted, steps, None if is_dpo else speed_up)
+    if is_dpo:
+        require_whole_pairs(micro_batch_size(batch_size, steps))
     chosen |= {"batch_size": batch_size, "gradient_accumulation_steps": steps}
 
     # A resumed run keeps its validation rows, so that its losses stay comparable.
@@ -334,9 +344,11 @@ def _choices(
     options: TrainOptions, device: str, formats: set[str], n_embd: int, max_iters: int, has_fast_parts: bool
 ) -> dict[str, Any]:
     """The value of every option that may be None, except the model's shape and the micro-batch."""
-    on_cuda, is_chat = device.startswith("cuda"), "chat" in formats
+    on_cuda, is_chat = device.startswith("cuda"), bool(formats & {"chat", "preference"})
     # A narrow model tolerates, and needs, larger steps. An adapter's factors are new weights beside trained ones.
     fraction = FINE_TUNING_RATE if options.init_from and options.lora_rank is None else 1.0
+    if options.objective == "dpo":
+        fraction = DPO_RATE
     learning_rate = _or(options.learning_rate, fraction * (3e-3 if n_embd <= 384 else 6e-4))
     # On a CPU, compiling takes up to a minute, which does not pay off in a short run.
     pays_off = on_cuda or (device == "cpu" and max_iters >= 200 and has_cpp_compiler())
@@ -385,14 +397,3 @@ def _shape(options: TrainOptions, device: str, info: Mapping[str, Any]) -> dict[
                     f"{value}; leave it out"
                 )
     return {**shape, "dropout": options.dropout}
-
-
-def _check_combinations(options: TrainOptions, given: Mapping[str, Any], formats: set[str], is_plain: bool) -> None:
-    """Raise UserError for an option that would have no effect together with the others."""
-    if options.optimizer == "muon" and "weight_decay" in given:
-        raise UserError("--weight_decay is for --optimizer adamw; with muon use --muon_weight_decay")
-    if options.loss_on == "assistant" and "chat" not in formats:
-        raise UserError(f"--loss_on assistant: {options.dataset} is text, which has no assistant; leave it out")
-    for name in ("compile", "activation_checkpointing"):
-        if is_plain and given.get(name):
-            raise UserError(f"--{name} needs the folder fast/ and no --plain; leave --{name} out")

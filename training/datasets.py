@@ -29,12 +29,13 @@ class TrainingData:
 
     @property
     def formats(self) -> list[str]:
-        """ "text", "chat" or both, in the order of the parts."""
+        """ "text", "chat" or "preference", each that occurs, in the order of the parts."""
         return list(dict.fromkeys(part["format"] for part in data_parts(self.facts)))
 
     def short_splits(self, block_size: int) -> list[str]:
         """A sentence about each split that is shorter than one row. Raises UserError for a split of one token."""
-        return [sentence for streams, _ in self.parts.values() for sentence in short_splits(streams, block_size)]
+        streams = [streams for streams, info in self.parts.values() if info.format != "preference"]
+        return [sentence for each in streams for sentence in short_splits(each, block_size)]
 
     def require_tokenizer_of(self, info: Mapping[str, Any], path: str) -> None:
         """Raise UserError if the model in `path`, whose facts are `info`, has another tokenizer than the data."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import shlex
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -20,14 +21,15 @@ class Measurements:
     read when a log line, an evaluation or a save needs them.
     """
 
-    def __init__(self, run: Run, scaler: torch.amp.GradScaler):
-        self.run, self.scaler = run, scaler
+    def __init__(self, run: Run, scaler: torch.amp.GradScaler, names: Sequence[str] = ()):
+        self.run, self.scaler, self.names = run, scaler, names
         self.every_step = run.config.device == "cpu" or run.config.dtype == "float16"
         self.pending: list[tuple[int, float, Tensor]] = []
+        self.others: dict[str, float] = {}  # of the step that was read last: what `names` lists
 
-    def add(self, iter_num: int, learning_rate: float, loss: Tensor, grad_norm: Tensor) -> None:
-        """Keep a step's loss and gradient norm, each a single number on the device, until they are read."""
-        self.pending.append((iter_num, learning_rate, torch.stack([loss, grad_norm])))
+    def add(self, iter_num: int, learning_rate: float, numbers: Tensor, grad_norm: Tensor) -> None:
+        """Keep a step's loss with the numbers of `names`, and its gradient norm, on the device until they are read."""
+        self.pending.append((iter_num, learning_rate, torch.cat([grad_norm[None], numbers])))
 
     def read(self) -> tuple[float, float]:
         """Read all pending steps; returns the last one's loss and gradient norm.
@@ -36,13 +38,14 @@ class Measurements:
         scaler can scale less.
         """
         values = torch.stack([numbers for _, _, numbers in self.pending]).tolist()
-        for (iter_num, learning_rate, _), (loss, grad_norm) in zip(self.pending, values, strict=True):
+        for (iter_num, learning_rate, _), (grad_norm, loss, *others) in zip(self.pending, values, strict=True):
             if not math.isfinite(loss):
                 raise not_finite_error(self.run, "loss", loss, iter_num, learning_rate)
             may_overflow = self.scaler.is_enabled() and self.scaler.get_scale() >= 1
             if not (math.isfinite(grad_norm) or may_overflow):
                 raise not_finite_error(self.run, "gradient norm", grad_norm, iter_num, learning_rate)
             self.run.train_loss = loss
+            self.others = dict(zip(self.names, others, strict=True))
         self.pending.clear()
         return loss, grad_norm
 

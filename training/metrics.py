@@ -140,7 +140,8 @@ def draw_curves(path: Path, records: list[dict], title: str) -> bool:
         if points:
             axes.plot(*zip(*points, strict=True), label=label, **style)
     losses.set_title(title)
-    losses.set_ylabel("loss (nats per token)")
+    is_of_pairs = any("reward_margin" in record for record in records)
+    losses.set_ylabel("loss (nats per pair)" if is_of_pairs else "loss (nats per token)")
     if losses.lines:
         losses.legend()
     rates.set_ylabel("learning rate")

@@ -81,11 +81,19 @@ def mixture_facts(facts: Mapping[str, dict], shares: Mapping[str, Fraction]) -> 
     }
 
 
+def model_format(data_format: str) -> str:
+    """The format of a model, "text" or "chat", that was trained on data of a format: preference pairs are chats."""
+    return "chat" if data_format == "preference" else data_format
+
+
 def portions(facts: Mapping[str, Any]) -> list[Portion]:
-    """The data sets that `mixture_facts` describes, with their training tokens and shares."""
-    return [
-        Portion(part["name"], part["splits"]["train"]["tokens"], part.get("weight", 1.0)) for part in data_parts(facts)
-    ]
+    """The data sets that `mixture_facts` describes, with their training tokens, shares, and rows of pairs."""
+    made = []
+    for part in data_parts(facts):
+        split = part["splits"]["train"]
+        n_rows = 2 * split["documents"] if part["format"] == "preference" else None
+        made.append(Portion(part["name"], split["tokens"], part.get("weight", 1.0), n_rows))
+    return made
 
 
 class MixedRows:

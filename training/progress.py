@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import shlex
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import tiktoken
 import torch
@@ -21,7 +21,7 @@ from generation.sampling import PREVIEW_SAMPLING
 from model import GPT
 from setup_tokenizer import control_ids, encode_chat, get_extended_tokenizer
 from training.config import RunConfig, TrainOptions
-from training.mixture import portions
+from training.mixture import model_format, portions
 from training.parallel import world_size
 from training.run import Run
 
@@ -63,6 +63,20 @@ def epochs_by_part(config: RunConfig, facts: dict, iter_num: int) -> dict[str, f
     return {part.name: part.epochs(iter_num, config.block_size, rows_per_iter) for part in portions(facts)}
 
 
+def describe_evaluation(
+    iter_num: int, val_loss: float, val_losses: dict[str, float], others: Mapping[str, float], is_best: bool
+) -> str:
+    """The line on an evaluation: validation loss, what the objective logs beside it, and the losses of the parts."""
+    best = " (best)" if iter_num and is_best else ""
+    parts = describe_parts(val_losses)
+    return f"iter {iter_num}: validation loss {val_loss:.4f}{describe_others(others)}{best}{parts}"
+
+
+def describe_others(others: Mapping[str, float]) -> str:
+    """What an objective logs beside the loss, in words; "" if there is nothing."""
+    return "".join(f", {name.replace('_', ' ')} {value:.3g}" for name, value in others.items())
+
+
 def describe_parts(val_losses: dict[str, float]) -> str:
     """The losses of a mixture's parts, whose weighted mean is its validation loss; "" for a single data set."""
     if len(val_losses) == 1:
@@ -77,20 +91,22 @@ def describe_end(run: Run, facts: dict, stopped_by: int) -> str:
         launcher = "python" if world_size() == 1 else "torchrun ..."
         return f"stopped at iteration {run.iter_num}; continue with: {launcher} train.py --resume {path}"
     best = "no best checkpoint" if run.best_val_loss is None else f"best validation loss {run.best_val_loss:.4f}"
-    chat = " --chat" if facts["format"] == "chat" else ""
+    chat = " --chat" if model_format(facts["format"]) == "chat" else ""
     return f"done: {path}, {best}; next: python gen.py {path}{chat}"
 
 
 class Clock:
     """The speed of training, and the log line that shows it. `facts` are those of the run's data."""
 
-    def __init__(self, model: GPT, config: RunConfig, facts: dict, iter_num: int, n_devices: int = 1):
-        self.config, self.facts = config, facts
+    def __init__(
+        self, model: GPT, config: RunConfig, facts: dict, tokens_per_iter: int, iter_num: int, n_devices: int = 1
+    ):
+        self.config, self.facts, self.tokens_per_iter = config, facts, tokens_per_iter
         # A frozen weight has no gradient, which would take two of its six operations per token.
         n_frozen = sum(weight.numel() for weight in model.parameters() if not weight.requires_grad)
         n_looked_up = 0 if model.wpe.weight.requires_grad else model.wpe.weight.numel()
         flops_per_token = model.flops_per_token() - 2 * (n_frozen - n_looked_up)
-        self.flops_per_iter = flops_per_token * config.tokens_per_iter
+        self.flops_per_iter = flops_per_token * tokens_per_iter
         on_cuda = config.device.startswith("cuda")
         peak = peak_flops(torch.cuda.get_device_name(config.device)) if on_cuda else None
         self.peak_flops = peak and peak * n_devices
@@ -101,8 +117,16 @@ class Clock:
         """Start measuring now, so that an evaluation or a save does not count as training time."""
         self.start, self.start_iter = time.perf_counter(), iter_num
 
-    def log(self, iter_num: int, loss: float, learning_rate: float, grad_norm: float, skipped: int) -> float:
-        """Print a line on the iteration just done; returns tokens per second.
+    def log(
+        self,
+        iter_num: int,
+        loss: float,
+        learning_rate: float,
+        grad_norm: float,
+        skipped: int,
+        others: Mapping[str, float] | None = None,
+    ) -> float:
+        """Print a line on the iteration just done, with `others` after the loss; returns tokens per second.
 
         MFU, model FLOPs utilization, is the fraction of the device's peak that the model's own products use ("PaLM",
         Chowdhery et al. 2022, appendix B). It is left out if the peak is not known.
@@ -110,7 +134,7 @@ class Clock:
         s_per_iter = (time.perf_counter() - self.start) / max(1, iter_num - self.start_iter)
         self.restart(iter_num)
         max_iters = self.config.max_iters
-        tokens_per_s = self.config.tokens_per_iter / s_per_iter
+        tokens_per_s = self.tokens_per_iter / s_per_iter
         speed = f"{significant(tokens_per_s, 3)} tokens/s"
         if self.peak_flops:
             speed += f", mfu {self.flops_per_iter / s_per_iter / self.peak_flops:.1%}"
@@ -120,7 +144,7 @@ class Clock:
         epochs = "+".join(map(in_words, epochs_by_part(self.config, self.facts, iter_num).values()))
         print(
             f"iter {iter_num:>{len(str(max_iters))}}/{max_iters} (epoch {epochs}) [{bar}] "
-            f"loss {loss:.4f}, lr {learning_rate:.2e}, norm {grad_norm:.2f}, {speed}, "
+            f"loss {loss:.4f}{describe_others(others or {})}, lr {learning_rate:.2e}, norm {grad_norm:.2f}, {speed}, "
             f"{left // 60}:{left % 60:02d} left" + (f", {skipped} skipped" if skipped else ""),
             flush=True,
         )

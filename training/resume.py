@@ -23,7 +23,12 @@ CHANGEABLE = {
     *("deterministic", "activation_checkpointing", "parallel", "plain"),
 }
 # What runs did before these options existed, so that old checkpoints continue in the same way.
-DEFAULTS_OF_OLDER_RUNS = {"document_mask": False, "schedule": "cosine", "muon_weight_decay": 0.01}
+DEFAULTS_OF_OLDER_RUNS = {
+    "document_mask": False,
+    "schedule": "cosine",
+    "muon_weight_decay": 0.01,
+    "objective": "next_token",
+}
 
 
 def require_resumable(checkpoint: Mapping[str, Any], path: str) -> None:

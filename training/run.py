@@ -20,7 +20,7 @@ from model import GPT
 from training.config import RunConfig
 from training.lora import adapter_of
 from training.metrics import PART_LOSS
-from training.mixture import mixture_name
+from training.mixture import mixture_name, model_format
 from training.parallel import gather, is_first, job_name, on_first, rank, seed_dropout, world_size
 from training.run_files import RunFiles
 from training.sharding import gather_full, shard_state
@@ -55,6 +55,7 @@ class Run:
         self.val_loss: float | None = None
         self.best_val_loss: float | None = None
         self.val_losses: dict[str, float] = {}  # of a mixture's parts
+        self.reference: str | None = None  # the digest of DPO's reference log probabilities
         self.record: dict | None = {"iter_num": 0}
         self.resume_point: dict[str, Any] = {}
         self.saved_path: Path | None = None  # the last good state on the disk, and its iteration
@@ -94,15 +95,19 @@ class Run:
         """Whether no earlier evaluation gave a loss as small."""
         return self.best_val_loss is None or val_loss < self.best_val_loss
 
-    def finish_evaluation(self, val_loss: float, val_losses: dict[str, float]) -> None:
-        """Log the validation loss, and that of each part of a mixture; then save and draw the curves.
+    def finish_evaluation(
+        self, val_loss: float, val_losses: dict[str, float], others: Mapping[str, float] | None = None
+    ) -> None:
+        """Log the validation loss, that of each part of a mixture, and `others`; then save and draw the curves.
 
         If the checkpoint cannot be written, print a warning and let training continue.
         """
         before, is_best = (self.record, self.val_loss, self.best_val_loss, self.val_losses), self.is_best(val_loss)
         self.val_loss, self.best_val_loss = val_loss, val_loss if is_best else self.best_val_loss
         self.val_losses = val_losses if len(val_losses) > 1 else {}
-        self.write_record({"val_loss": val_loss, **{f"{PART_LOSS}{name}": x for name, x in self.val_losses.items()}})
+        measured = {f"val_{name}": value for name, value in (others or {}).items()}
+        measured |= {f"{PART_LOSS}{name}": loss for name, loss in self.val_losses.items()}
+        self.write_record({"val_loss": val_loss, **measured})
         try:
             self.save(is_best, keep=self.config.keep > 0)
         except UserError as error:
@@ -125,7 +130,7 @@ class Run:
         adapter = adapter_of(self.config)
         return {
             "dataset": mixture_name(self.config.dataset),
-            "format": self.data["format"],
+            "format": model_format(self.data["format"]),
             "data": self.data,
             "tokenizer": self.tokenizer,
             "config": dataclasses.asdict(self.config),
@@ -133,6 +138,7 @@ class Run:
             "val_losses": self.val_losses,
             "job": job_name(),
             **({"adapter": dataclasses.asdict(adapter)} if adapter else {}),
+            **({"reference": self.reference} if self.reference else {}),
             **{name: getattr(self, name) for name in self.FACTS},
         }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -16,45 +17,49 @@ from training.parallel import mean, rank, reduce, share, synchronizing, world_si
 from training.sharding import full_tensor
 from training.targets import document_numbers
 
+if TYPE_CHECKING:
+    from training.objectives import Objective
+
 
 def to_device(config: RunConfig, ids: np.ndarray, targets: np.ndarray) -> tuple[Tensor, Tensor, Tensor | None]:
     """Rows on the device: ids, targets and, if attention is to stay inside documents, each id's document number."""
     arrays = [ids, targets, document_numbers(ids, config.n_vocab)] if config.document_mask else [ids, targets]
+    x, y, *documents = arrays_to_device(config, arrays)
+    return x, y, documents[0] if documents else None
+
+
+def arrays_to_device(config: RunConfig, arrays: Sequence[np.ndarray]) -> list[Tensor]:
+    """Arrays as tensors on the run's device."""
     tensors = [torch.from_numpy(array) for array in arrays]
     if config.device.startswith("cuda"):  # pinned memory can be copied while the device computes
-        tensors = [tensor.pin_memory().to(config.device, non_blocking=True) for tensor in tensors]
-    else:
-        tensors = [tensor.to(config.device) for tensor in tensors]
-    x, y = tensors[:2]
-    return x, y, tensors[2] if config.document_mask else None
+        return [tensor.pin_memory().to(config.device, non_blocking=True) for tensor in tensors]
+    return [tensor.to(config.device) for tensor in tensors]
 
 
 def forward_backward(
     model: nn.Module,
     config: RunConfig,
-    ids: np.ndarray,
-    targets: np.ndarray,
+    objective: Objective,
+    batch: Sequence[np.ndarray],
     scaler: torch.amp.GradScaler | None = None,
 ) -> Tensor:
-    """Add the gradients of an iteration's rows (N, T) to the weights, in micro-batches; returns the loss, one number.
+    """Add the gradients of an iteration's batch to the weights, in micro-batches; returns the loss and what the
+    objective logs beside it, (1 + names,).
 
-    The loss is the mean over all targets of the iteration. Each process takes its share of the rows, and gradients and
-    losses are averaged.
+    The loss is the mean over all targets, or pairs, of the iteration. Each process takes its share of the rows, and
+    gradients and losses are averaged.
     """
     # Micro-batches have different numbers of targets, so the sum of each one's losses is divided by the number of
     # targets in the whole iteration. Processes are averaged, so each divides by its equal part of that number.
-    part = max(1, int((targets != IGNORED).sum())) / world_size()
-    n_targets = torch.full((), part, device=config.device)  # torch.tensor would wait for the device
-    total = torch.zeros((), device=config.device)
-    ids, targets = share(ids), share(targets)
-    for first in range(0, len(ids), config.batch_size):
-        rows = slice(first, first + config.batch_size)
-        x, y, documents = to_device(config, ids[rows], targets[rows])
-        with synchronizing(model, is_last=rows.stop >= len(ids)):
-            with autocast(config.device, config.dtype):
-                _, loss = model(x, y, n_targets, documents)
+    part = objective.count(batch) / world_size()
+    count = torch.full((), part, device=config.device)  # torch.tensor would wait for the device
+    total = torch.zeros(1 + len(objective.names), device=config.device)
+    micro_batches = objective.micro_batches([share(column) for column in batch])
+    for number, micro_batch in enumerate(micro_batches, 1):
+        with synchronizing(model, is_last=number == len(micro_batches)):
+            loss, numbers = objective.loss(model, micro_batch, count)
             (scaler.scale(loss) if scaler else loss).backward()
-        total += loss.detach()
+        total += numbers
     return mean(total)
 
 

@@ -12,10 +12,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from data.counts import NO_LAYOUT, Skipped
+from data.counts import count_unknown
 from data.layouts.exports import chatgpt_turns, claude_turns, is_chatgpt, is_claude
 from data.layouts.messengers import is_messenger_export, messenger_conversations
-from data.layouts.oasst import oasst_conversations, rows_of_tree, slim_row
+from data.layouts.oasst import is_oasst_row, is_oasst_tree, oasst_conversations, rows_of_tree, slim_row
 from data.layouts.turn_lists import PAIRS, is_list_of_turns, list_of_turns, pair_of_turns
 from data.layouts.turns import Message, first_present, usable_messages
 
@@ -83,7 +83,7 @@ def conversations(
     for record in records:
         found = _find_layout(record)
         if found is None:
-            _count_unknown(record, skipped)
+            count_unknown(record, skipped)
             continue
         layout, record = found
         if layout.name == "oasst messages":
@@ -101,12 +101,6 @@ def conversations(
                 if messages := usable_messages(_system_turn(record, turns) + turns, skipped):
                     yield messages
     yield from oasst_conversations(oasst_rows, oasst_all_paths, skipped, language)
-
-
-def _count_unknown(record: Mapping, skipped: Counter) -> None:
-    skipped[NO_LAYOUT] += 1
-    if isinstance(skipped, Skipped) and not skipped.fields:
-        skipped.fields = tuple(map(str, record)) or ("none",)
 
 
 def _find_layout(record: Mapping) -> tuple[Layout, Mapping] | None:
@@ -175,10 +169,6 @@ def _instances(record: Mapping) -> list[list]:
     ] or [[]]
 
 
-def _is_oasst_tree(record: Mapping) -> bool:
-    return isinstance(record.get("prompt"), Mapping) and "replies" in record["prompt"]
-
-
 def _is_preference(record: Mapping) -> bool:
     return not _PREFERENCES.isdisjoint(record)
 
@@ -193,10 +183,6 @@ def _has_strings(record: Mapping) -> bool:
     return isinstance(turns, list) and len(turns) > 1 and all(isinstance(turn, str) for turn in turns)
 
 
-def _is_oasst_row(record: Mapping) -> bool:
-    return record.keys() >= {"message_id", "role", "text"} and ("parent_id" in record or "message_tree_id" in record)
-
-
 # A record has the first layout that matches. To add one, add a row.
 LAYOUTS = (
     Layout("preference data", _is_preference),
@@ -207,8 +193,8 @@ LAYOUTS = (
     Layout("sharegpt", *_turn_list_in("conversations")),
     Layout("conversation", *_turn_list_in("conversation", "dialog", "dialogue", "turns", "utterances", "chat")),
     Layout("list of strings", _has_strings, lambda record: [list_of_turns(record["data"])]),
-    Layout("oasst trees", _is_oasst_tree),
-    Layout("oasst messages", _is_oasst_row),
+    Layout("oasst trees", is_oasst_tree),
+    Layout("oasst messages", is_oasst_row),
     Layout("instances", _has_instances, _instances),
     Layout("alpaca", *_pair("instruction", "output", "input", "context")),
     Layout("dolly", *_pair("instruction", "response", "context", "input")),

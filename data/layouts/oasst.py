@@ -10,6 +10,16 @@ from data.layouts.turns import Message, usable_messages
 _OASST_FIELDS = ("message_id", "parent_id", "role", "text", "rank", "deleted", "lang")
 
 
+def is_oasst_tree(record: Mapping) -> bool:
+    """Whether a record is a nested tree."""
+    return isinstance(record.get("prompt"), Mapping) and "replies" in record["prompt"]
+
+
+def is_oasst_row(record: Mapping) -> bool:
+    """Whether a record is a message of a tree."""
+    return record.keys() >= {"message_id", "role", "text"} and ("parent_id" in record or "message_tree_id" in record)
+
+
 def slim_row(row: Mapping) -> dict:
     """The fields of a row that its tree needs, with ids as strings, and rank None if it is not a number."""
     slim = {field: row.get(field) for field in _OASST_FIELDS}
@@ -38,6 +48,39 @@ def oasst_conversations(
     rows: Iterable[Mapping], all_paths: bool, skipped: Counter, language: str | None
 ) -> Iterator[list[Message]]:
     """The best-ranked path, or every path, of each tree that the rows form, in the order of the trees' prompts."""
+    for tree, answered in _trees(rows, skipped, language):
+        for path in _paths(tree[0], answered, all_paths):
+            if messages := usable_messages(_turns(path), skipped):
+                yield messages
+
+
+def oasst_answers(
+    rows: Iterable[Mapping], skipped: Counter, language: str | None
+) -> Iterator[tuple[list[dict], list[dict]]]:
+    """The turns up to the best-ranked reply to a prompt, and those up to a reply that is ranked worse, for each such.
+
+    Replies of equal rank, and those without a rank, are not compared.
+    """
+    for tree, answered in _trees(rows, skipped, language):
+        paths: dict[str | None, list[Mapping]] = {None: []}
+        for row in tree:
+            path = paths[row["message_id"]] = [*paths[row["parent_id"]], row]
+            if row["message_id"] not in answered or row["role"] == "assistant":
+                continue
+            ranked = [reply for reply in answered[row["message_id"]] if reply["rank"] is not None]
+            worse = [reply for reply in ranked if reply["rank"] > ranked[0]["rank"]]
+            if not worse:
+                skipped["OASST prompt without replies of different rank"] += 1
+            for reply in worse:
+                yield _turns([*path, ranked[0]]), _turns([*path, reply])
+
+
+def _turns(path: Iterable[Mapping]) -> list[dict]:
+    return [{"role": row["role"], "content": row["text"]} for row in path]
+
+
+def _trees(rows: Iterable[Mapping], skipped: Counter, language: str | None) -> Iterator[tuple[list[Mapping], dict]]:
+    """The rows of each tree, parents first, and `_answered` of it, in the order of the trees' prompts."""
     by_id: dict = {}
     for row in rows:
         if by_id.setdefault(row["message_id"], row) is not row:
@@ -56,9 +99,7 @@ def oasst_conversations(
         if root["message_id"] not in answered:
             skipped["OASST tree without an answer"] += 1
             continue
-        for path in _paths(root, answered, all_paths):
-            if messages := usable_messages([{"role": row["role"], "content": row["text"]} for row in path], skipped):
-                yield messages
+        yield tree, answered
     if reached < len(by_id):
         skipped["OASST message whose parent is missing"] += len(by_id) - reached
 

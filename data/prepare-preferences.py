@@ -1,0 +1,135 @@
+"""Prepare preference pairs, a chosen and a rejected answer to the same prompt, from the hub or from your own files.
+
+    python data/prepare-preferences.py
+
+prints:
+
+    preferences: OpenAssistant/oasst1
+    licence: Apache-2.0
+    train: about 15,000 documents in preferences-train.bin
+    val: about 800 documents in preferences-val.bin
+
+Streams oasst1, in which people ranked the answers: the best one of each question is chosen against every worse one. The
+other sources are ultrafeedback (answers of many models, scored by GPT-4) and hh (Anthropic's helpful and harmless).
+Local files may be JSON, JSONL, parquet, CSV or TSV: `prompt`, `chosen` and `rejected` as text or as messages, HH's
+transcripts, UltraFeedback's completions with scores, KTO's `completion` and `label`, OASST's rankings, and the feedback
+of the chat page (docs/data.md has the whole list):
+
+    python data/prepare-preferences.py --input feedback.jsonl --name mine
+
+Then run: python train.py --dataset preferences --objective dpo --init_from models/chitchat1700.pt
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that the project's modules are found anywhere
+
+from common.cli import option, parse_options, run_script
+from data.cleaning import CHAT_PASSES
+from data.counts import Skipped, nothing_usable
+from data.dataset import DatasetInfo
+from data.layouts.preferences import KNOWN_LAYOUTS, differing_answers, preferences
+from data.pipeline import Corpus, Dataset, PrepareOptions, files_of_input, prepare
+from data.readers.files import RECORD_SUFFIXES
+from data.readers.hub import stream_hub
+from data.readers.records import read_records
+from data.sources import SOURCES, HubSource
+from data.splitting import split_by_opening
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """A data set of the hub: where it is, the splits to use, its licence."""
+
+    hub: HubSource
+    train: str
+    val: str
+    licence: str
+
+
+PREFERENCE_SOURCES = {
+    "oasst1": Source(SOURCES["oasst1"][0], "train", "validation", "Apache-2.0"),
+    "ultrafeedback": Source(SOURCES["ultrafeedback"][0], "train_prefs", "test_prefs", "MIT"),
+    "hh": Source(SOURCES["hh"][0], "train", "test", "MIT"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class PreferenceOptions(PrepareOptions):
+    name: str = option("preferences", "name of the data set", metavar="NAME", group="output")
+    source: str | None = option(
+        None,
+        "data set of the hub (default: oasst1); with --input: the one that the files come from",
+        choices=tuple(PREFERENCE_SOURCES),
+        group="data",
+    )
+    language: str = option("en", "OASST: use only the trees in this language, or 'all'", metavar="CODE", group="data")
+    licence: str | None = option(
+        None, "licence recorded with the data set (default: the source's)", metavar="TEXT", group="data"
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", self.name):
+            raise ValueError(f"the name of a data set consists of letters, digits, - and _, not {self.name!r}")
+
+
+def main() -> None:
+    options = parse_options(PreferenceOptions, __doc__)
+    corpus = local_corpus(options) if options.input else hub_corpus(options)
+    info = prepare(describe(options, corpus.files), options, corpus, (*CHAT_PASSES, differing_answers))
+    print(f"next: {next_command(info, options.output_dir)}")
+
+
+def describe(options: PreferenceOptions, files) -> Dataset:
+    """What the data set is. For local files, the source is their names, and the licence is as far as it is known."""
+    source = PREFERENCE_SOURCES.get(options.source or ("" if files else "oasst1"))
+    origin = [source.hub.repository] if source else []
+    names = [", ".join(file.name for file in files)] if files else []
+    licence = options.licence or (source.licence if source else "not stated (state it with --licence)")
+    return Dataset(options.name, "preference", ": ".join(origin + names), licence)
+
+
+def hub_corpus(options: PreferenceOptions) -> Corpus:
+    """The pairs of a data set of the hub, at its commit."""
+    source = PREFERENCE_SOURCES[options.source or "oasst1"]
+    commit, files = source.hub.revision, " and ".join(source.hub.files)
+    skipped = Skipped()
+
+    def split(name: str) -> Iterator[list[dict]]:
+        records = stream_hub(source.hub.repository, None, name, commit, files)
+        return preferences(records, skipped, None if options.language == "all" else options.language)
+
+    return Corpus(split(source.train), split(source.val), digest=commit, skipped=skipped)
+
+
+def local_corpus(options: PreferenceOptions) -> Corpus:
+    """The pairs of the files that --input names. Raises UserError if there are none.
+
+    Pairs with the same first question go to the same split: otherwise validation would contain answers of training.
+    """
+    files = files_of_input(options, RECORD_SUFFIXES)
+    skipped = Skipped()
+    records = (record for file in files for record in read_records(file))
+    pairs = list(preferences(records, skipped, None if options.language == "all" else options.language))
+    if not pairs:
+        where = ", ".join(map(str, files))
+        raise nothing_usable("preference pair", where, skipped, f"give --input {KNOWN_LAYOUTS}")
+    train, val = split_by_opening(pairs, options.val_fraction, options.seed)
+    return Corpus(train, val, files=files, skipped=skipped)
+
+
+def next_command(info: DatasetInfo, data_dir: str | None) -> str:
+    """How to train with the pairs."""
+    folder = f" --data_dir {data_dir}" if data_dir else ""
+    return f"python train.py --dataset {info.name} --objective dpo --init_from CHECKPOINT{folder}"
+
+
+if __name__ == "__main__":
+    run_script(main)

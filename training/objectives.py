@@ -1,0 +1,102 @@
+"""What a run minimizes: the next token's cross entropy, or a loss over preference pairs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+from torch import Tensor, nn
+
+from common.device import autocast
+from model import GPT, IGNORED
+from training.batches import Rows
+from training.config import RunConfig
+from training.datasets import TrainingData, make_rows
+from training.preferences import Preferences
+from training.reference import open_pairs
+from training.step import evaluate, to_device
+
+Batch = Sequence[np.ndarray]  # the columns of rows: ids, targets and, for pairs, reference log probabilities
+
+
+class Objective(Protocol):
+    """What differs between the objectives: rows, loss, evaluation, and what is logged."""
+
+    names: tuple[str, ...]  # of the numbers that are logged beside the loss
+    items_per_iter: int  # rows, or pairs of rows
+    tokens_per_iter: int
+
+    def make_rows(self) -> tuple[Rows, dict[str, list]]:
+        """The rows to train on, and each data set's validation batches."""
+
+    def micro_batches(self, batch: Batch) -> list[Batch]:
+        """A batch divided into micro-batches."""
+
+    def count(self, batch: Batch) -> int:
+        """What the loss is a mean over: how many of these an iteration's batch has."""
+
+    def loss(self, model: nn.Module, batch: Batch, count: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """The sum of a micro-batch's losses divided by `count`, by default its own count.
+
+        Returns it for the backward pass and, detached, with the numbers of `names` after it: (1 + names,).
+        """
+
+    def evaluate(self, model: Any, batches: Sequence[Batch]) -> tuple[float, dict[str, float]]:
+        """The mean loss over validation batches, which the processes share, and the numbers of `names`."""
+
+
+class NextToken:
+    """The cross entropy of each target."""
+
+    names: tuple[str, ...] = ()
+
+    def __init__(self, config: RunConfig, data: TrainingData | None = None):
+        self.config, self.data = config, data
+        self.items_per_iter = config.batch_size * config.gradient_accumulation_steps
+        self.tokens_per_iter = config.tokens_per_iter
+
+    def make_rows(self) -> tuple[Rows, dict[str, list]]:
+        assert self.data is not None
+        return make_rows(self.data, self.config)
+
+    def micro_batches(self, batch: Batch) -> list[Batch]:
+        size = self.config.batch_size
+        return [[column[first : first + size] for column in batch] for first in range(0, len(batch[0]), size)]
+
+    def count(self, batch: Batch) -> int:
+        return max(1, int((batch[1] != IGNORED).sum()))
+
+    def loss(self, model: nn.Module, batch: Batch, count: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        x, y, documents = to_device(self.config, *batch)
+        with autocast(self.config.device, self.config.dtype):
+            _, loss = model(x, y, count, documents)
+        return loss, loss.detach()[None]
+
+    def evaluate(self, model: GPT, batches: Sequence[Any]) -> tuple[float, dict[str, float]]:
+        return evaluate(model, batches, self.config), {}
+
+
+def evaluate_parts(
+    objective: Objective, model: GPT, val_batches: Mapping[str, Sequence[Batch]]
+) -> tuple[dict[str, float], dict[str, float]]:
+    """The validation loss of each data set, and the numbers of `names`, which only pairs have: a single data set."""
+    losses: dict[str, float] = {}
+    others: dict[str, float] = {}
+    for name, batches in val_batches.items():
+        losses[name], others = objective.evaluate(model, batches)
+    return losses, others
+
+
+def make_objective(
+    config: RunConfig, data: TrainingData, model: GPT, checkpoint: Mapping[str, Any] | None
+) -> tuple[Objective, str | None]:
+    """The run's objective, and the digest of the reference log probabilities if it has some.
+
+    `model` has the weights of `checkpoint`, which --init_from or --resume names.
+    """
+    if config.objective == "next_token":
+        return NextToken(config, data), None
+    assert checkpoint is not None
+    rows, digest = open_pairs(config, data, model, checkpoint)
+    return Preferences(config, rows), digest
