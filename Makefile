@@ -21,18 +21,25 @@ $(VENV)/.installed-dev: requirements-dev.txt $(VENV)/.installed
 	$(PIP_INSTALL) -r requirements-dev.txt
 	touch $@
 
-# 1,700 iterations take six to seven minutes on two CPU cores with AMX, and twice that without. The redirection from
-# /dev/null keeps train.py from asking which GPU to use; it chooses the one with the most free memory.
-demo: $(VENV)/.installed ## train a small chat model from scratch and talk to it
-	$(BIN)/python data/prepare-chitchat.py
-	$(BIN)/python train.py --dataset chitchat --preset tiny --max_iters 1700 \
+# A vocabulary of 1,024 ids, learned from 5,000 conversations in seconds.
+data/talk-tokenizer.json: | $(VENV)/.installed
+	$(BIN)/python data/prepare-chitchat.py --conversations 5000
+	$(BIN)/python data/train-tokenizer.py --input data/chitchat-train.jsonl --vocab_size 1024 --name talk \
+		--source data/chitchat --licence MIT
+
+# The redirection from /dev/null keeps train.py from asking which GPU to use; it chooses the one with the most free memory.
+demo: data/talk-tokenizer.json $(VENV)/.installed ## train a small chat model from scratch and talk to it
+	$(BIN)/python data/prepare-chitchat.py --tokenizer talk
+	$(BIN)/python train.py --dataset chitchat --preset tiny --block_size 512 --batch_size 8 --max_iters 1500 \
 		--learning_rate 2e-3 --min_lr 6e-5 --eval_iters 10 < /dev/null
 	@echo
-	@$(BIN)/python testing_tools/scripted_chat.py models/chitchat1700.pt
+	@$(BIN)/python testing_tools/scripted_chat.py models/chitchat1500.pt
+	@echo
+	@$(BIN)/python testing_tools/chat_eval.py models/chitchat1500.pt --summary
 	@echo
 	@echo "Talk to it yourself:       $(BIN)/python gen.py --chat"
 	@echo "Or in a browser:           $(BIN)/python serve.py"
-	@echo "Train it on stories next:  $(BIN)/python data/prepare-story.py && $(BIN)/python train.py"
+	@echo "Teach it your own talk:    docs/fine-tuning.md"
 
 data: $(VENV)/.installed ## download and prepare every data set (4 GB), and say what is missing
 	$(BIN)/python data/prepare-all.py

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data.dataset import DatasetInfo
+from data.dataset import DatasetInfo, read_info
 from data.epochs import FINE_TUNING_ROWS, FITTING_EPOCHS, Portion, fine_tuning_iters, fitting_iters, in_words
 
 BLOCK_SIZE, ROWS_PER_ITER = 256, 16  # train.py's defaults on a CPU
@@ -70,8 +70,7 @@ def advise(info: DatasetInfo, data_dir: str | None, models: Path) -> Advice:
     preset = "tiny" if alone.tokens < SMALL_FROM else "small"
     arguments = ["--dataset", info.name, *(["--preset", preset] if preset == "tiny" else [])]
     warnings = []
-    has_own_tokenizer = info.tokenizer_digest is not None  # a model of chitchat does not know its ids
-    base = None if has_own_tokenizer else chat_model(models, Path(data_dir) if data_dir else Path(__file__).parent)
+    base = chat_model(models, Path(data_dir) if data_dir else Path(__file__).parent, info.tokenizer_digest)
     if epochs > FEW_EPOCHS and info.format == "chat" and info.name != "chitchat" and base:
         added, rows = Portion(info.name, alone.tokens, OWN_SHARE), FINE_TUNING_ROWS
         iters = fine_tuning_iters([added], BLOCK_SIZE, rows)
@@ -99,8 +98,8 @@ def warning_of_few(info: DatasetInfo, epochs: float) -> str:
     if info.format == "chat":
         return (
             f"so few conversations ({train.documents}) teach a new model these sentences, not how to chat; to add them "
-            f"to a model that chats: make demo, then python train.py --dataset {mixture_of(info)} --init_from "
-            "models/chitchat1700.pt (docs/fine-tuning.md)"
+            "to a model that chats: make demo, prepare them again with --tokenizer talk, then python train.py "
+            f"--dataset {mixture_of(info)} --init_from models/chitchat1500.pt (docs/fine-tuning.md)"
         )
     return (
         f"{train.tokens:,} tokens are few: the model reads them {in_words(epochs)} times and mostly repeats them; add "
@@ -109,9 +108,13 @@ def warning_of_few(info: DatasetInfo, epochs: float) -> str:
     )
 
 
-def chat_model(models: Path, folder: Path) -> Path | None:
-    """The newest checkpoint of a run on chitchat, by its name, if chitchat is still prepared in `folder`."""
-    if not (folder / "chitchat.json").is_file():
+def chat_model(models: Path, folder: Path, tokenizer_digest: str | None) -> Path | None:
+    """The newest checkpoint of a run on chitchat, by its name, if chitchat is prepared with that tokenizer in `folder`.
+
+    `tokenizer_digest` is None for GPT-2's tokenizer.
+    """
+    chitchat = read_info(folder, "chitchat")
+    if chitchat is None or chitchat.tokenizer_digest != tokenizer_digest:
         return None
     found = [path for path in models.glob("chitchat*.pt") if re.fullmatch(r"chitchat\d+", path.stem)]
     return max(found, key=lambda path: path.stat().st_mtime, default=None)

@@ -17,7 +17,7 @@ of the chat page (docs/data.md has the whole list):
 
     python data/prepare-preferences.py --input feedback.jsonl --name mine
 
-Then run: python train.py --dataset preferences --objective dpo --init_from models/chitchat1700.pt
+Then run: python train.py --dataset preferences --objective dpo --init_from models/chitchat1500.pt
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ import dataclasses
 import json
 import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -53,6 +53,7 @@ class EvalOptions:
     dtype: str | None = dtype_option(None)
     json: str | None = option(None, "also write scores and all replies to this file", metavar="FILE")
     verbose: bool = option(False, "print every reply, not only the failures")
+    summary: bool = option(False, "print only the scores")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -251,14 +252,18 @@ def scores(answers: list[Answer]) -> dict[str, dict[str, int]]:
     return {name: row for name, row in table.items() if name not in ("name", "tale")}
 
 
-def print_report(answers: list[Answer], verbose: bool, questions: Mapping) -> None:
-    """Print the failures (all replies with `verbose`), then the table of scores."""
-    shown = [answer for answer in answers if verbose or answer.fault]
-    for answer in shown:
+def print_replies(answers: list[Answer], verbose: bool) -> None:
+    """Print the failures, or all replies with `verbose`."""
+    for answer in (answer for answer in answers if verbose or answer.fault):
         print(f"{'wrong' if answer.fault else 'right'}  {answer.category}: {answer.question}")
         print(f"       -> {answer.reply.removesuffix(IM_END)}{f'   ({answer.fault})' if answer.fault else ''}")
-    print(f"\n{'kind':<20}{'right':>6}{'asked':>7}")
-    table = scores(answers)
+    print()
+
+
+def print_scores(answers: list[Answer], questions: Mapping, names: Collection[str] | None = None) -> None:
+    """Print the table of scores, of all kinds or those of `names`, and how the honest replies are spread."""
+    print(f"{'kind':<20}{'right':>6}{'asked':>7}")
+    table = {name: row for name, row in scores(answers).items() if names is None or name in names}
     for category in sorted(table, key=lambda name: SUMS.index(name) if name in SUMS else -1):
         print(f"{category:<20}{table[category]['right']:>6}{table[category]['asked']:>7}")
     admits = re.compile(questions["beyond"]["fits"], re.IGNORECASE)
@@ -292,7 +297,9 @@ def main() -> None:
     if info.get("format") != "chat":
         print(f"note: {options.checkpoint} was trained on {info.get('dataset')}, which contains no conversations")
     answers = evaluate(model_reply(model, Tokenizer.from_info(info, options.checkpoint)))
-    print_report(answers, options.verbose, load_questions())
+    if not options.summary:
+        print_replies(answers, options.verbose)
+    print_scores(answers, load_questions(), SUMS if options.summary else None)
     if options.json:
         content = {
             "checkpoint": options.checkpoint,

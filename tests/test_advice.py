@@ -9,7 +9,7 @@ import pytest
 
 from common.cli import parse_options
 from data.advice import SHAPES, advise, duration_in_words, flops_per_token, print_advice, training_flops
-from data.dataset import DatasetInfo, FileInfo, SplitInfo
+from data.dataset import DatasetInfo, FileInfo, SplitInfo, info_bytes
 from model import GPT, PRESETS, padded_vocab_size
 from training.config import TrainOptions
 
@@ -49,13 +49,14 @@ def test_few_data_are_warned_of_with_what_to_do(tmp_path):
     )
     (few,) = advise(info_of(1_500, "chat"), None, tmp_path).warnings
     assert few.startswith("so few conversations (30) teach a new model these sentences, not how to chat; to add them")
-    assert "python train.py --dataset chitchat=0.8,mine=0.2 --init_from models/chitchat1700.pt" in few
+    assert "python train.py --dataset chitchat=0.8,mine=0.2 --init_from models/chitchat1500.pt" in few
 
 
 def test_few_conversations_are_added_to_a_model_that_chats(tmp_path):
     for name in ("story5000.pt", "chitchat900-best.pt", "chitchat+mine100.pt"):
         (tmp_path / name).touch()
-    (tmp_path / "chitchat.json").touch()
+    chitchat = info_of(900_000, "chat", name="chitchat")
+    (tmp_path / "chitchat.json").write_bytes(info_bytes(chitchat))
     folder = str(tmp_path)
     assert "--init_from" not in advise(info_of(1_500, "chat"), folder, tmp_path).arguments
     base = tmp_path / "chitchat900.pt"
@@ -67,6 +68,10 @@ def test_few_conversations_are_added_to_a_model_that_chats(tmp_path):
     other_ids = dataclasses.replace(info_of(1_500, "chat"), tokenizer="tales", tokenizer_digest="ab")
     for other in (info_of(1_500), info_of(1_500, "chat", name="chitchat"), info_of(900_000, "chat"), other_ids):
         assert "--init_from" not in advise(other, folder, tmp_path).arguments
+    demo = dataclasses.replace(chitchat, tokenizer="tales", tokenizer_digest="ab")
+    (tmp_path / "chitchat.json").write_bytes(info_bytes(demo))
+    assert shlex.join(advise(other_ids, folder, tmp_path).arguments) == expected
+    assert "--init_from" not in advise(info_of(1_500, "chat"), folder, tmp_path).arguments
     (tmp_path / "chitchat.json").unlink()
     assert "--init_from" not in advise(info_of(1_500, "chat"), folder, tmp_path).arguments
 

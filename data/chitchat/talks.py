@@ -212,7 +212,7 @@ def _talk_without_fact(talk: Talk) -> None:
 
 def _small_talk(talk: Talk) -> None:
     rng = talk.rng
-    first = {**OPENINGS, "how_are_you": 3, "smalltalk": 5, "thanks": 4, "farewell": 8, "beyond": 11}
+    first = {**OPENINGS, "how_are_you": 4, "smalltalk": 5, "thanks": 6, "farewell": 10, "beyond": 9}
     topic = rng.choices(list(first), list(first.values()))[0]
     talk.play(topic)
     if topic != "farewell":
@@ -253,12 +253,12 @@ def _talk_with_tale(talk: Talk) -> None:
 KINDS = {
     "name": (18, _talk_with_name),
     "name_from_system": (2, _talk_with_name_from_system),
-    "fact": (9, _talk_with_facts),
-    "names": (8, _talk_with_many_names),
-    "long": (24, _long_talk),
+    "fact": (8, _talk_with_facts),
+    "names": (6, _talk_with_many_names),
+    "long": (22, _long_talk),
     "unknown": (3, _talk_without_fact),
-    "tale": (8, _talk_with_tale),
-    "chat": (28, _small_talk),
+    "tale": (9, _talk_with_tale),
+    "chat": (32, _small_talk),
 }
 
 
