@@ -60,7 +60,10 @@ class EvaluateOptions:
         None, "measure only about the first N tokens; for chat, whole conversations", at_least=1, group="data"
     )
     stride: int | None = option(
-        None, "tokens from one window to the next (default: half of the block size)", at_least=1, group="evaluation"
+        None,
+        "tokens from one window to the next (default: half of the block size; for fineweb the block size)",
+        at_least=1,
+        group="evaluation",
     )
     samples: bool = option(
         False, "also write stories, and measure how varied they are and how much is copied", group="evaluation"
@@ -118,12 +121,15 @@ def stories_of(info: dict, fallback: str) -> str:
     return fallback if name == "unknown" else name
 
 
-def choose_stride(requested: int | None, model: GPT, path: str) -> int:
-    """Tokens from one window to the next: --stride, or half of the block size."""
+def choose_stride(requested: int | None, model: GPT, path: str, yardstick: str | None = None) -> int:
+    """Tokens from one window to the next: --stride, or half of the block size.
+
+    Where others measure on the same data, as `yardstick` says, it is their choice: the block size.
+    """
     block_size = model.config.block_size
     if requested is not None and requested > block_size:
         raise UserError(f"--stride {requested} exceeds the block size {block_size} of {path}; use a smaller --stride")
-    return requested or max(1, block_size // 2)
+    return requested or (block_size if yardstick else max(1, block_size // 2))
 
 
 def measure(options: EvaluateOptions, fast: ModuleType | None = None, story_tokens: int = STORY_TOKENS) -> dict:
@@ -155,9 +161,9 @@ def measure(options: EvaluateOptions, fast: ModuleType | None = None, story_toke
     for path, tokenizer, dataset in zip(options.checkpoints, tokenizers, story_data, strict=True):
         model, _ = load_model(path, device)
         decode = speed_up(model, options.quantize, fast)
-        stride = choose_stride(options.stride, model, path)
         for name in names:
-            split = splits[name, tokenizer]
+            split, yardstick = splits[name, tokenizer], datasets[name][1].yardstick
+            stride = choose_stride(options.stride, model, path, yardstick)
             losses, result = measure_one(model, split, stride, options.batch_size, device, dtype)
             results[name].append({"checkpoint": path, **result})
             all_scored[name].append(Scored(path, split, losses))
@@ -168,6 +174,7 @@ def measure(options: EvaluateOptions, fast: ModuleType | None = None, story_toke
             samples.append({"checkpoint": path, "dataset": dataset, **judged, "stories": readable})
     summaries = {
         name: {
+            "yardstick": datasets[name][1].yardstick,
             "scopes": list(all_scored[name][0].split.counted),
             "results": results[name],
             "comparisons": compare(all_scored[name]),
