@@ -2,11 +2,13 @@
 
     python evaluate.py models/story5000.pt
     python evaluate.py models/story5000.pt models/story10000.pt --samples
+    python evaluate.py models/fineweb19073.pt --tasks hellaswag,lambada_openai,arc_easy
 
 Prints a table of loss (nats per token), perplexity, bits per byte, accuracy and speed. For a chat data set, the first
 table counts only what the assistant says (message contents and the `<|im_end|>` after each), the second all tokens.
 With several checkpoints, each one's difference from the first follows with a 95 % interval, and a verdict comes last.
-The same command always prints the same numbers.
+The same command always prints the same numbers. With --tasks, EleutherAI's lm-eval asks the questions of public
+benchmarks instead (pip install -r requirements-benchmarks.txt).
 
 `evaluation/splits.py` defines which tokens are scored, `evaluation/scoring.py` in which context, and
 `evaluation/bootstrap.py` how certain a difference is. A model trained with --document_mask is scored like any other: in
@@ -30,12 +32,13 @@ from common.files import atomic_write, require_target
 from common.speedups import load_speedups
 from common.threads import sleep_while_waiting_if_busy
 from data.dataset import DatasetInfo, open_dataset, trained_on
+from evaluation.benchmarks import BenchmarkModel, open_tasks, print_benchmarks, require_lm_eval, run_tasks
 from evaluation.bootstrap import Scored, compare, verdict
 from evaluation.printing import print_report
 from evaluation.scoring import score, summarize
 from evaluation.splits import Split, read_split
 from evaluation.stories import STORY_PROMPTS, STORY_TOKENS, judge_stories, readable_stories, write_stories
-from exchange.loading import load_model, read_info
+from exchange.loading import load_model, read_info, tokenizer_of
 from generation.decoding import DecodeStep, decode_step
 from model import GPT
 from setup_tokenizer import Tokenizer
@@ -57,7 +60,16 @@ class EvaluateOptions:
     )
     data_dir: str = option("data", "folder of the prepared data", group="data")
     limit: int | None = option(
-        None, "measure only about the first N tokens; for chat, whole conversations", at_least=1, group="data"
+        None,
+        "measure only about the first N tokens; for chat, whole conversations; with --tasks, N questions of each",
+        at_least=1,
+        group="data",
+    )
+    tasks: str | None = option(
+        None, "run these benchmarks of lm-eval instead, separated by commas", metavar="NAMES", group="evaluation"
+    )
+    tasks_path: str | None = option(
+        None, "folder with .yaml files of your own tasks for --tasks", metavar="DIR", group="evaluation"
     )
     stride: int | None = option(
         None,
@@ -82,6 +94,8 @@ class EvaluateOptions:
         check_options(self)
         if self.plain and self.quantize:
             raise ValueError("--quantize needs fast/, which --plain leaves out; use one of them")
+        if self.tasks_path and not self.tasks:
+            raise ValueError("--tasks_path names a folder of tasks; name the tasks with --tasks")
 
 
 def dataset_names(options: EvaluateOptions, infos: list[dict]) -> list[str]:
@@ -209,6 +223,28 @@ def measure_one(
     return losses, {"block_size": model.config.block_size, "stride": stride, "tokens_per_s": tokens_per_s, **scopes}
 
 
+def measure_benchmarks(options: EvaluateOptions, fast: ModuleType | None = None) -> dict:
+    """Run the benchmarks of --tasks on every checkpoint and print their scores; returns them, as --json writes them."""
+    require_lm_eval()
+    names = [name.strip() for name in (options.tasks or "").split(",") if name.strip()]
+    open_tasks(names, options.tasks_path)  # a wrong name is found before a model is loaded
+    device = choose_device(options.device)
+    dtype = choose_dtype(options.dtype, device)
+    found = []
+    for path in options.checkpoints:
+        model, info = load_model(path, device)
+        speed_up(model, options.quantize, fast)
+        benchmarked = BenchmarkModel(model, tokenizer_of(path, info, model), options.batch_size, device, dtype)
+        found.append(run_tasks(benchmarked, names, options.tasks_path, options.limit))
+    print(f"lm-eval, {dtype} on {device}")
+    print_benchmarks(options.checkpoints, found)
+    results = [
+        {"checkpoint": path, **{key: result[key] for key in ("results", "versions", "n-samples") if key in result}}
+        for path, result in zip(options.checkpoints, found, strict=True)
+    ]
+    return {"device": device, "dtype": dtype, "quantize": options.quantize, "limit": options.limit, "tasks": results}
+
+
 def main() -> None:
     options = parse_options(EvaluateOptions, __doc__)
     if options.json:
@@ -216,8 +252,11 @@ def main() -> None:
     fast = load_speedups(options.plain)
     if fast is not None:
         fast.keep_freed_memory()
-    report = measure(options, fast)
-    print_report(report)
+    if options.tasks:
+        report = measure_benchmarks(options, fast)
+    else:
+        report = measure(options, fast)
+        print_report(report)
     if options.json:
         with atomic_write(options.json, "w", encoding="utf-8") as file:
             json.dump(report, file, ensure_ascii=False, indent=1)
