@@ -34,6 +34,7 @@ PREPARE_COMMANDS = {
     "education": "python data/prepare-education.py",
     "fineweb": "python data/prepare-fineweb.py",
     "fineweb-edu": "python data/prepare-fineweb.py --edu",
+    "fineweb-text": "python data/prepare-fineweb-text.py",
     "knowledge": "python data/prepare-knowledge.py --api_url http://localhost:11434/v1 --model llama3.2",
 }
 

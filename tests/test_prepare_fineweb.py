@@ -9,8 +9,9 @@ import pytest
 from hub_server import HubServer
 
 from data.dataset import open_dataset, read_info
+from data.documents import read_prepared
 from setup_tokenizer import ENDOFTEXT_ID
-from tests.test_hub import ROOT, Outcome, Run, run_scripts  # noqa: F401
+from tests.test_hub import ROOT, Outcome, Run, parquet, run_scripts  # noqa: F401
 from tests.token_shards import ids_before, shard_bytes, write_shards
 
 SCRIPT = str(ROOT / "data" / "prepare-fineweb.py")
@@ -145,3 +146,22 @@ def test_local_shards_need_no_hub(tmp_path, run_scripts):
 def test_more_shards_than_there_are_is_an_error_of_the_options(tmp_path, run_scripts):
     (outcome,) = run_scripts([[SCRIPT, "--shards", "104"]], tmp_path, {})
     assert outcome.status == 2 and "--shards must be at most 103" in outcome.errors
+
+
+def test_fineweb_edu_is_prepared_from_its_text_in_shards(tmp_path, run_scripts):
+    texts = [f"Lesson {n} about {n * n} stars. They shine." for n in range(60)]
+    card = b"---\nconfigs:\n- config_name: sample-10BT\n  data_files:\n"
+    card += b"  - {split: train, path: sample/10BT/*}\n- config_name: default\n  data_files:\n"
+    card += b"  - {split: train, path: data/*/*}\n---\n"
+    halves = [parquet([{"text": text, "url": "x"} for text in part]) for part in (texts[:30], texts[30:])]
+    files = {f"sample/10BT/00{n}_00000.parquet": half for n, half in enumerate(halves)}
+    script = str(ROOT / "data" / "prepare-fineweb-text.py")
+    with HubServer({"HuggingFaceFW/fineweb-edu": {**files, "README.md": card}}) as hub:
+        arguments = [script, "--output_dir", "out", "--shard_tokens", "200"]
+        (outcome,) = run_scripts([arguments], tmp_path, hub.environment(tmp_path / "cache"))
+    assert not outcome.status, outcome.errors
+    info = read_info(tmp_path / "out", "fineweb-text")
+    assert "fineweb-edu, sample-10BT" in info.source and "ODC-By" in info.licence
+    assert len(info.splits["train"].files) > 2, "shards"
+    found = [text for split in ("train", "val") for text in read_prepared(tmp_path / "out", info, split)]
+    assert sorted(found) == sorted(texts)
