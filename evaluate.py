@@ -2,11 +2,13 @@
 
     python evaluate.py models/story5000.pt
     python evaluate.py models/story5000.pt models/story10000.pt --samples
+    python evaluate.py models/fineweb19073.pt --tasks hellaswag,lambada_openai,arc_easy
 
 Prints a table of loss (nats per token), perplexity, bits per byte, accuracy and speed. For a chat data set, the first
 table counts only what the assistant says (message contents and the `<|im_end|>` after each), the second all tokens.
 With several checkpoints, each one's difference from the first follows with a 95 % interval, and a verdict comes last.
-The same command always prints the same numbers.
+The same command always prints the same numbers. With --tasks, EleutherAI's lm-eval asks the questions of public
+benchmarks instead (pip install -r requirements-benchmarks.txt).
 
 `evaluation/splits.py` defines which tokens are scored, `evaluation/scoring.py` in which context, and
 `evaluation/bootstrap.py` how certain a difference is. A model trained with --document_mask is scored like any other: in
@@ -31,12 +33,13 @@ from common.files import atomic_write, require_target
 from common.speedups import load_speedups
 from common.threads import sleep_while_waiting_if_busy
 from data.dataset import DatasetInfo, open_dataset, trained_on
+from evaluation.benchmarks import BenchmarkModel, open_tasks, print_benchmarks, require_lm_eval, run_tasks
 from evaluation.bootstrap import Scored, compare, verdict
 from evaluation.printing import print_report
 from evaluation.scoring import score, summarize
 from evaluation.splits import Split, read_split
 from evaluation.stories import STORY_PROMPTS, STORY_TOKENS, judge_stories, readable_stories, write_stories
-from exchange.loading import load_model, read_info
+from exchange.loading import load_model, read_info, tokenizer_of
 from generation.decoding import DecodeStep, decode_step
 from model import GPT
 from setup_tokenizer import Tokenizer
@@ -58,10 +61,22 @@ class EvaluateOptions:
     )
     data_dir: str = option("data", "folder of the prepared data", group="data")
     limit: int | None = option(
-        None, "measure only about the first N tokens; for chat, whole conversations", at_least=1, group="data"
+        None,
+        "measure only about the first N tokens; for chat, whole conversations; with --tasks, N questions of each",
+        at_least=1,
+        group="data",
+    )
+    tasks: str | None = option(
+        None, "run these benchmarks of lm-eval instead, separated by commas", metavar="NAMES", group="evaluation"
+    )
+    tasks_path: str | None = option(
+        None, "folder with .yaml files of your own tasks for --tasks", metavar="DIR", group="evaluation"
     )
     stride: int | None = option(
-        None, "tokens from one window to the next (default: half of the block size)", at_least=1, group="evaluation"
+        None,
+        "tokens from one window to the next (default: half of the block size; for fineweb the block size)",
+        at_least=1,
+        group="evaluation",
     )
     samples: bool = option(
         False, "also write stories, and measure how varied they are and how much is copied", group="evaluation"
@@ -80,6 +95,8 @@ class EvaluateOptions:
         check_options(self)
         if self.plain and self.quantize:
             raise ValueError("--quantize needs fast/, which --plain leaves out; use one of them")
+        if self.tasks_path and not self.tasks:
+            raise ValueError("--tasks_path names a folder of tasks; name the tasks with --tasks")
 
 
 def dataset_names(options: EvaluateOptions, infos: list[dict]) -> list[str]:
@@ -129,12 +146,15 @@ def stories_of(info: dict, fallback: str) -> str:
     return fallback if name == "unknown" else name
 
 
-def choose_stride(requested: int | None, model: GPT, path: str) -> int:
-    """Tokens from one window to the next: --stride, or half of the block size."""
+def choose_stride(requested: int | None, model: GPT, path: str, yardstick: str | None = None) -> int:
+    """Tokens from one window to the next: --stride, or half of the block size.
+
+    Where others measure on the same data, as `yardstick` says, it is their choice: the block size.
+    """
     block_size = model.config.block_size
     if requested is not None and requested > block_size:
         raise UserError(f"--stride {requested} exceeds the block size {block_size} of {path}; use a smaller --stride")
-    return requested or max(1, block_size // 2)
+    return requested or (block_size if yardstick else max(1, block_size // 2))
 
 
 def measure(options: EvaluateOptions, fast: ModuleType | None = None, story_tokens: int = STORY_TOKENS) -> dict:
@@ -167,9 +187,9 @@ def measure(options: EvaluateOptions, fast: ModuleType | None = None, story_toke
     for path, tokenizer, dataset in zip(options.checkpoints, tokenizers, story_data, strict=True):
         model, _ = load_model(path, device)
         decode = speed_up(model, options.quantize, fast)
-        stride = choose_stride(options.stride, model, path)
         for name in names:
-            split = splits[name, tokenizer]
+            split, yardstick = splits[name, tokenizer], datasets[name][1].yardstick
+            stride = choose_stride(options.stride, model, path, yardstick)
             losses, result = measure_one(model, split, stride, options.batch_size, device, dtype)
             results[name].append({"checkpoint": path, **result})
             all_scored[name].append(Scored(path, split, losses))
@@ -180,6 +200,7 @@ def measure(options: EvaluateOptions, fast: ModuleType | None = None, story_toke
             samples.append({"checkpoint": path, "dataset": dataset, **judged, "stories": readable})
     summaries = {
         name: {
+            "yardstick": datasets[name][1].yardstick,
             "scopes": list(all_scored[name][0].split.counted),
             "results": results[name],
             "comparisons": compare(all_scored[name]),
@@ -214,6 +235,28 @@ def measure_one(
     return losses, {"block_size": model.config.block_size, "stride": stride, "tokens_per_s": tokens_per_s, **scopes}
 
 
+def measure_benchmarks(options: EvaluateOptions, fast: ModuleType | None = None) -> dict:
+    """Run the benchmarks of --tasks on every checkpoint and print their scores; returns them, as --json writes them."""
+    require_lm_eval()
+    names = [name.strip() for name in (options.tasks or "").split(",") if name.strip()]
+    open_tasks(names, options.tasks_path)  # a wrong name is found before a model is loaded
+    device = choose_device(options.device)
+    dtype = choose_dtype(options.dtype, device)
+    found = []
+    for path in options.checkpoints:
+        model, info = load_model(path, device)
+        speed_up(model, options.quantize, fast)
+        benchmarked = BenchmarkModel(model, tokenizer_of(path, info, model), options.batch_size, device, dtype)
+        found.append(run_tasks(benchmarked, names, options.tasks_path, options.limit))
+    print(f"lm-eval, {dtype} on {device}")
+    print_benchmarks(options.checkpoints, found)
+    results = [
+        {"checkpoint": path, **{key: result[key] for key in ("results", "versions", "n-samples") if key in result}}
+        for path, result in zip(options.checkpoints, found, strict=True)
+    ]
+    return {"device": device, "dtype": dtype, "quantize": options.quantize, "limit": options.limit, "tasks": results}
+
+
 def main() -> None:
     options = parse_options(EvaluateOptions, __doc__)
     if options.json:
@@ -221,8 +264,11 @@ def main() -> None:
     fast = load_speedups(options.plain)
     if fast is not None:
         fast.keep_freed_memory()
-    report = measure(options, fast)
-    print_report(report)
+    if options.tasks:
+        report = measure_benchmarks(options, fast)
+    else:
+        report = measure(options, fast)
+        print_report(report)
     if options.json:
         with atomic_write(options.json, "w", encoding="utf-8") as file:
             json.dump(report, file, ensure_ascii=False, indent=1)

@@ -8,8 +8,9 @@
 .csv, .tsv), each also .gz or .zst, and folders of them. Records are texts (--field) or conversations, recognized by
 their fields: messages, conversations, conversation, a list of messages, prompt and completion or response, question and
 answer, instruction and output, exports of ChatGPT, Claude, Telegram and Discord (docs/data.md has the whole list).
-Other kinds of files are read as text with --suffix, other encodings than UTF-8 with --encoding. It prints what each
-file contains and a sample; `--dry_run` stops there. The last line is the command that trains on the data.
+Shards of GPT-2's tokens in llm.c's layout (.bin) are used without a copy. Other kinds of files are read as text with
+--suffix, other encodings than UTF-8 with --encoding. It prints what each file contains and a sample; `--dry_run` stops
+there. The last line is the command that trains on the data.
 `--dataset` encodes again the text that an earlier preparation kept in the data folder, `--dataset all` that of every
 data set. Both print how many tokens the base tokenizer needs, which spells `<|im_start|>` with several tokens, and what
 the extended one saves.
@@ -33,12 +34,15 @@ from data.dataset import DatasetInfo, prepare_command
 from data.documents import Document, read_prepared, text_path
 from data.earlier import earlier_info
 from data.pipeline import Corpus, Dataset, TextOptions, files_of_input, output_folder, prepare
+from data.published import divide_shards, prepare_shards
+from data.readers.files import ALL_SUFFIXES, SHARD_SUFFIXES
 from data.readers.recognize import Recognized, UnknownContent, first_document, read_documents, recognize
 from data.report import count_tokens, documents_word
 from data.vocabularies import tokenizer_of
 from setup_tokenizer import GPT2, render_chat
 
 SAMPLE_CHARACTERS = 300
+KINDS = {"text": "text", "chat": "conversations", "tokens": "token ids"}  # of files, in words
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,15 +108,16 @@ def prepare_own(options: ExtendedOptions) -> None:
     kinds = {recognized.kind for recognized in found}
     if len(kinds) > 1:
         first = {recognized.kind: recognized.path for recognized in reversed(found)}
-        raise UserError(
-            f"some files are text ({first['text']}) and some are conversations ({first['chat']}); prepare them "
-            "separately, each with its own --name"
-        )
+        listed = " and ".join(f"some are {KINDS[kind]} ({first[kind]})" for kind in KINDS if kind in first)
+        raise UserError(f"{listed}; prepare them separately, each with its own --name")
     show_sample(first_document(found))
     if options.dry_run:
         return
+    if kinds == {"tokens"} and not selects_documents(options):
+        use_shards(files, options)
+        return
     skipped = Skipped()
-    kind = kinds.pop()
+    kind = "chat" if kinds == {"chat"} else "text"
     dataset = Dataset(options.name, kind, f"local: {', '.join(file.name for file in files)}", options.licence)
     corpus = Corpus(own_documents(found, skipped), files=files, skipped=skipped)
     passes = CHAT_PASSES if kind == "chat" else TEXT_PASSES
@@ -121,10 +126,25 @@ def prepare_own(options: ExtendedOptions) -> None:
     print_advice(info, options.output_dir)
 
 
+def selects_documents(options: ExtendedOptions) -> bool:
+    """Whether options ask for more than the ids of shards as they are, so that their text is prepared instead."""
+    chosen = (options.tokenizer, options.near_dedup, options.max_document_tokens, options.limit, options.shard_tokens)
+    return any(chosen) or options.report
+
+
+def use_shards(files: list[Path], options: ExtendedOptions) -> None:
+    """Prepare published shards of GPT-2's tokens without a copy."""
+    train, val = divide_shards(files)
+    names = ", ".join(file.name for file in files)
+    dataset = Dataset(options.name, "text", f"local: {names}", options.licence)
+    info = prepare_shards(dataset, output_folder(options), train, val, options.val_fraction)
+    print_advice(info, options.output_dir)
+
+
 def recognize_files(options: ExtendedOptions) -> list[Recognized]:
     """What each file contains, printed; one that a folder contains, with records of an unknown kind, is left out."""
     found, named = [], set(options.input)
-    files = files_of_input(options)
+    files = files_of_input(options, (*ALL_SUFFIXES, *SHARD_SUFFIXES))
     for file in files:
         try:
             recognized = recognize(file, options.field, options.divide_within_lines, options.me)
@@ -158,7 +178,13 @@ def show_sample(first: Document) -> None:
 def datasets_to_encode(options: ExtendedOptions) -> list[str]:
     """The names that --dataset means: those prepared in the data folder. Raises UserError if there is none."""
     folder = output_folder(options)
-    prepared = [path.stem for path in sorted(folder.glob("*.json")) if prepared_by_us(folder, path.stem)]
+    found = {path.stem: prepared_by_us(folder, path.stem) for path in sorted(folder.glob("*.json"))}
+    prepared = [name for name, info in found.items() if info and info.has_text]
+    if (named := found.get(options.dataset or "")) and not named.has_text:
+        raise UserError(
+            f"{named.name} consists of published token ids, not of text; to encode its text with another tokenizer "
+            f"run: python prepare_with_extended_tokenizer.py --input SHARDS --name {named.name} --tokenizer NAME"
+        )
     wanted = prepared if options.dataset in (None, "all") else [options.dataset]
     if not wanted:
         raise UserError(f"no prepared data set in {folder}; run: python data/prepare-chitchat.py")

@@ -89,6 +89,15 @@ def write_error(path: str | os.PathLike, error: OSError) -> UserError:
     return UserError(f"{path} not written: {error.strerror or error}; choose a folder that can be written")
 
 
+def make_folder(folder: Path) -> Path:
+    """The folder, created if it is missing. Raises UserError if that is impossible."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise write_error(folder, error) from error
+    return folder
+
+
 def fsync_folder(folder: Path) -> None:
     """Make renames in `folder` survive a power failure. Does nothing on Windows, which cannot open a folder."""
     if os.name == "nt":

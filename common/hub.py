@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 from pathlib import Path
 
 from common.cli import UserError, first_cause
+from common.files import write_error
+
+_DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}  # of the cache, not of the network
 
 
 class NotDownloaded(UserError):
@@ -22,13 +26,17 @@ def fetch_file(
 
     huggingface_hub resumes, checks and caches the download, and reads HF_ENDPOINT, HF_HUB_OFFLINE and HF_TOKEN. If
     it fails, for whatever reason, NotDownloaded gives the file's address; `remedy` completes its "fetch URL ...".
+    Raises another UserError if the cache cannot be written, for example because the disk is full.
     """
     import huggingface_hub
+    from huggingface_hub import constants
     from huggingface_hub.errors import HTTPError
 
     try:
         return Path(huggingface_hub.hf_hub_download(repository, name, repo_type=repo_type, revision=revision))
     except (OSError, HTTPError, ValueError) as error:  # ValueError: a file of the wrong length, an invalid name
+        if isinstance(error, OSError) and error.errno in _DISK_ERRORS:
+            raise write_error(constants.HF_HUB_CACHE, error) from error
         url = file_url(repository, name, repo_type, revision)
         raise NotDownloaded(f"{name} of {repository}", first_cause(error), url, remedy) from error
 

@@ -8,6 +8,7 @@ This module is the only reader and writer of the .json files.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 from collections.abc import Mapping
@@ -32,6 +33,9 @@ PREPARE_COMMANDS = {
     "chitchat": "python data/prepare-chitchat.py",
     "preferences": "python data/prepare-preferences.py",
     "education": "python data/prepare-education.py",
+    "fineweb": "python data/prepare-fineweb.py",
+    "fineweb-edu": "python data/prepare-fineweb.py --edu",
+    "fineweb-text": "python data/prepare-fineweb-text.py",
     "knowledge": "python data/prepare-knowledge.py --api_url http://localhost:11434/v1 --model llama3.2",
 }
 
@@ -41,19 +45,26 @@ PREPARE_COMMANDS = {
 
 @dataclass(frozen=True)
 class FileInfo:
-    """One .bin file of a split. `tokens` is None in descriptions that other programs wrote."""
+    """One .bin file of a split. `tokens` is None in descriptions that other programs wrote.
+
+    A published shard is used without a copy: `file` is then its path, and its ids of the split are the `tokens` ids
+    from `start_byte` on.
+    """
 
     file: str
     sha256: str
     tokens: int | None = None
+    start_byte: int = 0
 
     @classmethod
     def from_json(cls, entry: Mapping[str, Any]) -> FileInfo:
         """Raises ValueError, KeyError or TypeError for an entry that is not a file's."""
-        return cls(_typed(entry["file"], str), _typed(entry["sha256"], str), entry.get("tokens"))
+        start_byte = _typed(entry.get("start_byte", 0), int)
+        return cls(_typed(entry["file"], str), _typed(entry["sha256"], str), entry.get("tokens"), start_byte)
 
     def to_json(self) -> dict:
-        return _without_none({"file": self.file, "tokens": self.tokens, "sha256": self.sha256})
+        start = {"start_byte": self.start_byte} if self.start_byte else {}
+        return _without_none({"file": self.file, **start, "tokens": self.tokens, "sha256": self.sha256})
 
 
 @dataclass(frozen=True)
@@ -108,12 +119,18 @@ class DatasetInfo:
     splits: Mapping[str, SplitInfo] = field(default_factory=dict)
     report: Mapping[str, int] | None = None  # what each pass changed, dropped or found
     report_files: tuple[str, ...] | None = None
+    yardstick: str | None = None  # what the validation split can be compared with, if others measure on it too
     extra: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def endoftext(self) -> int:
         """The id of `<|endoftext|>`."""
         return control_ids(self.n_vocab)[0]
+
+    @property
+    def has_text(self) -> bool:
+        """Whether the documents are also kept as text, which published shards are not."""
+        return not any(file.start_byte for split in self.splits.values() for file in split.files)
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> DatasetInfo:
@@ -196,7 +213,10 @@ def open_dataset(data_dir: Path, name: str) -> tuple[dict[str, TokenStream], Dat
     tokenizer = GPT2
     if info:
         tokenizer = tokenizer_of(data_dir, name, info.tokenizer, info.tokenizer_digest, prepare_command(name))
-    streams = {split: TokenStream(_bin_paths(data_dir, name, split, info), tokenizer) for split in SPLITS}
+    streams = {}
+    for split in SPLITS:
+        paths = _bin_paths(data_dir, name, split, info)
+        streams[split] = TokenStream(paths, tokenizer, parts=_parts(info, split))
     for split, stream in streams.items():
         stream.check_ids(prepare_command(name))
         if info and info.splits[split].untrained:
@@ -213,6 +233,13 @@ def _describe_bins(streams: Mapping[str, TokenStream], name: str) -> DatasetInfo
         files = (FileInfo(path.name, sha256_file(path), path.stat().st_size // 2) for path in stream.paths)
         splits[split] = SplitInfo(len(stream), tuple(files))
     return DatasetInfo(name, kind, splits=splits)
+
+
+def _parts(info: DatasetInfo | None, split: str) -> list[tuple[int, int]] | None:
+    """The first byte and the number of the ids in each file of published shards; None if whole files are ids."""
+    if info is None or info.has_text:
+        return None
+    return [(entry.start_byte, entry.tokens or 0) for entry in info.splits[split].files]
 
 
 def _bin_paths(data_dir: Path, name: str, split: str, info: DatasetInfo | None) -> list[Path]:
@@ -257,8 +284,13 @@ def prepare_command(name: str) -> str:
 
 
 def prepared_datasets(data_dir: Path) -> list[str]:
-    """The names of the data sets whose training split is in the data folder."""
-    return sorted({path.name.split("-train")[0] for path in data_dir.glob("*-train*.bin")})
+    """The names of the data sets whose training split is in the data folder, or in published shards elsewhere."""
+    names = {path.name.split("-train")[0] for path in data_dir.glob("*-train*.bin")}
+    for path in data_dir.glob("*.json"):
+        with contextlib.suppress(UserError):  # not a description
+            info = read_info(data_dir, path.stem)
+            names |= {path.stem} if info and not info.has_text else set()
+    return sorted(names)
 
 
 def _already_prepared(data_dir: Path) -> str:

@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from common.cli import UserError, check_options, option
 from common.device import n_cores
-from common.files import FileLock, atomic_files, require_free_space, write_error
+from common.files import FileLock, atomic_files, make_folder, require_free_space
 from data.counts import DIVIDED, n_dropped, reasons_in_words
 from data.dataset import SPLITS, DatasetInfo, SplitInfo, info_bytes
 from data.dedup import Repeats, require_minhash
@@ -209,12 +209,7 @@ def prepare(
 
 def output_folder(options: PrepareOptions) -> Path:
     """The folder for the prepared files, created if it is missing."""
-    folder = Path(options.output_dir) if options.output_dir else DATA_FOLDER
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise write_error(folder, error) from error
-    return folder
+    return make_folder(Path(options.output_dir) if options.output_dir else DATA_FOLDER)
 
 
 def _describe(dataset: Dataset, options: PrepareOptions, corpus: Corpus, tokenizer: Tokenizer) -> DatasetInfo:

@@ -2,7 +2,7 @@
 
 A revision is a commit, so that the same command gives the same data in ten years. The one exception is the conversion
 of DailyDialog to parquet, which the hub makes itself, on a branch of its own. Where a data set has several sources, the
-next one is tried if the one before cannot be downloaded.
+next one is tried if the one before cannot be downloaded. FineWeb is not pinned yet.
 `python testing_tools/check_sources.py` asks the hub whether all of these files are still there.
 """
 
@@ -111,6 +111,16 @@ SOURCES: dict[str, tuple[HubSource, ...]] = {
             ),
         ),
     ),
+    # Unpinned: their commits were not known where this was written. <name>.json records the sha256 of each shard.
+    "fineweb": (HubSource("kjj0/fineweb10B-gpt2", "main", ("fineweb_val_000000.bin", "fineweb_train_*.bin")),),
+    "fineweb-edu": (
+        HubSource(
+            "karpathy/fineweb-edu-100B-gpt2-token-shards",
+            "main",
+            ("edu_fineweb_val_000000.bin", "edu_fineweb_train_*.bin"),
+        ),
+    ),
+    "fineweb-text": (HubSource("HuggingFaceFW/fineweb-edu", "main", ("sample/10BT/*.parquet",)),),
     "squad": (
         HubSource(
             "rajpurkar/squad",

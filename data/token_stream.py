@@ -21,10 +21,21 @@ PAGE_BYTES = 2 << 20  # the system may map a whole huge page to read one byte
 class TokenStream:
     """The ids of one split, memory-mapped: one .bin file, or several shards read as one stream."""
 
-    def __init__(self, paths: Sequence[Path], tokenizer: Tokenizer = GPT2, piece_tokens: int = PIECE_TOKENS):
+    def __init__(
+        self,
+        paths: Sequence[Path],
+        tokenizer: Tokenizer = GPT2,
+        piece_tokens: int = PIECE_TOKENS,
+        parts: Sequence[tuple[int, int]] | None = None,
+    ):
+        """`parts` are the first byte and the number of ids of each file, if the ids are not the whole file."""
         self.paths, self.tokenizer = list(paths), tokenizer
         self._piece_tokens = piece_tokens
-        self._shards = [np.memmap(path, dtype="<u2", mode="r") for path in paths]
+        spans: Sequence[tuple[int, int | None]] = parts or [(0, None)] * len(paths)
+        self._shards = [
+            np.memmap(path, dtype="<u2", mode="r", offset=start, shape=None if length is None else (length,))
+            for path, (start, length) in zip(paths, spans, strict=True)
+        ]
         self._maps = [cast(mmap.mmap, shard.base) for shard in self._shards]
         self._ends = np.cumsum([len(shard) for shard in self._shards]).tolist()
         self._mapped_bytes = 0

@@ -18,6 +18,8 @@ def print_report(report: dict) -> None:
     weights = ", 8-bit weights" if report["quantize"] else ""
     for name, measured in report["datasets"].items():
         print(f"\n{name}: validation split{limit}; {report['dtype']}{weights} on {report['device']}")
+        if measured.get("yardstick"):
+            print(f"to compare: {measured['yardstick']}")
         for scope in measured["scopes"]:
             print_table(scope, measured["results"])
             for comparison in measured["comparisons"]:

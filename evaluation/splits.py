@@ -1,8 +1,9 @@
 """Which tokens of a validation split are scored, in which context, and how many bytes of text they are.
 
 Text is one stream: every token is scored exactly once, `<|endoftext|>` included. The first token follows an
-`<|endoftext|>`. Chat is scored per conversation: its first token, `<|im_start|>`, is given, as in gen.py's chat; all
-others are scored, up to and including the final `<|endoftext|>`.
+`<|endoftext|>`: one that is added or, in published shards, the stream's own first id, which is then not scored. Chat is
+scored per conversation: its first token, `<|im_start|>`, is given, as in gen.py's chat; all others are scored, up to
+and including the final `<|endoftext|>`.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ BLOCK_TOKENS = 256
 class Split:
     """A validation split: its ids (N + 1,), which of them are scored, and in which group each one counts.
 
-    `ids` begins with an additional `<|endoftext|>`, the context of the first token. Each span (start, end) is a range
+    `ids` begins with the `<|endoftext|>` that is the context of the first token. Each span (start, end) is a range
     of positions that share a context. `counted` maps "all", and for chat "assistant", to the positions that count,
     (N + 1,) bool, and the bytes of text that they contain. `unit` (N + 1,) is what the bootstrap resamples: the index
     of each position's document or block. `bytes_at` (N + 1,) is the number of bytes of text at each position.
@@ -54,8 +55,10 @@ def read_split(
     score.
     """
     tokenizer = tokenizer or stream.tokenizer
-    ids = stream.read(-1, min(limit or len(stream), len(stream)))
-    is_whole, is_trained = len(ids) == len(stream) + 1, stream.is_trained(-1, len(ids) - 1)
+    first = 0 if not is_chat and stream.read(0, 1)[0] == stream.tokenizer.endoftext and len(stream) > 1 else -1
+    most = len(stream) - (first + 1)
+    end = first + 1 + min(limit or most, most)
+    ids, is_trained, is_whole = stream.read(first, end), stream.is_trained(first, end), end == len(stream)
     if tokenizer != stream.tokenizer:
         ids, is_trained = encode_again(ids, is_trained, is_chat, stream.tokenizer, tokenizer)
     if is_chat:

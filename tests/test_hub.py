@@ -270,9 +270,9 @@ def test_a_second_source_is_tried_when_the_first_is_gone(tmp_path, run_scripts):
         assert part in sentence
 
 
-def test_only_the_hubs_own_conversion_is_not_pinned_by_commit():
+def test_only_the_hubs_own_conversion_and_fineweb_are_not_pinned_by_commit():
     branches = [source for sources in SOURCES.values() for source in sources if not source.is_pinned]
-    assert [source.revision for source in branches] == ["refs/convert/parquet"]
+    assert [source.revision for source in branches] == ["refs/convert/parquet", "main", "main", "main"]
 
 
 def test_all_data_sets_in_one_go_and_what_is_missing_is_said(tmp_path):

@@ -16,6 +16,7 @@ RECORD_SUFFIXES = (".json", ".jsonl", ".ndjson", ".parquet", ".csv", ".tsv")
 PAGE_SUFFIXES = (".html", ".htm", ".xhtml", ".epub", ".srt")  # read as text by data/readers/pages.py
 ALL_SUFFIXES = TEXT_SUFFIXES + RECORD_SUFFIXES + PAGE_SUFFIXES
 ARCHIVE_SUFFIXES = (".zip",)
+SHARD_SUFFIXES = (".bin",)  # token ids, read by data/readers/shards.py
 COMPRESSION_SUFFIXES = {".gz": "gzip", ".zst": "zstd"}
 
 ZSTD_BYTES = 1 << 13  # of compressed data at a time, which may become 16,000 times as much
@@ -49,7 +50,7 @@ def is_text(path: str | Path) -> bool:
 
     A file of any other kind has been accepted by --suffix, as text.
     """
-    return split_suffix(path)[0] not in (*RECORD_SUFFIXES, *PAGE_SUFFIXES, *ARCHIVE_SUFFIXES)
+    return split_suffix(path)[0] not in (*RECORD_SUFFIXES, *PAGE_SUFFIXES, *ARCHIVE_SUFFIXES, *SHARD_SUFFIXES)
 
 
 # --- bytes and characters ---

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
 
 from common.cli import UserError
+from common.files import make_folder
 from common.hub import NotDownloaded, fetch_file, file_url, not_downloaded
 from data.sources import HubSource
 
@@ -20,7 +21,7 @@ def fetch_data_files(sources: Sequence[HubSource]) -> list[Path]:
     failures: list[NotDownloaded] = []
     for source in sources:
         try:
-            return [_fetch(source, name) for name in source.files]
+            return [fetch_data_file(source, name) for name in source.files]
         except NotDownloaded as error:
             failures.append(error)
             if source is not sources[-1]:
@@ -34,9 +35,30 @@ def fetch_data_files(sources: Sequence[HubSource]) -> list[Path]:
     raise UserError(f"neither {reasons} was downloaded; fetch {urls} by hand and pass them with --input {names}")
 
 
-def _fetch(source: HubSource, name: str) -> Path:
-    remedy = f"by hand and pass it with --input {PurePosixPath(name).name}"
+def fetch_data_file(source: HubSource, name: str, remedy: str | None = None) -> Path:
+    """The path of one file of a data set in the local cache. Raises NotDownloaded, or UserError for a full disk.
+
+    `remedy` is as for `fetch_file`.
+    """
+    remedy = remedy or f"by hand and pass it with --input {PurePosixPath(name).name}"
     return fetch_file(source.repository, name, remedy, repo_type="dataset", revision=source.revision)
+
+
+def is_cached(source: HubSource, name: str) -> bool:
+    """Whether a file is in the local cache already."""
+    import huggingface_hub
+
+    found = huggingface_hub.try_to_load_from_cache(
+        source.repository, name, repo_type="dataset", revision=source.revision
+    )
+    return isinstance(found, str)
+
+
+def cache_folder() -> Path:
+    """The folder of the local cache (HF_HOME), created if it is missing."""
+    from huggingface_hub import constants
+
+    return make_folder(Path(constants.HF_HUB_CACHE))
 
 
 def stream_hub(

@@ -20,6 +20,7 @@ from data.readers.files import (
     ALL_SUFFIXES,
     ARCHIVE_SUFFIXES,
     RECORD_SUFFIXES,
+    SHARD_SUFFIXES,
     TEXT_SUFFIXES,
     known_kinds,
     not_found,
@@ -81,7 +82,7 @@ def parse_suffixes(words: Sequence[str]) -> tuple[str, ...]:
     for suffix in suffixes:
         if not re.fullmatch(r"\.[^./\\\s]+", suffix):
             raise ValueError(f"--suffix must be the end of file names, such as .py, not {suffix.removeprefix('.')!r}")
-        if suffix in (*ALL_SUFFIXES, *ARCHIVE_SUFFIXES, ".gz", ".zst") and suffix not in TEXT_SUFFIXES:
+        if suffix in (*ALL_SUFFIXES, *ARCHIVE_SUFFIXES, *SHARD_SUFFIXES, ".gz", ".zst") and suffix not in TEXT_SUFFIXES:
             raise ValueError(f"--suffix {suffix}: files of this kind are not read as text; leave it out")
     return suffixes
 
@@ -201,7 +202,8 @@ def _copies_in_utf8(files: Sequence[Path], encoding: str) -> Iterator[Path]:
     folder = Path(tempfile.mkdtemp(prefix="jojo-utf8-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     for number, file in enumerate(files):
-        if split_suffix(file)[0] in (".parquet", ".epub", ".zip"):  # these say themselves how their text is encoded
+        # These say themselves how their text is encoded.
+        if split_suffix(file)[0] in (".parquet", ".epub", ".zip", *SHARD_SUFFIXES):
             yield file
             continue
         copy = folder / str(number) / (file.stem if split_suffix(file)[1] else file.name)

@@ -18,9 +18,10 @@ from data.counts import Skipped, n_dropped, nothing_usable, reasons_in_words
 from data.documents import Document
 from data.layouts.chat import conversations, known_layouts, layout_of
 from data.layouts.messengers import check_me, conversations_with, is_whatsapp, whatsapp_messages
-from data.readers.files import PAGE_SUFFIXES, decoded_blocks, is_text, split_suffix
+from data.readers.files import PAGE_SUFFIXES, SHARD_SUFFIXES, decoded_blocks, is_text, split_suffix
 from data.readers.pages import read_pages
 from data.readers.records import field_names, read_records, text_fields
+from data.readers.shards import NotShard, read_shard_documents, shard_tokens
 from data.readers.text import read_text_documents, text_layout
 
 # Records of these layouts are chat even if they have the field with the text, too.
@@ -34,7 +35,7 @@ class UnknownContent(UserError):
 
 @dataclass(frozen=True)
 class Recognized:
-    """What a file contains: `kind` is "text" or "chat", and `layout` says in words how it is stored.
+    """What a file contains: `kind` is "text", "chat" or "tokens", and `layout` says in words how it is stored.
 
     `field` is the field with the text, if the file consists of records; `divide_within_lines` is as for
     `read_text_documents`, and `me` as for `conversations`.
@@ -66,6 +67,8 @@ def _kind_and_layout(path: Path, field: str, divide_within_lines: bool, me: str 
         return "text", {".srt": "subtitles", ".epub": "a book, a document per chapter"}.get(
             split_suffix(path)[0], "a web page"
         )
+    if split_suffix(path)[0] in SHARD_SUFFIXES:
+        return "tokens", f"a shard of {_tokens_of(path):,} GPT-2 tokens"
     if is_text(path):
         if not _is_whatsapp(path):
             return "text", text_layout(path, divide_within_lines)
@@ -89,6 +92,13 @@ def _kind_and_layout(path: Path, field: str, divide_within_lines: bool, me: str 
     )
 
 
+def _tokens_of(path: Path) -> int:
+    try:
+        return shard_tokens(path)
+    except NotShard as error:
+        raise UnknownContent(str(error)) from error
+
+
 def _is_whatsapp(path: Path) -> bool:
     try:
         return is_whatsapp(next(decoded_blocks(path), "")[:10_000])
@@ -101,11 +111,13 @@ def read_documents(
 ) -> Iterator[Document]:
     """The documents of a recognized file: texts or conversations. What is left out is counted in `skipped`.
 
-    `n_records` limits how many records are read.
+    The texts of a shard are decoded. `n_records` limits how many records are read.
     """
     skipped = Counter() if skipped is None else skipped
     if split_suffix(found.path)[0] in PAGE_SUFFIXES:
         yield from read_pages(found.path)
+    elif found.kind == "tokens":
+        yield from read_shard_documents(found.path)
     elif is_text(found.path) and found.kind == "chat":
         said = list(whatsapp_messages("".join(decoded_blocks(found.path)).splitlines()))
         check_me(found.me, said, found.path)
@@ -140,7 +152,7 @@ def first_document(files: Sequence[Recognized]) -> Document:
 def _check_file(found: Recognized) -> tuple[Document | None, str]:
     """The first document of a file, None if its first records have none, and a warning if most of these are bad."""
     skipped = Skipped()
-    if is_text(found.path) or split_suffix(found.path)[0] in PAGE_SUFFIXES:
+    if is_text(found.path) or split_suffix(found.path)[0] in (*PAGE_SUFFIXES, *SHARD_SUFFIXES):
         return next(read_documents(found, skipped), None), ""
     documents = read_documents(found, skipped, FIRST_RECORDS)
     first, n_kept = None, 0
