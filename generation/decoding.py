@@ -12,6 +12,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 import torch
 from torch import Tensor
 
+from common.device import without_cudnn_attention
 from generation.sampling import Sampling, penalize_repetition, sample, seen_ids
 from model import GPT, GPTConfig, KVCache
 
@@ -116,6 +117,7 @@ def new_cache(model: GPT, batch_size: int = 1) -> KVCache:
     return KVCache(model.config, batch_size, weight.device, weight.dtype)
 
 
+@without_cudnn_attention()
 def prefill(model: GPT, prompts: Sequence[Sequence[int]], cache: KVCache) -> Tensor:
     """Fill `cache` with one prompt per row; returns the logits (B, n_vocab) of what follows each.
 
@@ -157,6 +159,7 @@ def _fill(model: GPT, rows: slice, contexts: list[list[int]], start: int, cache:
     return hidden[range(len(contexts)), [len(context) - 1 - start for context in contexts]]
 
 
+@without_cudnn_attention()
 def append(model: GPT, ids: Tensor, cache: KVCache, decode: DecodeStep = decode_step) -> Tensor:
     """Append one id to each of the cache's rows, ids (B,); returns the logits (B, n_vocab) of what follows."""
     _make_room(model, cache)

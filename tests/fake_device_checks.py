@@ -51,6 +51,8 @@ def simulate_devices() -> None:
     torch.cuda.get_device_capability = lambda device=None: (9, 0)
     torch.cuda.is_bf16_supported = lambda including_emulation=True: True
     torch.backends.mps.is_available = lambda: True
+    torch.cuda.mem_get_info = lambda device=None: (80 << 30, 80 << 30)
+    torch.cuda.empty_cache = torch.mps.empty_cache = lambda: None
     torch.Tensor.pin_memory = lambda self: self
     attention = torch.nn.functional.scaled_dot_product_attention
 
@@ -112,6 +114,20 @@ def training_step(device: str = "cuda:0", plain: bool = False, compiled: bool = 
     for name, weight in gpt.named_parameters():
         assert weight.grad is not None and weight.grad.dtype == weight.dtype == torch.float32, name
         assert weight.grad.device == weight.device, name
+
+
+def default_micro_batch(**options: Any) -> tuple[int, int]:
+    """The micro-batch that a run on CUDA tries first; on a fake device every size fits."""
+    config = config_of_run("cuda:0", **{"batch_size": None, "gradient_accumulation_steps": None, **options})
+    assert config.val_rows == 20 * 16, "validation does not depend on it"
+    return config.batch_size, config.gradient_accumulation_steps
+
+
+def micro_batches() -> None:
+    assert default_micro_batch(block_size=1024) == (64, 2)
+    assert default_micro_batch(block_size=256) == (128, 1)
+    assert default_micro_batch(block_size=16384) == (16, 8), "never fewer than before"
+    assert default_micro_batch(block_size=1024, gradient_accumulation_steps=4) == (16, 4)
 
 
 def forward_and_optimizers(**options: Any) -> None:
@@ -190,6 +206,7 @@ CHECKS: dict[str, Callable[[], None]] = {
         activation_checkpointing=True, document_mask=True, compiled=True
     ),
     "step, plain": lambda: training_step(plain=True, document_mask=True),
+    "micro-batches": micro_batches,
     "evaluation": evaluation,
     "evaluation, mask": lambda: evaluation(document_mask=True),
     "decoding": decoding,

@@ -83,7 +83,8 @@ class TrainOptions:
     batch_size: int | str | None = option(
         None,
         "sequences per micro-batch; auto: the largest number that fits, with the same number of tokens per iteration "
-        "(default: 16, on CUDA fewer if 16 do not fit; 4 with --init_from and less than a million tokens)",
+        "(default: 16, or 4 with --init_from and less than a million tokens; on CUDA up to 65,536 tokens, if they fit, "
+        "for the same sequences per iteration)",
         type=number_or_auto,
         at_least=1,
         group="batch",
@@ -170,9 +171,7 @@ class TrainOptions:
     )
 
     device: str | None = device_option()
-    dtype: str | None = dtype_option(
-        help="precision of the matrix products; float32 is TF32 on CUDA (default: the device's best)"
-    )
+    dtype: str | None = dtype_option()
     compile: bool | None = option(
         None,
         "use torch.compile (default: on CUDA, and from 200 iterations on a CPU with a C++ compiler)",
@@ -313,7 +312,8 @@ def make_config(
         is_sharded=options.parallel == "fsdp",
         logits_rows=logits_rows,
     )
-    batch_size, steps = find_micro_batch(step, options.batch_size, wanted, steps, speed_up)
+    may_grow = options.gradient_accumulation_steps is None
+    batch_size, steps = find_micro_batch(step, options.batch_size, wanted, steps, speed_up, may_grow)
     chosen |= {"batch_size": batch_size, "gradient_accumulation_steps": steps}
 
     # A resumed run keeps its validation rows, so that its losses stay comparable.

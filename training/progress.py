@@ -88,7 +88,7 @@ class Clock:
         self.config, self.facts = config, facts
         self.flops_per_iter = model.flops_per_token() * config.tokens_per_iter
         on_cuda = config.device.startswith("cuda")
-        peak = peak_flops(torch.cuda.get_device_name(config.device)) if on_cuda else None
+        peak = peak_flops(torch.cuda.get_device_name(config.device), config.dtype) if on_cuda else None
         self.peak_flops = peak and peak * n_devices
         self.slow_steps = SlowSteps()
         self.restart(iter_num)
