@@ -7,6 +7,7 @@ for ids in generate(model, [[50256, 7454]], max_tokens=100, sampling=TEXT_SAMPLI
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Collection, Iterator, Sequence
 
 import torch
@@ -41,6 +42,9 @@ def decode_at(model: GPT, ids: Tensor, positions: Tensor, end: int, cache: KVCac
 def logits_after(model: GPT, ids: Tensor, positions: Tensor, end: int, cache: KVCache) -> Tensor:
     """Logits (B, n_vocab) of what follows ids (B,) at positions (B,), which the caller has selected in `cache`."""
     mask = torch.arange(end, device=ids.device) <= positions[:, None, None, None]  # (B, 1, 1, end)
+    if ids.is_cuda:  # numbers that are added to the scores, made once: from a bool mask each layer would make them
+        dtype = model.ln_f.weight.dtype
+        mask = torch.zeros(mask.shape, device=ids.device, dtype=dtype).masked_fill_(~mask, -math.inf)
     return model.logits(model.hidden(ids[:, None], cache, positions[:, None], mask)[:, 0])
 
 
@@ -163,8 +167,9 @@ def _fill(model: GPT, rows: slice, contexts: list[list[int]], start: int, cache:
 def append(model: GPT, ids: Tensor, cache: KVCache, decode: DecodeStep = decode_step) -> Tensor:
     """Append one id to each of the cache's rows, ids (B,); returns the logits (B, n_vocab) of what follows."""
     _make_room(model, cache)
+    new = ids.tolist()  # before the step is launched, for which it would otherwise wait
     logits = decode(model, ids, [len(tokens) for tokens in cache.tokens], cache)
-    for tokens, token in zip(cache.tokens, ids.tolist(), strict=True):
+    for tokens, token in zip(cache.tokens, new, strict=True):
         tokens.append(token)
     return logits
 

@@ -29,6 +29,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fast.cuda_graphs
 import fast.document_masks
+import fast.generation
 import fast.tied_head
 import fast.training
 import generation.decoding
@@ -163,10 +164,19 @@ def generating_model(device: str) -> GPT:
     return gpt
 
 
+class Replayed:
+    """A captured graph that does nothing."""
+
+    def replay(self) -> None:
+        pass
+
+
 @torch.inference_mode()
 def decoding(device: str = "cuda:0", sampling: Sampling = TEXT_SAMPLING) -> None:
     """Prefill, decode steps for rows of one and of different lengths, and sampling."""
     gpt = generating_model(device)
+    if device.startswith("cuda"):
+        assert fast.generation.speed_up_generation(gpt).description == "plain layers, CUDA graphs"
     for lengths in ((5, 5), (4, 9)):
         cache = new_cache(gpt, 2)
         # `prefill` reads whether the logits are finite, so this calls what it consists of.
@@ -176,6 +186,9 @@ def decoding(device: str = "cuda:0", sampling: Sampling = TEXT_SAMPLING) -> None
         ids = generation.sampling.sample(logits, sampling, generator)
         logits = generation.decoding.decode_step(gpt, ids, list(lengths), cache)
         assert logits.dtype == torch.float32 and logits.device == gpt.wte.weight.device
+        captured = fast.cuda_graphs.CapturedDecode(capture=lambda step, device: (Replayed(), step()))
+        for more in range(2):  # the second call advances the positions on the device
+            logits = captured(gpt, ids, [length + more for length in lengths], cache)
         later = generation.decoding.decode_at(gpt, ids, ids * 0 + 9, 16, cache)
         assert later.shape == logits.shape == (2, 50259)
 
