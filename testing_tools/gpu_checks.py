@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import torch
@@ -35,7 +36,7 @@ from training.optimizers import init_optimizer_states, make_optimizers
 from training.step import forward_backward
 
 ROOT = Path(__file__).resolve().parent.parent
-SMALL = {"n_layer": 2, "n_head": 2, "n_embd": 32, "block_size": 32}
+SMALL: dict[str, Any] = {"n_layer": 2, "n_head": 2, "n_embd": 32, "block_size": 32}
 ENDOFTEXT = 50256
 
 
@@ -52,7 +53,7 @@ class Setting:
         return self.device.startswith("cuda")
 
     def shape(self, preset: str) -> GPTConfig:
-        return GPTConfig(**SMALL) if self.is_small else PRESETS[preset]
+        return dataclasses.replace(PRESETS[preset], **SMALL) if self.is_small else PRESETS[preset]
 
     def run_config(self, preset: str, **options) -> RunConfig:
         """A training run of the preset's shape, as train.py makes it."""
@@ -60,7 +61,7 @@ class Setting:
         options = {**(SMALL if self.is_small else {"preset": preset}), "max_iters": 1000, **options}
         data = {"format": "text", "n_vocab": 50259}
         return make_config(
-            TrainOptions(**options), options, self.device, data, speed_up=fast and fast.speed_up_training
+            TrainOptions(**options), options, self.device, data, speed_up=fast.speed_up_training if fast else None
         )
 
 
@@ -106,7 +107,7 @@ def environment(setting: Setting) -> None:
     if setting.on_cuda:
         properties = torch.cuda.get_device_properties(setting.device)
         print(f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB, sm_{properties.major}{properties.minor}")
-        print(f"cuDNN {torch.backends.cudnn.version()}, NCCL {torch.cuda.nccl.version()}")  # type: ignore[no-untyped-call]
+        print(f"cuDNN {torch.backends.cudnn.version()}, NCCL {torch.cuda.nccl.version()}")
     report(has_fast_bfloat16(setting.device) or not setting.on_cuda, "bfloat16 is multiplied in hardware")
 
 
