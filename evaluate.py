@@ -28,7 +28,15 @@ import numpy as np
 import torch
 
 from common.cli import UserError, check_options, option, parse_options, run_script
-from common.device import choose_device, choose_dtype, device_option, dtype_option, plain_option, quantize_option
+from common.device import (
+    allow_tf32,
+    choose_device,
+    choose_dtype,
+    device_option,
+    dtype_option,
+    plain_option,
+    quantize_option,
+)
 from common.files import atomic_write, require_target
 from common.speedups import load_speedups
 from common.threads import sleep_while_waiting_if_busy
@@ -181,6 +189,7 @@ def measure(options: EvaluateOptions, fast: ModuleType | None = None, story_toke
         datasets |= {name: open_dataset(data_dir, name) for name in set(story_data) - set(names)}
     device = choose_device(options.device)
     dtype = choose_dtype(options.dtype, device)
+    allow_tf32()
     results: dict[str, list[dict]] = {name: [] for name in names}
     all_scored: dict[str, list[Scored]] = {name: [] for name in names}
     samples = []

@@ -21,7 +21,15 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from common.cli import UserError, check_options, option, parse_options, run_script
-from common.device import choose_device, choose_dtype, device_option, dtype_option, plain_option, quantize_option
+from common.device import (
+    allow_tf32,
+    choose_device,
+    choose_dtype,
+    device_option,
+    dtype_option,
+    plain_option,
+    quantize_option,
+)
 from common.files import atomic_write, require_target
 from common.speedups import load_speedups
 from common.text_files import decode_text, unix_line_ends
@@ -220,6 +228,7 @@ class LoadedModel:
         with contextlib.redirect_stdout(sys.stderr):  # what they print is not generated text
             self.device = choose_device(options.device)
             self.dtype = choose_dtype(options.dtype, self.device)
+        allow_tf32()
         self.engine = self._load(self.path, info)
         self.description = ""  # what the last /model has done
 

@@ -18,7 +18,15 @@ import sys
 from typing import TYPE_CHECKING
 
 from common.cli import UserError, check_options, option, parse_options, run_script
-from common.device import choose_device, choose_dtype, device_option, dtype_option, plain_option, quantize_option
+from common.device import (
+    allow_tf32,
+    choose_device,
+    choose_dtype,
+    device_option,
+    dtype_option,
+    plain_option,
+    quantize_option,
+)
 from common.speedups import load_speedups
 from common.threads import sleep_while_waiting_if_busy
 
@@ -147,6 +155,7 @@ def model_loader(options: ServeOptions) -> Loader:
     with contextlib.redirect_stdout(sys.stderr):  # standard output is for the address
         device = choose_device(options.device)
         dtype = choose_dtype(options.dtype, device)
+    allow_tf32()
 
     def load(path: str) -> tuple[GPT, DecodeRows]:
         model, info = load_model(path, device, dtype)

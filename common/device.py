@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, TypedDict
 
 from common.cli import UserError, is_terminal, option
@@ -35,6 +35,8 @@ PEAK_FLOPS = {
     "V100": 125e12,
     "T4": 65e12,
 }
+# Peak in float32 of the cards without TF32. On all others, TF32 reaches half of PEAK_FLOPS.
+PEAK_FLOPS_WITHOUT_TF32 = {"V100": 15.7e12, "T4": 8.1e12}
 
 
 # --- options that several scripts have ---
@@ -48,7 +50,8 @@ def device_option(group: str | None = "device") -> Any:
 
 
 def dtype_option(
-    group: str | None = "device", help: str = "precision of the matrix products (default: the device's best)"
+    group: str | None = "device",
+    help: str = "precision of the matrix products; float32 is TF32 on CUDA (default: the device's best)",
 ) -> Any:
     """The option --dtype; see `choose_dtype`."""
     return option(None, help, choices=("float32", "bfloat16", "float16"), group=group)
@@ -185,6 +188,21 @@ def has_fast_bfloat16(device: str) -> bool:
     return False
 
 
+def tensor_core_dtype(device: str) -> Any:
+    """The precision in which Muon multiplies on a device: bfloat16, unless the device only emulates it.
+
+    A CPU without it uses float32. CUDA devices before Ampere (Volta, Turing) have tensor cores for float16; still older
+    ones have none and use float32.
+    """
+    import torch
+
+    if device == "cpu":
+        return torch.bfloat16 if has_fast_bfloat16(device) else torch.float32
+    if not device.startswith("cuda") or has_fast_bfloat16(device):
+        return torch.bfloat16
+    return torch.float16 if torch.cuda.get_device_capability(device)[0] >= 7 else torch.float32
+
+
 def choose_dtype(requested: str | None, device: str) -> str:
     """The precision of matrix products: "bfloat16", "float16" or "float32".
 
@@ -239,8 +257,37 @@ def allow_tf32() -> None:
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
 
 
-def peak_flops(device_name: str) -> float | None:
-    """A device's peak in dense 16-bit matrix products, in FLOP/s, by its name; None if it is not known.
+@contextlib.contextmanager
+def without_cudnn_attention() -> Iterator[None]:
+    """Keep torch from choosing cuDNN's attention on CUDA; also a decorator, for everything but training.
+
+    cuDNN builds a plan for each new shape, so each new length of a prompt would take far longer than its attention. It
+    also gives wrong results for fewer than 8 heads on some cards (PyTorch issue 193893).
+    """
+    import torch
+
+    was_enabled = torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    try:
+        yield
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(was_enabled)
+
+
+def empty_cache(device: str) -> None:
+    """Return the memory that torch keeps for later tensors on CUDA or MPS to the device."""
+    import torch
+
+    if device.startswith("cuda"):
+        torch.cuda.empty_cache()
+    elif device == "mps":
+        torch.mps.empty_cache()
+
+
+def peak_flops(device_name: str, dtype: str = "bfloat16") -> float | None:
+    """A device's peak in dense matrix products, in FLOP/s, by its name; None if it is not known.
+
+    The two 16-bit precisions have the same peak; float32 means TF32 where the device has it.
 
     >>> peak_flops("NVIDIA H200")
     989000000000000.0
@@ -248,7 +295,7 @@ def peak_flops(device_name: str) -> float | None:
     other_model = r"(?! (?:Ti|SUPER|Laptop|Max-Q|D)\b)"  # an "RTX 3080 Ti" is not an "RTX 3080"
     for name, peak in PEAK_FLOPS.items():
         if re.search(rf"\b{re.escape(name)}\b{other_model}", device_name, re.IGNORECASE):
-            return peak
+            return peak if dtype != "float32" else PEAK_FLOPS_WITHOUT_TF32.get(name, peak / 2)
     return None
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from common.cli import UserError
-from common.device import autocast
+from common.device import autocast, without_cudnn_attention
 from evaluation.bootstrap import margin
 from evaluation.splits import Split
 from model import GPT
@@ -43,6 +43,7 @@ def windows(start: int, end: int, block_size: int, stride: int) -> Iterator[tupl
 
 
 @torch.inference_mode()
+@without_cudnn_attention()
 def score(
     model: GPT, split: Split, stride: int, batch_size: int = 16, device: str = "cpu", dtype: str = "float32"
 ) -> tuple[np.ndarray, np.ndarray]:

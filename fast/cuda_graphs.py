@@ -70,12 +70,17 @@ class _CacheGraphs:
         self.context_step, self.capture = context_step, capture
         self.ids = torch.zeros_like(ids)
         self.positions = torch.zeros_like(ids)
+        self.lengths: list[int] = []  # what `positions` holds
         self.graphs: dict[int, tuple[Graph, Tensor]] = {}
 
     def replay(self, model: GPT, ids: Tensor, lengths: list[int], cache: KVCache) -> Tensor:
         end = min(-(-(max(lengths) + 1) // self.context_step) * self.context_step, model.config.block_size)
         self.ids.copy_(ids)
-        self.positions.copy_(torch.tensor(lengths))
+        if lengths == [length + 1 for length in self.lengths]:
+            self.positions.add_(1)  # on the device; a copy from the CPU would make the program wait
+        else:
+            self.positions.copy_(torch.tensor(lengths))
+        self.lengths = list(lengths)
         if end not in self.graphs:
             step = functools.partial(decode_at, model, self.ids, self.positions, end, cache)
             self.graphs[end] = self.capture(step, self.ids.device)

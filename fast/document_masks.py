@@ -16,6 +16,8 @@ from torch import Tensor
 from torch.nn.attention import flex_attention as flex
 from torch.nn.attention.flex_attention import BlockMask
 
+BLOCK = 128  # queries and keys per block of the score matrix, as in torch's kernels
+
 __all__ = ["BlockMask", "block_mask", "compute_dtype", "dense_mask", "flex_attention"]
 
 
@@ -25,13 +27,39 @@ def dense_mask(visible: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def block_mask(documents: Tensor) -> BlockMask:
-    """FlexAttention's causal mask within documents (B, T) ("Flex Attention", Dong et al. 2024)."""
+    """FlexAttention's causal mask within documents (B, T) ("Flex Attention", Dong et al. 2024).
+
+    The numbers must not fall along a row. Then the first and the last number of each block decide what it sees, and
+    the mask of every pair of positions, which torch's `create_block_mask` evaluates, is not needed.
+    """
 
     def may_attend(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return (key <= query) & (documents[row, query] == documents[row, key])
 
-    B, T = documents.shape
-    return flex.create_block_mask(may_attend, B, None, T, T, device=documents.device)
+    T, device = documents.shape[1], documents.device
+    first, last = documents[:, ::BLOCK], documents[:, BLOCK - 1 :: BLOCK]
+    if is_cut := T % BLOCK > 0:
+        last = torch.cat([last, documents[:, -1:]], 1)
+    n = first.shape[1]
+    earlier = torch.ones(n, n, dtype=torch.bool, device=device).tril(-1)
+    sees_some = (last[:, None] == first[:, :, None]) & earlier  # (B, blocks of queries, blocks of keys)
+    sees_all = (first[:, None] == last[:, :, None]) & earlier
+    if is_cut:
+        sees_all[:, -1].zero_()  # its queries beyond T see nothing
+    partly = (sees_some & ~sees_all) | torch.eye(n, dtype=torch.bool, device=device)
+    return BlockMask.from_kv_blocks(
+        *_counts_and_indices(partly),
+        *_counts_and_indices(sees_all),
+        BLOCK_SIZE=BLOCK,
+        mask_mod=may_attend,
+        seq_lengths=(T, T),
+    )
+
+
+def _counts_and_indices(seen: Tensor) -> tuple[Tensor, Tensor]:
+    """How many blocks of keys each block of queries sees (B, 1, n), and their numbers first in a list (B, 1, n, n)."""
+    chosen = seen[:, None].int()
+    return chosen.sum(-1, dtype=torch.int32), chosen.argsort(dim=-1, descending=True, stable=True).int()
 
 
 def flex_attention(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask) -> Tensor:

@@ -50,6 +50,7 @@ def speed_up_generation(
             raise UserError("--quantize int8 has no kernel for this processor; leave it out, or add --device cpu")
         layer, description = Int8Linear, "8-bit weights"
     elif weight.is_cuda:
+        model.__class__ = WholeHeadGPT
         return SpeedUps("plain layers, CUDA graphs", CapturedDecode())
     elif not on_cpu or dtype != torch.bfloat16:
         return SpeedUps("plain layers")
@@ -64,6 +65,13 @@ def speed_up_generation(
     model.packed_head = packed_head
     model.h = nn.ModuleList(PackedBlock(block, layer) for block in blocks)
     return SpeedUps(description)
+
+
+class WholeHeadGPT(GPT):
+    """GPT whose head multiplies all V rows and then cuts the padding off: CUDA has no fast kernel for an odd number."""
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        return F.linear(hidden, self.wte.weight)[..., : self.config.n_vocab].float()
 
 
 class PackedGPT(GPT):

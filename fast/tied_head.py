@@ -64,7 +64,8 @@ class TiedHead:
             self.chunks = [slice(first, first + chunk) for first in range(0, len(self.counts), chunk)]
             longest = min(chunk, len(self.counts))
         self.transpose = transpose or transposed
-        self.low_weight: Tensor | None = self.transpose(weight.detach(), dtype)  # (C, V)
+        with torch.no_grad():  # a training step and an evaluation call the same compiled code
+            self.low_weight: Tensor | None = self.transpose(weight.detach(), dtype)  # (C, V)
         self.logits: Tensor | None = torch.empty(longest, len(weight), device=weight.device, dtype=dtype)
         self.weight_grads: list[Tensor] | None = None  # see embed
 

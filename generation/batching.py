@@ -20,6 +20,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from common.device import without_cudnn_attention
 from generation.decoding import common_prefix
 from generation.row_cache import DecodeRows, RowCache, decode_rows, prefill_piece
 from generation.sampling import Sampling, draw
@@ -81,6 +82,7 @@ class BatchEngine:
             self.waiting.extend(streams)
 
     @torch.inference_mode()
+    @without_cudnn_attention()
     def step(self) -> bool:
         """Admit, prefill for a while, and decode one id of each running text; False if there is nothing to do."""
         self._release_cancelled()

@@ -7,11 +7,13 @@ for ids in generate(model, [[50256, 7454]], max_tokens=100, sampling=TEXT_SAMPLI
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Collection, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
+from common.device import without_cudnn_attention
 from generation.sampling import Sampling, penalize_repetition, sample, seen_ids
 from model import GPT, GPTConfig, KVCache
 
@@ -40,6 +42,9 @@ def decode_at(model: GPT, ids: Tensor, positions: Tensor, end: int, cache: KVCac
 def logits_after(model: GPT, ids: Tensor, positions: Tensor, end: int, cache: KVCache) -> Tensor:
     """Logits (B, n_vocab) of what follows ids (B,) at positions (B,), which the caller has selected in `cache`."""
     mask = torch.arange(end, device=ids.device) <= positions[:, None, None, None]  # (B, 1, 1, end)
+    if ids.is_cuda:  # numbers that are added to the scores, made once: from a bool mask each layer would make them
+        dtype = model.ln_f.weight.dtype
+        mask = torch.zeros(mask.shape, device=ids.device, dtype=dtype).masked_fill_(~mask, -math.inf)
     return model.logits(model.hidden(ids[:, None], cache, positions[:, None], mask)[:, 0])
 
 
@@ -116,6 +121,7 @@ def new_cache(model: GPT, batch_size: int = 1) -> KVCache:
     return KVCache(model.config, batch_size, weight.device, weight.dtype)
 
 
+@without_cudnn_attention()
 def prefill(model: GPT, prompts: Sequence[Sequence[int]], cache: KVCache) -> Tensor:
     """Fill `cache` with one prompt per row; returns the logits (B, n_vocab) of what follows each.
 
@@ -157,11 +163,13 @@ def _fill(model: GPT, rows: slice, contexts: list[list[int]], start: int, cache:
     return hidden[range(len(contexts)), [len(context) - 1 - start for context in contexts]]
 
 
+@without_cudnn_attention()
 def append(model: GPT, ids: Tensor, cache: KVCache, decode: DecodeStep = decode_step) -> Tensor:
     """Append one id to each of the cache's rows, ids (B,); returns the logits (B, n_vocab) of what follows."""
     _make_room(model, cache)
+    new = ids.tolist()  # before the step is launched, for which it would otherwise wait
     logits = decode(model, ids, [len(tokens) for tokens in cache.tokens], cache)
-    for tokens, token in zip(cache.tokens, ids.tolist(), strict=True):
+    for tokens, token in zip(cache.tokens, new, strict=True):
         tokens.append(token)
     return logits
 

@@ -37,7 +37,7 @@ def measure_machine(device: str, dtype: str) -> Machine:
     on_cuda = device.startswith("cuda")
     name = torch.cuda.get_device_name(device) if on_cuda else cpu_name()
     allow_tf32()  # as train.py does
-    known = peak_flops(name) if on_cuda and dtype != "float32" else None
+    known = peak_flops(name, dtype) if on_cuda else None
     size = 8192 if on_cuda else 4096
     peak = known or matmul_flops(device, dtype, size)
     bandwidth = memory_bandwidth(device, 1 << (30 if on_cuda else 28))

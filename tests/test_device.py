@@ -196,6 +196,67 @@ def test_the_peak_is_of_exactly_this_device(name, teraflops):
     assert peak_flops(name) == (None if teraflops is None else pytest.approx(teraflops * 1e12))
 
 
+@pytest.mark.parametrize(
+    ("name", "teraflops"),
+    [("NVIDIA H100 80GB HBM3", 494.5), ("NVIDIA A100-SXM4-40GB", 156), ("Tesla T4", 8.1), ("", None)],
+)
+def test_float32_has_the_peak_of_tf32_where_there_is_one(name, teraflops):
+    assert peak_flops(name, "float32") == (None if teraflops is None else pytest.approx(teraflops * 1e12))
+    assert peak_flops(name, "float16") == peak_flops(name)
+
+
+@pytest.mark.parametrize(
+    ("device", "capability", "dtype"),
+    [
+        ("mps", None, "bfloat16"),
+        ("cuda:0", (9, 0), "bfloat16"),
+        ("cuda:0", (8, 0), "bfloat16"),
+        ("cuda:0", (7, 5), "float16"),
+        ("cuda:0", (6, 1), "float32"),
+    ],
+)
+def test_muon_multiplies_in_what_the_tensor_cores_have(monkeypatch, device, capability, dtype):
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert device_module.tensor_core_dtype(device) == getattr(torch, dtype)
+
+
+@pytest.mark.parametrize(("has_amx", "dtype"), [(True, "bfloat16"), (False, "float32")])
+def test_muon_multiplies_in_float32_on_a_cpu_that_emulates_bfloat16(monkeypatch, has_amx, dtype):
+    import torch
+
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: has_amx)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    assert device_module.tensor_core_dtype("cpu") == getattr(torch, dtype)
+
+
+def test_without_cudnns_attention_only_while_it_is_asked_for():
+    import torch
+
+    enabled = torch.backends.cuda.cudnn_sdp_enabled
+    was_enabled = enabled()
+    try:
+        for before in (True, False):
+            torch.backends.cuda.enable_cudnn_sdp(before)
+            with device_module.without_cudnn_attention():
+                assert not enabled()
+            assert enabled() is before
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(was_enabled)
+
+
+@pytest.mark.parametrize("device", ["cuda:0", "mps", "cpu"])
+def test_the_cache_of_the_device_that_was_tried_is_emptied(monkeypatch, device):
+    import torch
+
+    emptied = []
+    for kind in ("cuda", "mps"):
+        monkeypatch.setattr(getattr(torch, kind), "empty_cache", lambda kind=kind: emptied.append(kind))
+    device_module.empty_cache(device)
+    assert emptied == [kind for kind in ("cuda", "mps") if device.startswith(kind)]
+
+
 def test_a_seed_fixes_every_generator():
     import numpy as np
     import torch

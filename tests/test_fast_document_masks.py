@@ -7,6 +7,7 @@ import dataclasses
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.nn.attention import flex_attention as flex
 
 from common.device import has_cpp_compiler
 from fast.document_masks import BlockMask, block_mask, dense_mask
@@ -52,6 +53,24 @@ def test_the_mask_has_the_precision_of_the_attention(gpt):
         assert gpt.document_mask(documents()).dtype == torch.bfloat16
     found = gpt.document_mask(documents())
     assert torch.equal(found, dense_mask(visible_by_hand(documents()), torch.float32))
+
+
+@pytest.mark.parametrize("length", [1, 127, 128, 300, 512])
+def test_the_block_mask_is_the_one_that_torch_makes_from_every_pair(length):
+    """Documents of a few ids, of several blocks, and blocks whose end is the end of a document."""
+    generator = seeded(length)
+    for step in (3, 100, 1000):
+        numbers = (torch.rand(3, length, generator=generator) < 1 / step).cumsum(1)
+        numbers[1, 128:] += 1
+        found = block_mask(numbers)
+        expected = flex.create_block_mask(found.mask_mod, 3, None, length, length, device="cpu")
+        assert torch.equal(found.to_dense(), expected.to_dense()) and found.shape == expected.shape
+        for name in ("kv_num_blocks", "full_kv_num_blocks", "q_num_blocks", "full_q_num_blocks"):
+            assert torch.equal(getattr(found, name), getattr(expected, name)), name
+        for name in ("kv", "full_kv", "q", "full_q"):
+            counts, indices = getattr(expected, f"{name}_num_blocks"), getattr(expected, f"{name}_indices")
+            used = torch.arange(indices.shape[-1]) < counts[..., None]
+            assert torch.equal(getattr(found, f"{name}_indices")[used], indices[used]), name
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")

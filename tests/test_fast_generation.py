@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from common.cli import UserError
 from fast import row_kernels, speed_up_generation
 from fast.cuda_graphs import CapturedDecode
+from fast.generation import WholeHeadGPT
 from fast.packed_linear import Int8Linear, PackedLinear, RowLinear, is_exact, quantize_rows
 from fast.row_kernels import RowProduct, attend
 from generation.decoding import append, new_cache, prefill
@@ -266,6 +267,34 @@ def test_a_captured_step_serves_rows_of_different_lengths():
     found = generated(gpt, prompts, 40, decode=CapturedDecode(capture=capture))
     assert found == [brute_force(gpt, prompt, 40) for prompt in prompts]
     assert CONFIG.block_size < 40
+
+
+@torch.inference_mode()
+def test_a_captured_steps_positions_are_right_after_a_cut_and_after_a_new_prompt():
+    positions = []
+
+    def capture(step, device):
+        result = step()
+        return StandInGraph(step, result), result
+
+    gpt, captured = generating_gpt(), CapturedDecode(capture=capture)
+    cache = new_cache(gpt)
+    for length, steps in ((3, 20), (4, 2), (4, 2)):
+        logits = prefill(gpt, [random_prompt(length, seed=length)], cache)
+        for _ in range(steps):
+            logits = append(gpt, logits.argmax(-1), cache, captured)
+            positions.append(captured._graphs[cache].positions.tolist()[0] == len(cache.tokens[0]) - 1)
+    assert len(positions) == 24 and all(positions)
+
+
+@torch.inference_mode()
+def test_the_whole_head_has_the_logits_of_the_vocabulary():
+    gpt = generating_gpt()
+    hidden = torch.randn(3, CONFIG.n_embd, generator=seeded())
+    expected = gpt.logits(hidden)
+    gpt.__class__ = WholeHeadGPT
+    assert gpt.logits(hidden).shape == (3, CONFIG.n_vocab) and CONFIG.n_vocab < CONFIG.vocab_size
+    torch.testing.assert_close(gpt.logits(hidden), expected)
 
 
 @pytest.mark.gpu

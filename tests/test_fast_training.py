@@ -74,6 +74,24 @@ def test_loss_and_gradients_equal_those_of_the_plain_model(way, documents):
     assert_same(gradients(fast, found), gradients(plain, expected))
 
 
+def test_an_evaluation_after_a_step_compiles_nothing():
+    _, fast = plain_and_fast()
+    ids, targets = batch()
+    compilations = []
+
+    def backend(graph, inputs):
+        compilations.append(graph)
+        return graph.forward
+
+    compiled(fast, backend=backend)
+    before = len(compilations)
+    assert before >= 2, "the blocks and the transposed head"
+    with torch.no_grad():
+        fast.eval()(ids, targets)
+    fast.train()(ids, targets)[1].backward()
+    assert len(compilations) == before
+
+
 def test_a_given_number_of_targets_divides_the_loss():
     plain, fast = plain_and_fast()
     ids, targets = batch()

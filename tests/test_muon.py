@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import copy
+import math
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
+from model import GPT, PRESETS
+from tests.fake_job import fake_job
 from training import muon
-from training.muon import Muon, orthogonalised_, same_shapes
+from training.muon import Muon, multiplications, orthogonalised_, owners_of, same_shapes
 
 SHAPES = [(24, 8), (8, 8), (8, 32), (24, 8), (32, 8), (8, 8), (24, 8)]
 
@@ -36,7 +42,7 @@ def test_it_takes_the_steps_of_torchs_muon(monkeypatch, together, settings):
     monkeypatch.setattr(muon, "TOGETHER", together)
     ours, theirs = matrices(), matrices()
     before = copy.deepcopy(theirs)
-    optimizers = Muon(ours, **settings), torch.optim.Muon(theirs, **settings)
+    optimizers = Muon(ours, torch.bfloat16, **settings), torch.optim.Muon(theirs, **settings)
     for optimizer in optimizers:
         take_steps(optimizer, range(5))
     for weight, expected, start in zip(ours, theirs, before, strict=True):
@@ -62,7 +68,7 @@ def test_steps_in_float32_are_those_of_bfloat16_rounded_less():
 
 def test_it_goes_on_with_the_state_of_torchs_muon_and_torchs_with_its():
     weights = matrices(), matrices()
-    optimizers = torch.optim.Muon(weights[0]), Muon(weights[1])
+    optimizers = torch.optim.Muon(weights[0]), Muon(weights[1], torch.bfloat16)
     for optimizer in optimizers:
         take_steps(optimizer, range(3))
     first, second = (copy.deepcopy(optimizer.state_dict()) for optimizer in optimizers)
@@ -99,3 +105,74 @@ def test_only_matrices_of_one_shape_go_together(monkeypatch):
     monkeypatch.setattr(muon, "TOGETHER", 2)
     parts = [[tuple(weight.shape) for weight in weights] for weights in same_shapes(matrices())]
     assert parts == [[(24, 8)] * 2, [(24, 8)], [(8, 8)] * 2, [(8, 32)], [(32, 8)]]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize("scale", [1e-8, 1, 1e6], ids=str)
+def test_on_devices_without_bfloat16_it_takes_the_same_steps(dtype, scale):
+    """Gradients of 1e-8 are zero in float16, and large ones infinite, unless they are scaled first."""
+    ours, theirs = matrices(), matrices()
+    before = copy.deepcopy(theirs)
+    gradients = [scale * weight.data.roll(1, 0) for weight in before]
+    step_with(Muon(ours, dtype, lr=0.1, eps=1e-12), gradients)
+    step_with(torch.optim.Muon(theirs, lr=0.1, eps=1e-12), gradients)
+    for weight, expected, start in zip(ours, theirs, before, strict=True):
+        moved = (expected - start).norm()
+        assert (weight - expected).norm() < 0.05 * moved and moved > 0.1
+
+
+def step_with(optimizer: torch.optim.Optimizer, gradients: list[torch.Tensor]) -> None:
+    for weight, gradient in zip(optimizer.param_groups[0]["params"], gradients, strict=True):
+        weight.grad = gradient.clone()
+    optimizer.step()
+
+
+# Several processes
+
+# One of two processes: steps that are shared, and the same steps without a job. Prints the groups that it multiplied.
+WORKER = """
+import sys, torch, torch.distributed as dist
+from unittest import mock
+from tests.test_muon import matrices, take_steps
+from training import muon
+
+rank, path = int(sys.argv[1]), sys.argv[2]
+torch.set_num_threads(1)
+dist.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=2)
+shared, alone, calls = matrices(), matrices(), []
+optimizers = muon.Muon(shared), muon.Muon(alone)
+real = muon.orthogonalised_
+with mock.patch.object(muon, "orthogonalised_", lambda *words: calls.append(1) or real(*words)):
+    take_steps(optimizers[0], range(3))
+print(len(calls), end="")
+with mock.patch("torch.distributed.is_initialized", lambda: False):
+    take_steps(optimizers[1], range(3))
+assert all(map(torch.equal, shared, alone)), "weights differ"
+for weight, other in zip(shared, alone):
+    assert torch.equal(*(o.state[w]["momentum_buffer"] for o, w in zip(optimizers, (weight, other)))), "momenta differ"
+dist.destroy_process_group()
+"""
+
+
+def test_processes_share_the_matrices_and_the_weights_are_the_same_bit_for_bit(tmp_path):
+    root = Path(muon.__file__).parent.parent
+    commands = [[sys.executable, "-c", WORKER, str(rank), str(tmp_path / "store")] for rank in range(2)]
+    processes = [subprocess.Popen(one, cwd=root, stdout=subprocess.PIPE, text=True) for one in commands]
+    counts = [process.communicate(timeout=120)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0]
+    made = list(map(int, counts))
+    assert sum(made) == 3 * len(list(same_shapes(matrices()))) and min(made) > 0, "each group in one process"
+
+
+def test_the_work_is_shared_evenly():
+    with torch.device("meta"):
+        gpt = GPT(PRESETS["gpt2"])
+    weights = [weight for name, weight in gpt.named_parameters() if weight.dim() == 2 and name.startswith("h.")]
+    groups = list(same_shapes(weights))
+    costs = [len(alike) * multiplications(alike[0]) for alike in groups]
+    for size, share in ((1, 1), (2, 1.1), (4, 1.1), (8, 1.5)):
+        with fake_job(size=size):
+            owners = owners_of(groups)
+        work = [sum(cost for cost, owner in zip(costs, owners, strict=True) if owner == rank) for rank in range(size)]
+        assert math.fsum(work) == math.fsum(costs)
+        assert max(work) <= share * sum(costs) / size

@@ -89,7 +89,7 @@ def test_the_first_size_that_fits_is_taken(sizes, most, expected):
 @pytest.mark.parametrize(
     ("device", "requested", "sizes"),
     [
-        ("cuda:0", None, [16, 8, 4, 2, 1]),  # the default, or what a small card can do
+        ("cuda:0", None, [32, 16, 8, 4, 2, 1]),  # the default, or what a small card can do
         ("cuda:0", 16, []),  # a number is the user's
         ("cuda:0", "auto", [128, 64, 32, 16, 8, 4, 2, 1]),
         ("mps", None, []),
@@ -98,7 +98,7 @@ def test_the_first_size_that_fits_is_taken(sizes, most, expected):
     ],
 )
 def test_sizes_are_tried_by_default_on_cuda_and_with_auto(device, requested, sizes):
-    assert sizes_to_try(device, requested, 16, 128) == sizes
+    assert sizes_to_try(device, requested, 40, 128) == sizes
 
 
 @pytest.mark.gpu
@@ -107,7 +107,8 @@ def test_a_first_run_on_a_small_card_finds_its_micro_batch(capsys):
     step = StepMemory(SHAPE, "cuda:0", "float32")
     assert memory.find_micro_batch(step, None, 16, 8, Card(5).speed_up) == (4, 32)
     assert "the default of 16 does not fit): 4 x 32 sequences, 2,048 tokens" in capsys.readouterr().out
-    assert memory.find_micro_batch(step, None, 16, 8) == (16, 8)
+    assert memory.find_micro_batch(step, None, 16, 8) == (128, 1)
+    assert memory.find_micro_batch(step, None, 16, 8, may_grow=False) == (16, 8)
 
 
 class Taken(torch.overrides.TorchFunctionMode):

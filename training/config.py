@@ -82,7 +82,8 @@ class TrainOptions(ObjectiveOptions):
     batch_size: int | str | None = option(
         None,
         "sequences per micro-batch; auto: the largest number that fits, with the same number of tokens per iteration "
-        "(default: 16, on CUDA fewer if 16 do not fit; 4 with --init_from and less than a million tokens)",
+        "(default: 16, or 4 with --init_from and less than a million tokens; on CUDA up to 65,536 tokens, if they fit, "
+        "for the same sequences per iteration)",
         type=number_or_auto,
         at_least=1,
         group="batch",
@@ -169,9 +170,7 @@ class TrainOptions(ObjectiveOptions):
     )
 
     device: str | None = device_option()
-    dtype: str | None = dtype_option(
-        help="precision of the matrix products; float32 is TF32 on CUDA (default: the device's best)"
-    )
+    dtype: str | None = dtype_option()
     compile: bool | None = option(
         None,
         "use torch.compile (default: on CUDA, and from 200 iterations on a CPU with a C++ compiler)",
@@ -328,7 +327,8 @@ def make_config(
         logits_rows=None if is_dpo else logits_rows,  # DPO needs all logits
         adapter=lora.adapter_of(chosen),
     )
-    batch_size, steps = find_micro_batch(step, options.batch_size, wanted, steps, None if is_dpo else speed_up)
+    may_grow, speed_up = options.gradient_accumulation_steps is None and not is_dpo, None if is_dpo else speed_up
+    batch_size, steps = find_micro_batch(step, options.batch_size, wanted, steps, speed_up, may_grow)
     if is_dpo:
         require_whole_pairs(micro_batch_size(batch_size, steps))
     chosen |= {"batch_size": batch_size, "gradient_accumulation_steps": steps}

@@ -12,12 +12,13 @@ from pathlib import Path
 import torch
 
 from common.cli import UserError
-from common.device import autocast, is_out_of_memory
+from common.device import autocast, empty_cache, is_out_of_memory
 from common.lora import Adapter
 from model import GPT, GPTConfig
 from training.lora import trial_model
 from training.parallel import local_world_size, micro_batch_size, reduce, world_size
 
+MICRO_BATCH_TOKENS = 1 << 16  # of the default micro-batch on CUDA; smaller ones keep the device waiting for the host
 HEADROOM = 0.9  # fraction of the free memory that a step may fill
 # A step takes at least these fractions of `step_bytes`, in bfloat16.
 LEAST_SHARE, LEAST_SHARE_COMPILED = 0.5, 0.25
@@ -109,12 +110,13 @@ def find_micro_batch(
     batch_size: int,
     gradient_accumulation_steps: int,
     speed_up: SpeedUp | None = None,
+    may_grow: bool = True,
 ) -> tuple[int, int]:
     """(batch_size, gradient_accumulation_steps), unchanged or with a micro-batch that fits and the same product.
 
-    `requested` is the option: a number is kept, "auto" finds the largest micro-batch that fits, and None tries sizes up
-    to the default `batch_size` on CUDA. `speed_up` is applied to the model that is tried. On a CPU, raises UserError if
-    a step cannot fit.
+    `requested` is the option: a number is kept, "auto" finds the largest micro-batch that fits, and None, on CUDA, the
+    largest that fits and has at most MICRO_BATCH_TOKENS (without `may_grow` at most `batch_size` rows). `speed_up` is
+    applied to the model that is tried. On a CPU, raises UserError if a step cannot fit.
     """
     unchanged = batch_size, gradient_accumulation_steps
     if requested != "auto" and step.device == "cpu":
@@ -123,7 +125,8 @@ def find_micro_batch(
     if is_sharded and requested == "auto":
         raise UserError("--batch_size auto cannot try sizes with --parallel fsdp; give a number")
     sequences = batch_size * gradient_accumulation_steps
-    sizes = sizes_to_try(step.device, requested, batch_size, sequences // world_size())
+    most = max(batch_size, MICRO_BATCH_TOKENS // step.model.block_size) if may_grow else batch_size
+    sizes = sizes_to_try(step.device, requested, most, sequences // world_size())
     if is_sharded or not sizes:
         return unchanged
     if step.device == "cpu":
@@ -136,18 +139,22 @@ def find_micro_batch(
     size = int(reduce("min", size)[0])  # the same in all processes
     steps = sequences // size
     if requested == "auto" or size != batch_size:
-        kind = "auto" if requested == "auto" else f"the default of {batch_size} does not fit"
+        kind = "auto" if requested == "auto" else "the default"
+        kind += f" of {batch_size} does not fit" if requested is None and size < batch_size else ""
         tokens = f"{sequences * step.model.block_size:,} tokens per iteration"
         print(f"batch size ({kind}): {size} x {steps} sequences, {tokens}")
     return size, steps
 
 
-def sizes_to_try(device: str, requested: int | str | None, batch_size: int, sequences: int) -> list[int]:
-    """The micro-batches of a process that makes `sequences` per iteration, largest first; none if its size is given."""
+def sizes_to_try(device: str, requested: int | str | None, most: int, sequences: int) -> list[int]:
+    """The micro-batches of a process that makes `sequences` per iteration, largest first; none if its size is given.
+
+    By default there are sizes on CUDA alone, of `most` rows or fewer.
+    """
     if requested == "auto":
         return divisors(sequences)
     if requested is None and device.startswith("cuda"):  # the defaults should work on a small card, too
-        return [size for size in divisors(sequences) if size <= batch_size]
+        return [size for size in divisors(sequences) if size <= most]
     return []
 
 
@@ -224,8 +231,7 @@ def fits(model: GPT, run_step: Callable[[], None], device: str) -> bool:
         held.clear()  # otherwise the next try would find less free memory
         model.zero_grad(set_to_none=True)
         gc.collect()  # the exception's traceback held the step's tensors
-        if device.startswith("cuda"):
-            torch.cuda.empty_cache()
+        empty_cache(device)
 
 
 # --- estimates ---

@@ -4,7 +4,11 @@ Muon updates a matrix by its orthogonalized momentum: all singular values are ma
 hidden layers in neural networks", Jordan et al. 2024). torch.optim.Muon updates one matrix after another, with products
 too small to keep two CPU cores busy, let alone a GPU; here the matrices of one shape are multiplied together. The state
 is torch's, and so is the default that adjusts the learning rate to a matrix's shape. The precision of the products is
-torch's (bfloat16) or, for processors that only emulate it, float32, which on such a CPU is 20 times as fast.
+torch's (bfloat16), except on processors that only emulate it (see common.device.tensor_core_dtype): on a CPU with AVX2
+bfloat16 takes 20 times as long as float32.
+
+Under DistributedDataParallel all processes have the same gradients. Each multiplies a share of the matrices and sends
+their updates to the others, which is exact: the same products with the same results, computed once instead of by all.
 """
 
 from __future__ import annotations
@@ -13,9 +17,12 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
-from training.sharding import full_tensor, shard_like
+from common.device import tensor_core_dtype
+from training.parallel import rank, world_size
+from training.sharding import full_tensor, is_sharded, shard_like
 
 TOGETHER = 4  # matrices multiplied at a time; more would take memory and gain nothing
 
@@ -23,37 +30,65 @@ TOGETHER = 4  # matrices multiplied at a time; more would take memory and gain n
 class Muon(torch.optim.Muon):
     """torch.optim.Muon whose step multiplies weights of the same shape together.
 
-    The momentum of sharded weights stays sharded; each process computes the whole update and takes its shard. The
-    products are computed in `dtype`.
+    The momentum of sharded weights stays sharded; each process computes the whole update and takes its shard. Weights
+    that are not sharded are the same in all processes, which share the work. `dtype` is the precision of the products
+    (None: the device's).
     """
 
-    def __init__(self, params: Iterable[Tensor], dtype: torch.dtype = torch.bfloat16, **settings: Any):
+    def __init__(self, params: Iterable[Tensor], dtype: torch.dtype | None = None, **settings: Any):
         super().__init__(params, **settings)
         self.dtype = dtype
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         for group in self.param_groups:
-            for weights in same_shapes([weight for weight in group["params"] if weight.grad is not None]):
-                rows, columns = weights[0].shape
-                updates = torch.empty(len(weights), rows, columns, device=weights[0].device, dtype=self.dtype)
-                for update, weight in zip(updates, weights, strict=True):
-                    update.copy_(self._direction(weight, group))
-                updates = orthogonalised_(updates, group["ns_coefficients"], group["ns_steps"], group["eps"])
-                rate = group["lr"] * max(1, rows / columns) ** 0.5
-                for weight, update in zip(weights, updates, strict=True):
-                    weight.mul_(1 - group["lr"] * group["weight_decay"])
-                    weight.add_(shard_like(update, weight), alpha=-rate)
+            weights = [weight for weight in group["params"] if weight.grad is not None]
+            groups = list(same_shapes(weights))
+            if world_size() == 1 or any(map(is_sharded, weights)):
+                for alike in groups:
+                    self._apply(alike, self._updates(alike, group), group)
+            else:
+                self._share(groups, group)
+
+    def _share(self, groups: list[list[Tensor]], group: dict) -> None:
+        """Multiply this process's groups of weights, exchange the updates, and apply them."""
+        sent = []
+        for alike, owner in zip(groups, owners_of(groups), strict=True):
+            updates = self._updates(alike, group, is_own=owner == rank())
+            sent.append((alike, updates, dist.broadcast(updates.view(torch.uint8), owner, async_op=True)))
+        for alike, updates, exchange in sent:
+            exchange.wait()
+            self._apply(alike, updates, group)
+
+    def _updates(self, weights: list[Tensor], group: dict, is_own: bool = True) -> Tensor:
+        """The orthogonalized updates (n, rows, columns), or memory for those that another process computes."""
+        device = weights[0].device
+        dtype = self.dtype or tensor_core_dtype(str(device))
+        updates = torch.empty(len(weights), *weights[0].shape, device=device, dtype=dtype)
+        for update, weight in zip(updates, weights, strict=True):
+            direction = self._direction(weight, group)  # in every process, so that all have the momentum
+            if is_own:
+                update.copy_(full_tensor(in_range(direction, dtype, group["eps"]).to(dtype)))
+        if not is_own:
+            return updates
+        return orthogonalised_(updates, group["ns_coefficients"], group["ns_steps"], group["eps"])
+
+    @staticmethod
+    def _apply(weights: list[Tensor], updates: Tensor, group: dict) -> None:
+        rows, columns = weights[0].shape
+        rate = group["lr"] * max(1, rows / columns) ** 0.5
+        for weight, update in zip(weights, updates, strict=True):
+            weight.mul_(1 - group["lr"] * group["weight_decay"])
+            weight.add_(shard_like(update, weight), alpha=-rate)
 
     def _direction(self, weight: Tensor, group: dict) -> Tensor:
-        """The momentum's direction, with the current gradient added once more (Nesterov), whole and in `dtype`."""
+        """The momentum's direction, with the current gradient added once more (Nesterov), sharded like the weight."""
         state, gradient = self.state[weight], weight.grad
         assert gradient is not None  # `step` leaves out weights without one
         if "momentum_buffer" not in state:
             state["momentum_buffer"] = torch.zeros_like(gradient)
         momentum = state["momentum_buffer"].lerp_(gradient, 1 - group["momentum"])
-        direction = gradient.lerp(momentum, group["momentum"]) if group["nesterov"] else momentum
-        return full_tensor(direction.to(self.dtype))
+        return gradient.lerp(momentum, group["momentum"]) if group["nesterov"] else momentum
 
 
 def same_shapes(weights: list[Tensor]) -> Iterator[list[Tensor]]:
@@ -79,3 +114,27 @@ def orthogonalised_(matrices: Tensor, coefficients: tuple[float, float, float], 
         square = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(square, square, square, beta=b, alpha=c), x, beta=a)
     return x.mT.contiguous() if is_tall else x  # in the weights' memory layout, which adds four times as fast
+
+
+def in_range(matrix: Tensor, dtype: torch.dtype, eps: float) -> Tensor:
+    """A matrix that `dtype` can hold: float16 is too small for a gradient, so there it is divided by its norm."""
+    if dtype != torch.float16:
+        return matrix
+    return matrix / torch.linalg.vector_norm(matrix).clamp(min=eps)
+
+
+def owners_of(groups: list[list[Tensor]]) -> list[int]:
+    """The process that multiplies each group of weights: the largest groups first, each to the one with least work."""
+    work = [0] * world_size()
+    owners = [0] * len(groups)
+    costs = [len(alike) * multiplications(alike[0]) for alike in groups]
+    for number in sorted(range(len(groups)), key=lambda number: -costs[number]):
+        owners[number] = min(range(len(work)), key=work.__getitem__)
+        work[owners[number]] += costs[number]
+    return owners
+
+
+def multiplications(weight: Tensor) -> int:
+    """The multiplications of a Newton-Schulz step: two products with the matrix itself and one of its square."""
+    short, long = sorted(weight.shape)
+    return short * short * (2 * long + short)

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 
-from common.device import has_fast_bfloat16
 from model import GPT
 from training.config import RunConfig
 from training.muon import Muon
@@ -39,8 +38,7 @@ def make_optimizers(model: GPT, config: RunConfig) -> list[torch.optim.Optimizer
     optimizers: list[torch.optim.Optimizer] = []
     groups: list[dict[str, Any]] = [{"params": embeddings, "weight_decay": decay, "eps": eps}]
     if config.optimizer == "muon":
-        dtype = torch.bfloat16 if has_fast_bfloat16(config.device) else torch.float32
-        optimizers.append(Muon(blocks, dtype, lr=config.muon_learning_rate, weight_decay=config.muon_weight_decay))
+        optimizers.append(Muon(blocks, lr=config.muon_learning_rate, weight_decay=config.muon_weight_decay))
     else:
         groups.append({"params": blocks, "weight_decay": decay})
     groups.append({"params": vectors, "weight_decay": 0.0})

@@ -108,7 +108,7 @@ class Clock:
         flops_per_token = model.flops_per_token() - 2 * (n_frozen - n_looked_up)
         self.flops_per_iter = flops_per_token * tokens_per_iter
         on_cuda = config.device.startswith("cuda")
-        peak = peak_flops(torch.cuda.get_device_name(config.device)) if on_cuda else None
+        peak = peak_flops(torch.cuda.get_device_name(config.device), config.dtype) if on_cuda else None
         self.peak_flops = peak and peak * n_devices
         self.slow_steps = SlowSteps()
         self.restart(iter_num)

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from common.device import autocast
+from common.device import autocast, without_cudnn_attention
 from model import GPT, IGNORED
 from training.config import RunConfig
 from training.parallel import mean, rank, reduce, share, synchronizing, world_size
@@ -76,6 +76,7 @@ def clip_gradients(
 
 
 @torch.no_grad()
+@without_cudnn_attention()
 def evaluate(model: GPT, batches: Sequence[tuple[np.ndarray, np.ndarray]], config: RunConfig) -> float:
     """The mean loss in nats per target over batches of (ids, targets), which the processes share."""
     model.eval()
