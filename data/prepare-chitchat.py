@@ -1,4 +1,4 @@
-"""Prepare chitchat: greetings, introductions, thanks and small talk, generated locally without a download.
+"""Prepare chitchat: greetings, small talk, facts to remember and tales, generated locally without a download.
 
     python data/prepare-chitchat.py
 
@@ -6,11 +6,12 @@ prints:
 
     chitchat: made by data/chitchat from data/chitchat-phrases.json
     licence: MIT
-    train: 57,050 documents, 4,484,963 tokens in chitchat-train.bin
-    val: 2,950 documents, 231,382 tokens in chitchat-val.bin
+    train: 57,109 documents, 6,920,377 tokens in chitchat-train.bin
+    val: 2,891 documents, 352,219 tokens in chitchat-val.bin
 
-The conversations teach a tiny model to greet, to thank, to say goodbye, and to remember a name or another fact that it
-was told. Then run: python train.py --dataset chitchat
+The conversations teach a tiny model to greet, to thank, to say goodbye, to remember a name or another fact that it was
+told several turns before, to tell a short tale about the user, and to admit what it does not know. Then run: python
+train.py --dataset chitchat
 """
 
 from __future__ import annotations
