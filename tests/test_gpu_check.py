@@ -106,7 +106,9 @@ def test_the_table_shows_failures_and_speeds():
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "count"), [("beside_cpu", 3), ("repeats", 2), ("profile", 1)])
-def test_training_runs_beside_the_cpu_and_beside_themselves(setting, capsys, name, count):
+def test_training_runs_beside_the_cpu_and_beside_themselves(setting, capsys, request, name, count):
+    if "slow" not in request.config.getoption("-m"):
+        pytest.skip("takes minutes; run with -m slow")
     gpu_checks.CHECKS[name](setting)
     found = outcomes(capsys.readouterr().out)
     assert len(found) == count and all(line.startswith("ok") for line in found), found
