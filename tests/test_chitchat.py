@@ -157,9 +157,9 @@ def test_a_tale_is_about_the_user(conversations):
             if message["content"].endswith("The end."):
                 assert chat_eval.tale_fault(message["content"] + IM_END, hero_of(message["content"])) is None
                 told = re.search(
-                    r"(?:Nice to meet you|nice to meet you|Hello|Hi), (\w+)", talk[max(0, index - 3)]["content"]
+                    r"(?:Nice to meet you|nice to meet you|Hello|Hi), (\w+)", talk[max(0, index - 2)]["content"]
                 )
-                if told and talk[index - 3]["role"] == "assistant":
+                if told and talk[index - 2]["role"] == "assistant":
                     heroes.append(hero_of(message["content"]) == told[1])
     assert len(heroes) > 100 and 0.8 < sum(heroes) / len(heroes) < 1
 

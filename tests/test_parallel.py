@@ -249,7 +249,7 @@ def test_only_the_first_process_prints_and_an_error_of_all_is_printed_once(job):
     )
     assert output.count(sentence) == 1
     assert output.count("Traceback") == 1, "torchrun's own"
-    assert output.count("resume: parallel ddp -> fsdp") == 1
+    assert output.count("resume: parallel ddp -> fsdp") == 2, "once for each run that changes its layout"
 
 
 def test_after_a_killed_process_a_restart_continues_by_itself(data, straight, tmp_path):

@@ -238,7 +238,7 @@ def test_the_speed_counts_no_gradients_of_frozen_weights(data, base, tmp_path):
     counts = []
 
     def count(training):
-        clock = Clock(training.model, training.config, training.data.facts, 0)
+        clock = Clock(training.model, training.config, training.data.facts, training.config.tokens_per_iter, 0)
         frozen = [name for name, weight in training.model.named_parameters() if not weight.requires_grad]
         sizes = {name: weight.numel() for name, weight in training.model.named_parameters()}
         products = 6 * sum(sizes.values()) - 6 * sizes["wpe.weight"]

@@ -309,8 +309,8 @@ def make_config(
     wanted = options.batch_size if isinstance(options.batch_size, int) else saved.get("batch_size", default_size)
     steps = options.gradient_accumulation_steps or (8 if device.startswith("cuda") else 1)
     micro_batch_size(wanted, steps)  # raises UserError if the processes cannot share the rows
-    fitting = default_iters(portions(data), shape["block_size"], wanted * steps, options.init_from is not None)
-    max_iters = options.max_iters or fitting
+    is_fine_tuning = options.init_from is not None
+    max_iters = options.max_iters or default_iters(portions(data), shape["block_size"], wanted * steps, is_fine_tuning)
     has_fast_parts = speed_up is not None
     chosen = {**shape, **_choices(options, device, formats, shape["n_embd"], max_iters, has_fast_parts)}
     chosen |= lora.choices(options, shape, checkpoint, formats)
