@@ -35,15 +35,15 @@ if TYPE_CHECKING:
     from model import GPT
 
 QUESTIONS_FILE = Path(__file__).with_name("chat_eval_questions.json")
-MAX_REPLY_TOKENS = 200
+MAX_REPLY_TOKENS, MAX_TALE_TOKENS = 60, 200
 MAX_REPLY_WORDS, MAX_TALE_WORDS = 40, 80
 TURNS = 8  # user messages of the conversations with names and facts
 FACT_TURN, N_TALES = 2, 20
 RELATIVES = {"Mom", "Dad", "Grandma", "Grandpa"}  # other capitalized words that a tale may have
 SUMS = ("openers", "names", "facts", "beyond", "tales")
 
-# Messages -> the reply as text, with `<|im_end|>` at its end if the assistant ended it.
-Reply = Callable[[list[dict[str, str]]], str]
+# (messages, max_tokens=MAX_REPLY_TOKENS) -> the reply as text, with `<|im_end|>` at its end if the assistant ended it.
+Reply = Callable[..., str]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -208,7 +208,7 @@ def evaluate(reply: Reply, questions: Mapping | None = None) -> list[Answer]:
     for number, (name, introduction) in enumerate(introductions(questions)[:N_TALES]):
         messages = [user_says(introduction)]
         messages += [assistant_says(reply(messages)), user_says(questions["tales"][number % len(questions["tales"])])]
-        text = reply(messages)
+        text = reply(messages, MAX_TALE_TOKENS)
         answers.append(Answer("tale", f"{introduction} / {messages[-1]['content']}", text, tale_fault(text, name)))
     return answers
 
@@ -279,10 +279,10 @@ def model_reply(model: GPT, tokenizer: Tokenizer = GPT2) -> Reply:
 
     cache = new_cache(model)  # keeps the keys and values of the conversation between the turns
 
-    def reply(messages: list[dict[str, str]]) -> str:
+    def reply(messages: list[dict[str, str]], max_tokens: int = MAX_REPLY_TOKENS) -> str:
         prompt = tokenizer.encode_chat(messages, add_generation_prompt=True)
         stop_ids = (tokenizer.im_end, tokenizer.endoftext)
-        steps = generate(model, [prompt], MAX_REPLY_TOKENS, GREEDY, stop_ids=stop_ids, cache=cache)
+        steps = generate(model, [prompt], max_tokens, GREEDY, stop_ids=stop_ids, cache=cache)
         return tokenizer.enc.decode([int(ids[0]) for ids in steps])
 
     return reply

@@ -47,7 +47,7 @@ class FakeAssistant:
         self.questions, self.replies = questions, replies
         self.value_reply, self.honest, self.tale = value_reply, beyond, tale
 
-    def __call__(self, messages):
+    def __call__(self, messages, max_tokens=chat_eval.MAX_REPLY_TOKENS):
         assert [message["role"] for message in messages] == (["user", "assistant"] * len(messages))[: len(messages)]
         said = [message["content"] for message in messages[::2]]
         return self.reply(said, said[-1]) + IM_END
