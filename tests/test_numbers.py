@@ -41,7 +41,7 @@ class Config:
 
 
 def test_a_progress_line_has_three_digits_of_the_speed_and_mfu_only_where_the_peak_is_known(capsys):
-    facts = {"name": "mine", "splits": {"train": {"tokens": 409_600}}}
+    facts = {"name": "mine", "format": "text", "splits": {"train": {"tokens": 409_600}}}
     clock = Clock(tiny_gpt(), Config(), facts, Config.tokens_per_iter, iter_num=0)
     tokens_per_s = clock.log(50, 1.5, 1e-3, 0.5, 0)
     line = capsys.readouterr().out
