@@ -1,8 +1,7 @@
 """Training steps that take less time and memory.
 
-Replaces: GPT.forward with targets (fast/tied_head.py), GPT.document_mask (fast/document_masks.py and, on a CPU,
-fast/document_attention.py), and in compiled steps on a CPU the backward passes of Linear and attention
-(fast/cpu_backward.py) and GELU's formula.
+Replaces: GPT.forward with targets (fast/tied_head.py), GPT.document_mask (fast/document_masks.py), and in compiled
+steps on a CPU the backward passes of Linear and attention (fast/cpu_backward.py) and GELU's formula.
 Gains: see docs/performance.md, "What each fast part gains".
 Skipped: with --plain, and for everything but the training loss: logits and generation run the plain code.
 
@@ -28,7 +27,6 @@ from torch.utils.checkpoint import checkpoint
 from common.device import is_out_of_memory
 from fast import cpu_backward
 from fast.allocator import give_back_freed_memory
-from fast.document_attention import are_contiguous, document_attention
 from fast.document_masks import BlockMask, block_mask, compute_dtype, dense_mask, flex_attention
 from fast.tied_head import TiedHead, transposed
 from model import GPT, IGNORED, MLP, Attention, Block, KVCache
@@ -131,16 +129,10 @@ class FastGPT(GPT):
         return None, head.loss(self.transform(head.embed(idx), mask=mask), n_targets)
 
     def document_mask(self, documents: Tensor) -> Tensor:
-        """What FastAttention understands: on a CPU the documents themselves, in compiled training on CUDA a BlockMask.
-
-        With dropout, which these lack, and elsewhere it is numbers that are added to the scores.
-        """
+        """The mask as a BlockMask in compiled training on CUDA, otherwise as numbers that are added to the scores."""
         is_compiled = self.training and self.fast_blocks()[0].compiled is not None
-        has_dropout = self.training and self.config.dropout > 0
-        if documents.is_cuda and is_compiled and not has_dropout:
-            return cast(Tensor, block_mask(documents))
-        if documents.device.type == "cpu" and not has_dropout and are_contiguous(documents):
-            return documents
+        if documents.is_cuda and is_compiled and not self.config.dropout:  # FlexAttention has no dropout
+            return cast(Tensor, block_mask(documents))  # only FastAttention sees it
         return dense_mask(super().document_mask(documents), compute_dtype(self.wte.weight))
 
 
@@ -162,13 +154,11 @@ class FastBlock(Block):
 
 
 class FastAttention(Attention):
-    """Attention under the masks of FastGPT, and with a faster backward pass in compiled steps on a CPU."""
+    """Attention that understands FlexAttention's masks and has a faster backward pass in compiled steps on a CPU."""
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         if isinstance(mask, BlockMask):
             return flex_attention(q, k, v, mask)
-        if mask is not None and mask.dtype == torch.int64:  # documents (B, T)
-            return document_attention(q, k, v, mask)
         if _is_compiled_cpu_training(self, q) and not self.dropout:
             return cpu_backward.attention(q, k, v, mask)
         return super().attend(q, k, v, mask)

@@ -6,6 +6,7 @@ import dataclasses
 
 import pytest
 import torch
+import torch._dynamo.testing
 import torch.nn.functional as F
 from torch.nn.attention import flex_attention as flex
 
@@ -16,10 +17,7 @@ from tests.tiny_gpt import CONFIG, plain_and_fast, seeded
 
 @pytest.fixture
 def gpt():
-    """With dropout, because on a CPU attention without it needs no mask (see test_fast_document_attention.py)."""
-    model = plain_and_fast()[1]
-    model.config = dataclasses.replace(CONFIG, dropout=0.1)
-    return model
+    return plain_and_fast()[1]
 
 
 def documents() -> torch.Tensor:
@@ -115,7 +113,7 @@ def test_flex_attention_is_used_only_in_compiled_training_on_cuda_without_dropou
     def uses_flex_attention(numbers: torch.Tensor) -> bool:
         return isinstance(gpt.document_mask(numbers), BlockMask)
 
-    gpt.config, gpt.h[0].compiled = CONFIG, gpt.h[0].plain_forward
+    gpt.h[0].compiled = gpt.h[0].plain_forward
     assert uses_flex_attention(on_cuda) and not uses_flex_attention(documents())
     gpt.eval()
     assert not uses_flex_attention(on_cuda)
