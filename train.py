@@ -5,10 +5,9 @@
     python train.py --dataset story=0.7,chat=0.3 --batch_size auto
     torchrun --standalone --nproc_per_node=2 train.py --preset gpt2
 
-Three acts: plan what the run does, build the model and its optimizers, and loop. Prints the device, the model's size, a
-line every --log_interval iterations (loss, learning rate, tokens per second, time left) and, at each evaluation, the
-validation loss and a sample. The checkpoint is models/{dataset}{max_iters}.pt; the metrics (.jsonl) and the loss curves
-(.png) are next to it.
+Three acts: plan what the run does, build the model and its optimizers, and loop. Prints a line every --log_interval
+iterations (loss, learning rate, tokens per second, time left), and the validation loss and a sample at each evaluation.
+Writes models/{dataset}{max_iters}.pt, and next to it the metrics (.jsonl) and the loss curves (.png).
 """
 
 from __future__ import annotations
@@ -31,22 +30,23 @@ from exchange.loading import load_checkpoint, load_unmerged, read_info
 from model import GPT
 from training import parallel, resume
 from training.batches import Batches
-from training.config import RunConfig, TrainOptions, make_config
+from training.config import RunConfig, make_config
 from training.datasets import TrainingData, open_data
 from training.failures import saving_after_errors
-from training.lora import make_run_model
 from training.measurements import Measurements, not_finite_error
 from training.memory import move_model
 from training.metrics import draw_curves
-from training.objectives import Objective, evaluate_parts, make_objective
+from training.objectives import evaluate_parts, make_objective
 from training.optimizers import init_optimizer_states, make_optimizers, set_rates
+from training.options import TrainOptions
 from training.progress import Clock, Sampler, describe_config, describe_data, describe_end, describe_evaluation
 from training.run import Run
 from training.run_files import RunFiles
+from training.run_model import make_run_model
 from training.schedule import schedule
 from training.sharding import is_sharded_run, shard_model
 from training.signals import StopSignal
-from training.step import clip_gradients, forward_backward
+from training.step import Objective, clip_gradients, forward_backward
 
 
 @dataclasses.dataclass(frozen=True)

@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from common.embedding import extended_embedding
 from model import GPT, GPTConfig
 
 ATTENTION, MLP = ("attn.c_attn", "attn.c_proj"), ("mlp.c_fc", "mlp.c_proj")
@@ -132,8 +133,7 @@ def fit_base(weights: Mapping[str, Tensor], config: GPTConfig) -> dict[str, Tens
         fitted["wpe.weight"] = weights["wpe.weight"][: config.block_size]
     known = weights.get("wte.weight")
     if known is not None and config.n_vocab - N_CHAT_ROWS <= len(known) < config.vocab_size:
-        mean = known[: config.n_vocab - N_CHAT_ROWS].double().mean(0, keepdim=True).float()
-        fitted["wte.weight"] = torch.cat([known, mean.expand(config.vocab_size - len(known), -1)])
+        fitted["wte.weight"] = extended_embedding(known, config.n_vocab - N_CHAT_ROWS, config.vocab_size)
     return fitted
 
 

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from common.cli import UserError, first_cause
+from common.embedding import extended_embedding
 from common.hub import fetch_file
 from exchange.tokenizer_files import vocabulary
 from model import GPT, GPTConfig, padded_vocab_size
@@ -58,7 +59,8 @@ def load_folder(path: Path, parts: Collection[str]) -> dict:
     if "model" in parts:
         n_kept = _n_kept_rows(settings["vocab_size"], tokenizer_ids, tokenizer)
         weights = _read_weights(path, config, settings["vocab_size"])
-        weights["wte.weight"] = padded_embedding(weights["wte.weight"], n_kept, config.vocab_size, tokenizer)
+        embedding = weights["wte.weight"][:n_kept]
+        weights["wte.weight"] = extended_embedding(embedding, tokenizer.im_start, config.vocab_size)
         found["model"] = weights
         if n_kept < tokenizer.n_vocab:
             print(
@@ -221,17 +223,6 @@ def _read_weights(path: Path, config: GPTConfig, vocab_size: int) -> dict[str, T
             f"the output layer of {path} is not tied to its embedding, which is not supported; use another model"
         )
     return weights
-
-
-def padded_embedding(embedding: Tensor, n_kept: int, vocab_size: int, tokenizer: Tokenizer = GPT2) -> Tensor:
-    """The first `n_kept` rows of an embedding (V, C), padded to `vocab_size` rows with the mean of all before ChatML's.
-
-    A new token's logit is then the mean of all logits. With a small random row it would be near 0, far above the logits
-    of a trained model ("Initializing New Word Embeddings for Pretrained Language Models", Hewitt 2021).
-    """
-    # In float64, so that the rounded result, and with it the weights' digest, is the same on every machine.
-    mean = embedding[: tokenizer.im_start].double().mean(0, keepdim=True).float()
-    return torch.cat([embedding[:n_kept], mean.expand(vocab_size - n_kept, -1)])
 
 
 def _n_kept_rows(vocab_size: int, tokenizer_ids: Mapping[str, int], tokenizer: Tokenizer) -> int:

@@ -40,7 +40,8 @@ BATCH_SIZE = 16  # as train.py's default, but without trying whether it fits
 
 def training_config(options) -> RunConfig:
     """The RunConfig of a long run with these options on the chosen device. Raises UserError as train.py does."""
-    from training.config import TrainOptions, make_config
+    from training.config import make_config
+    from training.options import TrainOptions
 
     check_preset(options.preset)
     names = {field.name for field in dataclasses.fields(options)} & {f.name for f in dataclasses.fields(TrainOptions)}

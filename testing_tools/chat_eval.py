@@ -38,7 +38,8 @@ QUESTIONS_FILE = Path(__file__).with_name("chat_eval_questions.json")
 MAX_REPLY_TOKENS, MAX_TALE_TOKENS = 60, 200
 MAX_REPLY_WORDS, MAX_TALE_WORDS = 40, 80
 TURNS = 8  # user messages of the conversations with names and facts
-FACT_TURN, N_TALES = 2, 20
+FACT_TURN = 2  # the user message that tells the fact
+N_TALES = 20
 RELATIVES = {"Mom", "Dad", "Grandma", "Grandpa"}  # other capitalized words that a tale may have
 SUMS = ("openers", "names", "facts", "beyond", "tales")
 
@@ -178,13 +179,10 @@ def tale_fault(reply: str, hero: str) -> str | None:
     text = reply.removesuffix(IM_END).strip()
     if not text.endswith(ENDING):
         return f"does not end with {ENDING!r}"
-    sentences = re.split(r"(?<=[.!?])\"?\s+", text.replace("I ", "").replace(' "', ". "))
-    words = [re.findall(r"[^\W\d_]+", sentence) for sentence in sentences]
-    if sum(word == hero for sentence in words for word in sentence) < 2:
+    if re.findall(r"[^\W\d_]+", text).count(hero) < 2:
         return "does not keep the hero"
-    others = [
-        word for sentence in words for word in sentence[1:] if word[0].isupper() and word not in (hero, *RELATIVES)
-    ]
+    inside = re.findall(r"(?<=[\w,;] )[^\W\d_]{2,}", text)  # words that begin no sentence, without "I"
+    others = [word for word in inside if word[0].isupper() and word not in (hero, *RELATIVES)]
     return f"has another name, {others[0]}" if others else None
 
 
@@ -245,7 +243,7 @@ def scores(answers: list[Answer]) -> dict[str, dict[str, int]]:
     """The number of questions and of right replies by category, and for each of SUMS."""
     table: dict[str, dict[str, int]] = {}
     for answer in answers:
-        for category in {answer.category: 0, sum_of(answer.category): 0}:
+        for category in (answer.category, sum_of(answer.category)):
             row = table.setdefault(category, {"right": 0, "asked": 0})
             row["right"] += answer.fault is None
             row["asked"] += 1

@@ -29,11 +29,12 @@ from common.speedups import load_speedups
 from generation.decoding import append, decode_step, generate, new_cache, prefill
 from generation.sampling import TEXT_SAMPLING
 from model import GPT, PRESETS, GPTConfig
-from training.config import RunConfig, TrainOptions, make_config
+from training.config import RunConfig, make_config
 from training.metrics import read_metrics
 from training.muon import Muon
 from training.objectives import NextToken
 from training.optimizers import init_optimizer_states, make_optimizers
+from training.options import TrainOptions
 from training.step import forward_backward
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -42,9 +42,10 @@ from common.device import autocast, choose_dtype
 from generation.decoding import new_cache
 from generation.sampling import TEXT_SAMPLING, Sampling
 from model import GPT, GPTConfig
-from training.config import RunConfig, TrainOptions, make_config
+from training.config import RunConfig, make_config
 from training.objectives import NextToken
 from training.optimizers import init_optimizer_states, make_optimizers
+from training.options import TrainOptions
 
 
 def simulate_devices() -> None:

@@ -14,7 +14,7 @@ SOURCE = Path(__file__).with_suffix(".cpp")
 
 
 def build_guard(folder: Path) -> Path | str:
-    """Compile the guard into `folder`; returns its path, or why there is none."""
+    """Compile the guard into `folder`; returns its path, or the reason why it cannot be built."""
     import torch
     from torch.utils.cpp_extension import include_paths
 

@@ -11,7 +11,7 @@ from common.cli import parse_options
 from data.advice import SHAPES, advise, duration_in_words, flops_per_token, print_advice, training_flops
 from data.dataset import DatasetInfo, FileInfo, SplitInfo, info_bytes
 from model import GPT, PRESETS, padded_vocab_size
-from training.config import TrainOptions
+from training.options import TrainOptions
 
 
 def info_of(tokens: int, kind: str = "text", n_val: int = 1000, name: str = "mine", documents: int = 30) -> DatasetInfo:

@@ -23,7 +23,7 @@ BLOCK_SIZE = 64
 PAIRS = [
     ("Once upon a time", " there was a cat"),
     ("A dog", " ran."),
-    ("It ends with a space ", "and goes on"),
+    ("It ends with a space ", "and continues"),
     ("", "No context"),
     ("long " * 100, "ends here"),
     ("Ana's naïve 😀", " fox. <|endoftext|>"),

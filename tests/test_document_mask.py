@@ -14,7 +14,7 @@ from model import GPT, IGNORED
 from setup_tokenizer import ENDOFTEXT_ID, IM_START_ID
 from tests.test_rows import conversations, joined, stream_of
 from tests.tiny import load_checkpoint, losses, run, same_as
-from training.config import TrainOptions
+from training.options import TrainOptions
 from training.resume import DEFAULTS_OF_OLDER_RUNS
 from training.rows import ChatRows, TextRows
 from training.targets import document_numbers

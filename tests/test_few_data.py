@@ -19,7 +19,7 @@ from evaluate import EvaluateOptions, measure
 from model import GPT, GPTConfig
 from tests.test_train_config import config_of, facts_of
 from tests.tiny import load_checkpoint, options_of_run, prepare, run
-from training.config import TrainOptions
+from training.options import TrainOptions
 
 pytestmark = pytest.mark.usefixtures("one_thread", "quick_disk")
 

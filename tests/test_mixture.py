@@ -18,10 +18,10 @@ from data.dataset import open_dataset, trained_on
 from tests.test_train_config import config_of
 from tests.tiny import OPTIONS, differences, failing_at, load_checkpoint, losses, prepare, run
 from training.batches import Batches
-from training.config import TrainOptions
 from training.datasets import make_rows, open_data
 from training.metrics import draw_curves, read_metrics
 from training.mixture import MixedRows, mixture_name, parse_mixture
+from training.options import TrainOptions
 from training.progress import Sampler
 from training.rows import ChatRows, TextRows
 

@@ -20,8 +20,8 @@ from common.cli import UserError
 from tests.fake_job import fake_job
 from tests.tiny import differences, load_checkpoint, losses, options_of_run, prepare, prepare_pairs, run
 from training import parallel
-from training.config import TrainOptions
 from training.metrics import read_metrics
+from training.options import TrainOptions
 from training.resume import options_after_restart
 
 ROOT = Path(train.__file__).parent

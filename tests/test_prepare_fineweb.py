@@ -1,4 +1,4 @@
-"""data/prepare-fineweb.py against a stand-in for the hub: complete, broken off and continued, damaged, a full disk."""
+"""data/prepare-fineweb.py with a local server as the hub: complete, interrupted and resumed, damaged, disk full."""
 
 from __future__ import annotations
 

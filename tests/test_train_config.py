@@ -14,8 +14,9 @@ import train
 from common.cli import UserError, given_options, parse_options
 from setup_tokenizer import N_VOCAB
 from tests.tiny import load_checkpoint, run
-from training import lora
-from training.config import RunConfig, TrainOptions, make_config
+from training.adapter_config import FIELDS
+from training.config import RunConfig, make_config
+from training.options import TrainOptions
 from training.schedule import schedule
 
 ROOT = Path(train.__file__).parent
@@ -102,7 +103,7 @@ def test_the_fields_are_the_keys_of_a_checkpoint(straight):
         muon_weight_decay grad_clip eval_interval eval_iters log_interval keep tensorboard device dtype compile
         activation_checkpointing parallel deterministic data_dir out_dir resume init_from val_rows
     """
-    new = {"n_vocab", "objective", "beta", "label_smoothing", "sft_weight", *lora.FIELDS}
+    new = {"n_vocab", "objective", "beta", "label_smoothing", "sft_weight", *FIELDS}
     assert [key for key in saved if key not in new] == expected.split()
 
 

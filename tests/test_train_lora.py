@@ -16,9 +16,9 @@ from exchange.loading import load_checkpoint as load_merged
 from exchange.loading import load_unmerged
 from model import GPT, GPTConfig
 from tests.tiny import OPTIONS, load_checkpoint, losses, run, same_as
-from training.config import TrainOptions
-from training.lora import frozen_model, trial_model
+from training.frozen_model import frozen_model, trial_model
 from training.memory import StepMemory, largest_by_trying
+from training.options import TrainOptions
 from training.progress import Clock, Sampler
 
 pytestmark = pytest.mark.usefixtures("one_thread", "quick_disk")

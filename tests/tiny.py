@@ -18,8 +18,8 @@ from data.layouts.preferences import preferences
 from data.pipeline import Corpus, Dataset, PrepareOptions
 from data.pipeline import prepare as prepare_files
 from model import GPT
-from training.config import TrainOptions
 from training.metrics import read_metrics
+from training.options import TrainOptions
 from training.signals import StopSignal
 
 sys.path.append(str(Path(train.__file__).parent / "testing_tools"))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import functools
 import gc
@@ -15,7 +14,7 @@ from common.cli import UserError
 from common.device import autocast, empty_cache, is_out_of_memory
 from common.lora import Adapter
 from model import GPT, GPTConfig
-from training.lora import trial_model
+from training.frozen_model import trial_model
 from training.parallel import local_world_size, micro_batch_size, reduce, world_size
 
 MICRO_BATCH_TOKENS = 1 << 16  # of the default micro-batch on CUDA; smaller ones keep the device waiting for the host
@@ -74,14 +73,6 @@ def divisors(number: int) -> list[int]:
 # --- the micro-batch that fits ---
 
 SpeedUp = Callable[[GPT, bool], None]  # (model, activation_checkpointing)
-
-
-def number_or_auto(word: str) -> int | str:
-    """A number on the command line, or the word "auto"."""
-    try:
-        return word if word == "auto" else int(word)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"must be a number or auto, not {word!r}") from error
 
 
 @dataclasses.dataclass(frozen=True)

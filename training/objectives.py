@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
-import numpy as np
 from torch import Tensor, nn
 
 from common.device import autocast
@@ -15,35 +14,7 @@ from training.config import RunConfig
 from training.datasets import TrainingData, make_rows
 from training.preferences import Preferences
 from training.reference import open_pairs
-from training.step import evaluate, to_device
-
-Batch = Sequence[np.ndarray]  # the columns of rows: ids, targets and, for pairs, reference log probabilities
-
-
-class Objective(Protocol):
-    """What differs between the objectives: rows, loss, evaluation, and what is logged."""
-
-    names: tuple[str, ...]  # of the numbers that are logged beside the loss
-    items_per_iter: int  # rows, or pairs of rows
-    tokens_per_iter: int
-
-    def make_rows(self) -> tuple[Rows, dict[str, list]]:
-        """The rows to train on, and each data set's validation batches."""
-
-    def micro_batches(self, batch: Batch) -> list[Batch]:
-        """A batch divided into micro-batches."""
-
-    def count(self, batch: Batch) -> int:
-        """What the loss is a mean over: how many of these an iteration's batch has."""
-
-    def loss(self, model: nn.Module, batch: Batch, count: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """The sum of a micro-batch's losses divided by `count`, by default its own count.
-
-        Returns it for the backward pass and, detached, with the numbers of `names` after it: (1 + names,).
-        """
-
-    def evaluate(self, model: Any, batches: Sequence[Batch]) -> tuple[float, dict[str, float]]:
-        """The mean loss over validation batches, which the processes share, and the numbers of `names`."""
+from training.step import Batch, Objective, evaluate, micro_batches, to_device
 
 
 class NextToken:
@@ -61,8 +32,7 @@ class NextToken:
         return make_rows(self.data, self.config)
 
     def micro_batches(self, batch: Batch) -> list[Batch]:
-        size = self.config.batch_size
-        return [[column[first : first + size] for column in batch] for first in range(0, len(batch[0]), size)]
+        return micro_batches(batch, self.config.batch_size)
 
     def count(self, batch: Batch) -> int:
         return max(1, int((batch[1] != IGNORED).sum()))

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from common.cli import UserError
 from data.dataset import prepare_command
 from training.objective_options import ObjectiveOptions
-
-if TYPE_CHECKING:
-    from training.config import TrainOptions
+from training.options import TrainOptions
 
 
 def check_combinations(options: TrainOptions, given: Mapping[str, Any], formats: set[str], is_plain: bool) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import math
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -218,6 +219,16 @@ def share(rows: np.ndarray) -> np.ndarray:
     """This process's part of an iteration's rows."""
     n_rows = len(rows) // world_size()
     return rows[rank() * n_rows : (rank() + 1) * n_rows]
+
+
+def own_turns(n: int) -> Iterator[tuple[int, bool]]:
+    """The indices below `n` that are this process's, and whether each counts.
+
+    All processes get equally many, because a sharded forward pass needs every process: one without an index left
+    repeats one, which does not count.
+    """
+    for number in range(rank(), math.ceil(n / world_size()) * world_size(), world_size()):
+        yield number % n, number < n
 
 
 def micro_batch_size(batch_size: int, gradient_accumulation_steps: int) -> int:

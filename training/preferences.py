@@ -9,7 +9,6 @@ Shapes: P pairs, T time (tokens); the axis of 2 is (chosen, rejected).
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -22,8 +21,8 @@ from model import IGNORED
 from training.batches import Rows, fixed_batches
 from training.config import RunConfig
 from training.pair_rows import PairRows
-from training.parallel import rank, reduce, world_size
-from training.step import arrays_to_device
+from training.parallel import own_turns, reduce
+from training.step import Batch, arrays_to_device, micro_batches
 
 
 def answer_log_probs(logits: Tensor, targets: Tensor) -> Tensor:
@@ -66,21 +65,18 @@ class Preferences:
         val = fixed_batches(self._rows["val"], self.pairs_per_micro_batch, max(1, self.config.val_rows // 2))
         return self._rows["train"], {name: val}
 
-    def micro_batches(self, batch: Sequence[np.ndarray]) -> list[Sequence[np.ndarray]]:
-        size = self.pairs_per_micro_batch
-        return [[column[first : first + size] for column in batch] for first in range(0, len(batch[0]), size)]
+    def micro_batches(self, batch: Batch) -> list[Batch]:
+        return micro_batches(batch, self.pairs_per_micro_batch)
 
-    def count(self, batch: Sequence[np.ndarray]) -> int:
+    def count(self, batch: Batch) -> int:
         return len(batch[0])
 
-    def loss(
-        self, model: nn.Module, batch: Sequence[np.ndarray], n_pairs: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
+    def loss(self, model: nn.Module, batch: Batch, n_pairs: Tensor | None = None) -> tuple[Tensor, Tensor]:
         numbers = self.numbers(model, batch)  # (P, 4)
         sums = numbers.sum(0) / (len(batch[0]) if n_pairs is None else n_pairs)
         return sums[0], sums.detach()
 
-    def numbers(self, model: nn.Module, batch: Sequence[np.ndarray]) -> Tensor:
+    def numbers(self, model: nn.Module, batch: Batch) -> Tensor:
         """The loss of each pair and what `names` lists, (P, 1 + names).
 
         The drift is an estimate of the Kullback-Leibler divergence from the reference, in nats per token: the mean of
@@ -102,14 +98,13 @@ class Preferences:
         return torch.stack([losses, margins.detach(), (margins.detach() > 0).float(), drift], dim=1)
 
     @torch.no_grad()
-    def evaluate(self, model: nn.Module, batches: Sequence[Sequence[np.ndarray]]) -> tuple[float, dict[str, float]]:
+    def evaluate(self, model: nn.Module, batches: Sequence[Batch]) -> tuple[float, dict[str, float]]:
         model.eval()
         sums, n_pairs = np.zeros(1 + len(self.names)), 0
-        # A sharded forward pass needs every process: one without a batch left repeats one, which does not count.
-        for number in range(rank(), math.ceil(len(batches) / world_size()) * world_size(), world_size()):
-            batch = batches[number % len(batches)]
+        for number, is_own in own_turns(len(batches)):
+            batch = batches[number]
             numbers = self.numbers(model, batch).double().cpu().numpy()
-            is_real = (batch[1] != IGNORED).any(axis=(1, 2)) & (number < len(batches))  # the last batch is padded
+            is_real = (batch[1] != IGNORED).any(axis=(1, 2)) & is_own  # the last batch is padded
             sums += numbers[is_real].sum(0)
             n_pairs += int(is_real.sum())
         *totals, count = reduce("sum", *sums.tolist(), n_pairs)

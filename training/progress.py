@@ -20,8 +20,9 @@ from generation.decoding import generate
 from generation.sampling import PREVIEW_SAMPLING
 from model import GPT
 from setup_tokenizer import control_ids, encode_chat, get_extended_tokenizer
-from training.config import RunConfig, TrainOptions
+from training.config import RunConfig
 from training.mixture import model_format, portions
+from training.options import TrainOptions
 from training.parallel import world_size
 from training.run import Run
 

@@ -24,7 +24,7 @@ from model import GPT
 from training.config import RunConfig
 from training.datasets import TrainingData
 from training.pair_rows import PairRows
-from training.parallel import broadcast, on_first, rank, reduce, world_size
+from training.parallel import broadcast, on_first, own_turns, reduce
 from training.preferences import answer_log_probs
 from training.step import arrays_to_device
 
@@ -46,8 +46,11 @@ def open_pairs(
     print(f"rows: {name} has {rows['train'].describe()}; validation: {rows['val'].describe()}")
     digest = checkpoint["info"]["reference"] if config.resume else reference_digest(config, data, checkpoint["model"])
     path = Path(config.out_dir) / f"{name}-reference-{digest[:REFERENCE_DIGITS]}.npz"
-    places = [path, *([Path(config.resume).parent / path.name] if config.resume else [])]
-    found = broadcast(on_first(lambda: next(filter(None, (_load(place, digest, rows) for place in places)), None)))
+    found = broadcast(on_first(lambda: _load(path, digest, rows)))
+    is_saved = found is not None
+    if found is None and config.resume:  # perhaps the checkpoint is in another folder than the run
+        beside = Path(config.resume).parent / path.name
+        found = broadcast(on_first(lambda: _load(beside, digest, rows)))
     if found is None and config.resume:
         raise UserError(
             f"{path} not found or damaged, and without it {config.resume} cannot be resumed; put the file back, or "
@@ -58,7 +61,8 @@ def open_pairs(
         found = {split: log_probs_of(model, each, config) for split, each in rows.items()}
     else:
         print(f"reference: log probabilities from {path}")
-    on_first(lambda: _save(path, digest, found))
+    if not is_saved:
+        on_first(lambda: _save(path, digest, found))
     for split, each in rows.items():
         each.reference = found[split]
     return rows, digest
@@ -74,18 +78,16 @@ def reference_digest(config: RunConfig, data: TrainingData, weights: Mapping[str
 def log_probs_of(model: GPT, rows: PairRows, config: RunConfig) -> np.ndarray:
     """The log probabilities (pairs, 2) in float32 of all answers, in the run's precision; the processes share them."""
     size = config.batch_size // 2
-    n_batches = math.ceil(len(rows) / size)
     values = np.zeros((len(rows), 2))
     model.eval()
-    # Every process makes the same number of passes, which a sharded model needs; some repeat a batch.
-    for number in range(rank(), math.ceil(n_batches / world_size()) * world_size(), world_size()):
-        first = number % n_batches * size
+    for number, is_own in own_turns(math.ceil(len(rows) / size)):
+        first = number * size
         pairs = np.arange(first, first + size) % len(rows)  # the last batch is filled with the first pairs
         columns = [np.stack(column) for column in zip(*(rows.pair(int(pair)) for pair in pairs), strict=True)]
         ids, targets = (tensor.flatten(0, 1) for tensor in arrays_to_device(config, columns))
         with autocast(config.device, config.dtype):
             logits, _ = model(ids)
-        if number < n_batches:
+        if is_own:
             found = answer_log_probs(logits, targets).view(-1, 2).double().cpu().numpy()
             values[first : first + size] = found[: len(rows) - first]
     model.train()
@@ -93,7 +95,7 @@ def log_probs_of(model: GPT, rows: PairRows, config: RunConfig) -> np.ndarray:
 
 
 def _load(path: Path, digest: str, rows: Mapping[str, PairRows]) -> dict[str, np.ndarray] | None:
-    """The arrays in a file, None if there is none or it is not what the digest and the rows need."""
+    """The arrays in a file; None if it is missing, damaged, or not what the digest and the rows need."""
     try:
         with np.load(path, allow_pickle=False) as file:
             content = {name: file[name] for name in file.files}
@@ -106,19 +108,9 @@ def _load(path: Path, digest: str, rows: Mapping[str, PairRows]) -> dict[str, np
 
 
 def _save(path: Path, digest: str, arrays: Mapping[str, np.ndarray]) -> None:
-    if path.is_file() and _is_of(path, digest):
-        return
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise write_error(path.parent, error) from error
     with atomic_write(path) as file:
         np.savez(file, allow_pickle=False, digest=np.array(digest), **arrays)
-
-
-def _is_of(path: Path, digest: str) -> bool:
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            return file["digest"].tolist() == digest
-    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile):
-        return False

@@ -11,8 +11,8 @@ from typing import Any
 from common.checkpoint import find_checkpoints, read_info
 from common.cli import UserError
 from data.dataset import data_parts
-from training.config import TrainOptions
 from training.mixture import mixture_name, parse_mixture
+from training.options import TrainOptions
 from training.parallel import broadcast, job_name, n_restarts
 
 # What --resume may change. Everything else belongs to the run.

@@ -17,8 +17,8 @@ from common.checkpoint import random_states, set_random_states
 from common.cli import UserError
 from common.lora import trained_weights
 from model import GPT
+from training.adapter_config import adapter_of
 from training.config import RunConfig
-from training.lora import adapter_of
 from training.metrics import PART_LOSS
 from training.mixture import mixture_name, model_format
 from training.parallel import gather, is_first, job_name, on_first, rank, seed_dropout, world_size
@@ -127,7 +127,7 @@ class Run:
 
     def info(self) -> dict[str, Any]:
         """The plain facts that go into the checkpoint."""
-        adapter = adapter_of(self.config)
+        adapter = adapter_of(dataclasses.asdict(self.config))
         return {
             "dataset": mixture_name(self.config.dataset),
             "format": model_format(self.data["format"]),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -12,13 +12,44 @@ from torch import Tensor, nn
 
 from common.device import autocast, without_cudnn_attention
 from model import GPT, IGNORED
+from training.batches import Rows
 from training.config import RunConfig
-from training.parallel import mean, rank, reduce, share, synchronizing, world_size
+from training.parallel import mean, own_turns, reduce, share, synchronizing, world_size
 from training.sharding import full_tensor
 from training.targets import document_numbers
 
-if TYPE_CHECKING:
-    from training.objectives import Objective
+Batch = Sequence[np.ndarray]  # the columns of rows: ids, targets and, for pairs, reference log probabilities
+
+
+class Objective(Protocol):
+    """What differs between the objectives: rows, loss, evaluation, and what is logged."""
+
+    names: tuple[str, ...]  # of the numbers that are logged beside the loss
+    items_per_iter: int  # rows, or pairs of rows
+    tokens_per_iter: int
+
+    def make_rows(self) -> tuple[Rows, dict[str, list]]:
+        """The rows to train on, and each data set's validation batches."""
+
+    def micro_batches(self, batch: Batch) -> list[Batch]:
+        """A batch divided into micro-batches."""
+
+    def count(self, batch: Batch) -> int:
+        """What the loss is a mean over: how many of these an iteration's batch has."""
+
+    def loss(self, model: nn.Module, batch: Batch, count: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """The sum of a micro-batch's losses divided by `count`, by default its own count.
+
+        Returns it for the backward pass and, detached, with the numbers of `names` after it: (1 + names,).
+        """
+
+    def evaluate(self, model: Any, batches: Sequence[Batch]) -> tuple[float, dict[str, float]]:
+        """The mean loss over validation batches, which the processes share, and the numbers of `names`."""
+
+
+def micro_batches(batch: Batch, size: int) -> list[Batch]:
+    """A batch divided into micro-batches of `size` rows, or pairs."""
+    return [[column[first : first + size] for column in batch] for first in range(0, len(batch[0]), size)]
 
 
 def to_device(config: RunConfig, ids: np.ndarray, targets: np.ndarray) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -40,7 +71,7 @@ def forward_backward(
     model: nn.Module,
     config: RunConfig,
     objective: Objective,
-    batch: Sequence[np.ndarray],
+    batch: Batch,
     scaler: torch.amp.GradScaler | None = None,
 ) -> Tensor:
     """Add the gradients of an iteration's batch to the weights, in micro-batches; returns the loss and what the
@@ -51,12 +82,13 @@ def forward_backward(
     """
     # Micro-batches have different numbers of targets, so the sum of each one's losses is divided by the number of
     # targets in the whole iteration. Processes are averaged, so each divides by its equal part of that number.
-    part = objective.count(batch) / world_size()
-    count = torch.full((), part, device=config.device)  # torch.tensor would wait for the device
+    count = torch.full(
+        (), objective.count(batch) / world_size(), device=config.device
+    )  # torch.tensor would wait for the device
     total = torch.zeros(1 + len(objective.names), device=config.device)
-    micro_batches = objective.micro_batches([share(column) for column in batch])
-    for number, micro_batch in enumerate(micro_batches, 1):
-        with synchronizing(model, is_last=number == len(micro_batches)):
+    parts = objective.micro_batches([share(column) for column in batch])
+    for number, micro_batch in enumerate(parts, 1):
+        with synchronizing(model, is_last=number == len(parts)):
             loss, numbers = objective.loss(model, micro_batch, count)
             (scaler.scale(loss) if scaler else loss).backward()
         total += numbers
@@ -81,10 +113,9 @@ def evaluate(model: GPT, batches: Sequence[tuple[np.ndarray, np.ndarray]], confi
     """The mean loss in nats per target over batches of (ids, targets), which the processes share."""
     model.eval()
     losses, counts = [], []
-    for number in range(rank(), math.ceil(len(batches) / world_size()) * world_size(), world_size()):
-        ids, targets = batches[number % len(batches)]
-        # A sharded forward pass needs every process: one without a batch left repeats a batch, which does not count.
-        counts.append(int((targets != IGNORED).sum()) if number < len(batches) else 0)
+    for number, is_own in own_turns(len(batches)):
+        ids, targets = batches[number]
+        counts.append(int((targets != IGNORED).sum()) if is_own else 0)
         x, y, documents = to_device(config, ids, targets)
         with autocast(config.device, config.dtype):
             _, loss = model(x, y, documents=documents)

@@ -124,7 +124,7 @@ def _text(ids: np.ndarray) -> str:
 
 
 def document_start(path: Path, position: int) -> int:
-    """The position of a shard's first `<|endoftext|>` from `position` on; the end of the shard if there is none."""
+    """The position of a shard's first `<|endoftext|>` from `position` on; or the end of the shard."""
     tokens = shard_tokens(path)
     for start in range(position, tokens, READ_TOKENS):
         count = min(READ_TOKENS, tokens - start)

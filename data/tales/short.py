@@ -21,8 +21,8 @@ ENDING = "The end."
 def short_tale(rng: random.Random, hero: str | None = None) -> str:
     """A tale of six short sentences on one line, at most 60 words; the last sentence is `The end.`
 
-    `hero` is any name, kept as it is; None stands for one of the names of the file. The hero is named two to four
-    times, and the first sentence tells what the hero wanted.
+    `hero` can be any name and is kept as it is; by default it is one of the names in the file. The hero is named two to
+    four times, and the first sentence tells what the hero wanted.
     """
     short = BOOK.load()["short"]
     plot = rng.choice(short["plots"])
