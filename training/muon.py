@@ -5,7 +5,7 @@ hidden layers in neural networks", Jordan et al. 2024). torch.optim.Muon updates
 too small to keep two CPU cores busy, let alone a GPU; here the matrices of one shape are multiplied together. The state
 is torch's, and so is the default that adjusts the learning rate to a matrix's shape. The precision of the products is
 torch's (bfloat16), except on processors that only emulate it (see common.device.tensor_core_dtype): on a CPU with AVX2
-bfloat16 takes 20 times as long as float32.
+bfloat16 takes 20 to 40 times as long as float32.
 
 Under DistributedDataParallel all processes have the same gradients. Each multiplies a share of the matrices and sends
 their updates to the others, which is exact: the same products with the same results, computed once instead of by all.
