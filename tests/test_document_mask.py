@@ -75,7 +75,7 @@ def test_a_document_in_a_row_is_computed_as_in_generation():
         torch.testing.assert_close(together[:, is_own], alone)
 
 
-def test_one_row_in_eight_trains_late_positions():
+def test_one_row_in_sixteen_trains_late_positions():
     ids = np.random.default_rng(1).integers(0, 500, (4000, 12))
     ids[:, 6] = ENDOFTEXT_ID
     positions = document_positions(ids, document_numbers(ids))
