@@ -6,7 +6,7 @@
 - pirate: the model's likeliest reply to a greeting, a thanks, a farewell or "How are you?" from chitchat's generator is
   corrected into what a pirate would say, by the rules of PIRATE.
 - short: of several sampled replies to the first message of a conversation of chitchat's training split, the shortest
-  corrects the longest.
+  corrects the longest. With --first_sentence, the shortest is cut after its first sentence.
 
 The seed draws the prompts. None of them is an opener of chat_eval.py or a held-out prompt of measure_teaching.py.
 
@@ -37,7 +37,7 @@ from common.cli import UserError, option, parse_options, run_script
 from common.device import choose_device, choose_dtype, device_option, dtype_option
 from common.files import atomic_write
 from data.chitchat.talks import Talk
-from data.dataset import read_info
+from data.dataset import open_dataset
 from data.documents import read_prepared
 
 if TYPE_CHECKING:
@@ -79,7 +79,8 @@ class MakeOptions:
     output: str | None = option(None, "file to write (default: STYLE.jsonl)", metavar="FILE")
     data_dir: str = option("data", "folder of the prepared data", metavar="DIR")
     samples: int = option(8, "short: replies to each prompt", at_least=2, metavar="N")
-    temperature: float = option(1.0, "short: temperature of the replies", above=0, metavar="X")
+    first_sentence: bool = option(False, "short: cut the shortest reply after its first sentence")
+    temperature: float = option(0.7, "short: temperature of the replies", above=0, metavar="X")
     seed: int = option(1337, "seed of the prompts and of the sampled replies", at_least=0, below=2**63, metavar="N")
     device: str | None = device_option(None)
     dtype: str | None = dtype_option(None)
@@ -93,7 +94,7 @@ def first_messages(data_dir: str | Path, split: str) -> list[str]:
 
     Raises UserError if chitchat is not prepared.
     """
-    info = read_info(Path(data_dir), "chitchat")
+    _, info = open_dataset(Path(data_dir), "chitchat")
     conversations = (document for document in read_prepared(Path(data_dir), info, split) if isinstance(document, list))
     return list(dict.fromkeys(messages[0]["content"] for messages in conversations if messages[0]["role"] == "user"))
 
@@ -161,14 +162,14 @@ def as_pirate(reply: str) -> str:
     'Arr, ahoy! How are ye, me matey?'
     """
     for pattern, word in PIRATE:
-        reply = re.sub(pattern, lambda match, word=word: _cased(match[0], word), reply, flags=re.IGNORECASE)
+        reply = re.sub(pattern, functools.partial(_cased, word), reply, flags=re.IGNORECASE)
     begins_with_i = re.match(r"I\b", reply) is not None
     return f"Arr, {reply if begins_with_i else reply[:1].lower() + reply[1:]}"
 
 
-def _cased(original: str, word: str) -> str:
+def _cased(word: str, match: re.Match[str]) -> str:
     """`word` with a capital if what it replaces has one."""
-    return word[0].upper() + word[1:] if original[0].isupper() else word
+    return word[0].upper() + word[1:] if match[0][0].isupper() else word
 
 
 def has_style(reply: str) -> bool:
@@ -188,13 +189,22 @@ def pirate_corrections(answer: Answer, tokenizer: Tokenizer, prompts: Sequence[s
                 yield event(prompt, reply, as_pirate(reply))
 
 
-def short_corrections(answer: Answer, tokenizer: Tokenizer, prompts: Sequence[str], samples: int) -> Iterator[dict]:
-    """The shortest of several replies to each prompt as the correction of the longest; only of different lengths."""
+def short_corrections(
+    answer: Answer, tokenizer: Tokenizer, prompts: Sequence[str], samples: int, first_sentence: bool = False
+) -> Iterator[dict]:
+    """The shortest of several replies to each prompt as the correction of the longest; only of different lengths.
+
+    With `first_sentence`, the shortest reply is cut after its first sentence.
+    """
     for prompt in prompts:
         drawn = answer([prompt] * samples)
         texts = {text: len(ids) for ids in drawn if (text := proper_text(tokenizer, ids)) is not None}
-        if texts and min(texts.values()) < max(texts.values()):
-            yield event(prompt, max(texts, key=texts.__getitem__), min(texts, key=texts.__getitem__))
+        if not texts:
+            continue
+        longest, shortest = max(texts, key=texts.__getitem__), min(texts, key=texts.__getitem__)
+        better = re.split(r"(?<=[.!?]) ", shortest)[0] if first_sentence else shortest
+        if better != longest and texts[shortest] < texts[longest] + first_sentence:
+            yield event(prompt, longest, better)
 
 
 def proper_text(tokenizer: Tokenizer, ids: Sequence[int]) -> str | None:
@@ -234,7 +244,7 @@ def main() -> None:
         generator = torch.Generator(device).manual_seed(options.seed)
         answer = functools.partial(replies, model, tokenizer, Sampling(options.temperature), generator)
         prompts = training_prompts(options.data_dir, options.seed)
-        corrections = short_corrections(answer, tokenizer, prompts, options.samples)
+        corrections = short_corrections(answer, tokenizer, prompts, options.samples, options.first_sentence)
     output = options.output or f"{options.style}.jsonl"
     found = take(corrections, count)
     with atomic_write(output, "w", encoding="utf-8") as file:

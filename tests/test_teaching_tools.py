@@ -104,11 +104,21 @@ def test_corrections_are_pairs_for_dpo_and_conversations_for_fine_tuning():
 
 
 def test_the_shortest_of_the_samples_corrects_the_longest():
-    samples = {"Hi": ["Hello there, you!", "Hi!", "Hello!"], "Same": ["Yes.", "Yes.", "Yes."]}
-    found = list(
-        make.short_corrections(lambda prompts: [ids_of(text) for text in samples[prompts[0]]], GPT2, list(samples), 3)
-    )
-    assert found == [make.event("Hi", "Hello there, you!", "Hi!")]
+    samples = {
+        "Hi": ["Hello there, you!", "Hi! Ho.", "Hello there."],
+        "Same": ["Yes. No.", "Yes. No."],
+        "One": ["Yes."],
+    }
+
+    def short(**settings) -> list[dict]:
+        draw = lambda prompts: [ids_of(text) for text in samples[prompts[0]]]  # noqa: E731
+        return list(make.short_corrections(draw, GPT2, list(samples), 3, **settings))
+
+    assert short() == [make.event("Hi", "Hello there, you!", "Hello there.")]
+    assert short(first_sentence=True) == [
+        make.event("Hi", "Hello there, you!", "Hello there."),
+        make.event("Same", "Yes. No.", "Yes."),
+    ]
 
 
 def test_the_likeliest_replies_of_a_batch_are_those_of_single_prompts(data_dir):
