@@ -110,9 +110,11 @@ def test_the_shortest_of_the_samples_corrects_the_longest():
         "One": ["Yes."],
     }
 
+    def drawn(prompts: list[str]) -> list[list[int]]:
+        return [ids_of(text) for text in samples[prompts[0]]]
+
     def short(**settings) -> list[dict]:
-        draw = lambda prompts: [ids_of(text) for text in samples[prompts[0]]]  # noqa: E731
-        return list(make.short_corrections(draw, GPT2, list(samples), 3, **settings))
+        return list(make.short_corrections(drawn, GPT2, list(samples), 3, **settings))
 
     assert short() == [make.event("Hi", "Hello there, you!", "Hello there.")]
     assert short(first_sentence=True) == [
