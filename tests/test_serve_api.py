@@ -356,7 +356,7 @@ def test_errors_of_the_client_library(client, server, chat):
 
 
 def test_a_full_queue_is_answered_429_and_comments_fill_the_wait():
-    with LiveServer(step_s=0.05, max_rows=1, max_waiting=1, comment_s=0.1) as server:
+    with LiveServer(step_s=0.5, max_rows=1, max_waiting=1, comment_s=0.1) as server:
         url = f"{server.url}/v1/chat/completions"
         body = {"messages": HELLO, "max_tokens": 20, "stream": True, "logit_bias": {"50258": -100}}
         with httpx.stream("POST", url, json=body) as running:
@@ -367,6 +367,7 @@ def test_a_full_queue_is_answered_429_and_comments_fill_the_wait():
                 refused = httpx.post(url, json={"messages": HELLO})
                 assert refused.status_code == 429 and int(refused.headers["retry-after"]) >= 1
                 assert refused.json()["error"]["code"] == "rate_limit_exceeded"
+                server.step_s = 0.01
                 seen = list(waiting.iter_lines())
         assert ": waiting" in seen and seen[-2:] == ["data: [DONE]", ""]
         server.assert_free()

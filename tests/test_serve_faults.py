@@ -119,7 +119,7 @@ def test_a_client_that_leaves_frees_its_row_before_the_next_step_but_one():
         connection.sendall(post("/v1/chat/completions", json.dumps({**ENDLESS, "stream": True}).encode()))
         while b'"content"' not in connection.recv(1 << 16):
             pass
-        assert server.pool.rows_in_use == 1
+        wait_until(lambda: server.pool.rows_in_use == 1)
         steps = server.steps
         connection.close()
         wait_until(lambda: server.pool.rows_in_use == 0)
