@@ -62,7 +62,7 @@ class ModelCard:
         }
 
 
-async def _in_a_new_thread(function: Callable[[ModelCard], T], card: ModelCard) -> T:
+async def _in_a_new_thread(function: Callable[..., T], *arguments: object) -> T:
     """What the function returns, computed in a thread that ends then.
 
     OpenMP gives each thread that computes with torch a pool of its own. While all pools together have more threads than
@@ -71,7 +71,7 @@ async def _in_a_new_thread(function: Callable[[ModelCard], T], card: ModelCard) 
     """
     loader = concurrent.futures.ThreadPoolExecutor(1, "load")
     try:
-        return await asyncio.get_running_loop().run_in_executor(loader, function, card)
+        return await asyncio.get_running_loop().run_in_executor(loader, function, *arguments)
     finally:
         loader.shutdown(wait=False)
 
