@@ -85,6 +85,12 @@ class ServeOptions:
     quantize: str | None = quantize_option()
     plain: bool = plain_option()
 
+    feedback: str | None = option(
+        None,
+        "append what people think of replies, with the conversations, to this file (default: nothing is kept)",
+        group="files",
+        metavar="FILE",
+    )
     log: str | None = option(
         None, "append one line per request to this file (default: standard error)", group="files", metavar="FILE"
     )
@@ -149,7 +155,7 @@ def model_loader(options: ServeOptions) -> Loader:
     fast = load_speedups(options.plain)
     if fast:
         fast.keep_freed_memory()  # before the first tensor is allocated
-    from exchange.loading import load_model, tokenizer_of
+    from exchange.loading import load_model_and_digest, tokenizer_of
     from generation.row_cache import decode_rows
 
     with contextlib.redirect_stdout(sys.stderr):  # standard output is for the address
@@ -157,15 +163,15 @@ def model_loader(options: ServeOptions) -> Loader:
         dtype = choose_dtype(options.dtype, device)
     allow_tf32()
 
-    def load(path: str) -> tuple[GPT, DecodeRows]:
-        model, info = load_model(path, device, dtype)
+    def load(path: str) -> tuple[GPT, DecodeRows, str]:
+        model, info, digest = load_model_and_digest(path, device, dtype)
         tokenizer = tokenizer_of(path, info, model)
         tokenizer.encode_text("")  # loading GPT-2's takes a second, which the first request should not wait for
         for parameter in model.parameters():  # a checkpoint's file may be replaced, so do not leave it mapped
             parameter.data = parameter.data.clone()
         if fast:
             fast.speed_up_generation(model, options.quantize, options.max_rows)
-        return model, decode_rows
+        return model, decode_rows, digest
 
     return load
 
@@ -196,6 +202,7 @@ def main() -> None:
         options.max_models,
         options.exact,
         options.grace,
+        feedback=options.feedback,
     )
     pool = ModelPool(model_cards({path: read_info(path) for path in choose_checkpoints(options)}), load, settings)
     serve(

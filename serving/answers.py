@@ -28,6 +28,7 @@ class Answer:
         self.tokenizer = requests[0].tokenizer
         self.n_tokens = [0] * len(requests)
         self.cached_tokens = 0
+        self.digest: str | None = None  # of the model's weights
 
     def usage(self) -> dict:
         """How many tokens were read and generated. A prompt counts once, however many texts continue it."""
@@ -41,15 +42,16 @@ class Answer:
         }
         return usage if self.n_dropped is None else {**usage, "dropped_messages": self.n_dropped}
 
-    def take(self, index: int, output: Output) -> None:
-        """Count what an output says about the tokens."""
+    def take(self, index: int, output: Output, digest: str | None) -> None:
+        """Count what an output says about the tokens, and note the digest of the weights that it came from."""
+        self.digest = digest
         self.n_tokens[index] = output.n_tokens
         if index == 0:
             self.cached_tokens = output.cached_tokens
 
     def envelope(self, object_name: str, choices: list[dict], **more) -> dict:
         head = {"id": self.id, "object": object_name, "created": self.created, "model": self.model}
-        return {**head, "choices": choices, **more}
+        return {**head, "system_fingerprint": self.digest, "choices": choices, **more}
 
     def opening(self, index: int) -> dict | None:
         """The first chunk's choice, if it is to come before the first output."""

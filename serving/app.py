@@ -21,6 +21,7 @@ from generation.stream import Output
 from serving.answers import Answer, ChatAnswer, TextAnswer
 from serving.errors import ApiError
 from serving.event_stream import EventStream
+from serving.feedback import FeedbackFields, FeedbackFile
 from serving.generation_run import ClientLeft, GenerationRun, until_disconnect
 from serving.metrics import Metrics
 from serving.models import ModelPool
@@ -41,6 +42,7 @@ class Service:
         self.pool, self.settings = pool, settings
         self.metrics = Metrics()
         self.runs: set[GenerationRun] = set()
+        self.feedback_file = None if settings.feedback is None else FeedbackFile(settings.feedback)
         self.metrics.watch("jojo_waiting_texts", "Texts that wait for a row", lambda: pool.n_waiting)
         self.metrics.watch("jojo_rows_in_use", "Rows that generate a text", lambda: pool.rows_in_use)
         self.metrics.watch("jojo_rows", "Rows per model", lambda: settings.max_rows)
@@ -56,10 +58,21 @@ class Service:
         return Response(self.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     async def models(self, request: Request) -> Response:
-        return json_response({"object": "list", "data": [card.as_dict() for card in self.pool.cards.values()]})
+        cards = [card.as_dict() for card in self.pool.cards.values()]
+        return json_response({"object": "list", "data": cards, "keeps_feedback": self.feedback_file is not None})
 
     async def model(self, request: Request) -> Response:
         return json_response(self.pool.card(request.path_params["id"]).as_dict())
+
+    # --- feedback ---
+
+    async def feedback(self, request: Request) -> Response:
+        if self.feedback_file is None:
+            raise ApiError(404, "this server keeps no feedback; start serve.py with --feedback FILE")
+        fields = parse_body(FeedbackFields, await read_body(request, self.settings))
+        fields.check()
+        await self.feedback_file.keep(fields)
+        return json_response({"id": fields.id, "object": "feedback"})
 
     # --- generation ---
 
@@ -109,7 +122,7 @@ class Service:
         async with contextlib.aclosing(run.outputs(self.settings.comment_s)) as found:
             async for item in found:
                 if item is not None:
-                    answer.take(*item)
+                    answer.take(*item, run.digest)
                     outputs[item[0]].append(item[1])
         return outputs
 
@@ -127,6 +140,7 @@ def create_app(service: Service) -> ASGIApp:
         Route("/v1/models/{id:path}", service.model, methods=["GET"]),
         Route("/v1/chat/completions", service.chat, methods=["POST"]),
         Route("/v1/completions", service.completion, methods=["POST"]),
+        Route("/v1/feedback", service.feedback, methods=["POST"]),
         Route("/health", service.health, methods=["GET"]),
         Route("/metrics", service.metrics_text, methods=["GET"]),
         Route("/", files, methods=["GET"]),
@@ -171,7 +185,7 @@ class Frame:
 def endpoint_label(scope: Scope) -> str:
     """The path for the metrics; one label for all paths that a client can make up."""
     path = scope["path"]
-    known = ("/", "/health", "/metrics", "/v1/models", "/v1/chat/completions", "/v1/completions")
+    known = ("/", "/health", "/metrics", "/v1/models", "/v1/chat/completions", "/v1/completions", "/v1/feedback")
     return path if path in known else "other"
 
 

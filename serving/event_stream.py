@@ -68,7 +68,7 @@ class EventStream:
                     if found is None:
                         yield b": waiting\n\n"
                         continue
-                    answer.take(*found)
+                    answer.take(*found, self.run.digest)
                     for choice in answer.chunk(*found):
                         yield event(answer.envelope(answer.chunk_name, [choice], **more))
             if self.includes_usage:

@@ -35,6 +35,7 @@ class GenerationRun:
         self.started = time.perf_counter()
         self.queue: asyncio.Queue[tuple[int, Output]] = asyncio.Queue()
         self.streams: list[Stream] = []
+        self.digest: str | None = None  # of the weights that generate
         self.on_close: Callable[[], None] = lambda: None
         self.acquiring: asyncio.Task[LoadedModel] | None = None  # while the model is not in memory
         self.model = pool.acquire_loaded(card)
@@ -59,7 +60,7 @@ class GenerationRun:
             Stream(request, functools.partial(deliver, index), device) for index, request in enumerate(self.requests)
         ]
         self.pool.worker.submit(model.engine, streams)
-        self.streams = streams
+        self.streams, self.digest = streams, model.digest
         self.metrics.prompt_tokens.inc(len(self.requests[0].prompt))
 
     async def outputs(self, comment_s: float) -> AsyncGenerator[tuple[int, Output] | None, None]:

@@ -27,7 +27,7 @@ from setup_tokenizer import GPT2, Tokenizer
 log = logging.getLogger("jojo")
 DEFAULT_MAX_TOKENS = 500  # of a text; a chat's reply may fill the window
 
-Loader = Callable[[str], tuple[GPT, DecodeRows]]
+Loader = Callable[[str], tuple[GPT, DecodeRows, str]]  # the last one is the digest of the weights
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,8 +85,8 @@ def n_parameters(config: GPTConfig) -> int:
 class LoadedModel:
     """A model in memory, with the engine that runs it and the number of requests that use it."""
 
-    def __init__(self, card: ModelCard, engine: BatchEngine):
-        self.card, self.engine = card, engine
+    def __init__(self, card: ModelCard, engine: BatchEngine, digest: str):
+        self.card, self.engine, self.digest = card, engine, digest
         self.users, self.last_used, self.is_retiring = 0, 0.0, False
         self.idle = asyncio.Event()
         self.idle.set()
@@ -200,21 +200,21 @@ class ModelPool:
         log.info("loading model %s", card.id)
         started = time.monotonic()
         try:
-            engine = await asyncio.to_thread(self._make_engine, card)
+            engine, digest = await asyncio.to_thread(self._make_engine, card)
         except UserError as error:
             self.failure = error
             log.error("model %s not loaded: %s", card.id, error)
             raise ApiError(503, "the model could not be loaded; the server's log says why", param="model") from error
-        model = self.loaded[card.id] = LoadedModel(card, engine)
+        model = self.loaded[card.id] = LoadedModel(card, engine, digest)
         self.is_ready = True
         self.worker.engines.append(engine)
         log.info("model %s ready after %.1f s", card.id, time.monotonic() - started)
         return model
 
-    def _make_engine(self, card: ModelCard) -> BatchEngine:
-        model, decode = self.load(card.path)
+    def _make_engine(self, card: ModelCard) -> tuple[BatchEngine, str]:
+        model, decode, digest = self.load(card.path)
         rows, waiting = self.settings.max_rows, self.settings.max_waiting
         if self.settings.exact:
             whole = card.config.block_size  # prompts in one pass, as gen.py prefills them
-            return BatchEngine(model, rows, waiting, decode_each, piece_tokens=whole, keep_prefixes=False)
-        return BatchEngine(model, rows, waiting, decode)
+            return BatchEngine(model, rows, waiting, decode_each, piece_tokens=whole, keep_prefixes=False), digest
+        return BatchEngine(model, rows, waiting, decode), digest

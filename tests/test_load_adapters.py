@@ -168,7 +168,8 @@ def test_adapters_are_listed_with_their_base(folder, capsys):
 
 def test_gen_and_serve_load_an_adapter(folder, capsys):
     write_adapter()
-    load, _ = serve.model_loader(serve.ServeOptions(device="cpu", dtype="float32"))("models/adapter.pt")
+    load, _, found = serve.model_loader(serve.ServeOptions(device="cpu", dtype="float32"))("models/adapter.pt")
+    assert found == digest(load_checkpoint("models/adapter.pt")["model"])  # of the merged weights
     models = gen.LoadedModel(gen.GenOptions("models/adapter.pt", device="cpu", dtype="float32"))
     ids = sample_ids()
     assert torch.equal(models.engine.model(ids)[0], load(ids)[0])
