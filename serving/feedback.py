@@ -23,7 +23,6 @@ from common.files import fsync_folder, lock_file, require_target, write_error
 from serving.errors import ApiError
 
 log = logging.getLogger("jojo")
-LOCK_WAIT_S = 5.0  # for other programs that append to the same file
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 MAX_MESSAGES = 2000
 
@@ -81,13 +80,13 @@ class FeedbackFields(BaseModel):
 
 
 class FeedbackFile:
-    """A file that events are appended to, also by several processes at the same time.
+    """A file that events are appended to, also by several processes at the same time: each waits `wait_s` for others.
 
     Raises UserError if it cannot be written. The path is opened for each event, so that the file can be moved away.
     """
 
-    def __init__(self, path: str | os.PathLike):
-        self.path = Path(path)
+    def __init__(self, path: str | os.PathLike, wait_s: float = 5.0):
+        self.path, self.wait_s = Path(path), wait_s
         require_target("feedback", self.path)
         if self.path.exists() and not self.path.is_file():
             raise UserError(f"--feedback {self.path} is not a regular file; choose another name")
@@ -113,7 +112,7 @@ class FeedbackFile:
     def append(self, line: bytes) -> None:
         """Append a whole line, or nothing, and wait until it is on the disk. Raises OSError."""
         with open(self.path, "a+b", buffering=0, opener=_open_private) as file:
-            _wait_for_lock(file)
+            _wait_for_lock(file, self.wait_s)
             size = file.seek(0, os.SEEK_END)
             if size and line:
                 file.seek(size - 1)
@@ -135,9 +134,9 @@ def _open_private(path: str, flags: int) -> int:
     return os.open(path, flags, 0o600)
 
 
-def _wait_for_lock(file: IO[bytes]) -> None:
+def _wait_for_lock(file: IO[bytes], wait_s: float) -> None:
     """Lock a file; closing it releases the lock. Raises TimeoutError if other programs hold the lock too long."""
-    deadline = time.monotonic() + LOCK_WAIT_S
+    deadline = time.monotonic() + wait_s
     while True:
         try:
             lock_file(file)
