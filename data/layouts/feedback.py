@@ -27,7 +27,8 @@ def latest_events(records: Iterable[Mapping], skipped: Counter) -> Iterator[Mapp
         if not is_event(record):
             yield record
             continue
-        skipped[REPLACED] += record["id"] in events
+        if record["id"] in events:
+            skipped[REPLACED] += 1
         events[record["id"]] = record
     for event in events.values():
         if event.get("rating") == "none" and event.get("correction") is None and event.get("preferred_over") is None:
