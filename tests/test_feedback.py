@@ -6,7 +6,6 @@ import asyncio
 import concurrent.futures
 import json
 import os
-import signal
 import subprocess
 import sys
 import textwrap
@@ -65,7 +64,6 @@ def test_an_event_is_kept_as_a_line_that_preferences_are_made_of(server, path):
     assert third == {"id": "pair", "model": "chatty", "messages": [HI, WHAT], "preferred_over": other}
     pairs = [[message["content"] for message in pair] for pair in preferences(read_records(path))]
     assert pairs == [["Hi", "Hello!", WHAT["content"]], ["Hi", WHAT["content"], "Go."]]
-    assert path.stat().st_mode & 0o777 == 0o600 or os.name == "nt"
 
 
 def test_the_models_say_whether_feedback_is_kept_and_answers_the_digest(server):
@@ -138,17 +136,18 @@ def test_a_file_that_is_moved_away_is_begun_again(server, path):
     moved = path.rename(path.with_name("old.jsonl"))
     assert give(server, rating="bad").status_code == 200
     assert [json.loads(file.read_bytes())["rating"] for file in (moved, path)] == ["good", "bad"]
+    assert path.stat().st_mode & 0o777 == 0o600 or os.name == "nt"
 
 
 def test_many_clients_and_another_process_do_not_mix_their_lines(server, path):
     program = f"""
-        import sys
+        import sys, time
         sys.path.insert(0, {str(ROOT)!r})
-        from serving.errors import ApiError
-from serving.feedback import FeedbackFile
+        from serving.feedback import FeedbackFile
         file = FeedbackFile({str(path)!r})
         print("ready", flush=True)
-        for number in range(60):
+        for number in range(40):
+            time.sleep(0.01)
             file.append(b'{{"other": "' + b"x" * 6000 + b'"}}\\n')
     """
     command = [sys.executable, "-c", textwrap.dedent(program)]
@@ -160,7 +159,7 @@ from serving.feedback import FeedbackFile
         assert other.wait(60) == 0
     assert {answer.status_code for answer in answers} == {200}
     records = [json.loads(line) for line in path.read_bytes().splitlines()]
-    assert sum("other" in record for record in records) == 60
+    assert sum("other" in record for record in records) == 40
     assert {record["id"] for record in records if "id" in record} == set(map(str, numbers))
 
 
@@ -184,8 +183,7 @@ def test_a_full_disk_is_a_sentence_and_leaves_no_half_line(tmp_path):
         import asyncio, resource, sys
         sys.path.insert(0, {str(ROOT)!r})
         from serving.errors import ApiError
-        from serving.errors import ApiError
-from serving.feedback import FeedbackFields, FeedbackFile
+        from serving.feedback import FeedbackFields, FeedbackFile
         file = FeedbackFile({str(tmp_path / "feedback.jsonl")!r})
         fields = FeedbackFields(**{EVENT!r}, correction="x" * 600)
         resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))
@@ -217,24 +215,21 @@ def test_a_file_that_cannot_be_written_is_a_sentence_at_the_start(tmp_path):
             FeedbackFile(tmp_path / "read-only.jsonl")
 
 
-@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs SIGKILL")
-def test_an_acknowledged_event_outlives_kill_9(tmp_path):
+def test_an_event_that_was_acknowledged_outlives_kill_9(tmp_path):
+    """Here the writer is killed; tests/test_feedback_loop.py kills the server."""
     path = tmp_path / "feedback.jsonl"
     program = f"""
-        import sys, time
+        import asyncio, itertools, sys
         sys.path.insert(0, {str(ROOT)!r})
-        from tests.live_server import LiveServer
-        with LiveServer(formats={{"models/chatty.pt": "chat"}}, feedback={str(path)!r}) as server:
-            print(server.url, flush=True)
-            time.sleep(600)
+        from serving.feedback import FeedbackFields, FeedbackFile
+        file = FeedbackFile({str(path)!r})
+        for number in itertools.count():
+            asyncio.run(file.keep(FeedbackFields(**{{**{EVENT!r}, "id": str(number)}}, rating="good")))
+            print(number, flush=True)
     """
     with subprocess.Popen([sys.executable, "-c", textwrap.dedent(program)], stdout=subprocess.PIPE, text=True) as child:
-        try:
-            assert child.stdout is not None
-            url = child.stdout.readline().strip()
-            for number in range(5):
-                answer = httpx.post(f"{url}/v1/feedback", json={**EVENT, "id": str(number), "rating": "good"})
-                assert answer.status_code == 200
-        finally:
-            child.kill()
-    assert [json.loads(line)["id"] for line in path.read_bytes().splitlines()] == list("01234")
+        assert child.stdout is not None
+        acknowledged = [child.stdout.readline().strip() for _ in range(5)]
+        child.kill()
+    kept = [json.loads(line)["id"] for line in path.read_bytes().splitlines()[:5]]  # the last one may not be whole
+    assert kept == acknowledged == list("01234")

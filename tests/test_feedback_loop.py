@@ -88,8 +88,8 @@ def test_corrections_make_a_model_that_prefers_them(tmp_path):
     command = [sys.executable, str(ROOT / "data/prepare-preferences.py"), "--input", "feedback.jsonl", "--name", "mine"]
     done = subprocess.run([*command, "--output_dir", ".", "--val_fraction", "0.2"], cwd=tmp_path, capture_output=True)
     assert done.returncode == 0, done.stderr
-    shape = dict.fromkeys(("n_layer", "n_head", "n_embd", "block_size"))
-    settings = {"init_from": str(tmp_path / "base.pt"), "max_iters": 6, "learning_rate": 3e-3, "batch_size": 4}
+    shape = dict.fromkeys(("n_layer", "n_head", "n_embd"))
+    settings = {"init_from": str(tmp_path / "base.pt"), "max_iters": 6, "learning_rate": 3e-3, "block_size": 64}
     assert run(tmp_path, tmp_path, dataset="mine", objective="dpo", **settings, **shape) == 0
 
     chosen = encode_text(BETTER)
