@@ -42,8 +42,12 @@ def path(server):
     return path
 
 
+def post(server, path: str, **content) -> httpx.Response:
+    return httpx.post(server.url + path, timeout=120, **content)
+
+
 def give(server, **fields) -> httpx.Response:
-    return httpx.post(f"{server.url}/v1/feedback", json={**EVENT, **fields})
+    return post(server, "/v1/feedback", json={**EVENT, **fields})
 
 
 def test_an_event_is_kept_as_a_line_that_preferences_are_made_of(server, path):
@@ -69,9 +73,9 @@ def test_an_event_is_kept_as_a_line_that_preferences_are_made_of(server, path):
 def test_the_models_say_whether_feedback_is_kept_and_answers_the_digest(server):
     assert httpx.get(f"{server.url}/v1/models").json()["keeps_feedback"] is True
     body = {"messages": [HI], "max_tokens": 2}
-    answer = httpx.post(f"{server.url}/v1/chat/completions", json=body).json()
+    answer = post(server, "/v1/chat/completions", json=body).json()
     assert len(answer["system_fingerprint"]) == 64
-    streamed = httpx.post(f"{server.url}/v1/chat/completions", json={**body, "stream": True}).text
+    streamed = post(server, "/v1/chat/completions", json={**body, "stream": True}).text
     events = [json.loads(line[6:]) for line in streamed.splitlines() if line.startswith("data: {")]
     assert events[-1]["system_fingerprint"] == answer["system_fingerprint"]
 
@@ -107,11 +111,11 @@ def test_other_events_are_refused_and_leave_no_trace(server, path, change, param
 
 def test_broken_bodies_are_refused(server, path):
     for body in (b"", b"{", b"[]", b'{"id": "\\ud800"}', b"\xff", b"{" + b" " * 8192 + b"}"):
-        refused = httpx.post(f"{server.url}/v1/feedback", content=body)
+        refused = post(server, "/v1/feedback", content=body)
         assert refused.status_code in (400, 413) and refused.json()["error"]["message"]
     assert httpx.get(f"{server.url}/v1/feedback").status_code == 405
     foreign = {"Origin": "https://evil.example"}
-    refused = httpx.post(f"{server.url}/v1/feedback", json={**EVENT, "rating": "good"}, headers=foreign)
+    refused = post(server, "/v1/feedback", json={**EVENT, "rating": "good"}, headers=foreign)
     assert refused.status_code == 403 and path.read_bytes() == b""
 
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import time
 from collections import Counter
 
 from data.layouts.preferences import preferences
 from data.readers.records import read_records
-from tests.browser import button, replies, send, text_of_last, until
+from tests.browser import PATIENCE_S, button, replies, send, text_of_last, until
 from tests.chat_stand_in import DIGEST, REPLY, ChatStandIn, split_tokens, token_id
 from tests.test_page_safety import PAYLOAD, assert_harmless
 
@@ -21,9 +22,8 @@ def pressed(scope, name: str) -> bool:
 
 
 def wait_for_events(page, server, n: int) -> list[dict]:
-    for _ in range(200):
-        if len(server.feedback) >= n:
-            break
+    deadline = time.monotonic() + PATIENCE_S
+    while len(server.feedback) < n and time.monotonic() < deadline:
         page.wait_for_timeout(30)
     assert len(server.feedback) == n
     return server.feedback
