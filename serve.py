@@ -155,7 +155,7 @@ def model_loader(options: ServeOptions) -> Loader:
     fast = load_speedups(options.plain)
     if fast:
         fast.keep_freed_memory()  # before the first tensor is allocated
-    from exchange.loading import load_model_and_digest, tokenizer_of
+    from exchange.loading import load_model, tokenizer_of
     from generation.row_cache import decode_rows
 
     with contextlib.redirect_stdout(sys.stderr):  # standard output is for the address
@@ -163,15 +163,15 @@ def model_loader(options: ServeOptions) -> Loader:
         dtype = choose_dtype(options.dtype, device)
     allow_tf32()
 
-    def load(path: str) -> tuple[GPT, DecodeRows, str]:
-        model, info, digest = load_model_and_digest(path, device, dtype)
+    def load(path: str) -> tuple[GPT, DecodeRows]:
+        model, info = load_model(path, device, dtype)
         tokenizer = tokenizer_of(path, info, model)
         tokenizer.encode_text("")  # loading GPT-2's takes a second, which the first request should not wait for
         for parameter in model.parameters():  # a checkpoint's file may be replaced, so do not leave it mapped
             parameter.data = parameter.data.clone()
         if fast:
             fast.speed_up_generation(model, options.quantize, options.max_rows)
-        return model, decode_rows, digest
+        return model, decode_rows
 
     return load
 
@@ -188,7 +188,7 @@ def main() -> None:
     api_key = choose_api_key(options)
     start_log(options.log)
     load = model_loader(options)
-    from exchange.loading import read_info
+    from exchange.loading import read_info, weights_digest
     from serving.models import ModelPool, model_cards
     from serving.server import serve
     from serving.settings import ServerSettings
@@ -204,7 +204,8 @@ def main() -> None:
         options.grace,
         feedback=options.feedback,
     )
-    pool = ModelPool(model_cards({path: read_info(path) for path in choose_checkpoints(options)}), load, settings)
+    cards = model_cards({path: read_info(path) for path in choose_checkpoints(options)})
+    pool = ModelPool(cards, load, settings, weights_digest)
     serve(
         pool, settings, options.port, lambda address: print(f"serving {', '.join(pool.cards)} at {address}", flush=True)
     )

@@ -147,27 +147,16 @@ def _load_base(base_path: str, path: str, adapter: Mapping[str, Any]) -> dict[st
 def load_model(path: str | os.PathLike, device: str = "cpu", dtype: str = "float32") -> tuple[GPT, dict]:
     """A model in evaluation mode on `device` in `dtype`, and its info. Raises UserError as `load_checkpoint` does."""
     checkpoint = load_checkpoint(path, ("info", "model"))
-    return _for_use(path, checkpoint, device, dtype), checkpoint["info"]
-
-
-def load_model_and_digest(path: str | os.PathLike, device: str, dtype: str) -> tuple[GPT, dict, str]:
-    """What `load_model` returns, and the digest of the weights as they are in the file."""
-    checkpoint = load_checkpoint(path, ("info", "model"))
-    found = _weights_digest(Path(path), checkpoint["model"])
-    return _for_use(path, checkpoint, device, dtype), checkpoint["info"], found
-
-
-def _for_use(path: str | os.PathLike, checkpoint: Mapping[str, Any], device: str, dtype: str) -> GPT:
     model = build_model(path, checkpoint).to(device=device, dtype=getattr(torch, dtype))
-    return model.eval().requires_grad_(False)
+    return model.eval().requires_grad_(False), checkpoint["info"]
 
 
-def _weights_digest(path: Path, weights: Mapping[str, Tensor]) -> str:
-    """The digest of loaded weights. Jojo's own checkpoints contain it, and `load_checkpoint` has just compared them."""
-    content = read_file(path) if path.is_file() else None
+def weights_digest(path: str | os.PathLike) -> str:
+    """The digest of a model's weights; Jojo's checkpoints contain it. Raises UserError as `load_checkpoint` does."""
+    content = read_file(path) if Path(path).is_file() else None
     if isinstance(content, dict) and content.get("format") == FORMAT and "adapter" not in content["info"]:
         return content["digests"]["model"]
-    return digest(weights)
+    return digest(load_checkpoint(path, ("model",))["model"])
 
 
 def tokenizer_of(path: str | os.PathLike, info: Mapping[str, Any], model: GPT) -> Tokenizer:

@@ -25,10 +25,10 @@ class Answer:
         self.id = f"{self.id_prefix}-{secrets.token_hex(12)}"
         self.model, self.requests, self.n_dropped = model, requests, n_dropped
         self.created = int(time.time())
+        self.digest: str | None = None  # of the weights that generate, once they do
         self.tokenizer = requests[0].tokenizer
         self.n_tokens = [0] * len(requests)
         self.cached_tokens = 0
-        self.digest: str | None = None  # of the model's weights
 
     def usage(self) -> dict:
         """How many tokens were read and generated. A prompt counts once, however many texts continue it."""
@@ -42,9 +42,8 @@ class Answer:
         }
         return usage if self.n_dropped is None else {**usage, "dropped_messages": self.n_dropped}
 
-    def take(self, index: int, output: Output, digest: str | None) -> None:
-        """Count what an output says about the tokens, and note the digest of the weights that it came from."""
-        self.digest = digest
+    def take(self, index: int, output: Output) -> None:
+        """Count what an output says about the tokens."""
         self.n_tokens[index] = output.n_tokens
         if index == 0:
             self.cached_tokens = output.cached_tokens

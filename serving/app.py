@@ -122,7 +122,8 @@ class Service:
         async with contextlib.aclosing(run.outputs(self.settings.comment_s)) as found:
             async for item in found:
                 if item is not None:
-                    answer.take(*item, run.digest)
+                    answer.digest = run.digest
+                    answer.take(*item)
                     outputs[item[0]].append(item[1])
         return outputs
 

@@ -68,7 +68,8 @@ class EventStream:
                     if found is None:
                         yield b": waiting\n\n"
                         continue
-                    answer.take(*found, self.run.digest)
+                    answer.digest = self.run.digest
+                    answer.take(*found)
                     for choice in answer.chunk(*found):
                         yield event(answer.envelope(answer.chunk_name, [choice], **more))
             if self.includes_usage:

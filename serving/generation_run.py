@@ -60,7 +60,8 @@ class GenerationRun:
             Stream(request, functools.partial(deliver, index), device) for index, request in enumerate(self.requests)
         ]
         self.pool.worker.submit(model.engine, streams)
-        self.streams, self.digest = streams, model.digest
+        self.streams = streams
+        self.digest = model.digest
         self.metrics.prompt_tokens.inc(len(self.requests[0].prompt))
 
     async def outputs(self, comment_s: float) -> AsyncGenerator[tuple[int, Output] | None, None]:

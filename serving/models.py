@@ -27,7 +27,7 @@ from setup_tokenizer import GPT2, Tokenizer
 log = logging.getLogger("jojo")
 DEFAULT_MAX_TOKENS = 500  # of a text; a chat's reply may fill the window
 
-Loader = Callable[[str], tuple[GPT, DecodeRows, str]]  # the last one is the digest of the weights
+Loader = Callable[[str], tuple[GPT, DecodeRows]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,17 +86,23 @@ class LoadedModel:
     """A model in memory, with the engine that runs it and the number of requests that use it."""
 
     def __init__(self, card: ModelCard, engine: BatchEngine, digest: str):
-        self.card, self.engine, self.digest = card, engine, digest
+        self.card, self.engine = card, engine
+        self.digest = digest  # of the weights
         self.users, self.last_used, self.is_retiring = 0, 0.0, False
         self.idle = asyncio.Event()
         self.idle.set()
 
 
 class ModelPool:
-    """Hands out models; everything but the loading itself happens in the event loop."""
+    """Hands out models; everything but the loading itself happens in the event loop.
 
-    def __init__(self, cards: Mapping[str, ModelCard], load: Loader, settings: ServerSettings):
-        self.cards, self.load, self.settings = cards, load, settings
+    `digest_of` a path is the digest of the weights there.
+    """
+
+    def __init__(
+        self, cards: Mapping[str, ModelCard], load: Loader, settings: ServerSettings, digest_of: Callable[[str], str]
+    ):
+        self.cards, self.load, self.settings, self.digest_of = cards, load, settings, digest_of
         self.worker = Worker()
         self.loaded: dict[str, LoadedModel] = {}
         self.failure: UserError | None = None
@@ -200,7 +206,8 @@ class ModelPool:
         log.info("loading model %s", card.id)
         started = time.monotonic()
         try:
-            engine, digest = await asyncio.to_thread(self._make_engine, card)
+            engine = await asyncio.to_thread(self._make_engine, card)
+            digest = await asyncio.to_thread(self.digest_of, card.path)
         except UserError as error:
             self.failure = error
             log.error("model %s not loaded: %s", card.id, error)
@@ -211,10 +218,10 @@ class ModelPool:
         log.info("model %s ready after %.1f s", card.id, time.monotonic() - started)
         return model
 
-    def _make_engine(self, card: ModelCard) -> tuple[BatchEngine, str]:
-        model, decode, digest = self.load(card.path)
+    def _make_engine(self, card: ModelCard) -> BatchEngine:
+        model, decode = self.load(card.path)
         rows, waiting = self.settings.max_rows, self.settings.max_waiting
         if self.settings.exact:
             whole = card.config.block_size  # prompts in one pass, as gen.py prefills them
-            return BatchEngine(model, rows, waiting, decode_each, piece_tokens=whole, keep_prefixes=False), digest
-        return BatchEngine(model, rows, waiting, decode), digest
+            return BatchEngine(model, rows, waiting, decode_each, piece_tokens=whole, keep_prefixes=False)
+        return BatchEngine(model, rows, waiting, decode)
