@@ -13,6 +13,7 @@ import pytest
 
 from data.dataset import open_dataset, read_info
 from data.documents import document_line, read_document_line, read_prepared
+from data.layouts.chat import conversations
 from data.layouts.preferences import differing_answers, preferences
 from setup_tokenizer import encode_chat
 
@@ -144,6 +145,17 @@ def test_of_the_events_about_one_reply_the_last_one_counts():
         "feedback that was withdrawn": 1,
         "label without an opposite one on the same prompt": 1,
     }
+
+
+def test_chat_data_is_made_of_the_last_events_too():
+    events = [
+        {"id": "1", "messages": [HI, BAD], "rating": "good"},
+        {"id": "2", "messages": [HI, GOOD], "rating": "good"},
+        {"id": "1", "messages": [HI, BAD], "rating": "none"},
+    ]
+    skipped = Counter()
+    assert list(conversations(events, skipped=skipped)) == [[HI, GOOD]]
+    assert skipped == {"feedback that a later event replaces": 1, "feedback that was withdrawn": 1}
 
 
 def test_oasst_compares_the_best_reply_with_each_worse_one():

@@ -110,7 +110,7 @@ export class ChatPage {
   }
 
   #actions(message, reply) {
-    const buttons = [copyButton(() => reply.text)];
+    const buttons = [...this.#feedback(message, reply), copyButton(() => reply.text)];
     if (message.versions.length > 1) {
       const turn = (step) => () => {
         message.version = (message.version + step + message.versions.length) % message.versions.length;
@@ -127,7 +127,7 @@ export class ChatPage {
     buttons.push(iconButton("edit", "Edit this reply", () => this.#editReply(message, reply)));
     if (reply.finish !== "stop" && reply.text) buttons.push(iconButton("play", "Continue this reply", () => this.#run(message, reply)));
     buttons.push(iconButton("repeat", "Regenerate", () => this.#newVersion(message, newReply(this.picker.value))));
-    return [...buttons, ...this.#feedback(message, reply)];
+    return buttons;
   }
 
   /** The buttons that judge a reply. On a person's own words there is only the one that changes them. */

@@ -74,9 +74,9 @@ export class ComparePage {
     const side = { model, button: null };
     const view = (side.view = new ReplyView(newReply(model.id), {
       actions: (reply) => [
+        ...this.#feedback(pair, side, reply),
         copyButton(() => reply.text),
         iconButton("repeat", "Regenerate", () => run(newReply(model.id))),
-        ...this.#feedback(pair, side, reply),
       ],
       onTake: (reply, index, alternative) => run(newReply(model.id, { tokens: takeInstead(reply, index, alternative) })),
       onRetry: run,

@@ -36,5 +36,6 @@ export function editor(node, text, label, choices) {
   node.replaceWith(form);
   grow();
   area.focus();
+  form.scrollIntoView({ block: "nearest" });
   area.setSelectionRange(text.length, text.length);
 }
