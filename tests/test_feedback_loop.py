@@ -14,12 +14,14 @@ import pytest
 
 from common.checkpoint import digest, load_checkpoint, save_checkpoint
 from setup_tokenizer import encode_text
+from tests.live_server import wait_until
 from tests.tiny import run
 from tests.tiny_gpt import text_gpt
 
 ROOT = Path(__file__).resolve().parent.parent
 QUESTIONS = ("Hi", "Who are you?", "What is that?", "Tell me a story.", "Where is it?", "Why?", "And then?", "Bye")
 BETTER = "Ahoy!"
+TIMEOUT_S = 300
 NO_CONTROL = {str(token): -100 for token in (50256, 50257, 50258)}
 
 
@@ -33,7 +35,8 @@ def served(folder: Path, *arguments: str) -> Iterator[httpx.Client]:
         assert server.stdout is not None
         line = server.stdout.readline().decode()
         assert " at http" in line, (folder / "server.log").read_text()
-        with httpx.Client(base_url=line.split()[-1], timeout=120) as http:
+        with httpx.Client(base_url=line.split()[-1], timeout=TIMEOUT_S) as http:
+            wait_until(lambda: http.get("/health").status_code == 200, TIMEOUT_S)
             yield http
     finally:
         server.kill()
