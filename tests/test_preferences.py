@@ -14,7 +14,7 @@ import pytest
 from data.dataset import open_dataset, read_info
 from data.documents import document_line, read_document_line, read_prepared
 from data.layouts.chat import conversations
-from data.layouts.preferences import differing_answers, preferences
+from data.layouts.preferences import differing_answers, labelled_answers, nonempty_answer, preferences
 from setup_tokenizer import encode_chat
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -158,6 +158,28 @@ def test_chat_data_is_made_of_the_last_events_too():
     assert skipped == {"feedback that a later event replaces": 1, "feedback that was withdrawn": 1}
 
 
+def test_labelled_answers_are_those_of_pairs_and_all_labels():
+    skipped = Counter()
+    records = [
+        {"prompt": "Hi", "chosen": "Hello!", "rejected": "What?"},
+        {"prompt": "Ho", "completion": "Hey!", "label": True},
+        {"messages": [{**HI, "content": "Ha"}, BAD], "rating": "bad"},
+        {"messages": [{**HI, "content": "Hm"}, BAD], "correction": "Hello!"},
+        {"prompt": "He", "completion": " ", "label": True},
+    ]
+    found = list(labelled_answers(records, skipped))
+    assert [[message["content"] for message in each] for each in found] == [
+        ["Hi", "Hello!", ""],
+        ["Hi", "", "What?"],
+        ["Hm", "Hello!", ""],
+        ["Hm", "", "What?"],
+        ["Ho", "Hey!", ""],
+        ["Ha", "", "What?"],
+    ]
+    assert all([message["preferred"] for message in each[-2:]] == [True, False] for each in found)
+    assert skipped == {"conversation with an empty message": 1}
+
+
 def test_oasst_compares_the_best_reply_with_each_worse_one():
     tree = [
         row("q", None, "prompter", "Hi"),
@@ -186,6 +208,17 @@ def test_a_pair_is_stored_in_trls_layout_and_read_back():
     assert json.loads(line) == {"prompt": [HI], "chosen": [GOOD], "rejected": [BAD]}
     assert read_document_line(line, "preference") == PAIR
     assert made(json.loads(line)) == ([PAIR], {})
+
+
+@pytest.mark.parametrize("is_good", [True, False])
+def test_a_labelled_answer_is_stored_in_trls_layout_and_read_back(is_good):
+    record = {"prompt": [HI], "completion": [GOOD if is_good else BAD], "label": is_good}
+    (labelled,) = labelled_answers([record])
+    line = document_line(labelled)
+    assert json.loads(line) == record
+    assert read_document_line(line, "label") == labelled
+    assert nonempty_answer(labelled) == labelled
+    assert nonempty_answer([{**message, "content": ""} for message in labelled]) is None
 
 
 def test_answers_that_cleaning_makes_equal_are_dropped():
@@ -225,6 +258,32 @@ def test_the_script_writes_pairs_and_keeps_questions_out_of_both_splits(tmp_path
     expected = np.concatenate([encode_chat(pair, end_of_conversation=True) for pair in train])
     assert streams["train"].read(0, len(expected)).tolist() == expected.tolist()
     assert len(streams["train"]) == len(expected)
+
+
+def test_the_script_writes_labelled_answers(tmp_path):
+    records = [{"prompt": f"question {number}", "completion": "yes", "label": number % 2 == 0} for number in range(38)]
+    records += [{"prompt": f"which {number}?", "chosen": "this", "rejected": "that"} for number in range(6)]
+    (tmp_path / "labels.jsonl").write_text("\n".join(json.dumps(record) for record in records))
+    without = prepare("--input", "labels.jsonl", "--name", "mine", "--val_fraction", "0.2", cwd=tmp_path)
+    assert without.returncode == 0 and "label without an opposite one on the same prompt: 38" in without.stdout
+    done = prepare("--input", "labels.jsonl", "--name", "mine", "--labels", "--val_fraction", "0.2", cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "read: 50, kept: 50" in done.stdout
+    assert "python train.py --dataset mine --objective kto --init_from CHECKPOINT --data_dir out" in done.stdout
+    info = read_info(tmp_path / "out", "mine")
+    assert info.format == "label"
+    train, val = (list(read_prepared(tmp_path / "out", info, split)) for split in ("train", "val"))
+    assert len(train) + len(val) == 50 and val
+    assert sum(bool(each[-2]["content"]) for each in train + val) == 19 + 6
+    streams, _ = open_dataset(tmp_path / "out", "mine")
+    expected = np.concatenate([encode_chat(each, end_of_conversation=True) for each in train])
+    assert streams["train"].read(0, len(expected)).tolist() == expected.tolist()
+
+
+def test_ratings_without_pairs_are_a_sentence_that_names_the_option(tmp_path):
+    (tmp_path / "rated.jsonl").write_text(json.dumps({"messages": [HI, GOOD], "rating": "good"}))
+    done = prepare("--input", "rated.jsonl", cwd=tmp_path)
+    assert done.returncode == 1 and done.stderr.rstrip().endswith("); add --labels, for --objective kto")
 
 
 def test_a_file_without_pairs_is_a_sentence(tmp_path):
