@@ -68,8 +68,9 @@ def test_more_time_never_gives_a_smaller_model_or_less_to_learn(tokens, n_vocab)
 
 
 def test_much_data_and_time_use_the_whole_table():
-    chosen = [choose_shape(Budget(flops, 1e11, 4096), SHAPES) for flops in FLOPS]
-    assert list(dict.fromkeys(chosen)) == list(SHAPES)
+    shapes = candidates(TrainOptions(), 256)
+    chosen = [choose_shape(Budget(flops, 1e11, 4096), shapes) for flops in FLOPS]
+    assert list(dict.fromkeys(chosen)) == shapes and len(shapes) == len(SHAPES)
 
 
 def test_few_data_get_a_small_model_however_long_it_may_train():

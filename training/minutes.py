@@ -39,7 +39,7 @@ START_S = 15.0  # to load torch, and to save at the end
 LEAST_SHARE = 0.5  # of the time is left for training, however long starting takes
 EVALUATION_SHARE = 1 / 3  # of the work of a training step: the forward pass alone
 # What --preset auto times first: small enough to take seconds, large enough to keep the device busy.
-REFERENCE, REFERENCE_ON_CUDA = (Shape(4, 4, 128, 256), 8), (Shape(8, 8, 512, 1024), 32)  # with rows
+REFERENCE, REFERENCE_ON_CUDA = (Shape(4, 4, 128, 256), 4), (Shape(8, 8, 512, 1024), 32)  # with rows
 Configure = Callable[[TrainOptions], RunConfig]
 Measure = Callable[[RunConfig], float]  # a run's seconds per iteration
 
