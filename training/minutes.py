@@ -23,7 +23,7 @@ from training.initialization import model_config
 from training.memory import model_fits
 from training.mixture import portions
 from training.options import TrainOptions
-from training.parallel import any_process, world_size
+from training.parallel import any_process, reduce, world_size
 from training.shapes import (
     SHAPES,
     Budget,
@@ -68,7 +68,7 @@ def fit_minutes(
     # Now with the real batch, and compiled if that pays off in so many iterations.
     config = configure(dataclasses.replace(chosen, max_iters=max(1, iters)))
     iter_s = measure(config)
-    begun_s = START_S + clock() - start
+    begun_s = START_S + reduce("max", clock() - start)[0]  # the same in all processes, so that all choose the same
     rows = config.batch_size * config.gradient_accumulation_steps
     eval_s = EVALUATION_SHARE * iter_s * config.val_rows / rows
     within = iters_within(max(LEAST_SHARE * time_s, time_s - begun_s), iter_s, eval_s, options.eval_interval)
