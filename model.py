@@ -200,18 +200,20 @@ class GPT(nn.Module):
         targets: Tensor | None = None,
         n_targets: Tensor | None = None,
         documents: Tensor | None = None,
+        positions: Tensor | None = None,
     ) -> tuple[Tensor | None, Tensor | None]:
         """Logits of ids (B, T), or with `targets` (B, T) their loss.
 
         Returns (logits (B, T, n_vocab) in float32, None) or (None, loss), where the loss is the mean cross entropy in
         nats over the targets that are not IGNORED. `n_targets` replaces the number to divide by: the iteration's
         number of targets, so that the losses and gradients of its micro-batches add up to those of one large batch.
-        With `documents` (B, T) attention stays within the ids of a row that have the same number. Raises ValueError
-        for more than block_size ids.
+        With `documents` (B, T) attention stays within the ids of a row that have the same number. `positions` (B, T)
+        are 0 to T - 1 by default. Raises ValueError for more than block_size ids.
         """
         if idx.shape[1] > self.config.block_size:
             raise ValueError(f"{idx.shape[1]} tokens exceed block_size ({self.config.block_size})")
-        x = self.hidden(idx, mask=None if documents is None else self.document_mask(documents))
+        mask = None if documents is None else self.document_mask(documents)
+        x = self.hidden(idx, positions=positions, mask=mask)
         if targets is None:
             return self.logits(x), None
         if n_targets is None:

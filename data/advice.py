@@ -19,6 +19,7 @@ from data.dataset import DatasetInfo, read_info
 from data.epochs import FINE_TUNING_ROWS, FITTING_EPOCHS, Portion, fine_tuning_iters, fitting_iters, in_words
 
 BLOCK_SIZE, ROWS_PER_ITER = 256, 16  # train.py's defaults on a CPU
+DEMO_BLOCK_SIZE = 512  # of `make demo`, whose model has a tokenizer of its own; a checkpoint is not opened here
 SMALL_FROM = 20_000_000  # tokens; with fewer, `tiny` is large enough and twice as fast
 FEW_EPOCHS = 2 * FITTING_EPOCHS  # with more, a model mostly repeats what it has read
 ENOUGH_TOKENS = 50_000  # with so many, the fewest iterations are FITTING_EPOCHS epochs
@@ -42,7 +43,7 @@ class Advice:
     arguments: list[str]
     preset: str
     iters: int
-    rows_per_iter: int
+    tokens_per_iter: int
     epochs: float
     warnings: list[str]
 
@@ -52,7 +53,7 @@ def print_advice(info: DatasetInfo, data_dir: str | None, models: Path = Path("m
     advice = advise(info, data_dir, models)
     for warning in advice.warnings:
         print(f"warning: {warning}")
-    flops = advice.iters * advice.rows_per_iter * BLOCK_SIZE * flops_per_token(advice.preset, info.n_vocab)
+    flops = advice.iters * advice.tokens_per_iter * flops_per_token(advice.preset, info.n_vocab)
     seconds = flops / training_flops() + START_S
     epochs = in_words(advice.epochs)
     print(f"training: {advice.iters:,} iterations, {epochs} epochs, {duration_in_words(seconds)} on this CPU")
@@ -64,7 +65,7 @@ def advise(info: DatasetInfo, data_dir: str | None, models: Path) -> Advice:
 
     If there are few conversations, they are added to what a chitchat model in `models` knows.
     """
-    alone, rows = Portion(info.name, info.splits["train"].tokens), ROWS_PER_ITER
+    alone, tokens_per_iter = Portion(info.name, info.splits["train"].tokens), ROWS_PER_ITER * BLOCK_SIZE
     iters = fitting_iters([alone], BLOCK_SIZE, ROWS_PER_ITER)
     epochs = alone.epochs(iters, BLOCK_SIZE, ROWS_PER_ITER)
     preset = "tiny" if alone.tokens < SMALL_FROM else "small"
@@ -73,8 +74,10 @@ def advise(info: DatasetInfo, data_dir: str | None, models: Path) -> Advice:
     base = chat_model(models, Path(data_dir) if data_dir else Path(__file__).parent, info.tokenizer_digest)
     if epochs > FEW_EPOCHS and info.format == "chat" and info.name != "chitchat" and base:
         added, rows = Portion(info.name, alone.tokens, OWN_SHARE), FINE_TUNING_ROWS
-        iters = fine_tuning_iters([added], BLOCK_SIZE, rows)
-        epochs = added.epochs(iters, BLOCK_SIZE, rows)
+        block_size = DEMO_BLOCK_SIZE if info.tokenizer_digest else BLOCK_SIZE
+        tokens_per_iter = rows * block_size
+        iters = fine_tuning_iters([added], block_size, rows)
+        epochs = added.epochs(iters, block_size, rows)
         arguments = ["--dataset", mixture_of(info), "--init_from", str(base)]
     elif epochs > FEW_EPOCHS:
         warnings.append(warning_of_few(info, epochs))
@@ -84,7 +87,7 @@ def advise(info: DatasetInfo, data_dir: str | None, models: Path) -> Advice:
             "add documents, or use a larger --val_fraction"
         )
     folder = ["--data_dir", data_dir] if data_dir else []
-    return Advice([*arguments, "--max_iters", str(iters), *folder], preset, iters, rows, epochs, warnings)
+    return Advice([*arguments, "--max_iters", str(iters), *folder], preset, iters, tokens_per_iter, epochs, warnings)
 
 
 def mixture_of(info: DatasetInfo) -> str:

@@ -121,16 +121,17 @@ class FastGPT(GPT):
         targets: Tensor | None = None,
         n_targets: Tensor | None = None,
         documents: Tensor | None = None,
+        positions: Tensor | None = None,
     ) -> tuple[Tensor | None, Tensor | None]:
         if targets is None or idx.shape[1] > self.config.block_size:
-            return super().forward(idx, targets, n_targets, documents)
+            return super().forward(idx, targets, n_targets, documents, positions)
         mask = None if documents is None else self.document_mask(documents)
         if n_targets is None:
             n_targets = (targets != IGNORED).sum().clamp(min=1)
         # Before the blocks run: later its buffers would not fit between the activations.
         weight, dtype = self.wte.weight, compute_dtype(self.wte.weight)
         head = TiedHead(weight, targets, dtype, self.compiled_transpose, losses_and_gradient=self.compiled_losses)
-        return None, head.loss(self.transform(head.embed(idx), mask=mask), n_targets)
+        return None, head.loss(self.transform(head.embed(idx), positions=positions, mask=mask), n_targets)
 
     def document_mask(self, documents: Tensor) -> Tensor:
         """The mask as a BlockMask in compiled training on CUDA, otherwise as numbers that are added to the scores."""

@@ -143,9 +143,9 @@ def forward_and_optimizers(**options: Any) -> None:
     config = config_of_run("mps", **options)
     gpt = model_for(config)
     ids = np.random.default_rng(0).integers(0, 50259, (2, config.block_size))
-    x, y, documents = training.step.to_device(config, ids, ids)
+    inputs = training.step.model_inputs(config, ids, ids)
     with autocast(config.device, config.dtype):
-        _, loss = gpt(x, y, torch.full((), 2.0, device="mps"), documents)
+        _, loss = gpt(**inputs, n_targets=torch.full((), 2.0, device="mps"))
     assert loss is not None and loss.requires_grad and loss.device.type == "mps"
     init_optimizer_states(make_optimizers(gpt, config))  # a step with gradients of zero
 
@@ -155,10 +155,10 @@ def evaluation(device: str = "cuda:0", **options: Any) -> None:
     config = config_of_run(device, **options)
     gpt = model_for(config).eval()
     ids = np.random.default_rng(0).integers(0, 50259, (2, config.block_size))
-    x, y, documents = training.step.to_device(config, ids, ids)
+    inputs = training.step.model_inputs(config, ids, ids)
     with torch.no_grad(), autocast(config.device, config.dtype):
-        _, loss = gpt(x, y, documents=documents)
-        logits = gpt.logits(gpt.hidden(x))
+        _, loss = gpt(**inputs)
+        logits = gpt.logits(gpt.hidden(inputs["idx"]))
     assert loss.device.type == logits.device.type == device.partition(":")[0]
     assert logits.dtype == torch.float32
 

@@ -10,14 +10,14 @@ import torch
 
 from common.checkpoint import digest
 from common.cli import UserError, given_options
-from model import GPT, IGNORED
+from model import GPT, IGNORED, GPTConfig
 from setup_tokenizer import ENDOFTEXT_ID, IM_START_ID
 from tests.test_rows import conversations, joined, stream_of
 from tests.tiny import load_checkpoint, losses, run, same_as
 from training.options import TrainOptions
 from training.resume import DEFAULTS_OF_OLDER_RUNS
 from training.rows import ChatRows, TextRows
-from training.targets import document_numbers
+from training.targets import ROWS_PER_LONG_ROW, document_numbers, document_positions
 
 pytestmark = pytest.mark.usefixtures("one_thread", "quick_disk")
 
@@ -57,6 +57,32 @@ def test_a_text_attends_to_what_gen_py_puts_before_it(tmp_path):
         whole = [*text, ENDOFTEXT_ID]
         parts = [pair for pair in seen if pair[0][0] == ENDOFTEXT_ID and pair[0] == prompt[: len(pair[0])]]
         assert any(targets == whole[: len(ids)] for ids, targets in parts), text
+
+
+def test_a_document_in_a_row_is_computed_as_in_generation():
+    """At position 0, with nothing before it."""
+    talks = conversations(np.random.default_rng(8), 4)
+    ids = np.array(joined(talks))[None]
+    ids[0, 2] += ids.sum() % ROWS_PER_LONG_ROW == 0  # not one of the rows below
+    documents = document_numbers(ids)
+    positions = document_positions(ids, documents)
+    gpt = GPT(GPTConfig(50304, 50259, ids.shape[1], n_layer=2, n_head=2, n_embd=16)).eval()
+    ids, documents, positions = (torch.from_numpy(array) for array in (ids, documents, positions))
+    together, _ = gpt(ids, documents=documents, positions=positions)
+    for number in range(len(talks)):
+        is_own = documents[0] == number
+        alone, _ = gpt(ids[:, is_own])
+        torch.testing.assert_close(together[:, is_own], alone)
+
+
+def test_one_row_in_sixteen_trains_late_positions():
+    ids = np.random.default_rng(1).integers(0, 500, (4000, 12))
+    ids[:, 6] = ENDOFTEXT_ID
+    positions = document_positions(ids, document_numbers(ids))
+    counts_on = (positions == np.arange(12)).all(axis=1)
+    assert 0.8 < counts_on.mean() * ROWS_PER_LONG_ROW < 1.2
+    assert (positions[~counts_on] == [*range(6), *range(6)]).all()
+    assert (document_positions(ids[7:8], document_numbers(ids[7:8])) == positions[7]).all(), "in any batch"
 
 
 @pytest.mark.parametrize("block_size", [15, 40, 63])

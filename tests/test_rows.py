@@ -110,6 +110,18 @@ def test_every_conversation_is_there_once_an_epoch(tmp_path, block_size, shard_l
     assert len(orders) == 3
 
 
+def test_few_conversations_are_seen_at_many_positions(tmp_path):
+    """Packing alone would put them at nearly the same position in every epoch, and an answer is then learned there."""
+    talks = conversations(np.random.default_rng(6), 12)
+    rows = ChatRows(stream_of(tmp_path, joined(talks)), 200, 5)
+    seen = set()
+    for epoch in range(20):
+        for index in range(rows.start_epoch(epoch)):
+            row = rows.row(index)[0].tolist()
+            seen |= {start for start in range(200) if row[start : start + len(talks[0])] == talks[0]}
+    assert len(seen) > 8
+
+
 @pytest.mark.parametrize("block_size", [9, 20, 63])
 def test_pieces_cover_the_stream_once_and_fit(tmp_path, block_size):
     talks = conversations(np.random.default_rng(3), 60, most_messages=8, most_tokens=30)

@@ -87,8 +87,8 @@ def test_a_step_does_not_wait_for_the_device(monkeypatch):
         grad_norm = clip_gradients(gpt, both, scaler, config.grad_clip)
         both[0].step()  # AdamW's fused step, which CUDA has, is torch's
     assert loss.shape == grad_norm.shape == ()
-    ids, targets, documents = [(torch.ops.aten._to_copy, (1, 16))] * 3
-    assert sent == [ids, targets, documents] * 2
+    ids, targets, documents, positions = [(torch.ops.aten._to_copy, (1, 16))] * 4
+    assert sent == [ids, targets, documents, positions] * 2
 
 
 # Compiling

@@ -197,8 +197,9 @@ def largest_by_trying(step: StepMemory, sizes: list[int], speed_up: SpeedUp | No
 def try_step(model: GPT, step: StepMemory, batch_size: int) -> None:
     """Forward and backward pass of one micro-batch."""
     ids = torch.zeros(batch_size, step.model.block_size, device=step.device, dtype=torch.long)
+    documents = ids if step.document_mask else None
     with autocast(step.device, step.dtype):
-        _, loss = model(ids, ids, documents=ids if step.document_mask else None)
+        _, loss = model(ids, ids, documents=documents, positions=documents)
     loss.backward()
 
 

@@ -14,7 +14,7 @@ from training.config import RunConfig
 from training.datasets import TrainingData, make_rows
 from training.preferences import Preferences
 from training.reference import open_pairs
-from training.step import Batch, Objective, evaluate, micro_batches, to_device
+from training.step import Batch, Objective, evaluate, micro_batches, model_inputs
 
 
 class NextToken:
@@ -38,9 +38,9 @@ class NextToken:
         return max(1, int((batch[1] != IGNORED).sum()))
 
     def loss(self, model: nn.Module, batch: Batch, count: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        x, y, documents = to_device(self.config, *batch)
+        inputs = model_inputs(self.config, *batch)
         with autocast(self.config.device, self.config.dtype):
-            _, loss = model(x, y, count, documents)
+            _, loss = model(**inputs, n_targets=count)
         return loss, loss.detach()[None]
 
     def evaluate(self, model: GPT, batches: Sequence[Any]) -> tuple[float, dict[str, float]]:

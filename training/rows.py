@@ -131,7 +131,10 @@ class ChatRows:
         shuffled = rng.permutation(len(self._pieces))
         longest_first = shuffled[np.argsort(-self._lengths[shuffled], kind="stable")]
         rows = pack_best_fit(longest_first.tolist(), self._lengths, self.block_size + 1)
-        shuffled_rows = [rows[index] for index in rng.permutation(len(rows))]
+        # In a row, too, the order is random. With few conversations the rows are nearly the same in every epoch, and
+        # each answer would be learned at one position only.
+        rank = np.argsort(shuffled).tolist()
+        shuffled_rows = [sorted(rows[index], key=rank.__getitem__) for index in rng.permutation(len(rows))]
         if not self._has_target.all():
             shuffled_rows = [row for row in shuffled_rows if self._has_target[row].any()]
         if not shuffled_rows:

@@ -16,7 +16,7 @@ from training.batches import Rows
 from training.config import RunConfig
 from training.parallel import mean, own_turns, reduce, share, synchronizing, world_size
 from training.sharding import full_tensor
-from training.targets import document_numbers
+from training.targets import document_numbers, document_positions
 
 Batch = Sequence[np.ndarray]  # the columns of rows: ids, targets and, for pairs, reference log probabilities
 
@@ -52,11 +52,14 @@ def micro_batches(batch: Batch, size: int) -> list[Batch]:
     return [[column[first : first + size] for column in batch] for first in range(0, len(batch[0]), size)]
 
 
-def to_device(config: RunConfig, ids: np.ndarray, targets: np.ndarray) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Rows on the device: ids, targets and, if attention is to stay inside documents, each id's document number."""
-    arrays = [ids, targets, document_numbers(ids, config.n_vocab)] if config.document_mask else [ids, targets]
-    x, y, *documents = arrays_to_device(config, arrays)
-    return x, y, documents[0] if documents else None
+def model_inputs(config: RunConfig, ids: np.ndarray, targets: np.ndarray) -> dict[str, Tensor]:
+    """The model's arguments for rows: ids, targets and, if attention is to stay inside documents, the number of each
+    id's document and its position in it."""
+    arrays = {"idx": ids, "targets": targets}
+    if config.document_mask:
+        documents = document_numbers(ids, config.n_vocab)
+        arrays |= {"documents": documents, "positions": document_positions(ids, documents)}
+    return dict(zip(arrays, arrays_to_device(config, list(arrays.values())), strict=True))
 
 
 def arrays_to_device(config: RunConfig, arrays: Sequence[np.ndarray]) -> list[Tensor]:
@@ -116,9 +119,9 @@ def evaluate(model: GPT, batches: Sequence[tuple[np.ndarray, np.ndarray]], confi
     for number, is_own in own_turns(len(batches)):
         ids, targets = batches[number]
         counts.append(int((targets != IGNORED).sum()) if is_own else 0)
-        x, y, documents = to_device(config, ids, targets)
+        inputs = model_inputs(config, ids, targets)
         with autocast(config.device, config.dtype):
-            _, loss = model(x, y, documents=documents)
+            _, loss = model(**inputs)
         losses.append(loss)
     loss_sum = sum(loss * count for loss, count in zip(torch.stack(losses).tolist(), counts, strict=True))
     loss_sum, n_targets = reduce("sum", loss_sum, sum(counts))

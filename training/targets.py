@@ -1,10 +1,12 @@
-"""Which tokens are targets, and where documents begin, derived from the control ids of prepared data."""
+"""Which tokens are targets, where documents begin, and their positions, derived from the ids of prepared data."""
 
 from __future__ import annotations
 
 import numpy as np
 
 from setup_tokenizer import GPT2, N_VOCAB, ROLES, Tokenizer, control_ids
+
+ROWS_PER_LONG_ROW = 16  # one row in so many keeps the positions of the row
 
 
 def assistant_targets(ids: np.ndarray, tokenizer: Tokenizer = GPT2) -> np.ndarray:
@@ -37,3 +39,19 @@ def document_numbers(ids: np.ndarray, n_vocab: int = N_VOCAB) -> np.ndarray:
     starts = starts[starts % ids.shape[1] > 0]  # the first id of a row belongs to document 0 in any case
     begins[starts] = begins[starts - 1]
     return np.cumsum(begins.reshape(ids.shape), axis=1)
+
+
+def document_positions(ids: np.ndarray, documents: np.ndarray) -> np.ndarray:
+    """The position (B, T) of each id of the rows (B, T) in its document, whose numbers are `documents` (B, T).
+
+    Generation begins a conversation at position 0, so training does too. Late positions would then be learned from
+    long documents alone. About one row in ROWS_PER_LONG_ROW therefore counts from the start of the row; the sum of
+    its ids decides, so that a row has the same positions in every batch.
+
+    >>> document_positions(np.array([[7, 8, 50256, 9]]), np.array([[0, 0, 1, 1]]))
+    array([[0, 1, 0, 1]])
+    """
+    positions = np.broadcast_to(np.arange(ids.shape[1]), ids.shape)
+    is_first = np.diff(documents, axis=1, prepend=-1) > 0
+    is_first[ids.sum(axis=1) % ROWS_PER_LONG_ROW == 0] = False
+    return positions - np.maximum.accumulate(positions * is_first, axis=1)
