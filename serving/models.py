@@ -7,12 +7,14 @@ dropped as soon as its last request has ended; requests for it that arrive meanw
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import dataclasses
 import gc
 import logging
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import TypeVar
 
 from common.cli import UserError
 from generation.batching import BatchEngine, QueueFull
@@ -28,6 +30,7 @@ log = logging.getLogger("jojo")
 DEFAULT_MAX_TOKENS = 500  # of a text; a chat's reply may fill the window
 
 Loader = Callable[[str], tuple[GPT, DecodeRows]]
+T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,6 +60,20 @@ class ModelCard:
             **{"format": self.format, "can_chat": self.can_chat, "block_size": self.config.block_size},
             **{"default": default, "parameters": n_parameters(self.config), "dataset": self.dataset},
         }
+
+
+async def _in_a_new_thread(function: Callable[..., T], *arguments: object) -> T:
+    """What the function returns, computed in a thread that ends then.
+
+    OpenMP gives each thread that computes with torch a pool of its own. While all pools together have more threads than
+    there are cores, they sleep instead of spinning between the parallel parts of a decode step, and waking them takes
+    time in each. A thread of asyncio.to_thread would live on and keep its pool.
+    """
+    loader = concurrent.futures.ThreadPoolExecutor(1, "load")
+    try:
+        return await asyncio.get_running_loop().run_in_executor(loader, function, *arguments)
+    finally:
+        loader.shutdown(wait=False)
 
 
 def model_cards(facts: Mapping[str, Mapping]) -> dict[str, ModelCard]:
@@ -200,7 +217,7 @@ class ModelPool:
         log.info("loading model %s", card.id)
         started = time.monotonic()
         try:
-            engine = await asyncio.to_thread(self._make_engine, card)
+            engine = await _in_a_new_thread(self._make_engine, card)
         except UserError as error:
             self.failure = error
             log.error("model %s not loaded: %s", card.id, error)
