@@ -14,6 +14,7 @@ from pathlib import Path
 
 from data.counts import count_unknown
 from data.layouts.exports import chatgpt_turns, claude_turns, is_chatgpt, is_claude
+from data.layouts.feedback import latest_events
 from data.layouts.messengers import is_messenger_export, messenger_conversations
 from data.layouts.oasst import is_oasst_row, is_oasst_tree, oasst_conversations, rows_of_tree, slim_row
 from data.layouts.turn_lists import PAIRS, is_list_of_turns, list_of_turns, pair_of_turns
@@ -81,7 +82,7 @@ def conversations(
     """
     skipped = Counter() if skipped is None else skipped
     oasst_rows: list[Mapping] = []
-    for record in records:
+    for record in latest_events(records, skipped):
         found = _find_layout(record)
         if found is None:
             count_unknown(record, skipped)
