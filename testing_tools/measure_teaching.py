@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from chat_scores import SUMS, Answer, evaluate, model_reply, scores, sum_of
-from make_preferences import has_style, held_out_prompts, replies
+from corrections import has_style, held_out_prompts, replies
 
 from common.cli import option, parse_options, run_script
 from common.device import choose_device, choose_dtype, device_option, dtype_option

@@ -22,7 +22,7 @@ from setup_tokenizer import GPT2, IM_END, N_VOCAB
 from tests.test_testing_tools import TOOLS, load, run_tool
 
 chat_scores = load("chat_scores")
-make = load("make_preferences")
+make = load("corrections")
 measure = load("measure_teaching")
 
 CONFIG = GPTConfig(block_size=512, vocab_size=50_304, n_vocab=N_VOCAB, n_layer=1, n_head=1, n_embd=4)
