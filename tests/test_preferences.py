@@ -152,9 +152,12 @@ def test_chat_data_is_made_of_the_last_events_too():
         {"id": "1", "messages": [HI, BAD], "rating": "good"},
         {"id": "2", "messages": [HI, GOOD], "rating": "good"},
         {"id": "1", "messages": [HI, BAD], "rating": "none"},
+        {"id": "3", "messages": [HI, BAD, HI, GOOD], "preferred_over": {"content": "Go."}},
     ]
     skipped = Counter()
-    assert list(conversations(events, skipped=skipped)) == [[HI, GOOD]]
+    found = list(conversations(events, skipped=skipped))
+    assert found == [[HI, GOOD], [HI, {**BAD, "weight": 0}, HI, GOOD]]  # only the judged reply is a target
+    del skipped["answer of weight 0, no target"]
     assert skipped == {"feedback that a later event replaces": 1, "feedback that was withdrawn": 1}
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from data.counts import count_unknown
 from data.layouts.exports import chatgpt_turns, claude_turns, is_chatgpt, is_claude
-from data.layouts.feedback import latest_events
+from data.layouts.feedback import latest_events, preferred_reply
 from data.layouts.messengers import is_messenger_export, messenger_conversations
 from data.layouts.oasst import is_oasst_row, is_oasst_tree, oasst_conversations, rows_of_tree, slim_row
 from data.layouts.turn_lists import PAIRS, is_list_of_turns, list_of_turns, pair_of_turns
@@ -178,9 +178,9 @@ def _is_preference(record: Mapping) -> bool:
 
 
 def _is_feedback(record: Mapping) -> bool:
-    """The chat page's feedback: a conversation whose last reply is rated or corrected."""
+    """The chat page's feedback: a conversation whose last reply is rated, corrected, or preferred to another."""
     judged = isinstance(record.get("correction"), str) or record.get("rating") in ("good", "bad")
-    return judged and is_list_of_turns(record.get("messages"))
+    return (judged or preferred_reply(record) is not None) and is_list_of_turns(record.get("messages"))
 
 
 def _feedback_turns(record: Mapping) -> list[list]:
