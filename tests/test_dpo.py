@@ -243,6 +243,24 @@ def test_reference_log_probabilities_are_computed_once_and_belong_to_model_and_d
         run(pairs, tmp_path, resume=True, dataset="pairs", max_iters=10)
 
 
+def test_an_adapter_learns_with_its_base_as_the_reference_and_resumes(pairs, tmp_path, capsys):
+    full, straight, stopped = (tmp_path / name / "pairs10" for name in ("full", "a", "b"))
+    adapter = {"lora_rank": 2, "n_embd": None, "n_layer": None, "n_head": None}
+    assert start(pairs, full, max_iters=1) == 0
+    assert start(pairs, straight, **adapter) == start(pairs, stopped, stop_after=3, **adapter) - 130 == 0
+    (path,), (theirs,) = straight.glob("*.npz"), full.glob("*.npz")
+    with np.load(path) as ours, np.load(theirs) as expected:
+        for split in ("train", "val"):
+            np.testing.assert_allclose(ours[split], expected[split], atol=1e-5)
+    assert run(pairs, stopped, resume=True, dataset="pairs") == 0
+    for folder in (straight, stopped):
+        folder.with_suffix(".txt").touch()
+    assert differences(stopped, straight) == ["pairs10-best.pt: info.config", "pairs10.pt: info.config"]
+    assert (
+        load_checkpoint(straight / "pairs10.pt")["model"].keys() != load_checkpoint(full / "pairs1.pt")["model"].keys()
+    )
+
+
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [

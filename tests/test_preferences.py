@@ -13,6 +13,7 @@ import pytest
 
 from data.dataset import open_dataset, read_info
 from data.documents import document_line, read_document_line, read_prepared
+from data.layouts.chat import conversations
 from data.layouts.preferences import differing_answers, labelled_answers, nonempty_answer, preferences
 from setup_tokenizer import encode_chat
 
@@ -52,6 +53,8 @@ def row(message_id: str, parent_id: str | None, role: str, text: str, rank: int 
             "completions": [{"response": "What?", "overall_score": 3.0}, {"response": "Hello!", "overall_score": 9}],
         },
         {"messages": [HI, BAD], "correction": "Hello!"},
+        {"id": "1", "messages": [HI, BAD], "correction": "Hello!", "rating": "good", "preferred_over": None},
+        {"id": "1", "messages": [HI, GOOD], "preferred_over": {"content": "What?"}, "rating": None},
     ],
 )
 def test_every_layout_gives_the_same_pair(record):
@@ -112,6 +115,47 @@ def test_labels_on_one_prompt_pair_up_whatever_their_layout():
         ["Hi", "Hello!", "Go."],
     ]
     assert skipped == {"label without an opposite one on the same prompt": 1}
+
+
+def test_of_the_events_about_one_reply_the_last_one_counts():
+    """Also where other records, and events about other replies, are in between; withdrawn feedback gives nothing."""
+    reply, other = {"id": "1", "messages": [HI, BAD]}, {"id": "2", "messages": [HI, GOOD]}
+    trl = {"id": "1", "prompt": "Ho", "chosen": "Hello!", "rejected": "What?"}
+    found, skipped = made(
+        {**reply, "correction": "Hello?"},
+        {**other, "rating": "good"},
+        {**reply, "rating": "good"},
+        trl,
+        {**reply, "rating": "good", "correction": "Hi!"},
+        {**other, "rating": "none"},
+        {**reply, "rating": "bad", "correction": "Good day!"},
+        {"id": "3", "messages": [HI, BAD], "rating": "bad"},
+        {"id": "4", "messages": [HI, GOOD], "preferred_over": {"content": "What?"}},
+        {"id": "4", "messages": [HI, BAD], "preferred_over": {"content": "Hello!"}},
+        trl,
+    )
+    assert [[message["content"] for message in pair] for pair in found] == [
+        ["Ho", "Hello!", "What?"],
+        ["Ho", "Hello!", "What?"],
+        ["Hi", "Good day!", "What?"],
+        ["Hi", "What?", "Hello!"],
+    ]
+    assert skipped == {
+        "feedback that a later event replaces": 5,
+        "feedback that was withdrawn": 1,
+        "label without an opposite one on the same prompt": 1,
+    }
+
+
+def test_chat_data_is_made_of_the_last_events_too():
+    events = [
+        {"id": "1", "messages": [HI, BAD], "rating": "good"},
+        {"id": "2", "messages": [HI, GOOD], "rating": "good"},
+        {"id": "1", "messages": [HI, BAD], "rating": "none"},
+    ]
+    skipped = Counter()
+    assert list(conversations(events, skipped=skipped)) == [[HI, GOOD]]
+    assert skipped == {"feedback that a later event replaces": 1, "feedback that was withdrawn": 1}
 
 
 def test_labelled_answers_are_those_of_pairs_and_all_labels():

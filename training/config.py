@@ -196,7 +196,7 @@ def _or(value: Any, default: Any) -> Any:
 
 def _shape(options: TrainOptions, device: str, info: Mapping[str, Any]) -> dict[str, Any]:
     """The model's SHAPE: with --init_from the checkpoint's, else the options, else the preset's."""
-    preset = PRESETS[options.preset or _default_preset(device)]
+    preset = PRESETS.get(options.preset or _default_preset(device))  # None for auto, which has chosen all names
     names = ("n_layer", "n_head", "n_embd", "block_size")
     shape = {name: getattr(options, name) or getattr(preset, name) for name in names}
     if options.init_from is not None:

@@ -45,7 +45,7 @@ def open_pairs(
     for each in rows.values():
         each.length = max(other.length for other in rows.values())
     print(f"rows: {name} has {rows['train'].describe()}; validation: {rows['val'].describe()}")
-    digest = checkpoint["info"]["reference"] if config.resume else reference_digest(config, data, checkpoint["model"])
+    digest = checkpoint["info"]["reference"] if config.resume else reference_digest(config, data, checkpoint)
     path = Path(config.out_dir) / f"{name}-reference-{digest[:REFERENCE_DIGITS]}.npz"
     found = broadcast(on_first(lambda: _load(path, digest, rows)))
     is_saved = found is not None
@@ -69,8 +69,12 @@ def open_pairs(
     return rows, digest
 
 
-def reference_digest(config: RunConfig, data: TrainingData, weights: Mapping[str, Any]) -> str:
-    """The digest of everything that decides the reference log probabilities."""
+def reference_digest(config: RunConfig, data: TrainingData, checkpoint: Mapping[str, Any]) -> str:
+    """The digest of everything that decides the reference log probabilities.
+
+    With an adapter, `checkpoint` no longer has the weights of the base, but their digest is known.
+    """
+    weights = config.lora_base_digest or checkpoint["model"]
     files = [file["sha256"] for split in ("train", "val") for file in data.facts["splits"][split]["files"]]
     return digest_of({"model": weights, "data": files, "block_size": config.block_size, "dtype": config.dtype})
 

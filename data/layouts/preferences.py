@@ -19,6 +19,7 @@ from itertools import cycle, islice
 from typing import Any
 
 from data.counts import count_unknown
+from data.layouts.feedback import latest_events, preferred_reply
 from data.layouts.oasst import is_oasst_row, is_oasst_tree, oasst_answers, rows_of_tree, slim_row
 from data.layouts.turn_lists import is_list_of_turns, list_of_turns, pair_of_turns
 from data.layouts.turns import Message, first_present, usable_messages
@@ -52,7 +53,8 @@ def preferences(
 
     Whatever gives no pair is counted by reason in `skipped`. Labels of single answers, and message rows of OASST, are
     in memory until the last record: labels are paired if one prompt has good and bad answers, and the best-ranked reply
-    of OASST with each reply that is ranked worse. `language` selects OASST's trees.
+    of OASST with each reply that is ranked worse. Of feedback on one reply, the last event counts. `language` selects
+    OASST's trees.
     """
     skipped = Counter() if skipped is None else skipped
     labels = Labels()
@@ -80,7 +82,7 @@ def _pairs_of_records(
 ) -> Iterator[list[Message]]:
     """The pairs of records; what labels a single answer is added to `labels`."""
     oasst_rows: list[Mapping] = []
-    for original in records:
+    for original in latest_events(records, skipped):
         record = {str(field).strip().lower(): value for field, value in original.items()}
         if is_oasst_row(record):
             oasst_rows.append(slim_row(record))
@@ -151,6 +153,9 @@ def _pairs(record: Mapping, skipped: Counter) -> list[tuple[Turns, Turns]] | Non
         messages = list_of_turns(record["messages"])
         better = {"role": "assistant", "content": record["correction"]}
         return [([*messages[:-1], better], messages)]
+    if (worse := preferred_reply(record)) is not None and is_list_of_turns(record.get("messages")):
+        messages = list_of_turns(record["messages"])
+        return [(messages, [*messages[:-1], {"role": "assistant", "content": worse}])]
     for chosen, rejected in _ANSWERS:
         if chosen in record and rejected in record:
             scores = record.get(f"score_{chosen}"), record.get(f"score_{rejected}")
@@ -242,6 +247,8 @@ def _transcript(text: str) -> Turns | None:
 
 def _label(record: Mapping) -> tuple[Turns, bool] | None:
     """The conversation and the label of a record that labels one answer: KTO's layout, or feedback with a rating."""
+    if isinstance(record.get("correction"), str) or preferred_reply(record) is not None:
+        return None  # it says more than a rating
     if "rating" in record and is_list_of_turns(record.get("messages")):
         label: Any = {"good": True, "bad": False}.get(str(record["rating"]).strip().lower())
         conversation = list_of_turns(record["messages"])
