@@ -86,6 +86,12 @@ class ServeOptions:
     quantize: str | None = quantize_option()
     plain: bool = plain_option()
 
+    feedback: str | None = option(
+        None,
+        "append what people think of replies, with the conversations, to this file (default: nothing is kept)",
+        group="files",
+        metavar="FILE",
+    )
     log: str | None = option(
         None, "append one line per request to this file (default: standard error)", group="files", metavar="FILE"
     )
@@ -190,7 +196,7 @@ def main() -> None:
     api_key = choose_api_key(options)
     start_log(options.log)
     load = model_loader(options)
-    from exchange.loading import read_info
+    from exchange.loading import read_info, weights_digest
     from serving.models import ModelPool, model_cards
     from serving.server import serve
     from serving.settings import ServerSettings
@@ -204,9 +210,10 @@ def main() -> None:
         options.max_models,
         options.exact,
         options.grace,
+        feedback=options.feedback,
     )
     infos = {path: read_info(path) for path in choose_checkpoints(options)}
-    pool = ModelPool(model_cards(infos), lambda path: load(path, infos[path]), settings)
+    pool = ModelPool(model_cards(infos), lambda path: load(path, infos[path]), settings, weights_digest)
     serve(
         pool, settings, options.port, lambda address: print(f"serving {', '.join(pool.cards)} at {address}", flush=True)
     )

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from types import ModuleType
@@ -21,7 +22,7 @@ from typing import Any
 
 import torch
 
-from common.checkpoint import checkpoint_bytes, random_states, set_random_states
+from common.checkpoint import checkpoint_bytes
 from common.cli import given_options, parse_options, run_script
 from common.device import allow_tf32, seed_everything, set_determinism
 from common.speedups import load_speedups
@@ -36,6 +37,7 @@ from training.failures import saving_after_errors
 from training.measurements import Measurements, not_finite_error
 from training.memory import move_model
 from training.metrics import draw_curves
+from training.minutes import fit_minutes
 from training.objectives import evaluate_parts, make_objective
 from training.optimizers import init_optimizer_states, make_optimizers, set_rates
 from training.options import TrainOptions
@@ -46,7 +48,8 @@ from training.run_model import make_run_model
 from training.schedule import schedule
 from training.sharding import is_sharded_run, shard_model
 from training.signals import StopSignal
-from training.step import Objective, clip_gradients, forward_backward
+from training.speed import iteration_s
+from training.step import Objective, clip_gradients, forward_backward, try_step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,7 +101,14 @@ def plan(options: TrainOptions, given: dict[str, Any], fast: ModuleType | None) 
     speed_up, logits_rows = (fast.speed_up_training, fast.LOSS_CHUNK_ROWS) if fast else (None, None)
     if checkpoint and options.init_from is not None:
         data.require_tokenizer_of(checkpoint["info"], options.init_from)
-    config = make_config(options, given, device, data.facts, checkpoint, speed_up, logits_rows)
+
+    def configure(options: TrainOptions) -> RunConfig:
+        return make_config(options, given, device, data.facts, checkpoint, speed_up, logits_rows)
+
+    if options.resume is None:
+        measure = functools.partial(iteration_s, checkpoint=checkpoint, fast=fast)
+        options = fit_minutes(options, device, data.facts, configure, measure)
+    config = configure(options)
     notes = [f"note: {sentence}" for sentence in data.short_splits(config.block_size)]
     if checkpoint and config.resume:
         resume.require_same_data(data.facts, checkpoint["info"], config.resume)
@@ -165,17 +175,7 @@ def compile_and_wrap(training: Training, fast: ModuleType | None) -> torch.nn.Mo
     n_items = objective.items_per_iter // parallel.world_size()
     batch = [column[:n_items] for column in next(iter(training.val_batches.values()))[0]]
 
-    def trial_step() -> None:
-        """Run one micro-batch of the right shape, then restore the gradients and the random states."""
-        states = random_states(config.device)
-        try:
-            loss, _ = objective.loss(model, objective.micro_batches(batch)[0])
-            loss.backward()
-            loss.item()  # waits for the device, which reports errors late
-        finally:
-            model.zero_grad(set_to_none=True)
-            set_random_states(states, config.device)
-
+    trial_step = functools.partial(try_step, model, objective, batch, config.device)
     if config.compile and fast:
         fast.compile_training(model, trial_step, parallel.any_process)
     return model if is_sharded_run(config) else parallel.average_gradients(model, config.device)

@@ -26,3 +26,20 @@ def count_in_words(count: float) -> str:
     if count < 1000:
         return f"{count:.0f}"
     return f"{significant(count / 1e6, 3 if count >= 1e7 else 2)} M" if count >= 1e6 else significant(count, 2)
+
+
+def duration_in_words(seconds: float) -> str:
+    """A rough duration.
+
+    >>> [duration_in_words(s) for s in (20, 200, 2_500, 9_000, 40_000)]
+    ['less than a minute', 'about 3 minutes', 'about 40 minutes', 'about 2.5 hours', 'about 11 hours']
+    """
+    if seconds < 50:
+        return "less than a minute"
+    minutes = seconds / 60
+    if minutes < 1.5:
+        return "about a minute"
+    if minutes < 100:
+        return f"about {round(minutes) if minutes < 10 else 5 * round(minutes / 5)} minutes"
+    hours = minutes / 60
+    return f"about {hours:.1f} hours" if hours < 10 else f"about {hours:.0f} hours"

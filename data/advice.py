@@ -15,6 +15,8 @@ from pathlib import Path
 
 import numpy as np
 
+from common.flops import flops_per_token
+from common.numbers import duration_in_words
 from data.dataset import DatasetInfo, read_info
 from data.epochs import FINE_TUNING_ROWS, FITTING_EPOCHS, Portion, fine_tuning_iters, fitting_iters, in_words
 
@@ -53,7 +55,7 @@ def print_advice(info: DatasetInfo, data_dir: str | None, models: Path = Path("m
     advice = advise(info, data_dir, models)
     for warning in advice.warnings:
         print(f"warning: {warning}")
-    flops = advice.iters * advice.tokens_per_iter * flops_per_token(advice.preset, info.n_vocab)
+    flops = advice.iters * advice.tokens_per_iter * flops_per_token(*SHAPES[advice.preset], info.n_vocab, BLOCK_SIZE)
     seconds = flops / training_flops() + START_S
     epochs = in_words(advice.epochs)
     print(f"training: {advice.iters:,} iterations, {epochs} epochs, {duration_in_words(seconds)} on this CPU")
@@ -126,13 +128,6 @@ def chat_model(models: Path, folder: Path, tokenizer_digest: str | None) -> Path
 # --- how long it takes ---
 
 
-def flops_per_token(preset: str, n_vocab: int) -> float:
-    """FLOPs of a training step per token, as GPT.flops_per_token counts them: most are those of the head."""
-    n_layer, n_embd = SHAPES[preset]
-    n_rows = -(-n_vocab // 64) * 64
-    return 6 * (12 * n_layer * n_embd**2 + n_rows * n_embd) + 12 * n_layer * n_embd * BLOCK_SIZE
-
-
 def training_flops() -> float:
     """The FLOP/s that a training step reaches on this CPU: an estimate from a measurement of MEASURED_S seconds."""
     matrix = np.full((512, 512), 0.5, dtype=np.float32)
@@ -153,20 +148,3 @@ def cpu_flags() -> set[str]:
     with contextlib.suppress(OSError):
         return set(Path("/proc/cpuinfo").read_text(encoding="utf-8").split())
     return set()
-
-
-def duration_in_words(seconds: float) -> str:
-    """A rough duration.
-
-    >>> [duration_in_words(s) for s in (20, 200, 2_500, 9_000, 40_000)]
-    ['less than a minute', 'about 3 minutes', 'about 40 minutes', 'about 2.5 hours', 'about 11 hours']
-    """
-    if seconds < 50:
-        return "less than a minute"
-    minutes = seconds / 60
-    if minutes < 1.5:
-        return "about a minute"
-    if minutes < 100:
-        return f"about {round(minutes) if minutes < 10 else 5 * round(minutes / 5)} minutes"
-    hours = minutes / 60
-    return f"about {hours:.1f} hours" if hours < 10 else f"about {hours:.0f} hours"

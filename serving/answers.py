@@ -25,6 +25,7 @@ class Answer:
         self.id = f"{self.id_prefix}-{secrets.token_hex(12)}"
         self.model, self.requests, self.n_dropped = model, requests, n_dropped
         self.created = int(time.time())
+        self.digest: str | None = None  # of the weights that generate, once they do
         self.tokenizer = requests[0].tokenizer
         self.firsts = first_of_each_prompt(requests)
         self.n_tokens, self.n_cached = [0] * len(requests), [0] * len(requests)
@@ -47,7 +48,7 @@ class Answer:
 
     def envelope(self, object_name: str, choices: list[dict], **more) -> dict:
         head = {"id": self.id, "object": object_name, "created": self.created, "model": self.model}
-        return {**head, "choices": choices, **more}
+        return {**head, "system_fingerprint": self.digest, "choices": choices, **more}
 
     def opening(self, index: int) -> dict | None:
         """The first chunk's choice, if it is to come before the first output."""

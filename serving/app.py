@@ -21,6 +21,7 @@ from generation.stream import Output
 from serving.answers import Answer, ChatAnswer, TextAnswer
 from serving.errors import ApiError, failure
 from serving.event_stream import EventStream
+from serving.feedback import FeedbackFields, FeedbackFile
 from serving.generation_run import ClientLeft, GenerationRun, until_disconnect
 from serving.metrics import Metrics
 from serving.models import ModelPool
@@ -43,6 +44,7 @@ class Service:
         self.metrics = Metrics()
         self.runs: set[GenerationRun] = set()
         self.ending = ""  # why nothing new is accepted, once requests have been aborted
+        self.feedback_file = None if settings.feedback is None else FeedbackFile(settings.feedback)
         self.metrics.watch("jojo_waiting_texts", "Texts that wait for a row", lambda: pool.n_waiting)
         self.metrics.watch("jojo_rows_in_use", "Rows that generate a text", lambda: pool.rows_in_use)
         self.metrics.watch("jojo_rows", "Rows per model", lambda: settings.max_rows)
@@ -58,10 +60,21 @@ class Service:
         return Response(self.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     async def models(self, request: Request) -> Response:
-        return json_response({"object": "list", "data": [card.as_dict() for card in self.pool.cards.values()]})
+        cards = [card.as_dict() for card in self.pool.cards.values()]
+        return json_response({"object": "list", "data": cards, "keeps_feedback": self.feedback_file is not None})
 
     async def model(self, request: Request) -> Response:
         return json_response(self.pool.card(request.path_params["id"]).as_dict())
+
+    # --- feedback ---
+
+    async def feedback(self, request: Request) -> Response:
+        if self.feedback_file is None:
+            raise ApiError(404, "this server keeps no feedback; start serve.py with --feedback FILE")
+        fields = parse_body(FeedbackFields, await read_body(request, self.settings))
+        fields.check()
+        await self.feedback_file.keep(fields)
+        return json_response({"id": fields.id, "object": "feedback"})
 
     # --- generation ---
 
@@ -117,6 +130,7 @@ class Service:
         async with contextlib.aclosing(run.outputs(self.settings.comment_s)) as found:
             async for item in found:
                 if item is not None:
+                    answer.digest = run.digest
                     answer.take(*item)
                     outputs[item[0]].append(item[1])
         return outputs
@@ -136,6 +150,7 @@ def create_app(service: Service) -> ASGIApp:
         Route("/v1/models/{id:path}", service.model, methods=["GET"]),
         Route("/v1/chat/completions", service.chat, methods=["POST"]),
         Route("/v1/completions", service.completion, methods=["POST"]),
+        Route("/v1/feedback", service.feedback, methods=["POST"]),
         Route("/health", service.health, methods=["GET"]),
         Route("/metrics", service.metrics_text, methods=["GET"]),
         Route("/", files, methods=["GET"]),
@@ -181,7 +196,7 @@ class Frame:
 def endpoint_label(scope: Scope) -> str:
     """The path for the metrics; one label for all paths that a client can make up."""
     path = scope["path"]
-    known = ("/", "/health", "/metrics", "/v1/models", "/v1/chat/completions", "/v1/completions")
+    known = ("/", "/health", "/metrics", "/v1/models", "/v1/chat/completions", "/v1/completions", "/v1/feedback")
     return path if path in known else "other"
 
 

@@ -68,6 +68,7 @@ class EventStream:
                     if found is None:
                         yield b": waiting\n\n"
                         continue
+                    answer.digest = self.run.digest
                     answer.take(*found)
                     for choice in answer.chunk(*found):
                         yield event(answer.envelope(answer.chunk_name, [choice], **more))

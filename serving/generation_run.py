@@ -36,6 +36,7 @@ class GenerationRun:
         self.started = time.perf_counter()
         self.queue: asyncio.Queue[tuple[int, Output]] = asyncio.Queue()
         self.streams: list[Stream] = []
+        self.digest: str | None = None  # of the weights that generate
         self.on_close: Callable[[], None] = lambda: None
         self.acquiring: asyncio.Task[LoadedModel] | None = None  # while the model is not in memory
         self.model = pool.acquire_loaded(card)
@@ -61,6 +62,7 @@ class GenerationRun:
         ]
         self.pool.worker.submit(model.engine, streams)
         self.streams = streams
+        self.digest = model.digest
         self.metrics.prompt_tokens.inc(sum(len(self.requests[index].prompt) for index in self.firsts))
 
     async def outputs(self, comment_s: float) -> AsyncGenerator[tuple[int, Output] | None, None]:

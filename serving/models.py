@@ -102,18 +102,24 @@ def n_parameters(config: GPTConfig) -> int:
 class LoadedModel:
     """A model in memory, with the engine that runs it and the number of requests that use it."""
 
-    def __init__(self, card: ModelCard, engine: BatchEngine):
+    def __init__(self, card: ModelCard, engine: BatchEngine, digest: str):
         self.card, self.engine = card, engine
+        self.digest = digest  # of the weights
         self.users, self.last_used, self.is_retiring = 0, 0.0, False
         self.idle = asyncio.Event()
         self.idle.set()
 
 
 class ModelPool:
-    """Hands out models; everything but the loading itself happens in the event loop."""
+    """Hands out models; everything but the loading itself happens in the event loop.
 
-    def __init__(self, cards: Mapping[str, ModelCard], load: Loader, settings: ServerSettings):
-        self.cards, self.load, self.settings = cards, load, settings
+    `digest_of` a path is the digest of the weights there.
+    """
+
+    def __init__(
+        self, cards: Mapping[str, ModelCard], load: Loader, settings: ServerSettings, digest_of: Callable[[str], str]
+    ):
+        self.cards, self.load, self.settings, self.digest_of = cards, load, settings, digest_of
         self.worker = Worker()
         self.loaded: dict[str, LoadedModel] = {}
         self.failure: UserError | None = None
@@ -218,11 +224,12 @@ class ModelPool:
         started = time.monotonic()
         try:
             engine = await _in_a_new_thread(self._make_engine, card)
+            digest = await _in_a_new_thread(self.digest_of, card.path)
         except UserError as error:
             self.failure = error
             log.error("model %s not loaded: %s", card.id, error)
             raise ApiError(503, "the model could not be loaded; the server's log says why", param="model") from error
-        model = self.loaded[card.id] = LoadedModel(card, engine)
+        model = self.loaded[card.id] = LoadedModel(card, engine, digest)
         self.is_ready = True
         self.worker.engines.append(engine)
         log.info("model %s ready after %.1f s", card.id, time.monotonic() - started)

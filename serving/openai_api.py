@@ -14,7 +14,7 @@ from serving.errors import ApiError
 
 MAX_STOPS = 16
 MAX_LOGPROBS = 20
-Fields = TypeVar("Fields", bound="GenerationFields")
+Fields = TypeVar("Fields", bound=BaseModel)
 
 StopText = Annotated[str, Field(max_length=200)]
 TokenId = Annotated[int, Field(ge=0)]

@@ -8,7 +8,9 @@ import shlex
 import pytest
 
 from common.cli import parse_options
-from data.advice import SHAPES, advise, duration_in_words, flops_per_token, print_advice, training_flops
+from common.flops import flops_per_token
+from common.numbers import duration_in_words
+from data.advice import SHAPES, advise, print_advice, training_flops
 from data.dataset import DatasetInfo, FileInfo, SplitInfo, info_bytes
 from model import GPT, PRESETS, padded_vocab_size
 from training.options import TrainOptions
@@ -89,7 +91,9 @@ def test_the_work_of_a_token_is_that_of_the_presets():
         assert (config.n_layer, config.n_embd) == shape
         for n_vocab in (50259, 4096):
             small = dataclasses.replace(config, n_vocab=n_vocab, vocab_size=padded_vocab_size(n_vocab))
-            assert flops_per_token(preset, n_vocab) == pytest.approx(GPT(small).flops_per_token(), rel=0.01)
+            assert flops_per_token(*shape, n_vocab, config.block_size) == pytest.approx(
+                GPT(small).flops_per_token(), rel=0.01
+            )
 
 
 def test_the_speed_is_that_of_a_computer():

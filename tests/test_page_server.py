@@ -90,6 +90,6 @@ def test_the_text_model_and_both_models_beside_each_other(server, visit):
     page.get_by_role("link", name="Compare").click()
     page.get_by_label("Message to both models").fill("Hello")
     page.keyboard.press("Enter")
-    until(page, "document.querySelectorAll('.pair .actions button').length === 4")
+    until(page, "document.querySelectorAll('.pair .actions button').length === 7")
     assert [text.count() for text in (page.locator(".pair .token"), page.get_by_role("alert"))] == [20, 0]
     server.assert_free()

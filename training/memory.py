@@ -226,6 +226,17 @@ def fits(model: GPT, run_step: Callable[[], None], device: str) -> bool:
         empty_cache(device)
 
 
+def model_fits(config: GPTConfig, device: str, batch_size: int, logits_rows: int | None = None) -> bool:
+    """Whether the weights of a model and a training step of so many rows fit into the device's free memory.
+
+    An estimate; True if that memory is not known.
+    """
+    on_cuda = device.startswith("cuda")
+    free = torch.cuda.mem_get_info(device)[0] if on_cuda else available_memory_bytes() if device == "cpu" else None
+    needed = 4 * _n_weights(config) + step_bytes(config, batch_size, logits_rows)
+    return free is None or needed * (1 if on_cuda else local_world_size()) <= HEADROOM * free
+
+
 # --- estimates ---
 
 

@@ -47,7 +47,10 @@ class TrainOptions(ObjectiveOptions, AdapterOptions):
     )
 
     preset: str | None = option(
-        None, "model size (default: gpt2 on CUDA, small elsewhere)", choices=tuple(PRESETS), group="model"
+        None,
+        "model size; auto chooses one for --minutes (default: gpt2 on CUDA, small elsewhere)",
+        choices=(*PRESETS, "auto"),
+        group="model",
     )
     n_layer: int | None = option(None, "layers (default: the preset's)", at_least=1, group="model", metavar="N")
     n_head: int | None = option(None, "attention heads (default: the preset's)", at_least=1, group="model", metavar="N")
@@ -87,6 +90,14 @@ class TrainOptions(ObjectiveOptions, AdapterOptions):
         "data set of less than a million tokens; with --init_from at least 300)",
         at_least=1,
         group="optimizer",
+    )
+    minutes: float | None = option(
+        None,
+        "instead of --max_iters: about how long to train; a few steps are timed to choose the iterations, at most 8 "
+        "epochs",
+        above=0,
+        group="optimizer",
+        metavar="M",
     )
     optimizer: str = option(
         "muon", "muon (hidden matrices; AdamW for the rest) or adamw", choices=("muon", "adamw"), group="optimizer"
@@ -187,6 +198,8 @@ class TrainOptions(ObjectiveOptions, AdapterOptions):
     def __post_init__(self) -> None:
         check_options(self)
         parse_mixture(self.dataset)  # raises ValueError
+        if self.objective != "next_token" and self.dataset == "story" and self.resume is None:
+            raise ValueError(f"--objective {self.objective} needs preferences; name a data set of them with --dataset")
         if self.init_from == "":
             raise ValueError("--init_from is empty; name a checkpoint")
         if self.resume is not None and self.init_from is not None:

@@ -81,7 +81,7 @@ def resumed_options(
     """
     names = {field.name for field in dataclasses.fields(options)}
     before = {key: value for key, value in {**DEFAULTS_OF_OLDER_RUNS, **info["config"]}.items() if key in names}
-    wanted = {key: value for key, value in given.items() if key not in ("resume", "plain")}
+    wanted = {key: value for key, value in given.items() if key not in ("resume", "plain", "minutes")}
     if "dataset" in wanted and parse_mixture(wanted["dataset"]) == parse_mixture(before["dataset"]):
         del wanted["dataset"]  # story=7,chat=3 is the same mixture as story=0.7,chat=0.3
     changes = {key: value for key, value in wanted.items() if value != before.get(key)}
@@ -91,6 +91,8 @@ def resumed_options(
                 f"--{key} {value} contradicts {path}, which was made with {before.get(key)}; leave the option out, or "
                 "start a new run without --resume"
             )
+    if "minutes" in given:
+        print("resume: --minutes has no effect, because the run keeps its iterations; --max_iters changes them")
     resumed = dataclasses.replace(options, **{**before, **changes, "resume": path, "init_from": None})
     if "learning_rate" in changes and "min_lr" not in given and before["min_lr"] == before["learning_rate"] / 10:
         resumed = dataclasses.replace(resumed, min_lr=None)

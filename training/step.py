@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from common.checkpoint import random_states, set_random_states
 from common.device import autocast, without_cudnn_attention
 from model import GPT, IGNORED
 from training.batches import Rows
@@ -127,3 +128,15 @@ def evaluate(model: GPT, batches: Sequence[tuple[np.ndarray, np.ndarray]], confi
     loss_sum, n_targets = reduce("sum", loss_sum, sum(counts))
     model.train()
     return loss_sum / max(1, n_targets)
+
+
+def try_step(model: GPT, objective: Objective, batch: Batch, device: str) -> None:
+    """Run one micro-batch of `batch` forward and backward, then restore the gradients and the random states."""
+    states = random_states(device)
+    try:
+        loss, _ = objective.loss(model, objective.micro_batches(batch)[0])
+        loss.backward()
+        loss.item()  # waits for the device, which reports errors late
+    finally:
+        model.zero_grad(set_to_none=True)
+        set_random_states(states, device)

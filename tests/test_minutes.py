@@ -1,0 +1,207 @@
+"""--minutes and --preset auto: what they add to the command line, from a given speed and from real steps."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import train
+from common.cli import UserError
+from model import PRESETS
+from tests.test_train_config import facts_of
+from tests.tiny import OPTIONS, StopAfter, losses, prepare, run
+from training.config import RunConfig, make_config
+from training.minutes import document_size, fit_minutes
+from training.options import TrainOptions
+from training.shapes import Shape
+
+ROOT = Path(train.__file__).parent
+SHAPE = ("n_layer", "n_head", "n_embd")
+STORIES = facts_of("text", 2_300_000)
+STORIES["n_vocab"] = 4096
+STORIES["splits"]["train"]["documents"] = 11_000  # of 209 tokens
+
+
+class Machine:
+    """A machine that computes so many FLOP/s with every model, and whose clock advances while a step is timed."""
+
+    def __init__(self, flops: float, trial_s: float = 0.0):
+        self.flops, self.trial_s, self.now = flops, trial_s, 0.0
+        self.timed: list[RunConfig] = []
+
+    def iteration_s(self, config: RunConfig) -> float:
+        self.timed.append(config)
+        self.now += self.trial_s
+        shape = Shape(config.n_layer, config.n_head, config.n_embd, config.block_size)
+        return config.tokens_per_iter * shape.flops_per_token(config.n_vocab) / self.flops
+
+    def config(self, facts=STORIES, **given) -> RunConfig:
+        """The configuration of a run on this machine."""
+
+        def configure(options: TrainOptions) -> RunConfig:
+            return make_config(options, given, "cpu", facts, speed_up=lambda *arguments: None)
+
+        options = TrainOptions(**given)
+        return configure(fit_minutes(options, "cpu", facts, configure, self.iteration_s, lambda: self.now))
+
+    def seconds(self, config: RunConfig) -> float:
+        """How long the iterations of a run take."""
+        return config.max_iters * self.iteration_s(config)
+
+
+def test_auto_chooses_shape_batch_and_iterations(capsys):
+    machine = Machine(1.3e11)
+    config = machine.config(preset="auto", minutes=15)
+    assert (config.n_layer, config.n_embd, config.block_size, config.preset) == (4, 192, 256, "auto")
+    assert config.batch_size * config.gradient_accumulation_steps == 16
+    assert 0.85 * 900 < machine.seconds(config) < 900
+    speed = 1.3e11 / Shape(4, 6, 192, 256).flops_per_token(4096)
+    printed = capsys.readouterr().out
+    assert (
+        f"auto: 4 layers x 192, block size 256, {config.max_iters:,} iterations of 4,096 tokens, about 15 minutes "
+        f"(measured {round(speed, -2):,.0f} tokens/s)\n"
+    ) in printed
+    assert "note:" not in printed
+
+
+def test_minutes_alone_choose_the_iterations_of_the_given_model(capsys):
+    machine = Machine(1.3e11)
+    config = machine.config(preset="tiny", minutes=5)
+    tiny = PRESETS["tiny"]
+    assert (config.n_layer, config.n_embd, config.batch_size) == (tiny.n_layer, tiny.n_embd, 16)
+    assert 0.7 * 300 < machine.seconds(config) < 285
+    assert re.search(r"^minutes: [\d,]+ iterations of 4,096 tokens, about 5 minutes \(", capsys.readouterr().out)
+
+
+def test_without_either_nothing_is_timed():
+    machine = Machine(1e11)
+    assert machine.config().max_iters == 5000 and not machine.timed
+
+
+def test_a_longer_run_reads_more_or_is_larger():
+    machine, found = Machine(1.3e11), []
+    for minutes in (0.5, 1, 2, 5, 10, 20, 60, 200):
+        config = machine.config(preset="auto", minutes=minutes)
+        found.append((config.n_embd, config.max_iters * config.tokens_per_iter / config.n_embd**2))
+        assert machine.seconds(config) <= 60 * minutes
+        assert config.max_iters * config.tokens_per_iter <= 8.1 * 2_300_000
+    assert [width for width, _ in found] == sorted(width for width, _ in found)
+    assert found[0][0] < found[-1][0]
+
+
+def test_a_faster_machine_trains_a_larger_model():
+    widths = [Machine(flops).config(preset="auto", minutes=5).n_embd for flops in (1e10, 1e11, 1e12)]
+    assert widths == sorted(set(widths))
+
+
+def test_the_time_until_training_starts_counts():
+    slow = Machine(1.3e11, trial_s=60).config(preset="small", minutes=5, eval_iters=1)
+    fast = Machine(1.3e11).config(preset="small", minutes=5, eval_iters=1)
+    assert fast.max_iters - slow.max_iters == pytest.approx(120 / (300 - 15) * fast.max_iters, rel=0.1)
+    late = Machine(1.3e11, trial_s=1000).config(preset="small", minutes=5, eval_iters=1)
+    assert late.max_iters > 0.4 * fast.max_iters  # half of the time, less the evaluations
+
+
+def test_short_runs_are_timed_as_they_run_without_compiling():
+    machine = Machine(1e10)
+    config = machine.config(preset="small", minutes=1)
+    assert config.max_iters < 200 and not config.compile and not any(each.compile for each in machine.timed)
+    machine = Machine(1e12)
+    config = machine.config(preset="small", minutes=5)
+    assert config.max_iters > 200 and [each.compile for each in machine.timed] == [False, config.compile]
+
+
+def test_few_data_are_not_read_more_than_8_times(capsys):
+    config = Machine(1e11).config(facts_of("text", 400_000), preset="auto", minutes=600)
+    rows = config.batch_size * config.gradient_accumulation_steps
+    assert 7.9 < config.max_iters * rows / (400_000 / config.block_size) < 8.1
+    assert "note: this is less than --minutes 600, because more than 8 epochs mostly" in capsys.readouterr().out
+    diary = Machine(1e11).config(facts_of("text", 5_000), preset="auto", minutes=600)
+    assert diary.max_iters == 100  # as few as the default
+
+
+def test_options_on_the_command_line_win():
+    machine = Machine(1.3e11)
+    config = machine.config(
+        preset="auto", minutes=15, n_layer=3, block_size=128, batch_size=5, gradient_accumulation_steps=2
+    )
+    assert (config.n_layer, config.block_size, config.batch_size, config.gradient_accumulation_steps) == (3, 128, 5, 2)
+    assert machine.config(preset="auto", minutes=15, learning_rate=1e-4).learning_rate == 1e-4
+    assert machine.config(preset="auto", minutes=15, eval_interval=7).eval_interval == 7
+
+
+def test_the_context_holds_the_documents():
+    long = facts_of("text", 10**9)
+    long["splits"]["train"]["documents"] = 10**6  # of 1,000 tokens
+    chat = facts_of("chat", 10**6)
+    chat["splits"]["train"]["documents"] = 5_000  # of 200 tokens; two fill a row
+    assert (document_size(STORIES), document_size(long), document_size(chat)) == (256, 1024, 512)
+    assert document_size({"parts": [{**STORIES, "weight": 0.5}, {**long, "weight": 0.5}]}) == 1024
+    assert document_size(facts_of("text")) == 256  # the number of documents is not known
+
+
+@pytest.mark.parametrize(
+    ("given", "sentence"),
+    [
+        (
+            {"preset": "auto"},
+            "--preset auto chooses a model for the time that you have; add it, for example: --minutes",
+        ),
+        ({"minutes": 5.0, "max_iters": 10}, "--minutes and --max_iters both say how long to train; leave one out"),
+        ({"minutes": 5.0, "parallel": "fsdp"}, "cannot try the steps of a sharded model"),
+        (
+            {"minutes": 5.0, "objective": "dpo", "dataset": "mine", "init_from": "x.pt"},
+            "cannot try the steps of --objective dpo",
+        ),
+        ({"minutes": 5.0, "preset": "auto", "init_from": "x.pt"}, "and x.pt has one; leave --preset out"),
+        ({"minutes": 5.0, "preset": "auto", "n_head": 1000}, "--n_head 1000 does not divide a width"),
+    ],
+)
+def test_what_cannot_be_combined_is_refused(given, sentence):
+    with pytest.raises(UserError, match=re.escape(sentence)):
+        Machine(1e11).config(**given)
+
+
+# Real steps on a tiny data set
+
+
+def test_a_run_is_chosen_from_real_steps_and_is_that_of_the_same_numbers(tmp_path, capsys):
+    data = prepare(tmp_path / "data")
+    numbers = {"n_layer": 1, "n_embd": 32, **{name: value for name, value in OPTIONS.items() if name not in SHAPE}}
+    del numbers["max_iters"]
+    given = {**numbers, "preset": "auto", "minutes": 60, "data_dir": str(data), "out_dir": str(tmp_path / "auto")}
+    planned = train.plan(TrainOptions(**given), given, None)
+    config = planned.config
+    # However fast the machine is, an hour is more than 8 epochs of 38 rows, 2 rows each.
+    assert (config.preset, config.n_embd, config.n_head, config.max_iters) == ("auto", 32, 1, 152)
+    line = r"^auto: 1 layers x 32, block size 16, 152 iterations of 32 tokens, .* \(measured [\d,.]+ tokens/s\)$"
+    assert re.search(line, capsys.readouterr().out, re.MULTILINE)
+    training = train.build(planned, None, lambda *arguments: False, lambda *arguments: None)
+    assert train.carry_out(training, None, lambda: StopAfter(5)) == 130
+
+    by_hand = {"n_layer": 1, "n_head": 1, "n_embd": 32, "max_iters": 152}
+    assert run(data, tmp_path / "hand", plain=True, stop_after=5, **by_hand) == 130
+    assert losses(tmp_path / "auto" / "text152.jsonl") == losses(tmp_path / "hand" / "text152.jsonl")
+
+    capsys.readouterr()
+    again = {**given, "resume": str(tmp_path / "auto" / "text152.pt")}
+    resumed = train.plan(TrainOptions(**again), again, None)
+    assert resumed.config == dataclasses.replace(config, resume=again["resume"])
+    printed = capsys.readouterr().out
+    assert "resume: --minutes has no effect, because the run keeps its iterations" in printed
+    assert "measured" not in printed
+
+
+def test_the_command_runs_without_a_terminal(tmp_path):
+    data = prepare(tmp_path / "data")
+    command = [sys.executable, "train.py", "--dataset", "text", "--data_dir", str(data), "--preset", "auto"]
+    command += ["--minutes", "60", "--eval_iters", "1", "--out_dir", str(tmp_path / "models"), "--device", "cpu"]
+    command += ["--n_embd", "16", "--n_layer", "1", "--block_size", "16", "--batch_size", "2", "--no-compile"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    assert done.returncode == 0, done.stderr
+    assert "auto: 1 layers x 16" in done.stdout and (tmp_path / "models" / "text152.pt").is_file()

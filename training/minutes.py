@@ -1,0 +1,200 @@
+"""--minutes: how many iterations fit into a time on this machine, and with --preset auto also which shape and batch.
+
+    options = fit_minutes(options, facts, configure, measure)
+
+Only the command line is completed here. `make_config` turns it into a RunConfig, as if the user had given the numbers,
+so a run is fixed before it starts, and a resumed run measures nothing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from common.cli import UserError
+from common.numbers import duration_in_words, significant
+from data.dataset import data_parts
+from data.epochs import FEWEST_FINE_TUNING_ITERS, FEWEST_ITERS, FITTING_EPOCHS, Portion
+from training.config import DEFAULT_BATCH_SIZE, RunConfig
+from training.initialization import model_config
+from training.memory import model_fits
+from training.mixture import portions
+from training.options import TrainOptions
+from training.parallel import any_process, reduce, world_size
+from training.shapes import (
+    SHAPES,
+    Budget,
+    Shape,
+    choose_shape,
+    evaluations,
+    fitting_block_size,
+    iters_within,
+    rows_per_iter,
+)
+
+START_S = 15.0  # to load torch, and to save at the end
+LEAST_SHARE = 0.5  # of the time is left for training, however long starting takes
+EVALUATION_SHARE = 1 / 3  # of the work of a training step: the forward pass alone
+# What --preset auto times first: small enough to take seconds, large enough to keep the device busy.
+REFERENCE, REFERENCE_ON_CUDA = (Shape(4, 4, 128, 256), 4), (Shape(8, 8, 512, 1024), 32)  # with rows
+Configure = Callable[[TrainOptions], RunConfig]
+Measure = Callable[[RunConfig], float]  # a run's seconds per iteration
+
+
+def fit_minutes(
+    options: TrainOptions,
+    device: str,
+    facts: Mapping[str, Any],
+    configure: Configure,
+    measure: Measure,
+    clock: Callable[[], float] = time.monotonic,
+) -> TrainOptions:
+    """The options with what --minutes and --preset auto choose; unchanged without them. Prints the choice.
+
+    `facts` are those of the run's data (see `mixture_facts`), `configure` makes a configuration, and `measure` tells
+    how long an iteration takes with it. Options on the command line win. Raises UserError for options that cannot be
+    combined.
+    """
+    if options.minutes is None and options.preset != "auto":
+        return options
+    start, time_s = clock(), _time_s(options)
+    if options.preset == "auto":
+        chosen, iters = _with_shape(options, device, facts, configure, measure, time_s)
+    else:
+        chosen, iters = options, int(time_s / measure(configure(_briefly(options))))
+    # Now with the real batch, and compiled if that pays off in so many iterations.
+    config = configure(dataclasses.replace(chosen, max_iters=max(1, iters)))
+    iter_s = measure(config)
+    begun_s = START_S + reduce("max", clock() - start)[0]  # the same in all processes, so that all choose the same
+    rows = config.batch_size * config.gradient_accumulation_steps
+    eval_s = EVALUATION_SHARE * iter_s * config.val_rows / rows
+    within = iters_within(max(LEAST_SHARE * time_s, time_s - begun_s), iter_s, eval_s, options.eval_interval)
+    limit = most_iters(portions(facts), config.block_size, rows, options.init_from is not None)
+    iters = min(within, limit)
+    n_evals = evaluations(iters, options.eval_interval)
+    print(_describe(options, config, iters, iter_s, begun_s + iters * iter_s + n_evals * eval_s))
+    if limit < within:
+        print(
+            f"note: this is less than --minutes {options.minutes:g}, because more than {FITTING_EPOCHS} epochs mostly "
+            "teach a model its data by heart; --max_iters trains longer"
+        )
+    return dataclasses.replace(chosen, max_iters=iters, compile=config.compile)
+
+
+def _time_s(options: TrainOptions) -> float:
+    """The seconds that the run may take. Raises UserError for options that --minutes cannot be combined with."""
+    if options.minutes is None:
+        raise UserError("--preset auto chooses a model for the time that you have; add it, for example: --minutes 15")
+    if options.max_iters is not None:
+        raise UserError("--minutes and --max_iters both say how long to train; leave one out")
+    if options.objective != "next_token":
+        raise UserError(f"--minutes cannot try the steps of --objective {options.objective}; use --max_iters")
+    if options.parallel == "fsdp":
+        raise UserError("--minutes cannot try the steps of a sharded model (--parallel fsdp); use --max_iters")
+    if options.preset == "auto" and options.init_from is not None:
+        raise UserError(f"--preset auto chooses a shape, and {options.init_from} has one; leave --preset out")
+    return 60 * options.minutes
+
+
+def most_iters(parts: list[Portion], block_size: int, rows: int, is_fine_tuning: bool) -> int:
+    """The iterations after which a run has read its data often enough: FITTING_EPOCHS, but at least a few steps.
+
+    As without --minutes, what is repeated least decides in a mixture, and with --init_from what is repeated most.
+    """
+    iters = [FITTING_EPOCHS / part.epochs(1, block_size, rows) for part in parts]
+    if is_fine_tuning:
+        return max(FEWEST_FINE_TUNING_ITERS, math.ceil(min(iters)))
+    return max(FEWEST_ITERS, math.ceil(max(iters)))
+
+
+def _briefly(options: TrainOptions) -> TrainOptions:
+    """The options of a run that is only timed, without compiling it first."""
+    return dataclasses.replace(options, max_iters=1, compile=False)
+
+
+def _describe(options: TrainOptions, config: RunConfig, iters: int, iter_s: float, total_s: float) -> str:
+    shape = f"{config.n_layer} layers x {config.n_embd}, block size {config.block_size}, "
+    return (
+        f"{'auto: ' + shape if options.preset == 'auto' else 'minutes: '}{iters:,} iterations of "
+        f"{config.tokens_per_iter:,} tokens, {duration_in_words(total_s)} (measured "
+        f"{significant(config.tokens_per_iter / iter_s, 2)} tokens/s)"
+    )
+
+
+# --- the shape ---
+
+
+def _with_shape(
+    options: TrainOptions,
+    device: str,
+    facts: Mapping[str, Any],
+    configure: Configure,
+    measure: Measure,
+    time_s: float,
+) -> tuple[TrainOptions, int]:
+    """The options with the shape and the batch that suit the time, and a first guess of the iterations."""
+    on_cuda, n_vocab = device.startswith("cuda"), facts["n_vocab"]
+    shape, rows = REFERENCE_ON_CUDA if on_cuda else REFERENCE
+    reference = {**dataclasses.asdict(shape), "batch_size": rows, "gradient_accumulation_steps": world_size()}
+    config = configure(_briefly(dataclasses.replace(options, **reference)))
+    flops = time_s * config.tokens_per_iter * shape.flops_per_token(n_vocab) / measure(config)
+    budget = Budget(flops, max(part.tokens / part.share for part in portions(facts)), n_vocab)
+
+    def fits(shape: Shape) -> bool:
+        model = model_config({**dataclasses.asdict(shape), "n_vocab": n_vocab, "dropout": options.dropout})
+        # On CUDA the micro-batch shrinks until it fits. All processes choose the same shape.
+        return not any_process(not model_fits(model, device, 1 if on_cuda else DEFAULT_BATCH_SIZE))
+
+    best = choose_shape(budget, candidates(options, document_size(facts)), fits)
+    chosen = dataclasses.replace(options, **dataclasses.asdict(best))
+    if options.batch_size is None and options.gradient_accumulation_steps is None:
+        batch = _batch(rows_per_iter(budget.tokens_read(best), best.block_size), on_cuda)
+        chosen = dataclasses.replace(chosen, **batch)
+    tokens_per_iter = configure(_briefly(chosen)).tokens_per_iter
+    return chosen, int(flops / best.flops_per_token(n_vocab) / tokens_per_iter)
+
+
+def _batch(rows: int, on_cuda: bool) -> dict[str, Any]:
+    """The options for so many rows per iteration: on CUDA in the largest micro-batches that fit."""
+    size = min(rows, DEFAULT_BATCH_SIZE)
+    steps = math.ceil(rows / size / world_size()) * world_size()
+    is_default = on_cuda and size == DEFAULT_BATCH_SIZE
+    return {"batch_size": "auto" if is_default else size, "gradient_accumulation_steps": steps}
+
+
+def document_size(facts: Mapping[str, Any]) -> int:
+    """The block size that suits the documents of the data; a row is to hold two conversations, which are packed."""
+    sizes = [0.0]
+    for part in data_parts(facts):
+        split = part["splits"]["train"]
+        mean = split["tokens"] / split["documents"] if split.get("documents") else 0.0
+        sizes.append(mean * (1 if part["format"] == "text" else 2))
+    return fitting_block_size(max(sizes))
+
+
+def candidates(options: TrainOptions, block_size: int) -> list[Shape]:
+    """The SHAPES with what the command line says instead; their blocks are no longer than `block_size`."""
+    made = []
+    for shape in SHAPES:
+        n_embd = options.n_embd or shape.n_embd
+        n_head = options.n_head or (shape.n_head if n_embd == shape.n_embd else heads_of(n_embd))
+        if n_embd % n_head == 0:
+            block = options.block_size or min(block_size, shape.block_size)
+            made.append(Shape(options.n_layer or shape.n_layer, n_head, n_embd, block))
+    if not made:
+        raise UserError(
+            f"--n_head {options.n_head} does not divide a width that --preset auto could choose; leave it out"
+        )
+    return list(dict.fromkeys(made))
+
+
+def heads_of(n_embd: int) -> int:
+    """The heads of a width that is not in the table: the most that are at least 32 wide, or 1.
+
+    >>> heads_of(256), heads_of(100)
+    (8, 2)
+    """
+    return max((heads for heads in range(1, n_embd // 32 + 1) if n_embd % heads == 0), default=1)
