@@ -279,7 +279,7 @@ def test_a_bug_while_the_first_model_is_loaded_ends_the_server_with_its_tracebac
     def load(path):
         raise RuntimeError("broken on purpose")
 
-    pool = ModelPool(model_cards({"models/chatty.pt": {"model": CONFIG}}), load, ServerSettings())
+    pool = ModelPool(model_cards({"models/chatty.pt": {"model": CONFIG}}), load, ServerSettings(), str)
     with pytest.raises(RuntimeError, match="broken on purpose"):
         serve_models(pool, ServerSettings(), 0, lambda address: None)
 
