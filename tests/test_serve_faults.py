@@ -251,6 +251,7 @@ def test_a_shutdown_ends_requests_that_wait_for_a_model_with_an_event():
         return tiny_model(0), decode_rows
 
     with LiveServer(load=load, grace_s=0.0) as server:
+        server.server.config.timeout_graceful_shutdown = 30  # for a busy machine: uvicorn cuts what is open after it
         body = {"model": "texty", "prompt": "A", "stream": True}
         with httpx.stream("POST", f"{server.url}/v1/completions", json=body, timeout=30) as answer:
             wait_until(lambda: server.pool.n_waiting == 1)
@@ -278,7 +279,7 @@ def test_a_bug_while_the_first_model_is_loaded_ends_the_server_with_its_tracebac
     def load(path):
         raise RuntimeError("broken on purpose")
 
-    pool = ModelPool(model_cards({"models/chatty.pt": {"model": CONFIG}}), load, ServerSettings())
+    pool = ModelPool(model_cards({"models/chatty.pt": {"model": CONFIG}}), load, ServerSettings(), str)
     with pytest.raises(RuntimeError, match="broken on purpose"):
         serve_models(pool, ServerSettings(), 0, lambda address: None)
 
