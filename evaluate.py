@@ -40,7 +40,7 @@ from common.device import (
 from common.files import atomic_write, require_target
 from common.speedups import load_speedups
 from common.threads import sleep_while_waiting_if_busy
-from data.dataset import DatasetInfo, open_dataset, trained_on
+from data.dataset import PREFERENCE_FORMATS, DatasetInfo, open_dataset, trained_on
 from evaluation.benchmarks import BenchmarkModel, open_tasks, print_benchmarks, require_lm_eval, run_tasks
 from evaluation.bootstrap import Scored, compare, verdict
 from evaluation.printing import print_report
@@ -119,12 +119,12 @@ def dataset_names(options: EvaluateOptions, infos: list[dict]) -> list[str]:
 
 
 def refuse_pairs(datasets: Sequence[DatasetInfo]) -> None:
-    """Raise UserError for preference pairs: rejected answers are not what a model should predict."""
+    """Raise UserError for preferences: rejected answers are not what a model should predict."""
     for data in datasets:
-        if data.format == "preference":
+        if data.format in PREFERENCE_FORMATS:
             raise UserError(
-                f"{data.name} contains preference pairs, which have no loss per token; train.py logs the accuracy on "
-                "them; here, name chat data, such as --dataset chitchat"
+                f"{data.name} contains {PREFERENCE_FORMATS[data.format]}, which have no loss per token; train.py logs "
+                "the accuracy on them; here, name chat data, such as --dataset chitchat"
             )
 
 

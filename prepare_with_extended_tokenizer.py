@@ -30,7 +30,7 @@ from common.cli import UserError, option, parse_options, run_script
 from data.advice import print_advice
 from data.cleaning import CHAT_PASSES, TEXT_PASSES
 from data.counts import Skipped
-from data.dataset import DatasetInfo, prepare_command
+from data.dataset import PREFERENCE_FORMATS, DatasetInfo, prepare_command
 from data.documents import Document, read_prepared, text_path
 from data.earlier import earlier_info
 from data.pipeline import Corpus, Dataset, TextOptions, files_of_input, output_folder, prepare
@@ -239,7 +239,7 @@ def encode_again(name: str, options: ExtendedOptions) -> None:
     again = dataclasses.replace(options, force=True, shard_tokens=shard_tokens, seed=seed, tokenizer=tokenizer)
     info = prepare(dataset, again, Corpus(train, val), keep=keep)
     report_saving(folder, info)
-    if name == options.dataset and info.format != "preference":  # not for each of all
+    if name == options.dataset and info.format not in PREFERENCE_FORMATS:  # not for each of all
         print_advice(info, options.output_dir)
 
 

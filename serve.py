@@ -31,9 +31,10 @@ from common.speedups import load_speedups
 from common.threads import sleep_while_waiting_if_busy
 
 if TYPE_CHECKING:  # at run time torch is imported only when the options are known to be right
+    from collections.abc import Callable, Mapping
+
     from generation.row_cache import DecodeRows
     from model import GPT
-    from serving.models import Loader
 
 API_KEY_VARIABLE = "JOJO_API_KEY"
 SHORTEST_API_KEY = 8
@@ -85,6 +86,12 @@ class ServeOptions:
     quantize: str | None = quantize_option()
     plain: bool = plain_option()
 
+    feedback: str | None = option(
+        None,
+        "append what people think of replies, with the conversations, to this file (default: nothing is kept)",
+        group="files",
+        metavar="FILE",
+    )
     log: str | None = option(
         None, "append one line per request to this file (default: standard error)", group="files", metavar="FILE"
     )
@@ -144,22 +151,29 @@ def start_log(path: str | None) -> None:
         logger.propagate = False
 
 
-def model_loader(options: ServeOptions) -> Loader:
-    """The function that loads a checkpoint and puts in the faster parts."""
+def model_loader(options: ServeOptions) -> Callable[..., tuple[GPT, DecodeRows]]:
+    """The function that loads a checkpoint and puts in the faster parts.
+
+    If it is given what `read_info` said about the checkpoint earlier, it raises UserError for a file that was replaced
+    by a model of another shape or vocabulary: requests would be encoded for the earlier one.
+    """
     fast = load_speedups(options.plain)
     if fast:
         fast.keep_freed_memory()  # before the first tensor is allocated
     from exchange.loading import load_model, tokenizer_of
     from generation.row_cache import decode_rows
+    from setup_tokenizer import Tokenizer
 
     with contextlib.redirect_stdout(sys.stderr):  # standard output is for the address
         device = choose_device(options.device)
         dtype = choose_dtype(options.dtype, device)
     allow_tf32()
 
-    def load(path: str) -> tuple[GPT, DecodeRows]:
+    def load(path: str, known: Mapping | None = None) -> tuple[GPT, DecodeRows]:
         model, info = load_model(path, device, dtype)
         tokenizer = tokenizer_of(path, info, model)
+        if known and (info["model"], tokenizer) != (known["model"], Tokenizer.from_info(known, path)):
+            raise UserError(f"{path} was replaced by a model of another shape or vocabulary; start serve.py again")
         tokenizer.encode_text("")  # loading GPT-2's takes a second, which the first request should not wait for
         for parameter in model.parameters():  # a checkpoint's file may be replaced, so do not leave it mapped
             parameter.data = parameter.data.clone()
@@ -182,7 +196,7 @@ def main() -> None:
     api_key = choose_api_key(options)
     start_log(options.log)
     load = model_loader(options)
-    from exchange.loading import read_info
+    from exchange.loading import read_info, weights_digest
     from serving.models import ModelPool, model_cards
     from serving.server import serve
     from serving.settings import ServerSettings
@@ -196,8 +210,10 @@ def main() -> None:
         options.max_models,
         options.exact,
         options.grace,
+        feedback=options.feedback,
     )
-    pool = ModelPool(model_cards({path: read_info(path) for path in choose_checkpoints(options)}), load, settings)
+    infos = {path: read_info(path) for path in choose_checkpoints(options)}
+    pool = ModelPool(model_cards(infos), lambda path: load(path, infos[path]), settings, weights_digest)
     serve(
         pool, settings, options.port, lambda address: print(f"serving {', '.join(pool.cards)} at {address}", flush=True)
     )

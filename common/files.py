@@ -149,7 +149,7 @@ class FileLock:
         except OSError as error:
             raise write_error(self.path, error) from error
         try:
-            _lock(self._file)
+            lock_file(self._file)
         except OSError as error:
             if error.errno not in (errno.EAGAIN, errno.EACCES):  # for example a file system without locks
                 self._file.close()
@@ -172,7 +172,8 @@ class FileLock:
         self.release()
 
 
-def _lock(file: IO[str]) -> None:
+def lock_file(file: IO[Any]) -> None:
+    """Lock a file until it is closed. Raises OSError (EAGAIN or EACCES) if another process has locked it."""
     if sys.platform == "win32":
         import msvcrt
 

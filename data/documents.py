@@ -5,7 +5,8 @@
 
 Texts are in <name>-<split>.txt, each followed by a line `<|endoftext|>`; conversations are in <name>-<split>.jsonl,
 one {"messages": [...]} per line. Preference pairs have one {"prompt": [...], "chosen": [...], "rejected": [...]} per
-line, which is TRL's layout; in memory a pair is a conversation that ends with both answers.
+line, which is TRL's layout; in memory a pair is a conversation that ends with both answers. Labelled answers have
+{"prompt": [...], "completion": [...], "label": true or false}; in memory they are pairs whose other answer is empty.
 """
 
 from __future__ import annotations
@@ -40,8 +41,12 @@ def document_line(document: Document) -> bytes:
         *prompt, chosen, rejected = (
             {"role": message["role"], "content": message["content"]} for message in cast(list[dict], document)
         )
-        pair = {"prompt": prompt, "chosen": [chosen], "rejected": [rejected]}
-        return json.dumps(pair, ensure_ascii=False).encode() + b"\n"
+        if chosen["content"] and rejected["content"]:
+            record: dict = {"prompt": prompt, "chosen": [chosen], "rejected": [rejected]}
+        else:
+            is_good = bool(chosen["content"])
+            record = {"prompt": prompt, "completion": [chosen if is_good else rejected], "label": is_good}
+        return json.dumps(record, ensure_ascii=False).encode() + b"\n"
     if not isinstance(document, str):
         messages = [
             {"role": message["role"], "content": message["content"], **({"weight": 0} if is_untrained(message) else {})}
@@ -54,7 +59,8 @@ def document_line(document: Document) -> bytes:
 
 
 def is_pair(document: Document) -> bool:
-    """Whether a document is a preference pair: its last two messages are the chosen and the rejected answer."""
+    """Whether a document is a preference pair, or a labelled answer: its last two messages are the chosen and the
+    rejected answer."""
     return not isinstance(document, str) and bool(document) and "preferred" in document[-1]
 
 
@@ -69,10 +75,18 @@ def read_document_line(line: bytes, format: str) -> Document:
         return json.loads(line)["messages"]
     if format == "preference":
         pair = json.loads(line)
-        answers = ((pair["chosen"][0], True), (pair["rejected"][0], False))
-        return [*pair["prompt"], *({**answer, "preferred": is_chosen} for answer, is_chosen in answers)]
+        return _pair_in_memory(pair["prompt"], pair["chosen"][0], pair["rejected"][0])
+    if format == "label":
+        labelled = json.loads(line)
+        answer, empty = labelled["completion"][0], {"role": "assistant", "content": ""}
+        chosen, rejected = (answer, empty) if labelled["label"] else (empty, answer)
+        return _pair_in_memory(labelled["prompt"], chosen, rejected)
     text = line.decode().removesuffix(TEXT_END)
     return _ESCAPED_SEPARATOR_LINE.sub(r"\1", text) if ENDOFTEXT in text else text
+
+
+def _pair_in_memory(prompt: list[dict], chosen: dict, rejected: dict) -> list[dict]:
+    return [*prompt, {**chosen, "preferred": True}, {**rejected, "preferred": False}]
 
 
 def text_path(folder: Path, info: DatasetInfo, split: str) -> Path:

@@ -132,7 +132,7 @@ def files_of_input(options: PrepareOptions, suffixes: Sequence[str] = ALL_SUFFIX
 
 @dataclass(frozen=True)
 class Dataset:
-    """What a prepare script prepares: `format` is "text" (documents are str), "chat" or "preference" (messages)."""
+    """What a prepare script prepares: `format` is "text" (documents are str), or another of FORMATS (messages)."""
 
     name: str
     format: str
@@ -329,7 +329,11 @@ def _divided_by_tokens(
         counts.update({DIVIDED: 1} if is_cut else {})
     if not _is_fair(splits, options) and all(split.documents for split in splits.values()):
         share = splits["val"].tokens / sum(split.tokens for split in splits.values())
-        short = {"text": "short texts and words", "chat": "conversations of fewer than 10 questions"}
+        short = {
+            "text": "short texts and words",
+            "chat": "conversations of fewer than 10 questions",
+            "label": "labelled answers",
+        }
         print(
             f"warning: validation holds {share:.1%} of the tokens, not {options.val_fraction:.1%}, because there are "
             f"only {n_documents:,} documents and {short.get(info.format, 'pairs')} are not cut; "

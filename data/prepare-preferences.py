@@ -17,6 +17,8 @@ of the chat page (docs/data.md has the whole list):
 
     python data/prepare-preferences.py --input feedback.jsonl --name mine
 
+--labels prepares single answers, labelled good or bad, instead of pairs, for --objective kto.
+
 Then run: python train.py --dataset preferences --objective dpo --init_from models/chitchat1500.pt
 """
 
@@ -25,7 +27,7 @@ from __future__ import annotations
 import dataclasses
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that the project's modules are found anywhere
@@ -34,7 +36,14 @@ from common.cli import option, parse_options, run_script
 from data.cleaning import CHAT_PASSES
 from data.counts import Skipped, nothing_usable
 from data.dataset import DatasetInfo
-from data.layouts.preferences import KNOWN_LAYOUTS, differing_answers, preferences
+from data.layouts.preferences import (
+    KNOWN_LAYOUTS,
+    SINGLE_LABEL,
+    differing_answers,
+    labelled_answers,
+    nonempty_answer,
+    preferences,
+)
 from data.pipeline import Corpus, Dataset, PrepareOptions, files_of_input, prepare
 from data.readers.files import RECORD_SUFFIXES
 from data.readers.hub import stream_hub
@@ -69,6 +78,11 @@ class PreferenceOptions(PrepareOptions):
         choices=tuple(PREFERENCE_SOURCES),
         group="data",
     )
+    labels: bool = option(
+        False,
+        "prepare single answers, each labelled good or bad, for --objective kto; without it, pairs for --objective dpo",
+        group="data",
+    )
     language: str = option("en", "OASST: use only the trees in this language, or 'all'", metavar="CODE", group="data")
     licence: str | None = option(
         None, "licence recorded with the data set (default: the source's)", metavar="TEXT", group="data"
@@ -83,7 +97,8 @@ class PreferenceOptions(PrepareOptions):
 def main() -> None:
     options = parse_options(PreferenceOptions, __doc__)
     corpus = local_corpus(options) if options.input else hub_corpus(options)
-    info = prepare(describe(options, corpus.files), options, corpus, (*CHAT_PASSES, differing_answers))
+    last_pass = nonempty_answer if options.labels else differing_answers
+    info = prepare(describe(options, corpus.files), options, corpus, (*CHAT_PASSES, last_pass))
     print(f"next: {next_command(info, options.output_dir)}")
 
 
@@ -93,42 +108,49 @@ def describe(options: PreferenceOptions, files) -> Dataset:
     origin = [source.hub.repository] if source else []
     names = [", ".join(file.name for file in files)] if files else []
     licence = options.licence or (source.licence if source else "not stated (state it with --licence)")
-    return Dataset(options.name, "preference", ": ".join(origin + names), licence)
+    return Dataset(options.name, "label" if options.labels else "preference", ": ".join(origin + names), licence)
 
 
 def hub_corpus(options: PreferenceOptions) -> Corpus:
-    """The pairs of a data set of the hub, at its commit."""
+    """The pairs, or labelled answers, of a data set of the hub, at its commit."""
     source = PREFERENCE_SOURCES[options.source or "oasst1"]
     commit, files = source.hub.revision, " and ".join(source.hub.files)
     skipped = Skipped()
 
     def split(name: str) -> Iterator[list[dict]]:
         records = stream_hub(source.hub.repository, None, name, commit, files)
-        return preferences(records, skipped, None if options.language == "all" else options.language)
+        return documents_of(options, records, skipped)
 
     return Corpus(split(source.train), split(source.val), digest=commit, skipped=skipped)
 
 
 def local_corpus(options: PreferenceOptions) -> Corpus:
-    """The pairs of the files that --input names. Raises UserError if there are none.
+    """The pairs, or labelled answers, of the files that --input names. Raises UserError if there are none.
 
-    Pairs with the same first question go to the same split: otherwise validation would contain answers of training.
+    Documents with the same first question go to the same split: otherwise validation would contain answers of training.
     """
     files = files_of_input(options, RECORD_SUFFIXES)
     skipped = Skipped()
     records = (record for file in files for record in read_records(file))
-    pairs = list(preferences(records, skipped, None if options.language == "all" else options.language))
-    if not pairs:
-        where = ", ".join(map(str, files))
-        raise nothing_usable("preference pair", where, skipped, f"give --input {KNOWN_LAYOUTS}")
-    train, val = split_by_opening(pairs, options.val_fraction, options.seed)
+    documents = list(documents_of(options, records, skipped))
+    if not documents:
+        where, what = ", ".join(map(str, files)), "labelled answer" if options.labels else "preference pair"
+        advice = "add --labels, for --objective kto" if skipped[SINGLE_LABEL] else f"give --input {KNOWN_LAYOUTS}"
+        raise nothing_usable(what, where, skipped, advice)
+    train, val = split_by_opening(documents, options.val_fraction, options.seed)
     return Corpus(train, val, files=files, skipped=skipped)
 
 
+def documents_of(options: PreferenceOptions, records: Iterable[Mapping], skipped: Skipped) -> Iterator[list[dict]]:
+    """The records as pairs or, with --labels, as labelled answers."""
+    make = labelled_answers if options.labels else preferences
+    return make(records, skipped, None if options.language == "all" else options.language)
+
+
 def next_command(info: DatasetInfo, data_dir: str | None) -> str:
-    """How to train with the pairs."""
-    folder = f" --data_dir {data_dir}" if data_dir else ""
-    return f"python train.py --dataset {info.name} --objective dpo --init_from CHECKPOINT{folder}"
+    """How to train with the data set."""
+    folder, objective = f" --data_dir {data_dir}" if data_dir else "", "kto" if info.format == "label" else "dpo"
+    return f"python train.py --dataset {info.name} --objective {objective} --init_from CHECKPOINT{folder}"
 
 
 if __name__ == "__main__":

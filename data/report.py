@@ -82,7 +82,7 @@ def page(
 
 def documents_word(info: DatasetInfo) -> str:
     """What the documents of a data set are called."""
-    return {"chat": "conversations", "preference": "pairs"}.get(info.format, "documents")
+    return {"chat": "conversations", "preference": "pairs", "label": "labelled answers"}.get(info.format, "documents")
 
 
 # --- pieces of Markdown ---

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from common.checkpoint import PARTS, build_model, checked_parts, digest, read_file
+from common.checkpoint import FORMAT, PARTS, build_model, checked_parts, digest, read_file
 from common.cli import UserError
 from common.lora import Adapter, fit_base, merge
 from exchange.hugging_face import HUB_MODELS, is_hugging_face, load_folder
@@ -149,6 +149,14 @@ def load_model(path: str | os.PathLike, device: str = "cpu", dtype: str = "float
     checkpoint = load_checkpoint(path, ("info", "model"))
     model = build_model(path, checkpoint).to(device=device, dtype=getattr(torch, dtype))
     return model.eval().requires_grad_(False), checkpoint["info"]
+
+
+def weights_digest(path: str | os.PathLike) -> str:
+    """The digest of a model's weights; Jojo's checkpoints contain it. Raises UserError as `load_checkpoint` does."""
+    content = read_file(path) if Path(path).is_file() else None
+    if isinstance(content, dict) and content.get("format") == FORMAT and "adapter" not in content["info"]:
+        return content["digests"]["model"]
+    return digest(load_checkpoint(path, ("model",))["model"])
 
 
 def tokenizer_of(path: str | os.PathLike, info: Mapping[str, Any], model: GPT) -> Tokenizer:

@@ -1,8 +1,9 @@
-"""The decode step as CUDA graphs: one launch instead of a few hundred kernel launches.
+"""The decode step and the draw of the next id as CUDA graphs: one launch each instead of a few hundred.
 
-Replaces: generation.decoding.decode_step on CUDA.
+Replaces: generation.decoding.decode_step and generation.sampling.draw on CUDA. The random numbers are drawn before the
+replay, so a seed gives the ids that plain drawing gives.
 Gains: not measured yet (no GPU was available); the launches of GPT-2 124M take several times as long as its kernels.
-Skipped: with --plain and on other devices.
+Skipped: with --plain and on other devices; the draw also with top_p alone, which reads a number from the device.
 """
 
 from __future__ import annotations
@@ -16,9 +17,11 @@ import torch
 from torch import Tensor
 
 from generation.decoding import decode_at
+from generation.sampling import Sampling, draw
 from model import GPT, KVCache
 
 GRAPH_CONTEXT = 256  # a graph is captured for each multiple of this context, so that short contexts stay cheap
+MOST_DRAWS = 8  # graphs of draws that are kept, one for each setting and number of rows
 
 
 class Graph(Protocol):
@@ -55,12 +58,38 @@ class CapturedDecode:
     def __init__(self, context_step: int = GRAPH_CONTEXT, capture: Capture = capture_graph) -> None:
         self.context_step, self.capture = context_step, capture
         self._graphs: weakref.WeakKeyDictionary[KVCache, _CacheGraphs] = weakref.WeakKeyDictionary()
+        self._draws: dict[tuple, _DrawGraph] = {}
 
     def __call__(self, model: GPT, ids: Tensor, lengths: list[int], cache: KVCache) -> Tensor:
         """Logits (B, n_vocab) of what follows ids (B,) at positions `lengths`; the next call overwrites them."""
         if cache not in self._graphs:
             self._graphs[cache] = _CacheGraphs(ids, self.context_step, self.capture)
         return self._graphs[cache].replay(model, ids, lengths, cache)
+
+    def draw(self, logits: Tensor, sampling: Sampling, uniform: Tensor) -> Tensor:
+        """The ids (B,) that `generation.sampling.draw` chooses; the next call overwrites them."""
+        if sampling.reads_device:
+            return draw(logits, sampling, uniform)
+        key = (sampling, logits.shape, logits.device)
+        if key not in self._draws:
+            if len(self._draws) == MOST_DRAWS:
+                self._draws.clear()
+            self._draws[key] = _DrawGraph(logits, sampling, uniform, self.capture)
+        return self._draws[key].replay(logits, uniform)
+
+
+class _DrawGraph:
+    """The graph of `draw` for one setting and one shape of logits, with the tensors that its kernels read."""
+
+    def __init__(self, logits: Tensor, sampling: Sampling, uniform: Tensor, capture: Capture):
+        self.logits, self.uniform = logits.clone(), uniform.clone()
+        self.graph, self.ids = capture(functools.partial(draw, self.logits, sampling, self.uniform), logits.device)
+
+    def replay(self, logits: Tensor, uniform: Tensor) -> Tensor:
+        self.logits.copy_(logits)
+        self.uniform.copy_(uniform)
+        self.graph.replay()
+        return self.ids
 
 
 class _CacheGraphs:

@@ -40,8 +40,9 @@ class TiedHead:
 
     Its buffers, a copy of the weight in `dtype` and the logits of one chunk, are allocated before the blocks run:
     later they would not fit between the activations, and the process would grow. `transpose` is `transposed`,
-    compiled or not. `chunk_rows` is LOSS_CHUNK_ROWS, or on CUDA LOSS_CHUNK_ROWS_CUDA, by default. On a CPU, rows whose
-    target is IGNORED are left out; on other devices counting them would make the program wait for the device.
+    compiled or not, and `losses_and_gradient` one of the two functions below. `chunk_rows` is LOSS_CHUNK_ROWS, or on
+    CUDA LOSS_CHUNK_ROWS_CUDA, by default. On a CPU, rows whose target is IGNORED are left out; on other devices
+    counting them would make the program wait for the device.
     """
 
     def __init__(
@@ -51,6 +52,7 @@ class TiedHead:
         dtype: torch.dtype,
         transpose: Callable[[Tensor, torch.dtype], Tensor] | None = None,
         chunk_rows: int | None = None,
+        losses_and_gradient: Callable[[Tensor, Tensor], Tensor] | None = None,
     ):
         self.weight, self.targets = weight, targets.flatten()
         self.counts = self.targets != IGNORED
@@ -64,6 +66,7 @@ class TiedHead:
             self.chunks = [slice(first, first + chunk) for first in range(0, len(self.counts), chunk)]
             longest = min(chunk, len(self.counts))
         self.transpose = transpose or transposed
+        self.losses_and_gradient = losses_and_gradient or losses_and_gradient_
         with torch.no_grad():  # a training step and an evaluation call the same compiled code
             self.low_weight: Tensor | None = self.transpose(weight.detach(), dtype)  # (C, V)
         self.logits: Tensor | None = torch.empty(longest, len(weight), device=weight.device, dtype=dtype)
@@ -127,7 +130,7 @@ class _HeadLoss(torch.autograd.Function):
             for number, rows in enumerate(head.chunks, 1):
                 part, targets = low_hidden[rows], head.targets[rows].clamp(min=0)
                 logits = torch.mm(part, low_weight, out=buffer[: len(part)])
-                losses = losses_and_gradient_(logits, targets)
+                losses = head.losses_and_gradient(logits, targets)
                 loss += (losses * head.counts[rows]).sum()
                 if hidden_grad is not None:
                     hidden_grad[rows] = (logits @ low_weight.T).to(hidden.dtype)
@@ -184,3 +187,20 @@ def losses_and_gradient_(logits: Tensor, targets: Tensor) -> Tensor:
     missed = missed.float()
     limits = torch.finfo(logits.dtype)
     return -torch.where(missed < 0.5, torch.log1p(-missed), hit.clamp(min=limits.tiny * limits.eps).log())
+
+
+def fused_losses_and_gradient_(logits: Tensor, targets: Tensor) -> Tensor:
+    """`losses_and_gradient_` for torch.compile: three loops over a row in one kernel, all in float32.
+
+    Uncompiled it would need several copies of the logits in float32. Computing with the other ids' sum and not with
+    1 minus the target's probability keeps small numbers, as there.
+    """
+    is_target = torch.arange(logits.shape[1], device=logits.device) == targets[:, None]
+    scores = logits.float()
+    scores = scores - scores.amax(1, keepdim=True)
+    powers = scores.exp()
+    hit, missed = (torch.where(mask, powers, 0.0).sum(1) for mask in (is_target, ~is_target))
+    score = torch.where(is_target, scores, 0.0).sum(1)  # a look-up would be a kernel of its own
+    total = hit + missed
+    logits.copy_(torch.where(is_target, -missed[:, None], powers) / total[:, None])
+    return torch.where(missed < hit, torch.log1p(missed / hit), total.log() - score)

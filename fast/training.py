@@ -28,7 +28,7 @@ from common.device import is_out_of_memory
 from fast import cpu_backward
 from fast.allocator import give_back_freed_memory
 from fast.document_masks import BlockMask, block_mask, compute_dtype, dense_mask, flex_attention
-from fast.tied_head import TiedHead, transposed
+from fast.tied_head import TiedHead, fused_losses_and_gradient_, transposed
 from model import GPT, IGNORED, MLP, Attention, Block, KVCache
 
 ACTIVATION_BUDGET = 0.9  # below 1, torch.compile recomputes cheap activations in the backward pass
@@ -96,10 +96,12 @@ def _compile_blocks(model: FastGPT, backend: str | Callable, activation_budget: 
     for block in model.fast_blocks():
         block.compiled = torch.compile(block.plain_forward, backend=backend)
     model.compiled_transpose = torch.compile(transposed, dynamic=False, backend=backend)
+    if model.wte.weight.is_cuda:  # on a CPU, torch's softmax in low precision is faster
+        model.compiled_losses = torch.compile(fused_losses_and_gradient_, backend=backend)
 
 
 def _run_eagerly(model: FastGPT) -> None:
-    model.compiled_transpose = None
+    model.compiled_transpose = model.compiled_losses = None
     for block in model.fast_blocks():
         block.compiled = None
 
@@ -108,6 +110,7 @@ class FastGPT(GPT):
     """GPT whose training loss never holds all logits at once."""
 
     compiled_transpose: Callable[[Tensor, torch.dtype], Tensor] | None = None
+    compiled_losses: Callable[[Tensor, Tensor], Tensor] | None = None
 
     def fast_blocks(self) -> list[FastBlock]:
         return [cast(FastBlock, block) for block in self.h]
@@ -126,7 +129,8 @@ class FastGPT(GPT):
         if n_targets is None:
             n_targets = (targets != IGNORED).sum().clamp(min=1)
         # Before the blocks run: later its buffers would not fit between the activations.
-        head = TiedHead(self.wte.weight, targets, compute_dtype(self.wte.weight), self.compiled_transpose)
+        weight, dtype = self.wte.weight, compute_dtype(self.wte.weight)
+        head = TiedHead(weight, targets, dtype, self.compiled_transpose, losses_and_gradient=self.compiled_losses)
         return None, head.loss(self.transform(head.embed(idx), positions=positions, mask=mask), n_targets)
 
     def document_mask(self, documents: Tensor) -> Tensor:

@@ -14,12 +14,13 @@ import torch
 from torch import Tensor
 
 from common.device import without_cudnn_attention
-from generation.sampling import Sampling, penalize_repetition, sample, seen_ids
+from generation.sampling import Sampling, draw, penalize_repetition, sample, seen_ids
 from model import GPT, GPTConfig, KVCache
 
 ENDED = -1  # what `generate` yields for a row that has drawn a stop id
 
-# (model, ids (B,), number of ids in each row of the cache, cache) -> logits (B, n_vocab)
+# (model, ids (B,), number of ids in each row of the cache, cache) -> logits (B, n_vocab). A step that has a method
+# `draw` also replaces `sampling.draw`.
 DecodeStep = Callable[[GPT, Tensor, list[int], KVCache], Tensor]
 
 
@@ -61,12 +62,13 @@ def generate(
     observe: Callable[[Tensor], None] | None = None,
     decode: DecodeStep = decode_step,
 ) -> Iterator[Tensor]:
-    """Continue each prompt by up to `max_tokens` ids (None: no limit); yields the next ids (B,) at each step.
+    """Continue each prompt by up to `max_tokens` ids (None: no limit); yields the next ids (B,) of each step.
 
-    A row that has drawn one of `stop_ids` yields ENDED from then on. By default ids are drawn from the model's own
-    distribution. A `cache` from `new_cache` that outlives this call saves recomputing the ids that a prompt shares with
-    what the cache holds. `observe` is called with the logits (B, n_vocab) of each step before any setting changes them,
-    and must not keep them.
+    They are on the CPU; reading them is the only time in a step that the program waits for the device. A row that has
+    drawn one of `stop_ids` yields ENDED from then on. By default ids are drawn from the model's own distribution. A
+    `cache` from `new_cache` that outlives this call saves recomputing the ids that a prompt shares with what the cache
+    holds. `observe` is called with the logits (B, n_vocab) of each step before any setting changes them, and must not
+    keep them.
 
     Only the last block_size ids of a longer prompt are used. When block_size ids are in use, all but the last
     block_size // 2 are dropped and generation continues: one long prefill every block_size / 2 ids instead of one per
@@ -77,8 +79,7 @@ def generate(
     rows = check_prompts(prompts, model.config)
     cache = new_cache(model, len(rows)) if cache is None else cache
     device = model.wte.weight.device
-    stops = torch.tensor(list(stop_ids), device=device, dtype=torch.long)
-    ended = torch.zeros(len(rows), dtype=torch.bool, device=device)
+    ended = [False] * len(rows)
     penalty = sampling.repetition_penalty
     seen = seen_ids(rows, model.config.n_vocab, device) if penalty != 1 else None
     was_training = model.training
@@ -89,15 +90,15 @@ def generate(
             if observe is not None:
                 observe(logits)
             scores = logits if seen is None else penalize_repetition(logits, seen, penalty)
-            ids = sample(scores, sampling, generator)
-            yield ids.masked_fill(ended, ENDED)
-            ended |= torch.isin(ids, stops)
-            # `all` waits for the device, so it is evaluated only if a row can end.
-            if step == max_tokens or (len(stops) and ended.all()):
+            ids = sample(scores, sampling, generator, getattr(decode, "draw", draw))
+            new = ids.tolist()
+            yield torch.tensor([ENDED if done else token for token, done in zip(new, ended, strict=True)])
+            ended = [done or token in stop_ids for token, done in zip(new, ended, strict=True)]
+            if step == max_tokens or all(ended):
                 return
             if seen is not None:
                 seen.scatter_(1, ids[:, None], True)
-            logits = append(model, ids, cache, decode)
+            logits = append(model, ids, cache, decode, new)
     finally:
         model.train(was_training)
 
@@ -164,10 +165,15 @@ def _fill(model: GPT, rows: slice, contexts: list[list[int]], start: int, cache:
 
 
 @without_cudnn_attention()
-def append(model: GPT, ids: Tensor, cache: KVCache, decode: DecodeStep = decode_step) -> Tensor:
-    """Append one id to each of the cache's rows, ids (B,); returns the logits (B, n_vocab) of what follows."""
+def append(
+    model: GPT, ids: Tensor, cache: KVCache, decode: DecodeStep = decode_step, new: list[int] | None = None
+) -> Tensor:
+    """Append one id to each of the cache's rows, ids (B,); returns the logits (B, n_vocab) of what follows.
+
+    `new` are the same ids as a list, if the caller has read them from the device.
+    """
     _make_room(model, cache)
-    new = ids.tolist()  # before the step is launched, for which it would otherwise wait
+    new = ids.tolist() if new is None else new  # before the step is launched, for which it would otherwise wait
     logits = decode(model, ids, [len(tokens) for tokens in cache.tokens], cache)
     for tokens, token in zip(cache.tokens, new, strict=True):
         tokens.append(token)

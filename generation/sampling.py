@@ -6,6 +6,7 @@ ids = sample(logits, Sampling(temperature=0.8, top_k=200), generator)
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -28,6 +29,11 @@ class Sampling:
     min_p: float | None = None
     repetition_penalty: float = 1.0
 
+    @property
+    def reads_device(self) -> bool:
+        """Whether `draw` waits for a number from the device: `top_p` alone looks up how many ids it has to sort."""
+        return self.top_p is not None and self.top_k is None
+
 
 # What gen.py, the samples during training, evaluation and the tools use unless an option says otherwise.
 TEXT_SAMPLING = Sampling(temperature=0.8, top_k=200)
@@ -35,13 +41,6 @@ CHAT_SAMPLING = Sampling(temperature=0.5, top_k=50)  # more focused: small model
 PREVIEW_SAMPLING = Sampling(temperature=0.8, top_k=50)  # the samples that train.py prints of an unfinished model
 GREEDY = Sampling(temperature=0)  # always the likeliest id, so that runs can be compared
 SMALLEST_TEMPERATURE = 1e-6  # below it, dividing by the temperature overflows float32; the result is the same as for 0
-
-
-def sample(logits: Tensor, sampling: Sampling = TEXT_SAMPLING, generator: torch.Generator | None = None) -> Tensor:
-    """Draw one id per row, (B,), from logits (B, V)."""
-    if sampling.temperature < SMALLEST_TEMPERATURE:
-        return logits.max(-1).indices  # on a CPU in a third of argmax's time
-    return draw(logits, sampling, torch.rand(len(logits), 1, generator=generator, device=logits.device))
 
 
 def draw(logits: Tensor, sampling: Sampling, uniform: Tensor) -> Tensor:
@@ -52,6 +51,18 @@ def draw(logits: Tensor, sampling: Sampling, uniform: Tensor) -> Tensor:
     # 1 - uniform is in (0, 1], so that the first position to reach it never has probability 0.
     choice = torch.searchsorted(cumulative, (1 - uniform) * cumulative[:, -1:])
     return (choice if ids is None else ids.gather(1, choice))[:, 0]
+
+
+def sample(
+    logits: Tensor,
+    sampling: Sampling = TEXT_SAMPLING,
+    generator: torch.Generator | None = None,
+    draw: Callable[[Tensor, Sampling, Tensor], Tensor] = draw,
+) -> Tensor:
+    """Draw one id per row, (B,), from logits (B, V). A faster `draw` gets the same random numbers."""
+    if sampling.temperature < SMALLEST_TEMPERATURE:
+        return logits.max(-1).indices  # on a CPU in a third of argmax's time
+    return draw(logits, sampling, torch.rand(len(logits), 1, generator=generator, device=logits.device))
 
 
 def candidates(logits: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor | None]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -60,6 +60,14 @@ class Output:
     error: str = ""
 
 
+def first_of_each_prompt(requests: Sequence[Request]) -> set[int]:
+    """The indices of the first request for each prompt: the texts that continue one prompt share its list of ids."""
+    firsts: dict[int, int] = {}
+    for index, request in enumerate(requests):
+        firsts.setdefault(id(request.prompt), index)
+    return set(firsts.values())
+
+
 class Stream:
     """The state of one text. Only the thread that runs the engine changes it; `cancel` may be called from any.
 
@@ -84,6 +92,7 @@ class Stream:
         self._n_bytes = self._n_released_bytes = 0
         self._seen: Tensor | None = None
         self._counts: Tensor | None = None
+        self._bias: Tensor | None = None
 
     def cancel(self) -> None:
         """Stop at the next step; nothing more is delivered."""
@@ -106,9 +115,11 @@ class Stream:
                 self._counts = torch.zeros_like(logits)
             logits = logits - request.frequency_penalty * self._counts - request.presence_penalty * (self._counts > 0)
         if request.logit_bias:
-            logits = logits.clone()
-            ids = torch.tensor(list(request.logit_bias), device=logits.device)
-            logits[ids] += torch.tensor(list(request.logit_bias.values()), device=logits.device)
+            if self._bias is None:
+                ids, biases = list(request.logit_bias), list(request.logit_bias.values())
+                self._bias = torch.zeros_like(logits)
+                self._bias[ids] = torch.tensor(biases, dtype=logits.dtype, device=logits.device)
+            logits = logits + self._bias
         return logits
 
     def take(self, token: int, logprob: TokenLogprob | None) -> str | None:

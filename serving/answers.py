@@ -7,7 +7,7 @@ import secrets
 import time
 from collections.abc import Sequence
 
-from generation.stream import Output, Request, TokenLogprob
+from generation.stream import Output, Request, TokenLogprob, first_of_each_prompt
 from setup_tokenizer import Tokenizer
 
 
@@ -25,31 +25,30 @@ class Answer:
         self.id = f"{self.id_prefix}-{secrets.token_hex(12)}"
         self.model, self.requests, self.n_dropped = model, requests, n_dropped
         self.created = int(time.time())
+        self.digest: str | None = None  # of the weights that generate, once they do
         self.tokenizer = requests[0].tokenizer
-        self.n_tokens = [0] * len(requests)
-        self.cached_tokens = 0
+        self.firsts = first_of_each_prompt(requests)
+        self.n_tokens, self.n_cached = [0] * len(requests), [0] * len(requests)
 
     def usage(self) -> dict:
         """How many tokens were read and generated. A prompt counts once, however many texts continue it."""
-        prompts = {id(request.prompt): len(request.prompt) for request in self.requests}
-        prompt_tokens, completion_tokens = sum(prompts.values()), sum(self.n_tokens)
+        prompt_tokens = sum(len(self.requests[index].prompt) for index in self.firsts)
+        cached_tokens, completion_tokens = sum(self.n_cached[index] for index in self.firsts), sum(self.n_tokens)
         usage = {
             "prompt_tokens": prompt_tokens,
             "completion_tokens": completion_tokens,
             "total_tokens": prompt_tokens + completion_tokens,
-            "prompt_tokens_details": {"cached_tokens": self.cached_tokens},
+            "prompt_tokens_details": {"cached_tokens": cached_tokens},
         }
         return usage if self.n_dropped is None else {**usage, "dropped_messages": self.n_dropped}
 
     def take(self, index: int, output: Output) -> None:
         """Count what an output says about the tokens."""
-        self.n_tokens[index] = output.n_tokens
-        if index == 0:
-            self.cached_tokens = output.cached_tokens
+        self.n_tokens[index], self.n_cached[index] = output.n_tokens, output.cached_tokens
 
     def envelope(self, object_name: str, choices: list[dict], **more) -> dict:
         head = {"id": self.id, "object": object_name, "created": self.created, "model": self.model}
-        return {**head, "choices": choices, **more}
+        return {**head, "system_fingerprint": self.digest, "choices": choices, **more}
 
     def opening(self, index: int) -> dict | None:
         """The first chunk's choice, if it is to come before the first output."""

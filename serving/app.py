@@ -12,15 +12,16 @@ from pathlib import Path
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from generation.stream import Output
 from serving.answers import Answer, ChatAnswer, TextAnswer
-from serving.errors import ApiError
+from serving.errors import ApiError, failure
 from serving.event_stream import EventStream
+from serving.feedback import FeedbackFields, FeedbackFile
 from serving.generation_run import ClientLeft, GenerationRun, until_disconnect
 from serving.metrics import Metrics
 from serving.models import ModelPool
@@ -32,6 +33,7 @@ from serving.static_files import static_files
 
 log = logging.getLogger("jojo")
 STATIC = Path(__file__).resolve().parent / "static"
+CLIENT_LEFT = 499  # nginx's status for it; HTTP has none
 
 
 class Service:
@@ -41,6 +43,8 @@ class Service:
         self.pool, self.settings = pool, settings
         self.metrics = Metrics()
         self.runs: set[GenerationRun] = set()
+        self.ending = ""  # why nothing new is accepted, once requests have been aborted
+        self.feedback_file = None if settings.feedback is None else FeedbackFile(settings.feedback)
         self.metrics.watch("jojo_waiting_texts", "Texts that wait for a row", lambda: pool.n_waiting)
         self.metrics.watch("jojo_rows_in_use", "Rows that generate a text", lambda: pool.rows_in_use)
         self.metrics.watch("jojo_rows", "Rows per model", lambda: settings.max_rows)
@@ -56,10 +60,21 @@ class Service:
         return Response(self.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     async def models(self, request: Request) -> Response:
-        return json_response({"object": "list", "data": [card.as_dict() for card in self.pool.cards.values()]})
+        cards = [card.as_dict() for card in self.pool.cards.values()]
+        return json_response({"object": "list", "data": cards, "keeps_feedback": self.feedback_file is not None})
 
     async def model(self, request: Request) -> Response:
         return json_response(self.pool.card(request.path_params["id"]).as_dict())
+
+    # --- feedback ---
+
+    async def feedback(self, request: Request) -> Response:
+        if self.feedback_file is None:
+            raise ApiError(404, "this server keeps no feedback; start serve.py with --feedback FILE")
+        fields = parse_body(FeedbackFields, await read_body(request, self.settings))
+        fields.check()
+        await self.feedback_file.keep(fields)
+        return json_response({"id": fields.id, "object": "feedback"})
 
     # --- generation ---
 
@@ -84,6 +99,8 @@ class Service:
 
     async def _fields(self, request: Request, kind: type[GenerationFields]):
         body = await read_body(request, self.settings)
+        if self.ending:
+            raise ApiError(503, self.ending)
         return parse_body(kind, body)
 
     def _run(self, run: GenerationRun) -> GenerationRun:
@@ -98,23 +115,29 @@ class Service:
         try:
             outputs = await until_disconnect(request.receive, self._collect(run, answer))
             return json_response(answer.whole(outputs), headers=headers)
-        except ClientLeft:
-            self.metrics.cancelled.inc()
-            return Response(status_code=499)  # nobody reads it; the status is for the log
+        except ClientLeft as error:
+            return await self.client_left(request, error)
         finally:
             run.close()
+
+    async def client_left(self, request: Request, error: Exception) -> Response:
+        """The answer to a client that has closed the connection: nobody reads it; the status is for the log."""
+        self.metrics.cancelled.inc()
+        return Response(status_code=CLIENT_LEFT)
 
     async def _collect(self, run: GenerationRun, answer: Answer) -> list[list[Output]]:
         outputs: list[list[Output]] = [[] for _ in answer.requests]
         async with contextlib.aclosing(run.outputs(self.settings.comment_s)) as found:
             async for item in found:
                 if item is not None:
+                    answer.digest = run.digest
                     answer.take(*item)
                     outputs[item[0]].append(item[1])
         return outputs
 
     def abort_all(self, message: str) -> None:
-        """End every request that is generating with an error."""
+        """End every request that is generating with an error, and those whose bodies are still arriving, too."""
+        self.ending = message
         for run in list(self.runs):
             run.abort(message)
 
@@ -127,12 +150,14 @@ def create_app(service: Service) -> ASGIApp:
         Route("/v1/models/{id:path}", service.model, methods=["GET"]),
         Route("/v1/chat/completions", service.chat, methods=["POST"]),
         Route("/v1/completions", service.completion, methods=["POST"]),
+        Route("/v1/feedback", service.feedback, methods=["POST"]),
         Route("/health", service.health, methods=["GET"]),
         Route("/metrics", service.metrics_text, methods=["GET"]),
         Route("/", files, methods=["GET"]),
         Route("/static/{name}", files, methods=["GET"]),
     ]
-    app = Starlette(routes=routes, exception_handlers={ApiError: error_response, HTTPException: http_error_response})
+    handlers = {ApiError: error_response, HTTPException: http_error_response, Exception: failure_response}
+    app = Starlette(routes=routes, exception_handlers={**handlers, ClientDisconnect: service.client_left})
     app.router.redirect_slashes = False
     return Frame(Guard(app, service.settings), service.metrics)
 
@@ -159,9 +184,9 @@ class Frame:
         except Exception:
             log.exception("a request failed; this is a bug")
             if not status:
-                error = ApiError(500, "the server failed; its log says why")
-                await error.response()(scope, receive, send_noting)
+                await failure().response()(scope, receive, send_noting)
         finally:
+            status = status or CLIENT_LEFT
             self.metrics.requests.labels(endpoint_label(scope), str(status)).inc()
             spent_ms = 1000 * (time.perf_counter() - started)
             path = json.dumps(scope["path"][:200])  # escapes everything that could forge or hide a line
@@ -171,7 +196,7 @@ class Frame:
 def endpoint_label(scope: Scope) -> str:
     """The path for the metrics; one label for all paths that a client can make up."""
     path = scope["path"]
-    known = ("/", "/health", "/metrics", "/v1/models", "/v1/chat/completions", "/v1/completions")
+    known = ("/", "/health", "/metrics", "/v1/models", "/v1/chat/completions", "/v1/completions", "/v1/feedback")
     return path if path in known else "other"
 
 
@@ -197,6 +222,11 @@ async def read_body(request: Request, settings: ServerSettings) -> bytes:
 def json_response(content: Mapping, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
     body = json.dumps(content, ensure_ascii=False).encode()
     return Response(body, status, headers=dict(headers or {}), media_type="application/json")
+
+
+async def failure_response(request: Request, error: Exception) -> Response:
+    """The answer after a bug, which `Frame` logs: Starlette raises it again."""
+    return failure().response()
 
 
 async def error_response(request: Request, error: Exception) -> Response:

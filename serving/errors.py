@@ -38,6 +38,11 @@ class ApiError(Exception):
         return Response(self.body(), self.status, headers=self.headers, media_type="application/json")
 
 
+def failure() -> ApiError:
+    """The error for a request that met a bug; what happened is only for the log."""
+    return ApiError(500, "the server failed; its log says why")
+
+
 def too_busy(retry_after_s: float) -> ApiError:
     """The error for a request when too many wait."""
     return ApiError(

@@ -10,7 +10,7 @@ from collections.abc import AsyncGenerator, Mapping
 from starlette.types import Receive, Scope, Send
 
 from serving.answers import Answer
-from serving.errors import ApiError
+from serving.errors import ApiError, failure
 from serving.generation_run import ClientLeft, GenerationRun, until_disconnect
 
 log = logging.getLogger("jojo")
@@ -68,6 +68,7 @@ class EventStream:
                     if found is None:
                         yield b": waiting\n\n"
                         continue
+                    answer.digest = self.run.digest
                     answer.take(*found)
                     for choice in answer.chunk(*found):
                         yield event(answer.envelope(answer.chunk_name, [choice], **more))
@@ -75,4 +76,7 @@ class EventStream:
                 yield event(answer.usage_chunk())
         except ApiError as error:
             yield b"data: " + error.body() + b"\n\n"
+        except Exception:  # a bug; without an event the answer would look complete
+            log.exception("a stream failed; this is a bug")
+            yield b"data: " + failure().body() + b"\n\n"
         yield b"data: [DONE]\n\n"

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 from starlette.types import Receive
 
 from generation.batching import QueueFull
-from generation.stream import Output, Request, Stream
+from generation.stream import Output, Request, Stream, first_of_each_prompt
 from serving.errors import ApiError, too_busy
 from serving.metrics import Metrics
 from serving.models import LoadedModel, ModelCard, ModelPool
@@ -32,9 +32,11 @@ class GenerationRun:
 
     def __init__(self, pool: ModelPool, metrics: Metrics, card: ModelCard, requests: Sequence[Request]):
         self.pool, self.metrics, self.card, self.requests = pool, metrics, card, requests
+        self.firsts = first_of_each_prompt(requests)
         self.started = time.perf_counter()
         self.queue: asyncio.Queue[tuple[int, Output]] = asyncio.Queue()
         self.streams: list[Stream] = []
+        self.digest: str | None = None  # of the weights that generate
         self.on_close: Callable[[], None] = lambda: None
         self.acquiring: asyncio.Task[LoadedModel] | None = None  # while the model is not in memory
         self.model = pool.acquire_loaded(card)
@@ -60,7 +62,8 @@ class GenerationRun:
         ]
         self.pool.worker.submit(model.engine, streams)
         self.streams = streams
-        self.metrics.prompt_tokens.inc(len(self.requests[0].prompt))
+        self.digest = model.digest
+        self.metrics.prompt_tokens.inc(sum(len(self.requests[index].prompt) for index in self.firsts))
 
     async def outputs(self, comment_s: float) -> AsyncGenerator[tuple[int, Output] | None, None]:
         """(index of the text, output) as they come; None whenever nothing has come for `comment_s`.
@@ -76,7 +79,9 @@ class GenerationRun:
                 self._submit(self.model)
             except QueueFull:
                 raise too_busy(5) from None
-        last: dict[int, float] = {}
+            except asyncio.CancelledError as cancelled:  # by `abort`
+                raise ApiError(503, str(cancelled)) from None
+        last: dict[int, tuple[float, int]] = {}
         remaining = len(self.requests)
         while remaining:
             try:
@@ -91,20 +96,23 @@ class GenerationRun:
             remaining -= output.finish_reason is not None
             yield index, output
 
-    def _measure(self, last: dict[int, float], index: int, output: Output) -> None:
+    def _measure(self, last: dict[int, tuple[float, int]], index: int, output: Output) -> None:
+        """Count an output; `last` has the time of each text's output before, and its number of tokens."""
         now = time.perf_counter()
+        before, n_before = last.get(index, (self.started, 0))
         if index in last:
-            self.metrics.per_token_s.observe(now - last[index])
+            self.metrics.per_token_s.observe(now - before)
         else:
-            self.metrics.first_token_s.observe(now - self.started)
-            if index == 0:
+            self.metrics.first_token_s.observe(now - before)
+            if index in self.firsts:
                 self.metrics.cached_tokens.inc(output.cached_tokens)
-        last[index] = now
-        if output.finish_reason is not None:
-            self.metrics.generated_tokens.inc(output.n_tokens)
+        self.metrics.generated_tokens.inc(output.n_tokens - n_before)
+        last[index] = now, output.n_tokens
 
     def abort(self, message: str) -> None:
         """End the request with an error, as at a shutdown."""
+        if self.acquiring is not None:
+            self.acquiring.cancel(message)
         self.queue.put_nowait((0, Output(finish_reason="error", error=message)))
 
     def close(self) -> None:

@@ -7,12 +7,14 @@ dropped as soon as its last request has ended; requests for it that arrive meanw
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import dataclasses
 import gc
 import logging
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import TypeVar
 
 from common.cli import UserError
 from generation.batching import BatchEngine, QueueFull
@@ -28,6 +30,7 @@ log = logging.getLogger("jojo")
 DEFAULT_MAX_TOKENS = 500  # of a text; a chat's reply may fill the window
 
 Loader = Callable[[str], tuple[GPT, DecodeRows]]
+T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,6 +62,20 @@ class ModelCard:
         }
 
 
+async def _in_a_new_thread(function: Callable[..., T], *arguments: object) -> T:
+    """What the function returns, computed in a thread that ends then.
+
+    OpenMP gives each thread that computes with torch a pool of its own. While all pools together have more threads than
+    there are cores, they sleep instead of spinning between the parallel parts of a decode step, and waking them takes
+    time in each. A thread of asyncio.to_thread would live on and keep its pool.
+    """
+    loader = concurrent.futures.ThreadPoolExecutor(1, "load")
+    try:
+        return await asyncio.get_running_loop().run_in_executor(loader, function, *arguments)
+    finally:
+        loader.shutdown(wait=False)
+
+
 def model_cards(facts: Mapping[str, Mapping]) -> dict[str, ModelCard]:
     """Cards by id, for checkpoints and what `read_info` says about them; two of one name get numbers."""
     cards: dict[str, ModelCard] = {}
@@ -85,18 +102,24 @@ def n_parameters(config: GPTConfig) -> int:
 class LoadedModel:
     """A model in memory, with the engine that runs it and the number of requests that use it."""
 
-    def __init__(self, card: ModelCard, engine: BatchEngine):
+    def __init__(self, card: ModelCard, engine: BatchEngine, digest: str):
         self.card, self.engine = card, engine
+        self.digest = digest  # of the weights
         self.users, self.last_used, self.is_retiring = 0, 0.0, False
         self.idle = asyncio.Event()
         self.idle.set()
 
 
 class ModelPool:
-    """Hands out models; everything but the loading itself happens in the event loop."""
+    """Hands out models; everything but the loading itself happens in the event loop.
 
-    def __init__(self, cards: Mapping[str, ModelCard], load: Loader, settings: ServerSettings):
-        self.cards, self.load, self.settings = cards, load, settings
+    `digest_of` a path is the digest of the weights there.
+    """
+
+    def __init__(
+        self, cards: Mapping[str, ModelCard], load: Loader, settings: ServerSettings, digest_of: Callable[[str], str]
+    ):
+        self.cards, self.load, self.settings, self.digest_of = cards, load, settings, digest_of
         self.worker = Worker()
         self.loaded: dict[str, LoadedModel] = {}
         self.failure: UserError | None = None
@@ -200,12 +223,13 @@ class ModelPool:
         log.info("loading model %s", card.id)
         started = time.monotonic()
         try:
-            engine = await asyncio.to_thread(self._make_engine, card)
+            engine = await _in_a_new_thread(self._make_engine, card)
+            digest = await _in_a_new_thread(self.digest_of, card.path)
         except UserError as error:
             self.failure = error
             log.error("model %s not loaded: %s", card.id, error)
             raise ApiError(503, "the model could not be loaded; the server's log says why", param="model") from error
-        model = self.loaded[card.id] = LoadedModel(card, engine)
+        model = self.loaded[card.id] = LoadedModel(card, engine, digest)
         self.is_ready = True
         self.worker.engines.append(engine)
         log.info("model %s ready after %.1f s", card.id, time.monotonic() - started)

@@ -14,7 +14,7 @@ from serving.errors import ApiError
 
 MAX_STOPS = 16
 MAX_LOGPROBS = 20
-Fields = TypeVar("Fields", bound="GenerationFields")
+Fields = TypeVar("Fields", bound=BaseModel)
 
 StopText = Annotated[str, Field(max_length=200)]
 TokenId = Annotated[int, Field(ge=0)]
@@ -82,6 +82,8 @@ class Message(BaseModel):
 
     role: str
     content: str | list[dict[str, Any]] | None = None
+    tool_calls: Any = None
+    function_call: Any = None
 
 
 class ChatFields(GenerationFields):
@@ -137,7 +139,7 @@ class ChatFields(GenerationFields):
 class TextFields(GenerationFields):
     """The body of POST /v1/completions."""
 
-    prompt: str | list[str] = ""
+    prompt: str | list[str] | None = None  # None: nothing, the model begins a text
     max_tokens: int | None = Field(None, ge=0)
     logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
     echo: bool | None = None
@@ -156,7 +158,7 @@ class TextFields(GenerationFields):
 
     @property
     def prompts(self) -> list[str]:
-        return [self.prompt] if isinstance(self.prompt, str) else self.prompt
+        return self.prompt if isinstance(self.prompt, list) else [self.prompt or ""]
 
 
 def parse_body(fields: type[Fields], body: bytes) -> Fields:
@@ -200,6 +202,9 @@ def role_of(message: Message, index: int) -> str:
 
 
 def text_of(message: Message, index: int) -> str:
+    for field in ("tool_calls", "function_call"):
+        if getattr(message, field):
+            raise not_served(f"messages.{index}.{field}")
     name = f"messages.{index}.content"
     if message.content is None:
         raise ApiError(400, f"{name} is missing; tool calls are not served", param=name)

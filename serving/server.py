@@ -54,6 +54,7 @@ class JojoServer(uvicorn.Server):
             timeout_graceful_shutdown=int(settings.grace_s + SHUTDOWN_MARGIN_S),
         )
         super().__init__(config)
+        self.failure: Exception | None = None  # why the first model could not be loaded
         self._loading: asyncio.Task[None] | None = None
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
@@ -69,9 +70,9 @@ class JojoServer(uvicorn.Server):
         pool = self.service.pool
         try:
             pool.release(await pool.acquire(pool.card(None)))
-        except Exception:
+        except Exception as error:
+            self.failure = error
             self.should_exit = True
-            raise
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         loop = asyncio.get_running_loop()
@@ -80,7 +81,7 @@ class JojoServer(uvicorn.Server):
         ending.cancel()
         await asyncio.to_thread(self.service.pool.worker.stop)
         if self._loading is not None:
-            await asyncio.gather(self._loading, return_exceptions=True)
+            await self._loading
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -97,9 +98,9 @@ class JojoServer(uvicorn.Server):
 
 
 def serve(pool: ModelPool, settings: ServerSettings, port: int, on_start: Callable[[str], None]) -> None:
-    """Serve until a signal. Raises UserError if the address is taken or the first model cannot be loaded."""
+    """Serve until a signal. Raises UserError if the address is taken, and what prevents loading the first model."""
     listener = listen(settings.host, port)
     server = JojoServer(pool, settings, on_start)
     server.run(sockets=[listener])
-    if pool.failure is not None and not pool.loaded:
-        raise pool.failure
+    if server.failure is not None:
+        raise pool.failure or server.failure

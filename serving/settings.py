@@ -20,6 +20,7 @@ class ServerSettings:
     max_body_bytes: int = 1 << 20
     body_s: float = 20.0  # a request's body must arrive within this time
     headers_s: float = 10.0  # a request's headers must arrive within this time
+    feedback: str | None = None  # file that people's opinions of replies are appended to
     stalled_s: float = 60.0  # a client that reads nothing of its answer for so long is disconnected
     comment_s: float = 5.0  # between the comments on a stream while there is nothing to send
     max_header_bytes: int = 32 << 10

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -27,7 +28,7 @@ from common.device import allow_tf32, has_fast_bfloat16
 from common.gpt2_vocabulary import packaged_gpt2_ranks
 from common.speedups import load_speedups
 from generation.decoding import append, decode_step, generate, new_cache, prefill
-from generation.sampling import TEXT_SAMPLING
+from generation.sampling import CHAT_SAMPLING, TEXT_SAMPLING, Sampling, draw
 from model import GPT, PRESETS, GPTConfig
 from training.config import RunConfig, make_config
 from training.metrics import read_metrics
@@ -168,7 +169,14 @@ def steps(setting: Setting) -> None:
         close(f"{what}: gradients", compiled[1], eager[1], 5e-2)
         optimizers = make_optimizers(model, config)
         init_optimizer_states(optimizers)
-        check_waiting(setting, model, config, optimizers, ids)
+        check_waiting(setting, "a training step", partial(take_step, model, config, optimizers, ids))
+
+
+def take_step(model: GPT, config: RunConfig, optimizers: list, ids: np.ndarray) -> None:
+    """A training step that reads no number."""
+    forward_backward(model, config, NextToken(config), [ids.copy(), ids.copy()])
+    for optimizer in optimizers:
+        optimizer.step()
 
 
 def compile_model(setting: Setting, model: GPT, config: RunConfig, ids: np.ndarray) -> None:
@@ -181,19 +189,17 @@ def compile_model(setting: Setting, model: GPT, config: RunConfig, ids: np.ndarr
     report(all(block.compiled is not None for block in model.h), "the blocks are compiled")
 
 
-def check_waiting(setting: Setting, model: GPT, config: RunConfig, optimizers: list, ids: np.ndarray) -> None:
-    """Report whether a training step reads anything from the device."""
+def check_waiting(setting: Setting, what: str, step: Callable[[], object]) -> None:
+    """Report whether `step` reads anything from the device."""
     if not setting.on_cuda:
         return
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        forward_backward(model, config, NextToken(config), [ids.copy(), ids.copy()])
-        for optimizer in optimizers:
-            optimizer.step()
-        report(True, "a training step does not wait for the device")
+        step()
+        report(True, f"{what} does not wait for the device")
     except RuntimeError as error:
-        report(False, f"a training step waits for the device: {error}")
+        report(False, f"{what} waits for the device: {error}")
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
@@ -219,12 +225,28 @@ def decoding(setting: Setting) -> None:
         ids = logits[0].argmax(-1)
         logits = append(plain, ids, caches[0], decode_step).clone(), append(fast, ids, caches[1], decode)
     report(worst < 2e-2, f"fast beside plain decoding: relative error at most {worst:.1e}, limit 2e-02")
+    lengths = [len(tokens) for tokens in caches[1].tokens]
+    check_waiting(setting, "a decode step", lambda: decode(fast, ids, lengths, caches[1]))
+    check_draws(setting, logits[1], getattr(decode, "draw", draw))
     drawn = []
     for _ in range(2):
         generator = torch.Generator(setting.device).manual_seed(1)
         sampled = generate(fast, prompts[:1], longest, TEXT_SAMPLING, generator=generator, decode=decode)
         drawn.append(torch.cat(list(sampled)))
     report(torch.equal(*drawn), f"one seed draws the same {longest} ids twice")
+
+
+def check_draws(setting: Setting, logits: Tensor, captured: Callable[[Tensor, Sampling, Tensor], Tensor]) -> None:
+    """Captured draws beside plain ones with the same random numbers, several with each setting."""
+    differing = 0
+    settings = (TEXT_SAMPLING, CHAT_SAMPLING, Sampling(), Sampling(top_k=50, top_p=0.9), Sampling(min_p=0.05))
+    for sampling in settings:
+        for _ in range(20):
+            uniform = torch.rand(len(logits), 1, device=logits.device)
+            differing += int((captured(logits, sampling, uniform) != draw(logits, sampling, uniform)).sum())
+    total = 20 * len(settings) * len(logits)
+    report(not differing, f"captured draws are the plain ones ({differing} of {total} differ)")
+    check_waiting(setting, "a draw", lambda: captured(logits, settings[0], uniform))
 
 
 # --- training runs ---

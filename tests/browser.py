@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import os
 import shutil
 import time
 from collections.abc import Iterator
@@ -21,6 +22,7 @@ FLAGS = (
     "--disable-component-update",
     "--disable-sync",
 )
+PATIENCE_S = float(os.environ.get("JOJO_PATIENCE_S", "30"))  # a busy machine needs more: JOJO_PATIENCE_S=300 pytest ...
 WIDE, NARROW = {"width": 1200, "height": 760}, {"width": 390, "height": 780}
 
 
@@ -38,12 +40,12 @@ def launched_browser() -> Iterator:
     if executable() is None:
         pytest.skip("no browser is installed: apt-get install chromium")
     with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=executable(), args=list(FLAGS))
+        browser = playwright.chromium.launch(executable_path=executable(), args=list(FLAGS), timeout=6000 * PATIENCE_S)
         yield browser
         browser.close()
 
 
-def until(page, expression: str, seconds: float = 30) -> None:
+def until(page, expression: str, seconds: float = PATIENCE_S) -> None:
     """Wait until a JavaScript expression is true. Playwright's own way needs eval, which the page's policy forbids."""
     deadline = time.monotonic() + seconds
     while not page.evaluate(expression):
@@ -84,7 +86,7 @@ def visit(browser):
 
     def open_page(server, path: str = "", **context_options):
         context = browser.new_context(**{"viewport": WIDE, "accept_downloads": True, **context_options})
-        context.set_default_timeout(30_000)
+        context.set_default_timeout(1000 * PATIENCE_S)
         page = context.new_page()
         opened.append((context, Watcher(page, server.url)))
         page.goto(server.url + path)

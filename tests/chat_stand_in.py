@@ -45,6 +45,7 @@ def model(name: str, format: str = "chat", block_size: int = 256) -> dict:
 
 
 MODELS = [model("jojo-chat"), model("jojo-before"), model("jojo-story", "text")]
+DIGEST = "0123456789abcdef" * 4
 REPLY = "Hello there, my friend. How are you today?"
 ALTERNATIVES = [(" quietly", -1.2), (" loudly", -2.5), ("\n", -4.0), (" <b>never</b>", -6.0), ("7", -8.0)]
 
@@ -65,7 +66,8 @@ class ChatStandIn:
     - "busy": 429; "broken": 500; "waiting": a second in the queue
     - "cut": the connection closes in the middle; "error": an event that tells an error in the middle
     - None: no fault
-    `requests` are the bodies that arrived, `n_left` how many clients left before their reply was complete.
+    `requests` are the bodies that arrived, `n_left` how many clients left before their reply was complete. With
+    `keeps_feedback`, `feedback` collects the events; each takes one of `feedback_faults`, a status or None.
     """
 
     def __init__(
@@ -76,10 +78,14 @@ class ChatStandIn:
         faults: tuple = (),
         seconds_per_token: float = 0.0,
         key: str | None = None,
+        keeps_feedback: bool = False,
+        feedback_faults: tuple = (),
     ):
         self.reply, self.continuation, self.models, self.faults = reply, continuation, models, list(faults)
         self.seconds_per_token, self.key = seconds_per_token, key
+        self.keeps_feedback, self.feedback_faults = keeps_feedback, list(feedback_faults)
         self.requests: list[dict] = []
+        self.feedback: list[dict] = []
         self.n_left = 0
         self.words: dict[int, str] = {token_id(text): text for text, _ in ALTERNATIVES}
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), _Handler)
@@ -131,7 +137,8 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         if self.path == "/v1/models":
             if self._is_allowed():
-                self._send_json(200, {"object": "list", "data": self.stand_in.models})
+                listed = {"object": "list", "data": self.stand_in.models}
+                self._send_json(200, {**listed, "keeps_feedback": self.stand_in.keeps_feedback})
             return
         file = STATIC / ("index.html" if self.path == "/" else self.path.removeprefix("/static/"))
         if file.parent == STATIC and file.is_file():
@@ -142,6 +149,9 @@ class _Handler(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         if not self._is_allowed():
+            return
+        if self.path == "/v1/feedback":
+            self._take_feedback(body)
             return
         self.stand_in.requests.append(body)
         fault = self.stand_in.faults.pop(0) if self.stand_in.faults else None
@@ -155,6 +165,14 @@ class _Handler(BaseHTTPRequestHandler):
             except OSError:
                 self.stand_in.n_left += 1
             self.close_connection = True
+
+    def _take_feedback(self, event: dict) -> None:
+        status = self.stand_in.feedback_faults.pop(0) if self.stand_in.feedback_faults else None
+        if status is not None:
+            self._send_error(status, "The feedback was not kept: the <b>disk</b> is full.")
+            return
+        self.stand_in.feedback.append(event)
+        self._send_json(200, {"object": "feedback", "id": event["id"]})
 
     def _stream(self, body: dict, fault: str | None) -> None:
         self.send_response(200)
@@ -179,7 +197,7 @@ class _Handler(BaseHTTPRequestHandler):
                 self._send_event({"error": {"message": "Out of memory.", "type": "server_error"}})
                 return
             self.stand_in.words[token_id(token)] = token
-            self._send_event({"choices": [_choice(token, i, is_chat)]})
+            self._send_event({"system_fingerprint": DIGEST, "choices": [_choice(token, i, is_chat)]})
             time.sleep(self.stand_in.seconds_per_token)
         reason = "length" if limit < len(tokens) else "stop"
         last = {"delta": {}} if is_chat else {"text": ""}

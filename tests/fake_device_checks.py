@@ -96,8 +96,12 @@ def model_for(config: RunConfig, plain: bool = False, compiled: bool = False) ->
         gpt = GPT(GPTConfig(**SHAPE, dropout=config.dropout)).train()
     if not plain:
         fast.training.speed_up_training(gpt, config.activation_checkpointing)
-    for block in gpt.h if compiled else ():
-        block.compiled = block.plain_forward  # a compiler would need the device; FlexAttention's mask needs the branch
+    if compiled:  # what is compiled runs eagerly, because a compiler would need the device
+        fast.training._compile_blocks(gpt, "eager", 1.0)
+        assert gpt.compiled_losses is not None, "on CUDA, the losses are compiled too"
+        gpt.compiled_losses, gpt.compiled_transpose = fast.tied_head.fused_losses_and_gradient_, None
+        for block in gpt.h:
+            block.compiled = block.plain_forward  # FlexAttention's mask needs the branch
     return gpt
 
 
@@ -192,6 +196,8 @@ def decoding(device: str = "cuda:0", sampling: Sampling = TEXT_SAMPLING) -> None
         captured = fast.cuda_graphs.CapturedDecode(capture=lambda step, device: (Replayed(), step()))
         for more in range(2):  # the second call advances the positions on the device
             logits = captured(gpt, ids, [length + more for length in lengths], cache)
+        if device.startswith("cuda"):
+            ids = generation.sampling.sample(logits, sampling, generator, captured.draw)
         later = generation.decoding.decode_at(gpt, ids, ids * 0 + 9, 16, cache)
         assert later.shape == logits.shape == (2, 50259)
 
@@ -243,6 +249,7 @@ FAULTS: list[tuple[str, Any, str, str, str]] = [
     ("step", fast.tied_head, "losses_and_gradient_", "missed = missed.float()", "missed.sum().item()"),
     ("step", training.step, "forward_backward", "names), device=config.device)", "names))"),
     ("step", training.muon, "orthogonalised_", "clamp(min=eps)", "clamp(min=float(x.sum()))"),
+    ("step, block mask", fast.tied_head, "fused_losses_and_gradient_", "device=logits.device", 'device="cpu"'),
     ("step, dense mask", model.GPT, "document_mask", ", device=documents.device", ""),
     ("step, dense mask and dropout", fast.training, "dense_mask", "device=visible.device, ", ""),
     ("step, plain", training.step, "arrays_to_device", "non_blocking=True) for", "non_blocking=True).cpu() for"),

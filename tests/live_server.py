@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import hashlib
 import socket
 import threading
 import time
@@ -39,7 +40,7 @@ class LiveServer:
         settings = ServerSettings(**{"max_rows": 4, "max_waiting": 8, "max_models": len(formats), **settings})
         self.settings = settings
         facts = {path: {"model": CONFIG, "format": kind, "dataset": "tiny"} for path, kind in formats.items()}
-        self.pool = ModelPool(model_cards(facts), load or self._load, settings)
+        self.pool = ModelPool(model_cards(facts), load or self._load, settings, self._digest)
         self.server = JojoServer(self.pool, settings, lambda address: None)
         self.listener = listen("127.0.0.1", 0)
         self.port = self.listener.getsockname()[1]
@@ -50,6 +51,9 @@ class LiveServer:
 
     def _load(self, path: str):
         return tiny_model(list(FORMATS).index(path) if path in FORMATS else 0), self._decode
+
+    def _digest(self, path: str) -> str:
+        return hashlib.sha256(path.encode()).hexdigest()
 
     def _decode(self, *arguments):
         self.steps += 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from pathlib import Path
 
@@ -11,11 +12,12 @@ import torch.nn.functional as F
 
 from common.cli import UserError
 from fast import row_kernels, speed_up_generation
-from fast.cuda_graphs import CapturedDecode
+from fast.cuda_graphs import MOST_DRAWS, CapturedDecode
 from fast.generation import WholeHeadGPT
 from fast.packed_linear import Int8Linear, PackedLinear, RowLinear, is_exact, quantize_rows
 from fast.row_kernels import RowProduct, attend
 from generation.decoding import append, new_cache, prefill
+from generation.sampling import Sampling, draw
 from tests.tiny_gpt import CONFIG, brute_force, generated, generating_gpt, random_prompt, seeded
 
 needs_int8 = pytest.mark.skipif(not is_exact(Int8Linear, torch.float32, 0.02), reason="no 8-bit kernel here")
@@ -285,6 +287,65 @@ def test_a_captured_steps_positions_are_right_after_a_cut_and_after_a_new_prompt
             logits = append(gpt, logits.argmax(-1), cache, captured)
             positions.append(captured._graphs[cache].positions.tolist()[0] == len(cache.tokens[0]) - 1)
     assert len(positions) == 24 and all(positions)
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        Sampling(),
+        Sampling(temperature=0.8, top_k=20),
+        Sampling(temperature=0.5, top_k=50, top_p=0.9, min_p=0.02),
+        Sampling(temperature=1.5, min_p=0.05),
+        Sampling(top_k=30, repetition_penalty=1.3),
+        Sampling(temperature=0),
+        Sampling(top_p=0.8),
+    ],
+    ids=str,
+)
+@torch.inference_mode()
+def test_captured_draws_give_the_ids_of_plain_draws(sampling):
+    drawn = []
+
+    def capture(step, device):
+        result = step()
+        if result.dtype == torch.long:
+            drawn.append(result)
+        return StandInGraph(step, result), result
+
+    gpt, prompts = flat_gpt(), [random_prompt(3), random_prompt(7)]
+    for seed in (1, 2):
+        # Decoded by the same steps, so that the logits are the same and only the draws differ.
+        only_steps = functools.partial(CapturedDecode(capture=capture))
+        plain = generated(gpt, prompts, 30, sampling, generator=seeded(seed), decode=only_steps)
+        captured = CapturedDecode(capture=capture)
+        drawn.clear()
+        found = generated(gpt, prompts, 30, sampling, generator=seeded(seed), decode=captured, stop_ids=[plain[0][20]])
+        assert found == [row[: row.index(plain[0][20]) + 1] if plain[0][20] in row else row for row in plain]
+        assert len(drawn) == (sampling.temperature > 0 and not sampling.reads_device), "captured once, for all steps"
+
+
+@torch.inference_mode()
+def test_the_graphs_of_draws_do_not_accumulate():
+    captures = []
+
+    def capture(step, device):
+        captures.append(step)
+        result = step()
+        return StandInGraph(step, result), result
+
+    captured, logits = CapturedDecode(capture=capture), torch.randn(1, 90, generator=seeded())
+    settings = [Sampling(temperature=0.1 * number) for number in range(1, MOST_DRAWS + 2)]
+    for sampling in (*settings, settings[-1]):
+        uniform = torch.rand(1, 1, generator=seeded())
+        assert captured.draw(logits, sampling, uniform).equal(draw(logits, sampling, uniform))
+    assert len(captures) == MOST_DRAWS + 1 and len(captured._draws) == 1
+
+
+def flat_gpt():
+    """A random model of which no id is far likelier than all others, so that settings and seeds matter."""
+    gpt = generating_gpt()
+    gpt.wte.weight.mul_(0.1)
+    return gpt
 
 
 @torch.inference_mode()

@@ -154,6 +154,20 @@ def test_preferences_are_never_trained_as_answers():
     assert sorted(skipped.values()) == [2, 2] and all(reason.startswith("preference data") for reason in skipped)
 
 
+def test_feedback_trains_the_corrected_or_well_rated_reply_and_nothing_else():
+    again = {"role": "assistant", "content": "Farewell!"}
+    found, skipped = made(
+        {"messages": FOUR, "correction": "Farewell!"},
+        {"messages": FOUR, "rating": "bad", "correction": "Farewell!"},
+        {"messages": HELLO, "rating": "good"},
+        {"messages": HELLO, "rating": "bad"},
+        {"messages": HELLO, "rating": 5},  # of another data set: a conversation with a field more
+    )
+    context = [FOUR[0], {**FOUR[1], "weight": 0}, FOUR[2]]
+    assert found == [[*context, again], [*context, again], HELLO, HELLO]
+    assert skipped == {"answer of weight 0, no target": 2, "reply rated bad, without a correction": 1}
+
+
 def test_an_image_is_not_text():
     turns = [{"role": "user", "content": [{"type": "image", "text": None}, {"type": "text", "text": "Hi"}]}, HELLO[1]]
     assert made({"messages": turns}) == ([], {"conversation with content that is not text": 1})

@@ -16,7 +16,7 @@ from common.checkpoint import digest, save_checkpoint
 from common.cli import UserError
 from common.lora import LAYERS, Adapter, adapt, trained_weights
 from exchange.choosing import chat_models, named_model, newest_models
-from exchange.loading import load_checkpoint, load_model, load_unmerged, read_info, split_pair
+from exchange.loading import load_checkpoint, load_model, load_unmerged, read_info, split_pair, weights_digest
 from export import ExportOptions, export
 from model import GPT, GPTConfig
 from serving.models import model_cards
@@ -164,6 +164,14 @@ def test_adapters_are_listed_with_their_base(folder, capsys):
     Path("models/base.pt").unlink()
     assert [model.name for model in newest_models()] == ["other"]
     assert "skipped: the adapter models/adapter.pt needs its base" in capsys.readouterr().err
+
+
+def test_the_digest_is_that_of_the_weights_as_they_are_loaded(folder):
+    """Of a checkpoint the one that it contains, of an adapter that of the merged weights."""
+    write_adapter()
+    for path in ("models/base.pt", "models/adapter.pt", "models/base.pt+models/adapter.pt"):
+        assert weights_digest(path) == digest(load_checkpoint(path)["model"])
+    assert weights_digest("models/adapter.pt") != weights_digest("models/base.pt") != weights_digest("models/other.pt")
 
 
 def test_gen_and_serve_load_an_adapter(folder, capsys):

@@ -156,7 +156,10 @@ def test_the_context_holds_the_documents():
         ),
         ({"minutes": 5.0, "max_iters": 10}, "--minutes and --max_iters both say how long to train; leave one out"),
         ({"minutes": 5.0, "parallel": "fsdp"}, "cannot try the steps of a sharded model"),
-        ({"minutes": 5.0, "objective": "dpo", "init_from": "x.pt"}, "cannot try the steps of --objective dpo"),
+        (
+            {"minutes": 5.0, "objective": "dpo", "dataset": "mine", "init_from": "x.pt"},
+            "cannot try the steps of --objective dpo",
+        ),
         ({"minutes": 5.0, "preset": "auto", "init_from": "x.pt"}, "and x.pt has one; leave --preset out"),
         ({"minutes": 5.0, "preset": "auto", "n_head": 1000}, "--n_head 1000 does not divide a width"),
     ],

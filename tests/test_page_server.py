@@ -6,6 +6,7 @@ import json
 
 import pytest
 
+from serving.openai_api import GenerationFields
 from tests.browser import button, replies, send, text_of_last, until, wait_for_end
 from tests.live_server import LiveServer
 
@@ -64,6 +65,13 @@ def test_another_token_is_taken_and_the_ones_before_it_stay(server, visit):
     server.assert_free()
 
 
+def test_the_settings_have_the_ranges_of_the_api(server, visit):
+    page = visit(server)
+    for name in ("temperature", "top_p", "min_p", "repetition_penalty"):
+        (highest,) = [bound.le for bound in GenerationFields.model_fields[name].metadata if hasattr(bound, "le")]
+        assert float(page.locator(f"#setting-{name}").get_attribute("max")) == highest
+
+
 def test_the_text_model_and_both_models_beside_each_other(server, visit):
     page = visit(server, "#complete")
     settings(page, temperature=0, max_tokens=10)
@@ -82,6 +90,6 @@ def test_the_text_model_and_both_models_beside_each_other(server, visit):
     page.get_by_role("link", name="Compare").click()
     page.get_by_label("Message to both models").fill("Hello")
     page.keyboard.press("Enter")
-    until(page, "document.querySelectorAll('.pair .actions button').length === 4")
+    until(page, "document.querySelectorAll('.pair .actions button').length === 7")
     assert [text.count() for text in (page.locator(".pair .token"), page.get_by_role("alert"))] == [20, 0]
     server.assert_free()

@@ -18,7 +18,7 @@ import train
 from common.checkpoint import read_info
 from common.cli import UserError
 from tests.fake_job import fake_job
-from tests.tiny import differences, load_checkpoint, losses, options_of_run, prepare, prepare_pairs, run
+from tests.tiny import differences, load_checkpoint, losses, options_of_run, prepare, prepare_labels, prepare_pairs, run
 from training import parallel
 from training.metrics import read_metrics
 from training.options import TrainOptions
@@ -39,9 +39,10 @@ MUON = {**ADAMW, "optimizer": "muon", "batch_size": 4, "gradient_accumulation_st
 LORA = {**ADAMW, **dict.fromkeys(MODEL), "lora_rank": 4, "lora_chat_rows": True, "dtype": "bfloat16"}
 
 
-def dpo(data: Path) -> dict:
-    """A run of DPO from the model in the folder of the data; three validation batches here, too."""
-    settings = {"dataset": "pairs", "objective": "dpo", "init_from": str(data / "chat2.pt"), "learning_rate": 1e-2}
+def preferring(data: Path, objective: str) -> dict:
+    """A run of DPO or KTO from the model in the folder of the data; three validation batches here, too."""
+    dataset = {"dpo": "pairs", "kto": "labels"}[objective]
+    settings = {"dataset": dataset, "objective": objective, "init_from": str(data / "chat2.pt"), "learning_rate": 1e-2}
     shape = dict.fromkeys(MODEL)
     return {**ADAMW, **shape, **settings, "batch_size": 4, "gradient_accumulation_steps": 2, "eval_iters": 3}
 
@@ -94,6 +95,7 @@ def _one_thread():
 def data(tmp_path_factory):
     folder = prepare(tmp_path_factory.mktemp("data"), n_tokens=4000)
     prepare_pairs(folder, n_pairs=30)
+    prepare_labels(folder, n_labels=30)
     prepare(folder, "chat", n_tokens=4000)
     assert run(folder, folder, **{**ADAMW, "max_iters": 2, "block_size": 64, "n_embd": 16}) == 0
     return folder
@@ -121,7 +123,8 @@ def output_of(process: subprocess.Popen) -> str:
 def straight(data, tmp_path_factory):
     """The folder of what one process makes of each kind of run."""
     folder = tmp_path_factory.mktemp("straight")
-    for name, options in (("adamw", ADAMW), ("muon", MUON), ("dpo", dpo(data))):
+    objectives = {objective: preferring(data, objective) for objective in ("dpo", "kto")}
+    for name, options in {"adamw": ADAMW, "muon": MUON, **objectives}.items():
         assert run(data, folder / name, **options) == 0
     assert run(data, folder / "lora", **LORA, init_from=str(folder / "adamw" / "chat20.pt")) == 0
     return folder
@@ -154,9 +157,12 @@ def job(data, straight, tmp_path_factory):
         *(options(f"{kind}-dropout", **DROPOUT, parallel=kind) for kind in ("ddp", "fsdp")),
         *(options(f"{kind}-stopped", **DROPOUT, parallel=kind, stop_after=2) for kind in ("ddp", "fsdp")),
         *(options(f"{kind}-stopped", resume=True, dataset="text", max_iters=6) for kind in ("ddp", "fsdp")),
-        options("dpo-ddp", **dpo(data)),
-        options("dpo-fsdp", **dpo(data), parallel="fsdp"),
-        options("dpo-layouts", **dpo(data), alone=True, stop_after=4),
+        *(
+            options(f"{objective}-{kind}", **preferring(data, objective), parallel=kind)
+            for objective in ("dpo", "kto")
+            for kind in ("ddp", "fsdp")
+        ),
+        options("dpo-layouts", **preferring(data, "dpo"), alone=True, stop_after=4),
         options("dpo-layouts", resume=True, dataset="pairs", max_iters=20, stop_after=4),
         options("dpo-layouts", resume=True, dataset="pairs", max_iters=20, parallel="fsdp"),
         options("unequal", **{**ADAMW, "batch_size": 3, "gradient_accumulation_steps": 1}),
@@ -199,17 +205,18 @@ def test_an_adapter_trained_by_two_processes_is_that_of_one(job, straight):
         torch.testing.assert_close(ours[name], weight, rtol=0, atol=1e-3)
 
 
-@pytest.mark.parametrize("kind", ["ddp", "fsdp", "layouts"])
-def test_dpo_in_two_processes_has_the_losses_of_one(job, straight, kind):
+@pytest.mark.parametrize("run_name", ["dpo-ddp", "dpo-fsdp", "dpo-layouts", "kto-ddp", "kto-fsdp"])
+def test_preferences_in_two_processes_have_the_losses_of_one(job, straight, run_name):
     folder, output, _ = job
+    objective = run_name[:3]
     for column in (1, 2):
-        assert largest_difference(folder / f"dpo-{kind}", straight / "dpo", column) < 1e-5, output
-    ours, theirs = (next(path.glob("*.npz")) for path in (folder / f"dpo-{kind}", straight / "dpo"))
+        assert largest_difference(folder / run_name, straight / objective, column) < 1e-5, output
+    ours, theirs = (next(path.glob("*.npz")) for path in (folder / run_name, straight / objective))
     assert ours.name == theirs.name
     with np.load(ours) as found, np.load(theirs) as expected:
         for split in ("train", "val"):
             np.testing.assert_allclose(found[split], expected[split], atol=1e-5)
-    log, straight_log = (read_metrics(path.with_name("pairs20.jsonl")) for path in (ours, theirs))
+    log, straight_log = (read_metrics(next(path.parent.glob("*20.jsonl"))) for path in (ours, theirs))
     for name in ("reward_margin", "accuracy", "drift", "val_reward_margin"):
         values, expected_values = (
             [record[name] for record in records if name in record] for records in (log, straight_log)

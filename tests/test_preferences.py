@@ -13,7 +13,8 @@ import pytest
 
 from data.dataset import open_dataset, read_info
 from data.documents import document_line, read_document_line, read_prepared
-from data.layouts.preferences import differing_answers, preferences
+from data.layouts.chat import conversations
+from data.layouts.preferences import differing_answers, labelled_answers, nonempty_answer, preferences
 from setup_tokenizer import encode_chat
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -52,6 +53,8 @@ def row(message_id: str, parent_id: str | None, role: str, text: str, rank: int 
             "completions": [{"response": "What?", "overall_score": 3.0}, {"response": "Hello!", "overall_score": 9}],
         },
         {"messages": [HI, BAD], "correction": "Hello!"},
+        {"id": "1", "messages": [HI, BAD], "correction": "Hello!", "rating": "good", "preferred_over": None},
+        {"id": "1", "messages": [HI, GOOD], "preferred_over": {"content": "What?"}, "rating": None},
     ],
 )
 def test_every_layout_gives_the_same_pair(record):
@@ -114,6 +117,69 @@ def test_labels_on_one_prompt_pair_up_whatever_their_layout():
     assert skipped == {"label without an opposite one on the same prompt": 1}
 
 
+def test_of_the_events_about_one_reply_the_last_one_counts():
+    """Also where other records, and events about other replies, are in between; withdrawn feedback gives nothing."""
+    reply, other = {"id": "1", "messages": [HI, BAD]}, {"id": "2", "messages": [HI, GOOD]}
+    trl = {"id": "1", "prompt": "Ho", "chosen": "Hello!", "rejected": "What?"}
+    found, skipped = made(
+        {**reply, "correction": "Hello?"},
+        {**other, "rating": "good"},
+        {**reply, "rating": "good"},
+        trl,
+        {**reply, "rating": "good", "correction": "Hi!"},
+        {**other, "rating": "none"},
+        {**reply, "rating": "bad", "correction": "Good day!"},
+        {"id": "3", "messages": [HI, BAD], "rating": "bad"},
+        {"id": "4", "messages": [HI, GOOD], "preferred_over": {"content": "What?"}},
+        {"id": "4", "messages": [HI, BAD], "preferred_over": {"content": "Hello!"}},
+        trl,
+    )
+    assert [[message["content"] for message in pair] for pair in found] == [
+        ["Ho", "Hello!", "What?"],
+        ["Ho", "Hello!", "What?"],
+        ["Hi", "Good day!", "What?"],
+        ["Hi", "What?", "Hello!"],
+    ]
+    assert skipped == {
+        "feedback that a later event replaces": 5,
+        "feedback that was withdrawn": 1,
+        "label without an opposite one on the same prompt": 1,
+    }
+
+
+def test_chat_data_is_made_of_the_last_events_too():
+    events = [
+        {"id": "1", "messages": [HI, BAD], "rating": "good"},
+        {"id": "2", "messages": [HI, GOOD], "rating": "good"},
+        {"id": "1", "messages": [HI, BAD], "rating": "none"},
+    ]
+    skipped = Counter()
+    assert list(conversations(events, skipped=skipped)) == [[HI, GOOD]]
+    assert skipped == {"feedback that a later event replaces": 1, "feedback that was withdrawn": 1}
+
+
+def test_labelled_answers_are_those_of_pairs_and_all_labels():
+    skipped = Counter()
+    records = [
+        {"prompt": "Hi", "chosen": "Hello!", "rejected": "What?"},
+        {"prompt": "Ho", "completion": "Hey!", "label": True},
+        {"messages": [{**HI, "content": "Ha"}, BAD], "rating": "bad"},
+        {"messages": [{**HI, "content": "Hm"}, BAD], "correction": "Hello!"},
+        {"prompt": "He", "completion": " ", "label": True},
+    ]
+    found = list(labelled_answers(records, skipped))
+    assert [[message["content"] for message in each] for each in found] == [
+        ["Hi", "Hello!", ""],
+        ["Hi", "", "What?"],
+        ["Hm", "Hello!", ""],
+        ["Hm", "", "What?"],
+        ["Ho", "Hey!", ""],
+        ["Ha", "", "What?"],
+    ]
+    assert all([message["preferred"] for message in each[-2:]] == [True, False] for each in found)
+    assert skipped == {"conversation with an empty message": 1}
+
+
 def test_oasst_compares_the_best_reply_with_each_worse_one():
     tree = [
         row("q", None, "prompter", "Hi"),
@@ -142,6 +208,17 @@ def test_a_pair_is_stored_in_trls_layout_and_read_back():
     assert json.loads(line) == {"prompt": [HI], "chosen": [GOOD], "rejected": [BAD]}
     assert read_document_line(line, "preference") == PAIR
     assert made(json.loads(line)) == ([PAIR], {})
+
+
+@pytest.mark.parametrize("is_good", [True, False])
+def test_a_labelled_answer_is_stored_in_trls_layout_and_read_back(is_good):
+    record = {"prompt": [HI], "completion": [GOOD if is_good else BAD], "label": is_good}
+    (labelled,) = labelled_answers([record])
+    line = document_line(labelled)
+    assert json.loads(line) == record
+    assert read_document_line(line, "label") == labelled
+    assert nonempty_answer(labelled) == labelled
+    assert nonempty_answer([{**message, "content": ""} for message in labelled]) is None
 
 
 def test_answers_that_cleaning_makes_equal_are_dropped():
@@ -181,6 +258,32 @@ def test_the_script_writes_pairs_and_keeps_questions_out_of_both_splits(tmp_path
     expected = np.concatenate([encode_chat(pair, end_of_conversation=True) for pair in train])
     assert streams["train"].read(0, len(expected)).tolist() == expected.tolist()
     assert len(streams["train"]) == len(expected)
+
+
+def test_the_script_writes_labelled_answers(tmp_path):
+    records = [{"prompt": f"question {number}", "completion": "yes", "label": number % 2 == 0} for number in range(38)]
+    records += [{"prompt": f"which {number}?", "chosen": "this", "rejected": "that"} for number in range(6)]
+    (tmp_path / "labels.jsonl").write_text("\n".join(json.dumps(record) for record in records))
+    without = prepare("--input", "labels.jsonl", "--name", "mine", "--val_fraction", "0.2", cwd=tmp_path)
+    assert without.returncode == 0 and "label without an opposite one on the same prompt: 38" in without.stdout
+    done = prepare("--input", "labels.jsonl", "--name", "mine", "--labels", "--val_fraction", "0.2", cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "read: 50, kept: 50" in done.stdout
+    assert "python train.py --dataset mine --objective kto --init_from CHECKPOINT --data_dir out" in done.stdout
+    info = read_info(tmp_path / "out", "mine")
+    assert info.format == "label"
+    train, val = (list(read_prepared(tmp_path / "out", info, split)) for split in ("train", "val"))
+    assert len(train) + len(val) == 50 and val
+    assert sum(bool(each[-2]["content"]) for each in train + val) == 19 + 6
+    streams, _ = open_dataset(tmp_path / "out", "mine")
+    expected = np.concatenate([encode_chat(each, end_of_conversation=True) for each in train])
+    assert streams["train"].read(0, len(expected)).tolist() == expected.tolist()
+
+
+def test_ratings_without_pairs_are_a_sentence_that_names_the_option(tmp_path):
+    (tmp_path / "rated.jsonl").write_text(json.dumps({"messages": [HI, GOOD], "rating": "good"}))
+    done = prepare("--input", "rated.jsonl", cwd=tmp_path)
+    assert done.returncode == 1 and done.stderr.rstrip().endswith("); add --labels, for --objective kto")
 
 
 def test_a_file_without_pairs_is_a_sentence(tmp_path):

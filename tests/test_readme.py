@@ -18,8 +18,11 @@ ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
 PAGES = [README, *sorted((ROOT / "docs").rglob("*.md"))]
 MOST_README_LINES = 200
-# A file that a Python example of the docs opens: what the page says about it, made small.
-FILES_OF_EXAMPLES = {"dolly-subset.jsonl": '{"instruction": "Why?", "response": "' + "Because. " * 40 + '"}\n'}
+# Files that Python examples of the docs open: what the pages say about them, made small.
+FILES_OF_EXAMPLES = {
+    "dolly-subset.jsonl": '{"instruction": "Why?", "response": "' + "Because. " * 40 + '"}\n',
+    "stories.txt": "<|endoftext|>".join(f"The cat saw {n} dogs and ran home.\n" for n in range(200)),
+}
 
 
 def text_of(page: Path) -> str:

@@ -213,6 +213,28 @@ def test_a_text_is_what_gen_py_writes(client):
         model="texty", prompt=["Once upon a time", "The end"], n=2, max_tokens=3, seed=2
     )
     assert [choice.index for choice in several.choices] == [0, 1, 2, 3]
+    assert client.completions.create(model="texty", prompt=None, max_tokens=1).usage.prompt_tokens == 1
+
+
+def counted(server) -> list[float]:
+    """Tokens of prompts, those of them in the cache, and generated tokens, as /metrics reports them."""
+    metrics = dict(line.rsplit(" ", 1) for line in httpx.get(f"{server.url}/metrics").text.splitlines())
+    return [float(metrics[f"jojo_{kind}_tokens_total"]) for kind in ("prompt", "cached_prompt", "generated")]
+
+
+def test_usage_and_metrics_count_each_prompt_once(client, server):
+    before = counted(server)
+    prompts = ["Each prompt of the request counts", "however many texts continue it"]
+    usage = [client.completions.create(model="texty", prompt=prompts, n=2, max_tokens=3).usage for _ in range(2)]
+    n_prompt_tokens = sum(1 + len(encode_text(prompt)) for prompt in prompts)
+    assert [one.prompt_tokens for one in usage] == [n_prompt_tokens] * 2
+    assert usage[1].prompt_tokens_details.cached_tokens == n_prompt_tokens - 2  # all but the last of each
+    totals = [sum(values) for values in zip(*map(counts, usage), strict=True)]
+    assert [after - earlier for after, earlier in zip(counted(server), before, strict=True)] == totals
+
+
+def counts(usage) -> tuple[int, int, int]:
+    return usage.prompt_tokens, usage.prompt_tokens_details.cached_tokens, usage.completion_tokens
 
 
 def test_echo_and_logprobs_of_a_text(client):
@@ -261,6 +283,7 @@ BAD_CHATS = [
         "messages.0.content",
     ),
     ({"messages": "hello"}, "messages"),
+    ({"messages": [{"role": "assistant", "content": "", "tool_calls": [{}]}]}, "messages.0.tool_calls"),
     ({"temperature": 2.1}, "temperature"),
     ({"temperature": "1"}, "temperature"),
     ({"top_p": 0}, "top_p"),
@@ -333,7 +356,7 @@ def test_errors_of_the_client_library(client, server, chat):
 
 
 def test_a_full_queue_is_answered_429_and_comments_fill_the_wait():
-    with LiveServer(step_s=0.05, max_rows=1, max_waiting=1, comment_s=0.1) as server:
+    with LiveServer(step_s=0.5, max_rows=1, max_waiting=1, comment_s=0.1) as server:
         url = f"{server.url}/v1/chat/completions"
         body = {"messages": HELLO, "max_tokens": 20, "stream": True, "logit_bias": {"50258": -100}}
         with httpx.stream("POST", url, json=body) as running:
@@ -344,6 +367,7 @@ def test_a_full_queue_is_answered_429_and_comments_fill_the_wait():
                 refused = httpx.post(url, json={"messages": HELLO})
                 assert refused.status_code == 429 and int(refused.headers["retry-after"]) >= 1
                 assert refused.json()["error"]["code"] == "rate_limit_exceeded"
+                server.step_s = 0.01
                 seen = list(waiting.iter_lines())
         assert ": waiting" in seen and seen[-2:] == ["data: [DONE]", ""]
         server.assert_free()

@@ -22,8 +22,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import serve
-from common.checkpoint import save_checkpoint
-from tests.live_server import LiveServer, post, tiny_model, wait_until
+from common.checkpoint import read_info, save_checkpoint
+from generation.row_cache import decode_rows
+from serving.models import ModelPool, model_cards
+from serving.server import serve as serve_models
+from serving.settings import ServerSettings
+from tests.live_server import CONFIG, LiveServer, post, tiny_model, wait_until
 
 HELLO = [{"role": "user", "content": "Hello!"}]
 ENDLESS = {"messages": HELLO, "max_tokens": 100, "logit_bias": {"50256": -100, "50257": -100, "50258": -100}}
@@ -115,7 +119,7 @@ def test_a_client_that_leaves_frees_its_row_before_the_next_step_but_one():
         connection.sendall(post("/v1/chat/completions", json.dumps({**ENDLESS, "stream": True}).encode()))
         while b'"content"' not in connection.recv(1 << 16):
             pass
-        assert server.pool.rows_in_use == 1
+        wait_until(lambda: server.pool.rows_in_use == 1)
         steps = server.steps
         connection.close()
         wait_until(lambda: server.pool.rows_in_use == 0)
@@ -176,6 +180,26 @@ def test_a_client_that_stops_reading_is_disconnected():
         server.assert_free()  # long before 100,000 tokens
 
 
+def test_a_client_that_leaves_within_its_body_is_not_reported_as_a_bug(server, caplog):
+    caplog.set_level(logging.INFO, "jojo")
+    with server.connect() as connection:
+        connection.sendall(post("/v1/chat/completions", b"{}")[:-1])
+    wait_until(lambda: any(" 499 " in record.getMessage() for record in caplog.records))
+    assert all(record.levelno == logging.INFO for record in caplog.records)
+
+
+def test_a_bug_is_answered_like_any_other_error(caplog):
+    class Broken(dict):
+        def values(self):
+            raise RuntimeError("broken on purpose")
+
+    with LiveServer() as server:
+        server.pool.cards = Broken(server.pool.cards)
+        answer = httpx.get(f"{server.url}/v1/models")
+        assert answer.status_code == 500 and answer.json()["error"]["type"] == "server_error"
+        assert "broken on purpose" not in answer.text  # what happened is for the log
+
+
 # --- many at once ---
 
 
@@ -203,6 +227,60 @@ def test_two_models_take_turns_in_memory():
         assert [answer.json()["model"] for answer in answers] == [body["model"] for body in bodies]
         assert len(server.pool.loaded) == len(server.pool.worker.engines) == 1
         server.assert_free()
+
+
+def test_the_thread_that_loads_a_model_ends():
+    """OpenMP's threads of a second thread that computes would slow the steps of the model down."""
+    threads = []
+
+    def load(path):
+        threads.append(threading.current_thread())
+        return tiny_model(0), decode_rows
+
+    with LiveServer(load=load):
+        assert len(threads) == 1 and threads[0] is not threading.main_thread()
+        wait_until(lambda: not threads[0].is_alive())
+
+
+def test_a_shutdown_ends_requests_that_wait_for_a_model_with_an_event():
+    is_ending = threading.Event()
+
+    def load(path):
+        if "texty" in path:
+            assert is_ending.wait(30)
+        return tiny_model(0), decode_rows
+
+    with LiveServer(load=load, grace_s=0.0) as server:
+        body = {"model": "texty", "prompt": "A", "stream": True}
+        with httpx.stream("POST", f"{server.url}/v1/completions", json=body, timeout=30) as answer:
+            wait_until(lambda: server.pool.n_waiting == 1)
+            server.server.should_exit = True
+            lines = [line for line in answer.iter_lines() if line.startswith("data:")]
+        is_ending.set()
+    assert "shutting down" in lines[0] and lines[1:] == ["data: [DONE]"]
+
+
+def test_a_bug_while_a_model_is_loaded_ends_the_stream_with_an_event():
+    def load(path):
+        if "texty" in path:
+            raise RuntimeError("broken on purpose")
+        return tiny_model(0), decode_rows
+
+    with LiveServer(load=load) as server:
+        body = {"model": "texty", "prompt": "A", "stream": True}
+        lines = httpx.post(f"{server.url}/v1/completions", json=body, timeout=30).text.split("\n\n")
+        assert json.loads(lines[0].removeprefix("data: "))["error"]["type"] == "server_error"
+        assert lines[1:] == ["data: [DONE]", ""]
+        server.assert_free()
+
+
+def test_a_bug_while_the_first_model_is_loaded_ends_the_server_with_its_traceback():
+    def load(path):
+        raise RuntimeError("broken on purpose")
+
+    pool = ModelPool(model_cards({"models/chatty.pt": {"model": CONFIG}}), load, ServerSettings())
+    with pytest.raises(RuntimeError, match="broken on purpose"):
+        serve_models(pool, ServerSettings(), 0, lambda address: None)
 
 
 def test_memory_does_not_grow(http):
@@ -293,6 +371,16 @@ def test_a_checkpoint_that_cannot_be_loaded_is_a_sentence(tmp_path):
         timeout=60,
     )
     assert done.returncode == 1 and "Traceback" not in done.stderr and "broken.pt" in done.stderr
+
+
+def test_a_checkpoint_replaced_by_a_model_of_another_shape_is_not_loaded(tmp_path):
+    path = str(tmp_path / "small.pt")
+    save_checkpoint(path, tiny_model(0), {"format": "chat", "dataset": "tiny"})
+    load, known = serve.model_loader(serve.ServeOptions(device="cpu", dtype="float32", plain=True)), read_info(path)
+    assert load(path, known)[0].config.block_size == 128
+    save_checkpoint(path, tiny_model(0, block_size=64), {"format": "chat", "dataset": "tiny"})
+    with pytest.raises(serve.UserError, match=r"start serve\.py again"):
+        load(path, known)
 
 
 @pytest.fixture(autouse=True)

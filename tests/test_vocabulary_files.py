@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import concurrent.futures
+import os
 import sys
 import tempfile
 from pathlib import Path
 from unittest import mock
 
 from common.cli import UserError
+from common.gpt2_vocabulary import packaged_gpt2_ranks
 from setup_tokenizer import get_base_tokenizer, get_extended_tokenizer
 from test_extended_tokenizer import (
     README_IDS,
@@ -83,3 +86,11 @@ def test_the_right_file_is_read_and_the_package_never_imported():
 def test_a_wrong_download_is_refused():
     with fresh_machine("no_such_package", download=lambda url: b"<html>404</html>"):
         assert "could not be loaded" in error_of(UserError, get_extended_tokenizer)
+
+
+def test_threads_may_load_it_at_the_same_time(monkeypatch):
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", "/where/the/user/wants/it")
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        found = [task.result() for task in [pool.submit(packaged_gpt2_ranks) for _ in range(4)]]
+    assert all(ranks == found[0] and len(ranks) == 50256 for ranks in found)
+    assert os.environ["TIKTOKEN_CACHE_DIR"] == "/where/the/user/wants/it"

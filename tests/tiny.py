@@ -14,7 +14,7 @@ from torch.nn.modules.module import register_module_forward_hook
 import train
 from common.checkpoint import load_checkpoint
 from common.speedups import load_speedups
-from data.layouts.preferences import preferences
+from data.layouts.preferences import labelled_answers, preferences
 from data.pipeline import Corpus, Dataset, PrepareOptions
 from data.pipeline import prepare as prepare_files
 from model import GPT
@@ -67,6 +67,23 @@ def prepare_pairs(folder: Path, n_pairs: int, n_val: int = 10) -> list[list[dict
     options = PrepareOptions(output_dir=str(folder), workers=1)
     prepare_files(Dataset("pairs", "preference", "made", "MIT"), options, Corpus(pairs[:n_pairs], pairs[n_pairs:]))
     return pairs
+
+
+def label_records(n_labels: int, seed: int = 1) -> list[dict]:
+    """Labelled answers in TRL's layout, all different, one good answer for two bad ones, each to its own prompt."""
+    made = []
+    for number, pair in enumerate(pair_records(n_labels, seed)):
+        is_good = number % 3 == 0
+        answer = pair["chosen" if is_good else "rejected"]
+        made.append({"prompt": pair["prompt"], "completion": f"{answer} {number}", "label": is_good})
+    return made
+
+
+def prepare_labels(folder: Path, n_labels: int, n_val: int = 10) -> None:
+    """A prepared data set "labels" in `folder`; the last answers of `label_records` are for validation."""
+    labels = list(labelled_answers(label_records(n_labels + n_val)))
+    options = PrepareOptions(output_dir=str(folder), workers=1)
+    prepare_files(Dataset("labels", "label", "made", "MIT"), options, Corpus(labels[:n_labels], labels[n_labels:]))
 
 
 def options_of_run(data_dir: Path, out_dir: Path, resume: bool | Path = False, **changes) -> tuple[TrainOptions, dict]:

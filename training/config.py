@@ -15,13 +15,14 @@ from typing import Any
 
 from common.cli import UserError
 from common.device import choose_dtype, has_cpp_compiler
+from data.dataset import PREFERENCE_FORMATS
 from data.epochs import FINE_TUNING_ROWS, default_iters, has_few_tokens
 from model import PRESETS
 from training.adapter_config import adapter_choices, adapter_of, require_other_file, with_adamw
 from training.initialization import model_config
 from training.memory import SpeedUp, StepMemory, find_micro_batch
 from training.mixture import mixture_name, portions
-from training.objective_options import DPO_RATE
+from training.objective_options import PREFERENCE_RATE
 from training.option_checks import check_combinations, require_whole_pairs
 from training.options import TrainOptions
 from training.parallel import micro_batch_size
@@ -121,8 +122,8 @@ def make_config(
     options = with_adamw(options, given)
     check_combinations(options, given, formats, is_plain=speed_up is None)
     shape = {**_shape(options, device, info), "n_vocab": data["n_vocab"]}
-    is_dpo, is_fine_tuning = options.objective == "dpo", options.init_from is not None
-    few_rows = is_fine_tuning and not is_dpo and has_few_tokens(portions(data))
+    has_pairs, is_fine_tuning = options.objective != "next_token", options.init_from is not None
+    few_rows = is_fine_tuning and not has_pairs and has_few_tokens(portions(data))
     default_size = FINE_TUNING_ROWS if few_rows else DEFAULT_BATCH_SIZE
     wanted = options.batch_size if isinstance(options.batch_size, int) else saved.get("batch_size", default_size)
     steps = options.gradient_accumulation_steps or (8 if device.startswith("cuda") else 1)
@@ -136,13 +137,13 @@ def make_config(
         model=model_config(shape, checkpoint),
         **{name: chosen[name] for name in ("device", "dtype", "document_mask", "activation_checkpointing", "compile")},
         is_sharded=options.parallel == "fsdp",
-        logits_rows=None if is_dpo else logits_rows,  # DPO needs all logits
+        logits_rows=None if has_pairs else logits_rows,  # the loss needs all logits
         adapter=adapter_of(chosen),
     )
-    may_grow, speed_up = options.gradient_accumulation_steps is None and not is_dpo, None if is_dpo else speed_up
+    may_grow, speed_up = options.gradient_accumulation_steps is None and not has_pairs, None if has_pairs else speed_up
     batch_size, steps = find_micro_batch(step, options.batch_size, wanted, steps, speed_up, may_grow)
-    if is_dpo:
-        require_whole_pairs(micro_batch_size(batch_size, steps))
+    if has_pairs:
+        require_whole_pairs(options.objective, micro_batch_size(batch_size, steps))
     chosen |= {"batch_size": batch_size, "gradient_accumulation_steps": steps}
 
     # A resumed run keeps its validation rows, so that its losses stay comparable.
@@ -158,11 +159,11 @@ def _choices(
     options: TrainOptions, device: str, formats: set[str], n_embd: int, max_iters: int, has_fast_parts: bool
 ) -> dict[str, Any]:
     """The value of every option that may be None, except the model's shape and the micro-batch."""
-    on_cuda, is_chat = device.startswith("cuda"), bool(formats & {"chat", "preference"})
+    on_cuda, is_chat = device.startswith("cuda"), bool(formats & {"chat", *PREFERENCE_FORMATS})
     # A narrow model tolerates, and needs, larger steps. An adapter's factors are new weights beside trained ones.
     fraction = FINE_TUNING_RATE if options.init_from and options.lora_rank is None else 1.0
-    if options.objective == "dpo":
-        fraction = DPO_RATE
+    if options.objective != "next_token":
+        fraction = PREFERENCE_RATE
     learning_rate = _or(options.learning_rate, fraction * (3e-3 if n_embd <= 384 else 6e-4))
     # On a CPU, compiling takes up to a minute, which does not pay off in a short run.
     pays_off = on_cuda or (device == "cpu" and max_iters >= 200 and has_cpp_compiler())

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from common.cli import UserError
-from data.dataset import DatasetInfo, data_parts, open_dataset, prepare_command, short_splits
+from data.dataset import PREFERENCE_FORMATS, DatasetInfo, data_parts, open_dataset, prepare_command, short_splits
 from data.token_stream import TokenStream
 from setup_tokenizer import GPT2, Tokenizer
 from training.batches import fixed_batches
@@ -29,12 +29,12 @@ class TrainingData:
 
     @property
     def formats(self) -> list[str]:
-        """ "text", "chat" or "preference", each that occurs, in the order of the parts."""
+        """ "text", "chat", "preference" or "label", each that occurs, in the order of the parts."""
         return list(dict.fromkeys(part["format"] for part in data_parts(self.facts)))
 
     def short_splits(self, block_size: int) -> list[str]:
         """A sentence about each split that is shorter than one row. Raises UserError for a split of one token."""
-        streams = [streams for streams, info in self.parts.values() if info.format != "preference"]
+        streams = [streams for streams, info in self.parts.values() if info.format not in PREFERENCE_FORMATS]
         return [sentence for each in streams for sentence in short_splits(each, block_size)]
 
     def require_tokenizer_of(self, info: Mapping[str, Any], path: str) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from data.dataset import data_parts
+from data.dataset import PREFERENCE_FORMATS, data_parts
 from data.epochs import Portion
 
 LONGEST_ROUND = 1 << 20  # rows
@@ -82,16 +82,16 @@ def mixture_facts(facts: Mapping[str, dict], shares: Mapping[str, Fraction]) -> 
 
 
 def model_format(data_format: str) -> str:
-    """The format of a model, "text" or "chat", that was trained on data of a format: preference pairs are chats."""
-    return "chat" if data_format == "preference" else data_format
+    """The format of a model, "text" or "chat", that was trained on data of a format: preferences are chats."""
+    return "chat" if data_format in PREFERENCE_FORMATS else data_format
 
 
 def portions(facts: Mapping[str, Any]) -> list[Portion]:
-    """The data sets that `mixture_facts` describes, with their training tokens, shares, and rows of pairs."""
+    """The data sets that `mixture_facts` describes, with their training tokens, shares, and rows of preferences."""
     made = []
     for part in data_parts(facts):
         split = part["splits"]["train"]
-        n_rows = 2 * split["documents"] if part["format"] == "preference" else None
+        n_rows = 2 * split["documents"] if part["format"] in PREFERENCE_FORMATS else None
         made.append(Portion(part["name"], split["tokens"], part.get("weight", 1.0), n_rows))
     return made
 

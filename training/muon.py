@@ -46,7 +46,7 @@ class Muon(torch.optim.Muon):
             groups = list(same_shapes(weights))
             if world_size() == 1 or any(map(is_sharded, weights)):
                 for alike in groups:
-                    self._apply(alike, self._updates(alike, group), group)
+                    self.apply(alike, self._updates(alike, group), group)
             else:
                 self._share(groups, group)
 
@@ -58,7 +58,7 @@ class Muon(torch.optim.Muon):
             sent.append((alike, updates, dist.broadcast(updates.view(torch.uint8), owner, async_op=True)))
         for alike, updates, exchange in sent:
             exchange.wait()
-            self._apply(alike, updates, group)
+            self.apply(alike, updates, group)
 
     def _updates(self, weights: list[Tensor], group: dict, is_own: bool = True) -> Tensor:
         """The orthogonalized updates (n, rows, columns), or memory for those that another process computes."""
@@ -71,10 +71,14 @@ class Muon(torch.optim.Muon):
                 update.copy_(full_tensor(in_range(direction, dtype, group["eps"]).to(dtype)))
         if not is_own:
             return updates
-        return orthogonalised_(updates, group["ns_coefficients"], group["ns_steps"], group["eps"])
+        return self.orthogonalised(updates, group)
 
-    @staticmethod
-    def _apply(weights: list[Tensor], updates: Tensor, group: dict) -> None:
+    def orthogonalised(self, matrices: Tensor, group: dict) -> Tensor:
+        """Matrices (n, rows, columns) with all singular values made nearly one; may overwrite `matrices`."""
+        return orthogonalised_(matrices, group["ns_coefficients"], group["ns_steps"], group["eps"])
+
+    def apply(self, weights: list[Tensor], updates: Tensor, group: dict) -> None:
+        """Decay weights of one shape and add their updates (n, rows, columns)."""
         rows, columns = weights[0].shape
         rate = group["lr"] * max(1, rows / columns) ** 0.5
         for weight, update in zip(weights, updates, strict=True):

@@ -6,9 +6,9 @@ import dataclasses
 
 from common.cli import option
 
-# DPO's share of the learning rates of a new model, a tenth of fine-tuning's: an answer's log probability is a sum over
-# its tokens, and a few large steps make both answers improbable (docs/teaching.md has measurements).
-DPO_RATE = 1 / 30
+# DPO's and KTO's share of the learning rates of a new model, a tenth of fine-tuning's: an answer's log probability is a
+# sum over its tokens, and a few large steps make all answers improbable (docs/teaching.md has measurements).
+PREFERENCE_RATE = 1 / 30
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,14 +17,15 @@ class ObjectiveOptions:
 
     objective: str = option(
         "next_token",
-        "what to learn: next_token (from text or chat data), or dpo, which makes the chosen answer of a preference "
-        "data set likelier than the rejected one; needs --init_from",
-        choices=("next_token", "dpo"),
+        "what to learn: next_token (from text or chat data); dpo, which makes the chosen answer of a preference data "
+        "set likelier than the rejected one; or kto, which makes answers labelled good likelier and bad ones less "
+        "likely. dpo and kto need --init_from",
+        choices=("next_token", "dpo", "kto"),
         group="objective",
     )
     beta: float = option(
         0.1,
-        "dpo: how strongly the model is held to the one that it started from; smaller numbers let it move further",
+        "dpo, kto: how strongly the model is held to the one that it started from; smaller numbers let it move further",
         above=0,
         group="objective",
         metavar="X",

@@ -1,4 +1,4 @@
-"""What a run minimizes: the next token's cross entropy, or a loss over preference pairs."""
+"""What a run minimizes: the next token's cross entropy, or a loss over preferences."""
 
 from __future__ import annotations
 
@@ -12,6 +12,9 @@ from model import GPT, IGNORED
 from training.batches import Rows
 from training.config import RunConfig
 from training.datasets import TrainingData, make_rows
+from training.kto import Labels
+from training.label_rows import LabelRows
+from training.pair_rows import PairRows
 from training.preferences import Preferences
 from training.reference import open_pairs
 from training.step import Batch, Objective, evaluate, micro_batches, model_inputs
@@ -50,7 +53,7 @@ class NextToken:
 def evaluate_parts(
     objective: Objective, model: GPT, val_batches: Mapping[str, Sequence[Batch]]
 ) -> tuple[dict[str, float], dict[str, float]]:
-    """The validation loss of each data set, and the numbers of `names`, which only pairs have: a single data set."""
+    """The validation loss of each data set, and the numbers of `names`, which only a single data set has."""
     losses: dict[str, float] = {}
     others: dict[str, float] = {}
     for name, batches in val_batches.items():
@@ -68,5 +71,8 @@ def make_objective(
     if config.objective == "next_token":
         return NextToken(config, data), None
     assert checkpoint is not None
-    rows, digest = open_pairs(config, data, model, checkpoint)
-    return Preferences(config, rows), digest
+    if config.objective == "kto":
+        labels, digest = open_pairs(config, data, model, checkpoint, LabelRows)
+        return Labels(config, labels), digest
+    pairs, digest = open_pairs(config, data, model, checkpoint, PairRows)
+    return Preferences(config, pairs), digest

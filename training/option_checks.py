@@ -7,9 +7,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from common.cli import UserError
-from data.dataset import prepare_command
+from data.dataset import PREFERENCE_FORMATS, prepare_command
 from training.objective_options import ObjectiveOptions
 from training.options import TrainOptions
+
+OBJECTIVES = {"preference": "dpo", "label": "kto"}  # for each format of preferences
 
 
 def check_combinations(options: TrainOptions, given: Mapping[str, Any], formats: set[str], is_plain: bool) -> None:
@@ -27,36 +29,42 @@ def check_combinations(options: TrainOptions, given: Mapping[str, Any], formats:
 def _check_objective(options: TrainOptions, given: Mapping[str, Any], formats: set[str]) -> None:
     """Raise UserError for an objective that does not fit the data, or that another option contradicts."""
     names = [field.name for field in dataclasses.fields(ObjectiveOptions) if field.name != "objective"]
-    if options.objective == "next_token":
-        for name in names:
-            if name in given and options.resume is None:
-                raise UserError(f"--{name} is for --objective dpo; leave it out")
-        if "preference" in formats:
-            alone = "" if formats == {"preference"} else ", without a mixture"
+    objective, is_new = options.objective, options.resume is None
+    for name in names:
+        users = ("dpo", "kto") if name == "beta" else ("dpo",)
+        if name in given and is_new and objective not in users:
+            raise UserError(f"--{name} is for --objective {' and '.join(users)}; leave it out")
+    if objective == "next_token":
+        found = next((name for name in PREFERENCE_FORMATS if name in formats), None)
+        if found:
+            alone = "" if formats == {found} else ", without a mixture"
             raise UserError(
-                f"{options.dataset} contains preference pairs, which have no next-token loss; train with --objective "
-                f"dpo --init_from CHECKPOINT{alone}"
+                f"{options.dataset} contains {PREFERENCE_FORMATS[found]}, which have no next-token loss; train with "
+                f"--objective {OBJECTIVES[found]} --init_from CHECKPOINT{alone}"
             )
         return
-    if formats != {"preference"} or "," in options.dataset:
-        command = prepare_command("preferences")
+    wanted = next(name for name, of in OBJECTIVES.items() if of == objective)
+    if formats != {wanted} or "," in options.dataset:
         raise UserError(
-            f"--objective dpo needs one data set of preference pairs, and {options.dataset} is something else; prepare "
-            f"one with: {command}"
+            f"--objective {objective} needs one data set of {PREFERENCE_FORMATS[wanted]}, and {options.dataset} is "
+            f"something else; prepare one with: {prepare_command('preferences')}{' --labels' * (wanted == 'label')}"
         )
-    if options.init_from is None and options.resume is None:
-        raise UserError("--objective dpo improves a model that can chat already; name it with --init_from CHECKPOINT")
-    for name, only in (("loss_on", "assistant"), ("document_mask", False)):
-        if given.get(name, only) != only and options.resume is None:
-            raise UserError(f"--{name} has no effect with --objective dpo; leave it out")
-    if options.batch_size == "auto":
-        raise UserError("--batch_size auto cannot try the steps of --objective dpo; give a number")
-
-
-def require_whole_pairs(size: int) -> None:
-    """Raise UserError unless a micro-batch of `size` sequences per process holds both answers of each pair."""
-    if size % 2:
+    if options.init_from is None and is_new:
         raise UserError(
-            f"--objective dpo needs both answers of a pair in one micro-batch, and a process has {size} sequences in "
-            "each; choose an even --batch_size and --gradient_accumulation_steps that the processes can share"
+            f"--objective {objective} improves a model that can chat already; name it with --init_from CHECKPOINT"
+        )
+    for name, only in (("loss_on", "assistant"), ("document_mask", False)):
+        if given.get(name, only) != only and is_new:
+            raise UserError(f"--{name} has no effect with --objective {objective}; leave it out")
+    if options.batch_size == "auto":
+        raise UserError(f"--batch_size auto cannot try the steps of --objective {objective}; give a number")
+
+
+def require_whole_pairs(objective: str, size: int) -> None:
+    """Raise UserError unless a micro-batch of `size` sequences per process holds both rows of each pair or label."""
+    if size % 2:
+        both = "both answers of a pair" if objective == "dpo" else "both rows of a labelled answer"
+        raise UserError(
+            f"--objective {objective} needs {both} in one micro-batch, and a process has {size} sequences in each; "
+            "choose an even --batch_size and --gradient_accumulation_steps that the processes can share"
         )

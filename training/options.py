@@ -198,6 +198,8 @@ class TrainOptions(ObjectiveOptions, AdapterOptions):
     def __post_init__(self) -> None:
         check_options(self)
         parse_mixture(self.dataset)  # raises ValueError
+        if self.objective != "next_token" and self.dataset == "story" and self.resume is None:
+            raise ValueError(f"--objective {self.objective} needs preferences; name a data set of them with --dataset")
         if self.init_from == "":
             raise ValueError("--init_from is empty; name a checkpoint")
         if self.resume is not None and self.init_from is not None:

@@ -25,37 +25,43 @@ class PairRows:
     UserError if no pair fits into block_size.
     """
 
+    noun = "pair"
+
     def __init__(self, stream: TokenStream, block_size: int, seed: int):
         self.stream, self.seed = stream, seed
-        pairs = locate_pairs(stream)
+        located = self._locate()
         # Without the last id, which is only a target.
-        lengths = (pairs[:, 1] - pairs[:, 0])[:, None] + np.stack([_span(pairs, 1, 3), _span(pairs, 4, 6)], axis=1) - 1
+        lengths = (located[:, 1] - located[:, 0])[:, None] + located[:, 4::3] - located[:, 2::3] - 1
         fits = lengths.max(axis=1, initial=0) <= block_size
         self.n_too_long = int((~fits).sum())
-        self._pairs = pairs[fits]
-        if not len(self._pairs):
+        self._located = located[fits]
+        if not len(self._located):
             raise UserError(
-                f"none of the {len(pairs):,} pairs of {stream.paths[0]} fits into {block_size} tokens; use a model "
-                "with a larger --block_size, or prepare shorter pairs"
+                f"none of the {len(located):,} {self.noun}s of {stream.paths[0]} fits into {block_size} tokens; use a "
+                f"model with a larger --block_size, or prepare shorter {self.noun}s"
             )
         longest = int(lengths[fits].max())
         self.length = min(block_size, -(-longest // ROW_UNIT) * ROW_UNIT)
-        self.reference = np.zeros((len(self._pairs), 2), dtype=np.float32)
+        self.reference = np.zeros((len(self), 2), dtype=np.float32)
 
     def __len__(self) -> int:
-        return len(self._pairs)
+        return len(self._located)
+
+    def _locate(self) -> np.ndarray:
+        """Where the prompts and answers are, as `locate_pairs` returns them."""
+        return locate_pairs(self.stream)
 
     def describe(self) -> str:
         """How many pairs there are and how many are left out, in words."""
-        too_long = f"; {self.n_too_long:,} pairs are too long and left out" if self.n_too_long else ""
-        return f"{len(self):,} pairs, two rows of {self.length} tokens each{too_long}"
+        too_long = f"; {self.n_too_long:,} {self.noun}s are too long and left out" if self.n_too_long else ""
+        return f"{len(self):,} {self.noun}s, two rows of {self.length} tokens each{too_long}"
 
     def start_epoch(self, epoch: int) -> int:
         """Shuffle the pairs; returns their number."""
         self._order = np.random.default_rng([self.seed, epoch]).permutation(len(self))
         return len(self)
 
-    def row(self, index: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def row(self, index: int) -> tuple[np.ndarray, ...]:
         """Ids and targets, (2, length) each, and reference log probabilities (2,) of the epoch's pair `index`."""
         pair = int(self._order[index])
         return *self.pair(pair), self.reference[pair]
@@ -65,8 +71,8 @@ class PairRows:
 
         Only the answers are targets: their contents and the `<|im_end|>` after each.
         """
-        start, *answers = self._pairs[number].tolist()
-        prompt = self.stream.read(start, answers[0])
+        start, prompt_end, *answers = self._located[number].tolist()
+        prompt = self.stream.read(start, prompt_end)
         ids = np.full((2, self.length + 1), self.stream.tokenizer.endoftext, dtype=np.int64)
         targets = np.full((2, self.length + 1), IGNORED, dtype=np.int64)
         for row, (begin, content, end) in enumerate((answers[:3], answers[3:])):
@@ -77,18 +83,14 @@ class PairRows:
         return ids[:, :-1], targets[:, 1:]
 
 
-def _span(pairs: np.ndarray, first: int, last: int) -> np.ndarray:
-    return pairs[:, last] - pairs[:, first]
-
-
 def locate_pairs(stream: TokenStream) -> np.ndarray:
-    """Where a stream's pairs are: (pairs, 7) positions in int64.
+    """Where a stream's pairs are: (pairs, 8) positions in int64.
 
-    A pair's first position, then where the chosen answer's message begins, where its content begins and where it ends,
-    and the same of the rejected answer. Documents are read in groups of about SCANNED_TOKENS.
+    Where a pair's prompt begins and ends, then where the chosen answer's message begins, where its content begins and
+    where it ends, and the same of the rejected answer. Documents are read in groups of about SCANNED_TOKENS.
     """
     ends = stream.positions_of(stream.tokenizer.endoftext) + 1
-    found = [np.zeros((0, 7), dtype=np.int64)]
+    found = [np.zeros((0, 8), dtype=np.int64)]
     first = 0
     while first < len(ends):
         start = int(ends[first - 1]) if first else 0
@@ -96,7 +98,7 @@ def locate_pairs(stream: TokenStream) -> np.ndarray:
         messages = stream.tokenizer.message_spans(stream.read(start, int(ends[last - 1])))
         rejected = np.searchsorted(messages.start, ends[first:last] - start) - 1  # each document's last message
         chosen = rejected - 1
-        columns = [np.concatenate([[start], ends[first : last - 1]])]
+        columns = [np.concatenate([[start], ends[first : last - 1]]), messages.start[chosen] + start]
         for answer in (chosen, rejected):
             columns += [messages.start[answer] + start, messages.content[answer] + start, messages.end[answer] + start]
         found.append(np.stack(columns, axis=1))

@@ -9,7 +9,7 @@ Shapes: P pairs, T time (tokens); the axis of 2 is (chosen, rejected).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -49,12 +49,22 @@ def dpo_losses(
     return losses, margins
 
 
+def drift_per_token(log_ratios: Tensor) -> Tensor:
+    """An estimate (...) of the Kullback-Leibler divergence from the reference, in nats per token.
+
+    `log_ratios` (...) are the logarithms of an answer's probability divided by the reference's, per token. The estimate
+    is r - 1 - log r for the ratio r ("Approximating KL Divergence", Schulman 2020): 0 for the reference itself and
+    otherwise positive. It is exact only for answers that the reference itself would give.
+    """
+    return log_ratios.exp() - 1 - log_ratios
+
+
 class Preferences:
     """DPO as an objective of train.py; see `training.objectives.NextToken` for what each method does."""
 
     names: tuple[str, ...] = ("reward_margin", "accuracy", "drift")
 
-    def __init__(self, config: RunConfig, rows: dict[str, PairRows]):
+    def __init__(self, config: RunConfig, rows: Mapping[str, PairRows]):
         self.config, self._rows = config, rows
         self.pairs_per_micro_batch = config.batch_size // 2
         self.items_per_iter = self.pairs_per_micro_batch * config.gradient_accumulation_steps
@@ -77,13 +87,7 @@ class Preferences:
         return sums[0], sums.detach()
 
     def numbers(self, model: nn.Module, batch: Batch) -> Tensor:
-        """The loss of each pair and what `names` lists, (P, 1 + names).
-
-        The drift is an estimate of the Kullback-Leibler divergence from the reference, in nats per token: the mean of
-        r - 1 - log r over both answers, where r is an answer's probability divided by the reference's, per token
-        ("Approximating KL Divergence", Schulman 2020). It is 0 for the reference itself and otherwise positive, and
-        exact only for answers that the reference itself would give.
-        """
+        """The loss of each pair and what `names` lists, (P, 1 + names). The drift is the mean over both answers."""
         config = self.config
         ids, targets, reference = arrays_to_device(config, batch)  # (P, 2, T), (P, 2, T), (P, 2)
         with autocast(config.device, config.dtype):
@@ -94,7 +98,7 @@ class Preferences:
         if config.sft_weight:
             losses = losses - config.sft_weight * log_probs[:, 0] / lengths[:, 0]
         log_ratios = (log_probs.detach() - reference) / lengths
-        drift = (log_ratios.exp() - 1 - log_ratios).mean(1)
+        drift = drift_per_token(log_ratios).mean(1)
         return torch.stack([losses, margins.detach(), (margins.detach() > 0).float(), drift], dim=1)
 
     @torch.no_grad()

@@ -11,7 +11,7 @@ import math
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -28,23 +28,24 @@ from training.parallel import broadcast, on_first, own_turns, reduce
 from training.preferences import answer_log_probs
 from training.step import arrays_to_device
 
+PairedRows = TypeVar("PairedRows", bound=PairRows)
 REFERENCE_DIGITS = 12  # of the digest in a file's name
 
 
 def open_pairs(
-    config: RunConfig, data: TrainingData, model: GPT, checkpoint: Mapping[str, Any]
-) -> tuple[dict[str, PairRows], str]:
-    """The rows of both splits with their reference log probabilities, and the digest of these.
+    config: RunConfig, data: TrainingData, model: GPT, checkpoint: Mapping[str, Any], kind: type[PairedRows]
+) -> tuple[dict[str, PairedRows], str]:
+    """The rows of both splits, of the class `kind`, with their reference log probabilities, and the digest of these.
 
     A new run computes them with `model`, which is still the reference, unless a file has them. A resumed run, whose
     model has learned since, needs the file; raises UserError if it is gone.
     """
     (name, (streams, _)), *_ = data.parts.items()
-    rows = {split: PairRows(stream, config.block_size, config.seed) for split, stream in streams.items()}
+    rows = {split: kind(stream, config.block_size, config.seed) for split, stream in streams.items()}
     for each in rows.values():
         each.length = max(other.length for other in rows.values())
     print(f"rows: {name} has {rows['train'].describe()}; validation: {rows['val'].describe()}")
-    digest = checkpoint["info"]["reference"] if config.resume else reference_digest(config, data, checkpoint["model"])
+    digest = checkpoint["info"]["reference"] if config.resume else reference_digest(config, data, checkpoint)
     path = Path(config.out_dir) / f"{name}-reference-{digest[:REFERENCE_DIGITS]}.npz"
     found = broadcast(on_first(lambda: _load(path, digest, rows)))
     is_saved = found is not None
@@ -68,8 +69,12 @@ def open_pairs(
     return rows, digest
 
 
-def reference_digest(config: RunConfig, data: TrainingData, weights: Mapping[str, Any]) -> str:
-    """The digest of everything that decides the reference log probabilities."""
+def reference_digest(config: RunConfig, data: TrainingData, checkpoint: Mapping[str, Any]) -> str:
+    """The digest of everything that decides the reference log probabilities.
+
+    With an adapter, `checkpoint` no longer has the weights of the base, but their digest is known.
+    """
+    weights = config.lora_base_digest or checkpoint["model"]
     files = [file["sha256"] for split in ("train", "val") for file in data.facts["splits"][split]["files"]]
     return digest_of({"model": weights, "data": files, "block_size": config.block_size, "dtype": config.dtype})
 

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from data.counts import count_unknown
 from data.layouts.exports import chatgpt_turns, claude_turns, is_chatgpt, is_claude
+from data.layouts.feedback import latest_events
 from data.layouts.messengers import is_messenger_export, messenger_conversations
 from data.layouts.oasst import is_oasst_row, is_oasst_tree, oasst_conversations, rows_of_tree, slim_row
 from data.layouts.turn_lists import PAIRS, is_list_of_turns, list_of_turns, pair_of_turns
@@ -28,6 +29,7 @@ _PREFERENCES = frozenset(
 )
 PREFERENCE = "preference data (chosen and rejected answers), not trained as answers"
 LABEL_FALSE = "preference data (label false), not trained as an answer"
+BAD_REPLY = "reply rated bad, without a correction"
 
 
 @dataclass(frozen=True)
@@ -80,7 +82,7 @@ def conversations(
     """
     skipped = Counter() if skipped is None else skipped
     oasst_rows: list[Mapping] = []
-    for record in records:
+    for record in latest_events(records, skipped):
         found = _find_layout(record)
         if found is None:
             count_unknown(record, skipped)
@@ -92,6 +94,8 @@ def conversations(
             yield from oasst_conversations(rows_of_tree(record["prompt"]), oasst_all_paths, skipped, language)
         elif layout.name == "preference data":
             skipped[PREFERENCE] += 1
+        elif layout.name == "feedback" and record.get("rating") == "bad" and record.get("correction") is None:
+            skipped[BAD_REPLY] += 1
         elif "label" in record and str(record["label"]).lower() == "false":
             skipped[LABEL_FALSE] += 1
         elif layout.turns is None:
@@ -173,6 +177,20 @@ def _is_preference(record: Mapping) -> bool:
     return not _PREFERENCES.isdisjoint(record)
 
 
+def _is_feedback(record: Mapping) -> bool:
+    """The chat page's feedback: a conversation whose last reply is rated or corrected."""
+    judged = isinstance(record.get("correction"), str) or record.get("rating") in ("good", "bad")
+    return judged and is_list_of_turns(record.get("messages"))
+
+
+def _feedback_turns(record: Mapping) -> list[list]:
+    """The conversation with the wanted reply. The replies before it were not judged: they are only its context."""
+    *before, reply = list_of_turns(record["messages"]) or [None]
+    if isinstance(record.get("correction"), str):
+        reply = {"role": "assistant", "content": record["correction"]}
+    return [[*({**turn, "weight": 0} if isinstance(turn, Mapping) else turn for turn in before), reply]]
+
+
 def _has_instances(record: Mapping) -> bool:
     return "instruction" in record and isinstance(record.get("instances"), list)
 
@@ -189,6 +207,7 @@ LAYOUTS = (
     Layout("telegram or discord", is_messenger_export),
     Layout("chatgpt export", is_chatgpt, chatgpt_turns),
     Layout("claude export", is_claude, claude_turns),
+    Layout("feedback", _is_feedback, _feedback_turns),
     Layout("messages", *_turn_list_in("messages")),
     Layout("sharegpt", *_turn_list_in("conversations")),
     Layout("conversation", *_turn_list_in("conversation", "dialog", "dialogue", "turns", "utterances", "chat")),

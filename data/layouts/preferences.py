@@ -1,7 +1,8 @@
-"""Records that prefer one answer to another, in the layouts that people publish, made into pairs.
+"""Records that prefer one answer to another, in the layouts that people publish, made into pairs or labelled answers.
 
 A pair is a conversation whose last two messages are both the assistant's: the chosen answer, whose "preferred" is True,
-and the rejected one, whose "preferred" is False. Everything before them is the prompt that they share.
+and the rejected one, whose "preferred" is False. Everything before them is the prompt that they share. A labelled
+answer is a pair whose other answer is empty: good if it is the chosen one, bad if it is the rejected one.
 
 >>> records = [{"prompt": "Hi", "chosen": "Hello!", "rejected": "What?"}]
 >>> [message["content"] for message in next(preferences(records))]
@@ -18,6 +19,7 @@ from itertools import cycle, islice
 from typing import Any
 
 from data.counts import count_unknown
+from data.layouts.feedback import latest_events, preferred_reply
 from data.layouts.oasst import is_oasst_row, is_oasst_tree, oasst_answers, rows_of_tree, slim_row
 from data.layouts.turn_lists import is_list_of_turns, list_of_turns, pair_of_turns
 from data.layouts.turns import Message, first_present, usable_messages
@@ -51,12 +53,36 @@ def preferences(
 
     Whatever gives no pair is counted by reason in `skipped`. Labels of single answers, and message rows of OASST, are
     in memory until the last record: labels are paired if one prompt has good and bad answers, and the best-ranked reply
-    of OASST with each reply that is ranked worse. `language` selects OASST's trees.
+    of OASST with each reply that is ranked worse. Of feedback on one reply, the last event counts. `language` selects
+    OASST's trees.
     """
     skipped = Counter() if skipped is None else skipped
-    oasst_rows: list[Mapping] = []
     labels = Labels()
-    for original in records:
+    yield from _pairs_of_records(records, labels, skipped, language)
+    yield from labels.pairs(skipped)
+
+
+def labelled_answers(
+    records: Iterable[Mapping], skipped: Counter | None = None, language: str | None = None
+) -> Iterator[list[Message]]:
+    """Every answer of the records that `preferences` reads, labelled good or bad, whether it has a counterpart or not.
+
+    A pair gives two of them. The labels are in memory until the last record.
+    """
+    skipped = Counter() if skipped is None else skipped
+    labels = Labels()
+    for pair in _pairs_of_records(records, labels, skipped, language):
+        for is_good, answer in ((True, pair[-2]), (False, pair[-1])):
+            yield _labelled([*pair[:-2], answer], is_good)
+    yield from labels.single()
+
+
+def _pairs_of_records(
+    records: Iterable[Mapping], labels: Labels, skipped: Counter, language: str | None
+) -> Iterator[list[Message]]:
+    """The pairs of records; what labels a single answer is added to `labels`."""
+    oasst_rows: list[Mapping] = []
+    for original in latest_events(records, skipped):
         record = {str(field).strip().lower(): value for field, value in original.items()}
         if is_oasst_row(record):
             oasst_rows.append(slim_row(record))
@@ -72,13 +98,17 @@ def preferences(
             count_unknown(original, skipped)
     for chosen, rejected in oasst_answers(oasst_rows, skipped, language):
         yield from _pair(chosen, rejected, skipped)
-    yield from labels.pairs(skipped)
 
 
 def differing_answers(messages: list[Message]) -> list[Message] | None:
     """A pass that drops a pair whose answers the passes before it have made equal or empty."""
     chosen, rejected = (message["content"] for message in messages[-2:])
     return messages if chosen != rejected and chosen and rejected else None
+
+
+def nonempty_answer(messages: list[Message]) -> list[Message] | None:
+    """A pass that drops a labelled answer that the passes before it have made empty."""
+    return messages if any(message["content"] for message in messages[-2:]) else None
 
 
 def _pair(chosen: Turns, rejected: Turns, skipped: Counter) -> Iterator[list[Message]]:
@@ -100,6 +130,13 @@ def _pair(chosen: Turns, rejected: Turns, skipped: Counter) -> Iterator[list[Mes
         yield _joined(found, other[-1]["content"])
 
 
+def _labelled(messages: list[Message], is_good: bool) -> list[Message]:
+    """A conversation that ends with a labelled answer, as a pair whose other answer is empty."""
+    if is_good:
+        return _joined(messages, "")
+    return _joined([*messages[:-1], {"role": "assistant", "content": ""}], messages[-1]["content"])
+
+
 def _joined(chosen: list[Message], rejected: str) -> list[Message]:
     """A pair as one conversation."""
     prompt = [{"role": message["role"], "content": message["content"]} for message in chosen[:-1]]
@@ -116,6 +153,9 @@ def _pairs(record: Mapping, skipped: Counter) -> list[tuple[Turns, Turns]] | Non
         messages = list_of_turns(record["messages"])
         better = {"role": "assistant", "content": record["correction"]}
         return [([*messages[:-1], better], messages)]
+    if (worse := preferred_reply(record)) is not None and is_list_of_turns(record.get("messages")):
+        messages = list_of_turns(record["messages"])
+        return [(messages, [*messages[:-1], {"role": "assistant", "content": worse}])]
     for chosen, rejected in _ANSWERS:
         if chosen in record and rejected in record:
             scores = record.get(f"score_{chosen}"), record.get(f"score_{rejected}")
@@ -207,6 +247,8 @@ def _transcript(text: str) -> Turns | None:
 
 def _label(record: Mapping) -> tuple[Turns, bool] | None:
     """The conversation and the label of a record that labels one answer: KTO's layout, or feedback with a rating."""
+    if isinstance(record.get("correction"), str) or preferred_reply(record) is not None:
+        return None  # it says more than a rating
     if "rating" in record and is_list_of_turns(record.get("messages")):
         label: Any = {"good": True, "bad": False}.get(str(record["rating"]).strip().lower())
         conversation = list_of_turns(record["messages"])
@@ -229,6 +271,13 @@ class Labels:
         if messages := usable_messages(conversation, skipped):
             prompt = json.dumps([(message["role"], message["content"].strip()) for message in messages[:-1]])
             self._answers.setdefault(prompt, {True: [], False: []})[label].append(messages)
+
+    def single(self) -> Iterator[list[Message]]:
+        """Each labelled answer by itself."""
+        for answers in self._answers.values():
+            for is_good, conversations in answers.items():
+                for messages in conversations:
+                    yield _labelled(messages, is_good)
 
     def pairs(self, skipped: Counter) -> Iterator[list[Message]]:
         """A pair for each label, or the larger number of labels: the shorter list starts again when it has ended."""

@@ -28,6 +28,7 @@ const ADVICE = {
   429: "Many people are using the server. Wait a moment and try again.",
   500: "This is a fault of the server. Its terminal shows the details.",
   503: "The server is starting or stopping. Wait a moment and try again.",
+  507: "Ask whoever started the server to free some space, or export your feedback.",
 };
 const UNREACHABLE = "Check that serve.py is still running and that you are connected, then try again.";
 
@@ -105,10 +106,15 @@ async function request(path, body, { signal, onBusy = () => {} } = {}) {
   }
 }
 
-/** The models of the server, as GET /v1/models lists them. */
+/** The models of the server, as GET /v1/models lists them, and whether it keeps feedback. */
 export async function listModels() {
   const answer = await (await request("v1/models", null)).json();
-  return answer.data;
+  return { models: answer.data, keepsFeedback: answer.keeps_feedback === true };
+}
+
+/** Send what a person thinks of a reply; returns once it is on the server's disk. */
+export async function postFeedback(event) {
+  await request("v1/feedback", event);
 }
 
 /**

@@ -6,6 +6,7 @@ import { ComparePage } from "./compare.js";
 import { CompletePage } from "./complete.js";
 import { askForText } from "./dialogs.js";
 import { addIcons, announce, byId } from "./dom.js";
+import { exportFeedback, setKept } from "./feedback.js";
 import { errorBox, looksInside } from "./message.js";
 import { findModel } from "./models.js";
 import { setUpSettings } from "./settings.js";
@@ -73,6 +74,13 @@ byId("theme").addEventListener("click", () => {
 });
 setTheme(THEMES.includes(document.documentElement.dataset.theme) ? document.documentElement.dataset.theme : "auto");
 
+byId("export-feedback").addEventListener("click", () => {
+  const n = exportFeedback(pages.compare.events.values());
+  const text = n === 0 ? "No reply has been rated yet." : `Feedback on ${n} ${n === 1 ? "reply" : "replies"} was exported to jojo-feedback.jsonl.`;
+  byId("import-result").textContent = text;
+  announce(text);
+});
+
 onKeyNeeded((wasWrong) => {
   const help = wasWrong ? "The server does not accept the last key." : "Whoever started the server has it. It is kept until you close this tab.";
   return askForText("This server needs a key", "API key", "Use this key", { type: "password", help });
@@ -89,7 +97,9 @@ async function loadModels() {
   const notice = byId("server-notice");
   notice.replaceChildren();
   try {
-    models = await listModels();
+    const found = await listModels();
+    models = found.models;
+    setKept(found.keepsFeedback);
   } catch (error) {
     notice.replaceChildren(errorBox(error, loadModels));
     return;

@@ -5,9 +5,10 @@ import { askToConfirm } from "./dialogs.js";
 import { announce, byId, element, iconButton } from "./dom.js";
 import { announceReply, copyButton, ReplyView, userMessage } from "./message.js";
 import { editor } from "./editor.js";
+import { correct, eventOf, feedbackButtons, sendEvent } from "./feedback.js";
 import { fillPicker, findModel, whereNoModel } from "./models.js";
 import { generate, newId, newReply, takeInstead } from "./reply.js";
-import { apiMessages, newChat, saveChat, shownReply, titleOf } from "./store.js";
+import { askedMessages, askedNow, newChat, saveChat, shownReply, titleOf } from "./store.js";
 
 export class ChatPage {
   /** `onChange(chat)` is called when the list of chats has to show something new. */
@@ -109,7 +110,7 @@ export class ChatPage {
   }
 
   #actions(message, reply) {
-    const buttons = [copyButton(() => reply.text)];
+    const buttons = [...this.#feedback(message, reply), copyButton(() => reply.text)];
     if (message.versions.length > 1) {
       const turn = (step) => () => {
         message.version = (message.version + step + message.versions.length) % message.versions.length;
@@ -127,6 +128,33 @@ export class ChatPage {
     if (reply.finish !== "stop" && reply.text) buttons.push(iconButton("play", "Continue this reply", () => this.#run(message, reply)));
     buttons.push(iconButton("repeat", "Regenerate", () => this.#newVersion(message, newReply(this.picker.value))));
     return buttons;
+  }
+
+  /** The buttons that judge a reply. On a person's own words there is only the one that changes them. */
+  #feedback(message, reply) {
+    const judged = message.versions.find((one) => one.id === reply.corrects) ?? reply;
+    const onImprove = () => this.#improve(message, judged);
+    return feedbackButtons(judged, { onJudge: () => this.#keep(message, judged), onImprove, only: judged !== reply });
+  }
+
+  #keep(message, reply) {
+    this.#save();
+    sendEvent(eventOf(reply, askedMessages(this.chat, message, reply)), this.views.get(message.id).notice);
+  }
+
+  /** Let the person say a reply better: what they write becomes the version that is shown, and nothing is dropped. */
+  #improve(message, reply) {
+    const view = this.views.get(message.id);
+    const use = (text) => {
+      const isSame = correct(reply, text);
+      if (!isSame) message.versions.push({ ...newReply(reply.model, { text }), finish: "stop", corrects: reply.id });
+      message.version = isSame ? message.versions.indexOf(reply) : message.versions.length - 1;
+      view.update(shownReply(message));
+      view.node.querySelector(".word-button").focus();
+      announce(isSame ? "The reply is the model's." : "The reply is now what you wrote.");
+      this.#keep(message, reply);
+    };
+    editor(view.node, reply.feedback?.correction ?? reply.text, "Say it better", [["Use this", use]]);
   }
 
   #send(text) {
@@ -226,7 +254,8 @@ export class ChatPage {
     chat.updated = Date.now();
     this.#save();
     announce("The model is writing.");
-    const messages = apiMessages(chat, chat.messages.indexOf(message));
+    reply.asked = askedNow(chat, message);
+    const messages = askedMessages(chat, message, reply);
     const done = Promise.resolve(previous?.done).then(() => generate(reply, model, { messages }, controller.signal, onUpdate));
     this.running.set(chat.id, { chat, controller, done });
     this.composer.setRunning(true);

@@ -23,10 +23,12 @@ export function element(tag, attributes = {}, ...children) {
 // Stroked paths on a grid of 24.
 const ICONS = {
   add: "M12 5v14M5 12h14",
+  bad: "M4 13h3V4H4zM7 13l4 8c1.4 0 2.2-1 2.2-2.3V15h5c1.2 0 2-1.1 1.7-2.2l-1.7-7.3c-.2-.9-1-1.5-1.9-1.5H7",
   close: "M6 6l12 12M18 6L6 18",
   copy: "M9 9h10v11H9zM5 15V4h10",
   down: "M12 4v12M7 11l5 5 5-5M5 20h14",
   edit: "M5 19l1-4L16 5l3 3L9 18zM14 7l3 3",
+  good: "M4 11h3v9H4zM7 11l4-8c1.4 0 2.2 1 2.2 2.3V9h5c1.2 0 2 1.1 1.7 2.2l-1.7 7.3c-.2.9-1 1.5-1.9 1.5H7",
   left: "M14 6l-6 6 6 6",
   menu: "M4 7h16M4 12h16M4 17h16",
   play: "M8 6l9 6-9 6z",

@@ -4,6 +4,7 @@ import { element, growWithText } from "./dom.js";
 
 /** Edit `text` in the position of `node`. `choices` are [label, function of the new text]; Enter takes the first. */
 export function editor(node, text, label, choices) {
+  const opener = document.activeElement;
   const area = element("textarea", { class: "edit", "aria-label": label, rows: 1, value: text });
   const close = () => form.replaceWith(node);
   const finish = (choose) => {
@@ -16,7 +17,7 @@ export function editor(node, text, label, choices) {
   );
   const cancel = () => {
     close();
-    node.querySelector("button")?.focus();
+    (node.contains(opener) ? opener : node.querySelector("button"))?.focus();
   };
   const form = element(
     "form",
@@ -35,5 +36,6 @@ export function editor(node, text, label, choices) {
   node.replaceWith(form);
   grow();
   area.focus();
+  form.scrollIntoView({ block: "nearest" });
   area.setSelectionRange(text.length, text.length);
 }

@@ -28,11 +28,15 @@ export class ReplyView {
     this.state = element("div", { class: "state" });
     this.numbers = element("span", { class: "numbers" });
     this.buttons = element("div", { class: "actions" });
+    this.better = element("p", { class: "better", dir: "auto", hidden: true });
+    this.notice = element("div"); // what went wrong with the feedback
     this.node = element(
       "article",
       { class: "message assistant", "aria-label": "Reply" },
       this.body,
       this.state,
+      this.better,
+      this.notice,
       element("div", { class: "message-foot" }, this.numbers, this.buttons),
     );
     this.update();
@@ -40,11 +44,17 @@ export class ReplyView {
 
   /** Show the reply as it is now; while it grows only what is new is added. */
   update(reply = this.reply) {
-    if (reply !== this.reply) this.#clear();
+    if (reply !== this.reply) {
+      this.#clear();
+      this.notice.replaceChildren();
+    }
     this.reply = reply;
     if (looksInside() && reply.tokens.length > 0) this.#showTokens();
     else this.#showText();
     this.#showState();
+    const correction = reply.feedback?.correction;
+    this.better.hidden = !correction;
+    this.better.textContent = correction ? `Said better: ${correction}` : "";
     const running = reply.finish === null;
     this.node.classList.toggle("running", running);
     this.node.setAttribute("aria-busy", running);

@@ -25,6 +25,8 @@ export function newReply(model, { tokens = [], text = null } = {}) {
     usage: null,
     nGenerated: 0,
     tokensPerSecond: null,
+    digest: null, // of the model's weights
+    feedback: null, // what the person thinks of it; see feedback.js
     waiting: null, // what the reply waits for, as a sentence
     error: null,
   };
@@ -79,7 +81,7 @@ export async function generate(reply, model, input, signal, onUpdate) {
     reply.waiting = `The server is busy. Trying again in ${seconds} s.`;
     onUpdate(reply);
   };
-  Object.assign(reply, { finish: null, error: null, usage: null, tokensPerSecond: null, waiting: "Waiting for the model." });
+  Object.assign(reply, { finish: null, error: null, usage: null, tokensPerSecond: null, digest: null, feedback: null, waiting: "Waiting for the model." });
   onUpdate(reply);
   let firstTime = 0;
   let nTimed = 0;
@@ -89,6 +91,7 @@ export async function generate(reply, model, input, signal, onUpdate) {
         reply.waiting = "Waiting for other replies to finish.";
       } else {
         if (event.usage) reply.usage = event.usage;
+        reply.digest = event.system_fingerprint ?? reply.digest;
         const choice = event.choices?.[0];
         const text = choice?.delta?.content ?? choice?.text ?? "";
         const tokens = choice?.logprobs?.content?.map(parseToken) ?? [];
@@ -129,7 +132,7 @@ export function takeInstead(reply, index, alternative) {
 
 /** One line of numbers: tokens, tokens per second, why it ended. */
 export function describe(reply) {
-  const parts = [reply.model];
+  const parts = [reply.corrects ? "said better by you" : reply.model];
   const n = reply.tokens.length || reply.usage?.completion_tokens || reply.nGenerated;
   if (n) parts.push(n === 1 ? "1 token" : `${n.toLocaleString("en")} tokens`);
   if (reply.tokensPerSecond) parts.push(`${reply.tokensPerSecond.toLocaleString("en", { maximumSignificantDigits: 3 })} tokens/s`);

@@ -9,7 +9,7 @@ const STORED = "jojo.settings";
 
 // Names and ranges are those of the API. `fallback` is what the server uses where a model says nothing else.
 const SETTINGS = [
-  { name: "temperature", label: "Temperature", min: 0, max: 100, step: "any", help: "Lower is more focused. 0 always takes the likeliest token." },
+  { name: "temperature", label: "Temperature", min: 0, max: 2, step: "any", help: "Lower is more focused. 0 always takes the likeliest token." },
   { name: "top_k", label: "Top k", min: 0, max: 100_000, step: 1, help: "Draw from this many of the likeliest tokens. 0: from all." },
   { name: "top_p", label: "Top p", min: 0.01, max: 1, step: "any", fallback: 1, help: "Draw from the likeliest tokens that together have this probability." },
   { name: "min_p", label: "Min p", min: 0, max: 1, step: "any", fallback: 0, help: "Draw from tokens at least this many times as likely as the likeliest." },

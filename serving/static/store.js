@@ -2,6 +2,8 @@
 //
 // chat: {id, title, updated, system, model, messages}
 // message: {id, role: "user", text} or {id, role: "assistant", versions: [reply], version: index of the one shown}
+// A reply also has `asked` {system, versions}, what the messages before it were, and, if the person wrote it to say
+// another version better, `corrects`, the id of that version.
 //
 // The tokens of a chat's replies are by far its largest part and the only one that can be done without. They are
 // kept under a second key, and dropped, oldest chat first, when the browser's few megabytes are full.
@@ -101,10 +103,23 @@ export function deleteChat(id) {
   localStorage.removeItem(TOKENS + id);
 }
 
-/** The messages of a chat as the API takes them, up to (not including) `end`. */
-export function apiMessages(chat, end = chat.messages.length) {
-  const messages = chat.system.trim() ? [{ role: "system", content: chat.system }] : [];
-  return messages.concat(chat.messages.slice(0, end).map((message) => ({ role: message.role, content: textOf(message) })));
+/** Messages as the API takes them, after a system message if there is one. */
+function apiMessages({ system, messages }) {
+  const first = system.trim() ? [{ role: "system", content: system }] : [];
+  return first.concat(messages.map((message) => ({ role: message.role, content: textOf(message) })));
+}
+
+/** The system message and the versions that are shown now, to which the reply of `message` is made. */
+export function askedNow(chat, message) {
+  const before = chat.messages.slice(0, chat.messages.indexOf(message));
+  return { system: chat.system, versions: before.map((one) => one.version ?? null) };
+}
+
+/** The messages that a version of `message` answers, as they were when it was made. */
+export function askedMessages(chat, message, { asked }) {
+  const { system, versions } = asked ?? askedNow(chat, message);
+  const messages = versions.map((version, i) => (version === null ? chat.messages[i] : { ...chat.messages[i], version }));
+  return apiMessages({ system, messages });
 }
 
 /** Chats as JSONL, one a line, in the layout that data/prepare-chat.py --input reads; it ignores the title. */

@@ -1,0 +1,115 @@
+"""Measure what teaching has changed in models that chat: style, fitting replies, names, length, loss on chitchat.
+
+    python testing_tools/measure_teaching.py models/chitchat1500.pt models/chitchat+pirate300.pt
+
+prints a row per model:
+
+- style: replies to the 40 openers of chat_eval.py that contain a pirate's word
+- openers, names, facts, beyond, tales: the scores of chat_eval.py
+- length: the mean length of the replies to 100 first messages of chitchat's validation split, in tokens with
+  `<|im_end|>`, and how many different replies there are
+- loss: that of what the assistant says in the beginning of chitchat's validation split, in nats per token
+
+All replies are decoded greedily. No prompt is one of those that make_preferences.py uses.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import statistics
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from chat_eval import SUMS, Answer, evaluate, model_reply, scores, sum_of
+from make_preferences import has_style, held_out_prompts, replies
+
+from common.cli import option, parse_options, run_script
+from common.device import choose_device, choose_dtype, device_option, dtype_option
+from common.files import atomic_write
+from data.dataset import open_dataset
+
+if TYPE_CHECKING:
+    from evaluation.splits import Split
+    from model import GPT
+    from setup_tokenizer import Tokenizer
+
+COLUMNS = ("style", *SUMS, "length", "different", "loss")
+
+
+@dataclasses.dataclass(frozen=True)
+class MeasureOptions:
+    checkpoints: tuple[str, ...] = option((), "the models", positional=True, nargs="+")
+    data_dir: str = option("data", "folder of the prepared data", metavar="DIR")
+    limit: int | None = option(100_000, "measure the loss on about the first N tokens", at_least=1, metavar="N")
+    json: str | None = option(None, "also write the numbers and all replies to this file", metavar="FILE")
+    device: str | None = device_option(None)
+    dtype: str | None = dtype_option(None)
+
+
+def n_styled(answers: list[Answer]) -> int:
+    """How many replies to the openers are in the style."""
+    return sum(has_style(answer.reply) for answer in answers if sum_of(answer.category) == "openers")
+
+
+def reply_lengths(model: GPT, tokenizer: Tokenizer, prompts: list[str]) -> tuple[float, int]:
+    """The mean length of the replies to `prompts` in tokens with `<|im_end|>`, and the number of different replies."""
+    from generation.sampling import GREEDY
+
+    found = replies(model, tokenizer, GREEDY, None, prompts)
+    return statistics.mean(map(len, found)), len(set(map(tuple, found)))
+
+
+def chitchat_loss(model: GPT, split: Split, device: str, dtype: str) -> float:
+    """The loss of what the assistant says, in nats per token, as evaluate.py measures it."""
+    from evaluation.scoring import score, summarize
+
+    losses, is_right = score(model, split, model.config.block_size // 2, device=device, dtype=dtype)
+    return summarize(split, split.main_scope, losses, is_right)["loss"]
+
+
+def measure(path: str, options: MeasureOptions, device: str) -> dict[str, Any]:
+    """The numbers of COLUMNS for a model, and its answers."""
+    from evaluation.splits import read_split
+    from exchange.loading import load_model, tokenizer_of
+
+    dtype = choose_dtype(options.dtype, device)
+    model, info = load_model(path, device)
+    tokenizer = tokenizer_of(path, info, model)
+    streams, _ = open_dataset(Path(options.data_dir), "chitchat")
+    split = read_split("chitchat", streams["val"], True, options.limit, tokenizer)
+    answers = evaluate(model_reply(model, tokenizer))
+    right = {name: row["right"] for name, row in scores(answers).items()}
+    length, different = reply_lengths(model, tokenizer, held_out_prompts(options.data_dir))
+    return {
+        "checkpoint": path,
+        "style": n_styled(answers),
+        **{name: right[name] for name in SUMS},
+        "length": length,
+        "different": different,
+        "loss": chitchat_loss(model, split, device, dtype),
+        "answers": [dataclasses.asdict(answer) for answer in answers],
+    }
+
+
+def main() -> None:
+    options = parse_options(MeasureOptions, __doc__)
+    device = choose_device(options.device)
+    width = max(map(len, options.checkpoints))
+    print(f"{'':<{width}} " + "".join(f"{name:>10}" for name in COLUMNS))
+    measured = []
+    for path in options.checkpoints:
+        row = measure(path, options, device)
+        measured.append(row)
+        numbers = (f"{row[name]:.4f}" if name == "loss" else f"{row[name]:.4g}" for name in COLUMNS)
+        print(f"{path:<{width}} " + "".join(f"{number:>10}" for number in numbers), flush=True)
+    if options.json:
+        with atomic_write(options.json, "w", encoding="utf-8") as file:
+            json.dump(measured, file, ensure_ascii=False, indent=1)
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,85 @@
+"""testing_tools/compare_optimizers.py: its variants do what they say, and its runs are train.py's."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import train
+from training.options import TrainOptions
+
+sys.path.append(str(Path(train.__file__).parent / "testing_tools"))
+import compare_optimizers
+from compare_optimizers import CautiousMuon, PolarMuon, best_quintic, polar_coefficients
+from random_data import write_dataset
+
+SHAPE = {"n_layer": 1, "n_head": 2, "n_embd": 16, "block_size": 16}
+
+
+@pytest.mark.parametrize(("low", "high"), [(0.02, 1.0), (0.2, 1.8), (0.6, 1.4)])
+def test_no_other_quintic_has_a_smaller_largest_error(low, high):
+    """The largest error is convex in the coefficients, so a minimum among near ones is the minimum."""
+    x = np.linspace(low, high, 4001)
+
+    def largest_error(coefficients):
+        a, b, c = coefficients
+        return np.abs(1 - (a * x + b * x**3 + c * x**5)).max()
+
+    best = np.array(best_quintic(low, high))
+    rng = np.random.default_rng(0)
+    others = [largest_error(best * (1 + 1e-3 * rng.standard_normal(3))) for _ in range(500)]
+    assert largest_error(best) < min(others)
+    assert largest_error(best) < largest_error([15 / 8, -10 / 8, 3 / 8])
+
+
+def test_polar_iterations_bring_singular_values_nearer_to_one_than_muons():
+    values = torch.logspace(-2.4, 0, 30, dtype=torch.float64)
+    u, _, v = torch.linalg.svd(torch.randn(30, 50, dtype=torch.float64), full_matrices=False)
+    matrix = (u * values) @ v
+    distances = []
+    for kind in (PolarMuon, torch.optim.Muon):
+        optimizer = kind([torch.nn.Parameter(torch.ones(2, 2))])
+        group = optimizer.param_groups[0]
+        orthogonalised = compare_optimizers.Muon.orthogonalised if kind is torch.optim.Muon else kind.orthogonalised
+        for one in (matrix, matrix.T):
+            found = torch.linalg.svdvals(orthogonalised(optimizer, one[None] / matrix.norm(), group)[0])
+            distances.append(float((found - 1).abs().max()))
+    assert max(distances[:2]) < 0.2 < min(distances[2:])
+    assert len(polar_coefficients(3)) == 3
+
+
+def test_cautious_decay_is_that_of_weights_that_the_update_makes_smaller():
+    start = torch.tensor([[2.0, -2.0], [3.0, 4.0]])
+    weight = torch.nn.Parameter(start.clone())
+    optimizer = CautiousMuon([weight], lr=0.1, weight_decay=0.5)
+    update = torch.tensor([[[0.5, 0.5], [-0.5, 0.0]]])
+    with torch.no_grad():
+        optimizer.apply([weight], update, optimizer.param_groups[0])
+    decayed = torch.tensor([[True, False], [False, False]])
+    torch.testing.assert_close(weight.detach(), start * (1 - 0.05 * decayed) - 0.1 * update[0])
+
+
+def test_its_runs_are_train_pys_and_the_table_says_what_they_reached(tmp_path, monkeypatch, capsys):
+    write_dataset(tmp_path, "random", "text", n_tokens=3000, seed=1)
+    shape = [word for name, value in SHAPE.items() for word in (f"--{name}", str(value))]
+    words = [*shape, "--dataset", "random", "--data_dir", str(tmp_path), "--device", "cpu", "--batch_size", "4"]
+    words += ["--max_iters", "4", "--eval_iters", "2", "--seeds", "3", "4", "--variants", "adamw", "muon", "polar"]
+    monkeypatch.setattr(sys, "argv", ["compare_optimizers.py", *words, "--json", str(tmp_path / "losses.json")])
+    compare_optimizers.main()
+    table = capsys.readouterr().out.splitlines()[-3:]
+    found = {one["variant"]: one["losses"] for one in json.loads((tmp_path / "losses.json").read_text())["losses"]}
+    assert [line.split()[:2] for line in table] == [["adamw", "4"], ["muon", "4"], ["polar", "4"]]
+    assert f"{min(found['muon']):8.3f}{max(found['muon']):8.3f}" in table[1]
+    for optimizer in ("adamw", "muon"):
+        given = {**SHAPE, "dataset": "random", "data_dir": str(tmp_path), "out_dir": str(tmp_path), "device": "cpu"}
+        given |= {"batch_size": 4, "max_iters": 4, "eval_iters": 2, "seed": 3, "optimizer": optimizer, "compile": False}
+        train.train(TrainOptions(**given), given)
+        lines = [json.loads(line) for line in (tmp_path / "random4.jsonl").read_text().splitlines()]
+        losses = [line["val_loss"] for line in lines if line.get("val_loss") is not None]
+        assert losses[-1] == pytest.approx(found[optimizer][0], abs=1e-6)
+    assert found["polar"] != found["muon"]
