@@ -31,7 +31,7 @@ from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from chat_eval import form_fault, load_questions, openers, user_says
+from chat_scores import form_fault, load_questions, openers, user_says
 
 from common.cli import UserError, option, parse_options, run_script
 from common.device import choose_device, choose_dtype, device_option, dtype_option

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from chat_eval import SUMS, Answer, evaluate, model_reply, scores, sum_of
+from chat_scores import SUMS, Answer, evaluate, model_reply, scores, sum_of
 from make_preferences import has_style, held_out_prompts, replies
 
 from common.cli import option, parse_options, run_script

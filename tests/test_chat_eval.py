@@ -9,18 +9,18 @@ import pytest
 
 from data.chitchat.templates import assistant_words, load_phrases
 from setup_tokenizer import IM_END, IM_END_ID
-from tests.test_chitchat import chat_eval, run_script
+from tests.test_chitchat import chat_scores, run_script
 
 
 @pytest.fixture(scope="module")
 def questions():
-    return chat_eval.load_questions()
+    return chat_scores.load_questions()
 
 
 def test_there_are_ten_openers_of_each_kind(questions):
     counts = [len(group["questions"]) for group in questions["openers"].values()]
     assert counts == [10, 10, 10, 10]
-    assert len({opener for _, opener, _ in chat_eval.openers(questions)}) == 40
+    assert len({opener for _, opener, _ in chat_scores.openers(questions)}) == 40
 
 
 GOOD = {
@@ -38,8 +38,8 @@ class FakeAssistant:
     """An assistant who gives fixed replies by kind of opener, and remembers names and facts."""
 
     def __init__(self, questions, replies, value_reply="It is {value}.", beyond=HONEST, tale=TALE):
-        self.kinds = {opener: category for category, opener, _ in chat_eval.openers(questions)}
-        self.names = {introduction: name for name, introduction in chat_eval.introductions(questions)}
+        self.kinds = {opener: category for category, opener, _ in chat_scores.openers(questions)}
+        self.names = {introduction: name for name, introduction in chat_scores.introductions(questions)}
         self.values = {
             f["tell"].format(value=v): (f["ask"], v) for f in questions["facts"].values() for v in f["values"]
         }
@@ -47,7 +47,7 @@ class FakeAssistant:
         self.questions, self.replies = questions, replies
         self.value_reply, self.honest, self.tale = value_reply, beyond, tale
 
-    def __call__(self, messages, max_tokens=chat_eval.MAX_REPLY_TOKENS):
+    def __call__(self, messages, max_tokens=chat_scores.MAX_REPLY_TOKENS):
         assert [message["role"] for message in messages] == (["user", "assistant"] * len(messages))[: len(messages)]
         said = [message["content"] for message in messages[::2]]
         return self.reply(said, said[-1]) + IM_END
@@ -67,7 +67,7 @@ class FakeAssistant:
 
 
 def test_a_perfect_assistant_gets_full_marks(questions):
-    table = chat_eval.scores(chat_eval.evaluate(FakeAssistant(questions, GOOD), questions))
+    table = chat_scores.scores(chat_scores.evaluate(FakeAssistant(questions, GOOD), questions))
     assert table["openers"] == {"right": 40, "asked": 40}
     assert table["names"] == {"right": 50, "asked": 50}
     assert table["facts"] == table["beyond"] == {"right": 40, "asked": 40}
@@ -75,7 +75,7 @@ def test_a_perfect_assistant_gets_full_marks(questions):
 
 
 def test_the_conversations_have_eight_turns_and_ask_two_to_five_turns_after_a_fact(questions):
-    conversations = chat_eval.conversations(questions)
+    conversations = chat_scores.conversations(questions)
     distances = []
     for turns in conversations:
         assert len(turns) == 8 and turns[7].expected is not None
@@ -97,7 +97,7 @@ def test_the_conversations_have_eight_turns_and_ask_two_to_five_turns_after_a_fa
 )
 def test_faults_of_a_reply_beyond_small_talk(questions, reply, fault):
     beyond = questions["beyond"]
-    assert fault in chat_eval.beyond_fault(reply, beyond["fits"], beyond["offers"], assistant_words())
+    assert fault in chat_scores.beyond_fault(reply, beyond["fits"], beyond["offers"], assistant_words())
 
 
 @pytest.mark.parametrize(
@@ -111,8 +111,8 @@ def test_faults_of_a_reply_beyond_small_talk(questions, reply, fault):
     ],
 )
 def test_faults_of_a_tale(tale, fault):
-    assert fault in chat_eval.tale_fault(tale + IM_END, "Annika")
-    assert chat_eval.tale_fault(TALE.format(name="Annika") + IM_END, "Annika") is None
+    assert fault in chat_scores.tale_fault(tale + IM_END, "Annika")
+    assert chat_scores.tale_fault(TALE.format(name="Annika") + IM_END, "Annika") is None
 
 
 def test_every_line_of_the_generator_that_fits_is_accepted(questions):
@@ -123,7 +123,7 @@ def test_every_line_of_the_generator_that_fits_is_accepted(questions):
             for template in script["lines"][1]:
                 if "{name}" not in template:
                     reply = template + IM_END
-                    assert not chat_eval.opener_fault(reply, group["fits"], group["never"], known), reply
+                    assert not chat_scores.opener_fault(reply, group["fits"], group["never"], known), reply
 
 
 def test_a_reply_of_another_kind_never_fits(questions):
@@ -131,7 +131,7 @@ def test_a_reply_of_another_kind_never_fits(questions):
         if (right, wrong) == ("greeting", "how_are_you"):
             continue  # tested below: it needs the greeting's own words
         group = questions["openers"][right]
-        fault = chat_eval.opener_fault(GOOD[wrong] + IM_END, group["fits"], group["never"], assistant_words())
+        fault = chat_scores.opener_fault(GOOD[wrong] + IM_END, group["fits"], group["never"], assistant_words())
         assert fault, (right, wrong)
 
 
@@ -150,12 +150,12 @@ def test_a_reply_of_another_kind_never_fits(questions):
 )
 def test_faults_of_a_greeting(questions, reply, fault):
     group = questions["openers"]["greeting"]
-    found = chat_eval.opener_fault(reply, group["fits"], group["never"], assistant_words())
+    found = chat_scores.opener_fault(reply, group["fits"], group["never"], assistant_words())
     assert fault in found
 
 
 def test_the_time_of_day_must_agree(questions):
-    answers = chat_eval.evaluate(FakeAssistant(questions, {**GOOD, "greeting": "Good morning!"}), questions)
+    answers = chat_scores.evaluate(FakeAssistant(questions, {**GOOD, "greeting": "Good morning!"}), questions)
     faults = {answer.question: answer.fault for answer in answers if answer.category == "greeting"}
     assert faults["A very good morning to you"] is None
     assert faults["Good evening, dear Jojo, here I am"]
@@ -166,13 +166,13 @@ def test_the_time_of_day_must_agree(questions):
 )
 def test_only_exactly_that_name_counts(reply):
     ended = reply if reply.endswith("Petra") else reply + IM_END
-    assert chat_eval.value_fault(ended, "Petra")
-    assert chat_eval.value_fault(f"Your name is Petra.{IM_END}", "Petra") is None
+    assert chat_scores.value_fault(ended, "Petra")
+    assert chat_scores.value_fault(f"Your name is Petra.{IM_END}", "Petra") is None
 
 
 def test_forgotten_names_lower_the_score(questions):
     assistant = FakeAssistant(questions, GOOD, value_reply="You have not told me your name yet.")
-    table = chat_eval.scores(chat_eval.evaluate(assistant, questions))
+    table = chat_scores.scores(chat_scores.evaluate(assistant, questions))
     assert table["names"] == {"right": 0, "asked": 50} and table["facts"] == {"right": 0, "asked": 40}
 
 

@@ -33,7 +33,7 @@ def load_module(path: str):
     return sys.modules[name]
 
 
-chat_eval = load_module("testing_tools/chat_eval.py")
+chat_scores = load_module("testing_tools/chat_scores.py")
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +43,7 @@ def conversations():
 
 @pytest.fixture(scope="module")
 def questions():
-    return chat_eval.load_questions()
+    return chat_scores.load_questions()
 
 
 def normalised(text: str) -> str:
@@ -155,7 +155,7 @@ def test_a_tale_is_about_the_user(conversations):
     for talk in conversations:
         for index, message in enumerate(talk):
             if message["content"].endswith("The end."):
-                assert chat_eval.tale_fault(message["content"] + IM_END, hero_of(message["content"])) is None
+                assert chat_scores.tale_fault(message["content"] + IM_END, hero_of(message["content"])) is None
                 told = re.search(
                     r"(?:Nice to meet you|nice to meet you|Hello|Hi), (\w+)", talk[max(0, index - 2)]["content"]
                 )
@@ -172,7 +172,7 @@ def test_questions_beyond_small_talk_get_an_honest_reply(conversations, question
     beyond = questions["beyond"]
     for script in load_phrases()["topics"]["beyond"]:
         for reply in script["lines"][1]:
-            assert chat_eval.beyond_fault(reply + IM_END, beyond["fits"], beyond["offers"], assistant_words()) is None
+            assert chat_scores.beyond_fault(reply + IM_END, beyond["fits"], beyond["offers"], assistant_words()) is None
     honest = [
         message["content"] for talk in conversations for message in talk if "very small model" in message["content"]
     ]
@@ -237,7 +237,7 @@ def test_no_opener_and_no_question_beyond_small_talk_is_ever_emitted(questions, 
     """By the templates' grammar, with any filler before and after; and by looking at what was emitted."""
     phrases = load_phrases()
     before, after = ("|".join(map(squeezed, phrases["noise"][place])) for place in ("before", "after"))
-    openers = [(category, opener) for category, opener, _ in chat_eval.openers(questions)]
+    openers = [(category, opener) for category, opener, _ in chat_scores.openers(questions)]
     openers += [(kind, question) for kind, group in questions["beyond"]["questions"].items() for question in group]
     opener_words = {word for _, opener in openers for word in words_of(opener)}
     all_names = {name.lower() for name in (*real_names(), *made_up_names())}

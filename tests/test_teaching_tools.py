@@ -21,7 +21,7 @@ from model import GPT, GPTConfig
 from setup_tokenizer import GPT2, IM_END, N_VOCAB
 from tests.test_testing_tools import TOOLS, load, run_tool
 
-chat_eval = load("chat_eval")
+chat_scores = load("chat_scores")
 make = load("make_preferences")
 measure = load("measure_teaching")
 
@@ -76,7 +76,7 @@ def test_words_that_only_contain_a_pirates_word_are_not_the_style():
 
 
 def test_prompts_are_distinct_and_none_is_measured(data_dir):
-    measured = {text.casefold() for _, text, _ in chat_eval.openers(chat_eval.load_questions())}
+    measured = {text.casefold() for _, text, _ in chat_scores.openers(chat_scores.load_questions())}
     held_out = make.held_out_prompts(data_dir)
     measured |= {text.casefold() for text in held_out}
     assert len(held_out) == len(set(held_out)) > 0
@@ -172,8 +172,8 @@ def test_the_loss_is_that_of_what_the_assistant_says(data_dir):
 
 def test_the_style_is_counted_in_the_replies_to_openers_alone():
     answers = [
-        chat_eval.Answer("greeting", "Hi", f"Arr, ahoy!{IM_END}", None),
-        chat_eval.Answer("thanks", "Thanks", f"My pleasure!{IM_END}", None),
-        chat_eval.Answer("name", "Who am I?", f"Arr, Ana.{IM_END}", None),
+        chat_scores.Answer("greeting", "Hi", f"Arr, ahoy!{IM_END}", None),
+        chat_scores.Answer("thanks", "Thanks", f"My pleasure!{IM_END}", None),
+        chat_scores.Answer("name", "Who am I?", f"Arr, Ana.{IM_END}", None),
     ]
     assert measure.n_styled(answers) == 1
