@@ -111,6 +111,8 @@ def test_short_runs_are_timed_as_they_run_without_compiling():
     machine = Machine(1e10)
     config = machine.config(preset="small", minutes=1)
     assert config.max_iters < 200 and not config.compile and not any(each.compile for each in machine.timed)
+    assert not Machine(1e12).config(preset="small", minutes=4).compile  # 200 iterations, but a minute is a lot of them
+    assert Machine(1e12).config(preset="small", minutes=4, compile=True).compile
     machine = Machine(1e12)
     config = machine.config(preset="small", minutes=5)
     assert config.max_iters > 200 and [each.compile for each in machine.timed] == [False, config.compile]

@@ -82,7 +82,8 @@ def test_few_data_get_a_small_model_however_long_it_may_train():
 def test_a_large_vocabulary_makes_each_token_more_expensive():
     small, large = (Budget(1e15, 1e9, n_vocab) for n_vocab in (1024, 50259))
     assert large.tokens_read(SHAPES[0]) < 0.1 * small.tokens_read(SHAPES[0])
-    assert choose_shape(large, SHAPES).weights() <= choose_shape(small, SHAPES).weights()
+    # Beside an expensive head, weights in the blocks cost little.
+    assert choose_shape(large, SHAPES).weights() >= choose_shape(small, SHAPES).weights()
 
 
 def test_what_does_not_fit_into_memory_is_not_chosen():
