@@ -6,7 +6,7 @@ prints:
 
     chitchat: made by data/chitchat from data/chitchat-phrases.json
     licence: MIT
-    train: 57,109 documents, 6,920,377 tokens in chitchat-train.bin
+    @T in chitchat-train.bin
     val: 2,891 documents, 352,219 tokens in chitchat-val.bin
 
 The conversations teach a tiny model to greet, to thank, to say goodbye, to remember a name or another fact that it was

@@ -28,8 +28,8 @@ from data.tales import short
 
 MADE_UP_NAME_FRACTION = 0.75  # of the names in conversations; the others are real ones
 LISTS = ("friends", "words")  # slots of several names: many tokens to copy, which teaches copying fastest
-# Values that a model has to copy: made-up words take the place of this fraction of them.
-MADE_UP_VALUES = {"city": 0.6, "colour": 0.6}
+# Values that a model has to copy: made-up words, and for pets people's names, take the place of this fraction of them.
+MADE_UP_VALUES = {"city": 0.8, "colour": 0.85, "pet_name": 0.75}
 TALE_WITH_NAME_FRACTION = 0.9  # of the tales told to a user whose name is known; the hero is the user
 SYSTEM_FRACTION = 0.15
 MAX_EXCHANGES = 10  # keeps a conversation under 500 tokens, so that it fits into a block of 512
@@ -85,7 +85,7 @@ class Talk:
         return self.rng.choice(self.phrases["values"][slot])
 
     def _new_name(self, slot: str) -> str:
-        if slot == "pet_name" and self.rng.random() < 0.5:
+        if slot == "pet_name" and self.rng.random() > MADE_UP_VALUES["pet_name"]:
             return self.rng.choice(self.phrases["names"]["Pets"].split())
         names = made_up_names() if self.rng.random() < MADE_UP_NAME_FRACTION else real_names()
         name = self.rng.choice(names)
@@ -220,6 +220,11 @@ def _small_talk(talk: Talk) -> None:
         talk.play_some(CLOSINGS, _count(rng, 50, 50))
 
 
+def _one_exchange(talk: Talk) -> None:
+    """A first message and its reply: few tokens, and without them a first "Bye!" is answered with "Hello!"."""
+    talk.play_some({"farewell": 8, "beyond": 6, "thanks": 2, "how_are_you": 2, "greeting": 2}, 1)
+
+
 def _long_talk(talk: Talk) -> None:
     """Facts that are asked for several exchanges after they were told."""
     rng = talk.rng
@@ -251,14 +256,15 @@ def _talk_with_tale(talk: Talk) -> None:
 # Kinds of conversation: how many in a hundred, and the function that makes them. Remembering is the hardest lesson, so
 # it is the most frequent one.
 KINDS = {
-    "name": (18, _talk_with_name),
+    "name": (10, _talk_with_name),
     "name_from_system": (2, _talk_with_name_from_system),
-    "fact": (8, _talk_with_facts),
-    "names": (6, _talk_with_many_names),
-    "long": (22, _long_talk),
+    "fact": (11, _talk_with_facts),
+    "names": (8, _talk_with_many_names),
+    "long": (27, _long_talk),
     "unknown": (3, _talk_without_fact),
-    "tale": (9, _talk_with_tale),
-    "chat": (32, _small_talk),
+    "tale": (8, _talk_with_tale),
+    "chat": (19, _small_talk),
+    "exchange": (12, _one_exchange),
 }
 
 

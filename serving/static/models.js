@@ -27,7 +27,7 @@ export function fillPicker(picker, models, format, wanted = null) {
 
 /** What to do where the server has no model of a kind. */
 export function whereNoModel(models, format) {
-  const example = format === "chat" ? "models/chitchat1500.pt" : "models/story5000.pt";
+  const example = format === "chat" ? "models/chitchat1150.pt" : "models/story5000.pt";
   const other = format === "chat" ? "The server has only text models: use the page “Complete”," : "The server has only chat models: use the page “Chat”,";
   const start = models.length > 0 ? other : "The server has no model:";
   return element("p", { class: "notice" }, `${start}${models.length > 0 ? " or" : ""} start it with one, for example `, element("code", {}, `python serve.py ${example}`), ".");
