@@ -25,15 +25,18 @@ SHAPE = "--n_layer 3 --n_head 2 --n_embd 16 --block_size 64 --batch_size 2 --eva
 
 # Patterns in the tutorial's commands, and what the test runs instead.
 STAND_INS = {
-    r"python data/prepare-chitchat\.py": "python data/prepare-chitchat.py --conversations 300",
+    r"prepare-chitchat\.py --conversations 5000": "prepare-chitchat.py --conversations 300",
+    r"prepare-chitchat\.py --tokenizer talk": "prepare-chitchat.py --tokenizer talk --conversations 300",
     r"python data/prepare-story\.py": "python data/prepare-story.py --input stories.txt",  # it downloads 2.2 GB
     r"python data/prepare-tales\.py": "python data/prepare-tales.py --stories 300",
     r"--vocab_size 1024\b": "--vocab_size 600",
+    r"--preset tiny --block_size 512 --batch_size 8\b": SHAPE,
     r"--preset tiny\b": SHAPE,
+    r"block_size=512\b": "block_size=128",
     r"train\.py --dataset story\b": f"train.py --dataset story {SHAPE}",
-    r"--max_iters (900|300|100)\b": "--max_iters 4",
-    r"--max_iters 1200\b": "--max_iters 6",
-    r"\b(chitchat|page|story|tales|own)(900|300|100)\b": r"\g<1>4",
+    r"--max_iters (1150|300|100)\b": "--max_iters 4",
+    r"--max_iters 1500\b": "--max_iters 6",
+    r"\b(chitchat|page|story|tales|own)(1150|300|100)\b": r"\g<1>4",
 }
 STORIES = "".join(
     f"Once upon a time there was a {animal} who had {n} shells. It gave one away and was glad.\n<|endoftext|>\n"
@@ -57,15 +60,19 @@ def tutorial() -> str:
 
 
 def commands() -> list[str]:
-    """Every command of the bash blocks, one per line."""
-    lines = [line for block in blocks() if block.language == "bash" for line in block.text.splitlines()]
-    return [line for line in lines if line.strip()]
+    """Every command of the bash blocks."""
+    return [line for block in blocks() if block.language == "bash" for line in lines_of(block)]
+
+
+def lines_of(block: Block) -> list[str]:
+    """The commands of a bash block; a backslash continues one on the next line."""
+    return [line for line in block.text.replace("\\\n", " ").splitlines() if line.strip()]
 
 
 def small(text: str) -> str:
     """A command or a Python block after replacing what STAND_INS names.
 
-    >>> small("python gen.py models/chitchat900.pt")
+    >>> small("python gen.py models/chitchat1150.pt")
     'python gen.py models/chitchat4.pt'
     """
     for pattern, replacement in STAND_INS.items():
@@ -85,8 +92,11 @@ def masked(line: str) -> str:
 
 @pytest.fixture(scope="module")
 def sandbox(tmp_path_factory) -> Path:
-    """A copy of the project without data and models."""
-    folder = tmp_path_factory.mktemp("tutorial")
+    return copy_of_the_project(tmp_path_factory.mktemp("tutorial"))
+
+
+def copy_of_the_project(folder: Path) -> Path:
+    """A copy of the project without data and models in `folder`."""
     rooms = {path.parent.name for path in ROOT.glob("*/*.py")} | {"docs"}
     suffixes = (".py", ".md", ".c", ".h")
     files = [path for room in rooms for path in (ROOT / room).rglob("*") if path.suffix in suffixes]
@@ -119,8 +129,7 @@ def test_the_commands_run_in_order_and_print_what_is_shown(sandbox):
     output, python_so_far = "", ""
     for block in blocks():
         if block.language == "bash":
-            lines = [line for line in block.text.splitlines() if line.strip()]
-            output = "".join(run(sandbox, ["bash", "-euo", "pipefail", "-c", small(line)]) for line in lines)
+            output = "".join(run(sandbox, ["bash", "-euo", "pipefail", "-c", small(line)]) for line in lines_of(block))
         elif block.language == "python":  # one session: later blocks use the names of earlier ones
             python_so_far += small(block.text)
             output = run(sandbox, [sys.executable, "-c", python_so_far])
@@ -131,22 +140,23 @@ def test_the_commands_run_in_order_and_print_what_is_shown(sandbox):
 
 
 @pytest.mark.slow
-def test_sections_2_to_4_print_exactly_what_they_show(sandbox):
+def test_sections_2_to_4_print_exactly_what_they_show(tmp_path):
     """With all conversations, on which the numbers and the row depend; above there are only a few of them."""
+    full = copy_of_the_project(tmp_path)
     pairs = list(itertools.pairwise(blocks()))
-    command, shown = next((first, second) for first, second in pairs if "prepare-chitchat.py" in first.text)
-    printed = run(sandbox, ["bash", "-c", f"{command.text.strip()} --output_dir full"])
+    prepare, shown = next((first, second) for first, second in pairs if "prepare-chitchat.py" in first.text)
+    printed = run(full, ["bash", "-euo", "pipefail", "-c", prepare.text])
     assert set(shown.text.splitlines()) <= set(printed.splitlines())
     session, before = "", ""
     for code, shown in pairs:
         if code.language == "python":
-            session += code.text.replace('Path("data")', 'Path("full")')
+            session += code.text
             before += shown.text
-            assert run(sandbox, [sys.executable, "-c", session]) == before
+            assert run(full, [sys.executable, "-c", session]) == before
 
 
 def test_every_stand_in_is_needed_and_every_training_run_is_small():
-    text = "\n".join(commands())
+    text = "\n".join([*commands(), *(block.text for block in blocks() if block.language == "python")])
     unused = [pattern for pattern in STAND_INS if not re.search(pattern, text)]
     assert not unused
     for command in commands():
