@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from common.device import without_cudnn_attention
-from generation.sampling import Sampling, draw, penalize_repetition, sample, seen_ids
+from generation.sampling import Sampling, penalize_repetition, sample, seen_ids
 from model import GPT, GPTConfig, KVCache
 
 ENDED = -1  # what `generate` yields for a row that has drawn a stop id
@@ -90,7 +90,7 @@ def generate(
             if observe is not None:
                 observe(logits)
             scores = logits if seen is None else penalize_repetition(logits, seen, penalty)
-            ids = sample(scores, sampling, generator, getattr(decode, "draw", draw))
+            ids = sample(scores, sampling, generator, getattr(decode, "draw", None))
             new = ids.tolist()
             yield torch.tensor([ENDED if done else token for token, done in zip(new, ended, strict=True)])
             ended = [done or token in stop_ids for token, done in zip(new, ended, strict=True)]

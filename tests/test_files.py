@@ -237,7 +237,7 @@ def test_a_file_system_without_locks_is_not_taken_for_another_run(tmp_path, monk
     def no_locks(file):
         raise OSError(errno.ENOLCK, "No locks available")
 
-    monkeypatch.setattr(files, "_lock", no_locks)
+    monkeypatch.setattr(files, "lock_file", no_locks)
     with pytest.raises(UserError, match="No locks available"):
         FileLock(tmp_path / "run.lock", "the run")
 
