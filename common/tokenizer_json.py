@@ -304,7 +304,7 @@ def _ordered_tokens(
     and these merges must be in the order of the tokens. That suffices. As long as no merge crosses the boundaries of
     a span, the span merges as it does alone, because what is outside cannot change which of its pairs is next. So
     whenever a text contains two neighbours that form a token, they are the parts that the token alone would have at
-    this point, which is the pair that the check has found. Both programs therefore choose the same pair at each step,
+    this point, which is the pair that the check has found. So both programs choose the same pair at each step,
     and further merges of the same token (converters from tiktoken's format write all of them) are never used.
     """
     byte_of = {character: bytes([byte]) for byte, character in byte_characters().items()}

@@ -181,7 +181,7 @@ def test_a_lock_that_is_held_too_long_is_a_sentence(tmp_path):
 
 
 def test_a_full_disk_is_a_sentence_and_leaves_no_half_line(tmp_path):
-    """The limit on the size of files stands in for the disk: it also ends a write in the middle."""
+    """A limit on the size of files acts like a full disk: it also ends a write in the middle."""
     pytest.importorskip("resource")
     program = f"""
         import asyncio, resource, sys

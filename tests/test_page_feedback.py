@@ -83,7 +83,7 @@ def test_a_reply_is_said_better_by_keyboard(visit):
         assert event["token_ids"] == IDS
         assert pressed(page, "Say it better") and button(page, "Good").count() == 0  # on a person's own words
         assert "said better by you" in replies(page).last.inner_text()
-        send(page, "And?")  # the chat goes on from there
+        send(page, "And?")  # the chat continues from there
         assert server.requests[-1]["messages"][1]["content"] == "Ahoy!"
         first = replies(page).first
         first.hover()

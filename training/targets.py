@@ -44,9 +44,9 @@ def document_numbers(ids: np.ndarray, n_vocab: int = N_VOCAB) -> np.ndarray:
 def document_positions(ids: np.ndarray, documents: np.ndarray) -> np.ndarray:
     """The position (B, T) of each id of the rows (B, T) in its document, whose numbers are `documents` (B, T).
 
-    Generation begins a conversation at position 0, so training does too. Late positions would then be learned from
-    long documents alone. About one row in ROWS_PER_LONG_ROW therefore counts from the start of the row; the sum of
-    its ids decides, so that a row has the same positions in every batch.
+    Generation begins a conversation at position 0, so training does too. Late positions would then be learned only
+    from long documents, so about one row in ROWS_PER_LONG_ROW counts from the start of the row. The sum of its ids
+    decides which, so a row has the same positions in every batch.
 
     >>> document_positions(np.array([[7, 8, 50256, 9]]), np.array([[0, 0, 1, 1]]))
     array([[0, 1, 0, 1]])
