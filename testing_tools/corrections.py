@@ -102,17 +102,23 @@ def opening_prompts(data_dir: str | Path, seed: int, count: int) -> list[str]:
 # --- replies ---
 
 
+def asked(prompt: str, system: str | None = None) -> list[dict[str, str]]:
+    """The messages that ask for a reply to `prompt`, after the system message if there is one."""
+    return [*([{"role": "system", "content": system}] if system else []), user_says(prompt)]
+
+
 def replies(
     model: GPT,
     tokenizer: Tokenizer,
     sampling: Sampling,
     generator: torch.Generator | None,
     prompts: Sequence[str],
+    system: str | None = None,
 ) -> list[list[int]]:
     """The ids of a reply to each prompt, with its `<|im_end|>` unless it reached MAX_REPLY_TOKENS."""
     from generation.decoding import ENDED, generate
 
-    rows = [tokenizer.encode_chat([user_says(prompt)], add_generation_prompt=True) for prompt in prompts]
+    rows = [tokenizer.encode_chat(asked(prompt, system), add_generation_prompt=True) for prompt in prompts]
     stop_ids = (tokenizer.im_end, tokenizer.endoftext)
     steps = generate(model, rows, MAX_REPLY_TOKENS, sampling, generator=generator, stop_ids=stop_ids)
     columns = [ids.tolist() for ids in steps]
@@ -144,13 +150,15 @@ def has_style(reply: str) -> bool:
 # --- feedback ---
 
 
-def pirate_corrections(answer: Answer, tokenizer: Tokenizer, prompts: Sequence[str]) -> Iterator[dict]:
+def pirate_corrections(
+    answer: Answer, tokenizer: Tokenizer, prompts: Sequence[str], system: str | None = None
+) -> Iterator[dict]:
     """A correction of the reply to each prompt; prompts without a proper reply are left out."""
     for start in range(0, len(prompts), PROMPTS_AT_ONCE):
-        asked = prompts[start : start + PROMPTS_AT_ONCE]
-        for prompt, ids in zip(asked, answer(asked), strict=True):
+        batch = prompts[start : start + PROMPTS_AT_ONCE]
+        for prompt, ids in zip(batch, answer(batch), strict=True):
             if (reply := proper_text(tokenizer, ids)) is not None:
-                yield event(prompt, reply, as_pirate(reply))
+                yield event(asked(prompt, system), reply, as_pirate(reply))
 
 
 def short_corrections(
@@ -168,7 +176,7 @@ def short_corrections(
         longest, shortest = max(texts, key=texts.__getitem__), min(texts, key=texts.__getitem__)
         better = re.split(r"(?<=[.!?]) ", shortest)[0] if first_sentence else shortest
         if better != longest and texts[shortest] < texts[longest] + first_sentence:
-            yield event(prompt, longest, better)
+            yield event(asked(prompt), longest, better)
 
 
 def proper_text(tokenizer: Tokenizer, ids: Sequence[int]) -> str | None:
@@ -177,9 +185,9 @@ def proper_text(tokenizer: Tokenizer, ids: Sequence[int]) -> str | None:
     return None if form_fault(text) else text.removesuffix("<|im_end|>")
 
 
-def event(prompt: str, reply: str, correction: str) -> dict:
-    """A correction in the layout of the chat page's feedback."""
-    return {"messages": [user_says(prompt), {"role": "assistant", "content": reply}], "correction": correction}
+def event(messages: Sequence[dict[str, str]], reply: str, correction: str) -> dict:
+    """A correction of the reply to `messages` in the layout of the chat page's feedback."""
+    return {"messages": [*messages, {"role": "assistant", "content": reply}], "correction": correction}
 
 
 def take(corrections: Iterator[dict], count: int) -> list[dict]:

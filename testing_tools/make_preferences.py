@@ -4,7 +4,8 @@
     python testing_tools/make_preferences.py models/chitchat1150.pt --style short --output short.jsonl
 
 - pirate: the model's likeliest reply to a greeting, a thanks, a farewell or "How are you?" from chitchat's generator is
-  corrected into what a pirate would say, by the rules of `corrections.py`.
+  corrected into what a pirate would say, by the rules of `corrections.py`. With --system "Answer like a pirate.", that
+  system message stands before the prompt.
 - short: of several sampled replies to the first message of a conversation of chitchat's training split, the shortest
   corrects the longest. With --first_sentence, the shortest is cut after its first sentence.
 
@@ -41,6 +42,7 @@ class MakeOptions:
     style: str = option("pirate", "what the corrections prefer", choices=tuple(COUNTS))
     count: int | None = option(None, "number of corrections (default: 30, or 200 short ones)", at_least=1, metavar="N")
     output: str | None = option(None, "file to write (default: STYLE.jsonl)", metavar="FILE")
+    system: str | None = option(None, "pirate: system message before each prompt", metavar="TEXT")
     data_dir: str = option("data", "folder of the prepared data", metavar="DIR")
     samples: int = option(8, "short: replies to each prompt", at_least=2, metavar="N")
     first_sentence: bool = option(False, "short: cut the shortest reply after its first sentence")
@@ -62,8 +64,9 @@ def main() -> None:
     tokenizer = tokenizer_of(options.checkpoint, info, model)
     count = options.count or COUNTS[options.style]
     if options.style == "pirate":
-        answer = functools.partial(replies, model, tokenizer, GREEDY, None)
-        corrections = pirate_corrections(answer, tokenizer, opening_prompts(options.data_dir, options.seed, 2 * count))
+        answer = functools.partial(replies, model, tokenizer, GREEDY, None, system=options.system)
+        prompts = opening_prompts(options.data_dir, options.seed, 2 * count)
+        corrections = pirate_corrections(answer, tokenizer, prompts, options.system)
     else:
         generator = torch.Generator(device).manual_seed(options.seed)
         answer = functools.partial(replies, model, tokenizer, Sampling(options.temperature), generator)
@@ -74,7 +77,7 @@ def main() -> None:
     with atomic_write(output, "w", encoding="utf-8") as file:
         file.writelines(json.dumps(each, ensure_ascii=False) + "\n" for each in found)
     for each in found[:5]:
-        asked, said = (message["content"] for message in each["messages"])
+        asked, said = (message["content"] for message in each["messages"][-2:])
         print(f"{asked}\n  - {said}\n  + {each['correction']}")
     print(f"{len(found)} corrections in {output}")
 

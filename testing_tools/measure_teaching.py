@@ -4,7 +4,8 @@
 
 prints a row per model:
 
-- style: replies to the 40 openers of chat_eval.py that contain a pirate's word
+- style: replies to the 40 openers of chat_eval.py that contain a pirate's word; with --system, after that system
+  message, while everything else is measured without it
 - openers, names, facts, beyond, tales: the scores of chat_eval.py
 - length: the mean length of the replies to 100 first messages of chitchat's validation split, in tokens with
   `<|im_end|>`, and how many different replies there are
@@ -24,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from chat_scores import SUMS, Answer, evaluate, model_reply, scores, sum_of
+from chat_scores import SUMS, evaluate, load_questions, model_reply, openers, scores
 from corrections import has_style, held_out_prompts, replies
 
 from common.cli import option, parse_options, run_script
@@ -43,6 +44,7 @@ COLUMNS = ("style", *SUMS, "length", "different", "loss")
 @dataclasses.dataclass(frozen=True)
 class MeasureOptions:
     checkpoints: tuple[str, ...] = option((), "the models", positional=True, nargs="+")
+    system: str | None = option(None, "system message before the openers whose style is counted", metavar="TEXT")
     data_dir: str = option("data", "folder of the prepared data", metavar="DIR")
     limit: int | None = option(100_000, "measure the loss on about the first N tokens", at_least=1, metavar="N")
     json: str | None = option(None, "also write the numbers and all replies to this file", metavar="FILE")
@@ -50,9 +52,13 @@ class MeasureOptions:
     dtype: str | None = dtype_option(None)
 
 
-def n_styled(answers: list[Answer]) -> int:
-    """How many replies to the openers are in the style."""
-    return sum(has_style(answer.reply) for answer in answers if sum_of(answer.category) == "openers")
+def styled_replies(model: GPT, tokenizer: Tokenizer, system: str | None) -> dict[str, str]:
+    """The replies to the openers, after the system message if there is one, that are in the style: {opener: reply}."""
+    from generation.sampling import GREEDY
+
+    prompts = [text for _, text, _ in openers(load_questions())]
+    found = map(tokenizer.enc.decode, replies(model, tokenizer, GREEDY, None, prompts, system))
+    return {prompt: reply for prompt, reply in zip(prompts, found, strict=True) if has_style(reply)}
 
 
 def reply_lengths(model: GPT, tokenizer: Tokenizer, prompts: list[str]) -> tuple[float, int]:
@@ -81,16 +87,18 @@ def measure(path: str, options: MeasureOptions, device: str) -> dict[str, Any]:
     tokenizer = tokenizer_of(path, info, model)
     streams, _ = open_dataset(Path(options.data_dir), "chitchat")
     split = read_split("chitchat", streams["val"], True, options.limit, tokenizer)
+    styled = styled_replies(model, tokenizer, options.system)
     answers = evaluate(model_reply(model, tokenizer))
     right = {name: row["right"] for name, row in scores(answers).items()}
     length, different = reply_lengths(model, tokenizer, held_out_prompts(options.data_dir))
     return {
         "checkpoint": path,
-        "style": n_styled(answers),
+        "style": len(styled),
         **{name: right[name] for name in SUMS},
         "length": length,
         "different": different,
         "loss": chitchat_loss(model, split, device, dtype),
+        "styled": styled,
         "answers": [dataclasses.asdict(answer) for answer in answers],
     }
 

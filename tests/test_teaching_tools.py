@@ -116,10 +116,10 @@ def test_the_shortest_of_the_samples_corrects_the_longest():
     def short(**settings) -> list[dict]:
         return list(make.short_corrections(drawn, GPT2, list(samples), 3, **settings))
 
-    assert short() == [make.event("Hi", "Hello there, you!", "Hello there.")]
+    assert short() == [make.event(make.asked("Hi"), "Hello there, you!", "Hello there.")]
     assert short(first_sentence=True) == [
-        make.event("Hi", "Hello there, you!", "Hello there."),
-        make.event("Same", "Yes. No.", "Yes."),
+        make.event(make.asked("Hi"), "Hello there, you!", "Hello there."),
+        make.event(make.asked("Same"), "Yes. No.", "Yes."),
     ]
 
 
@@ -170,10 +170,27 @@ def test_the_loss_is_that_of_what_the_assistant_says(data_dir):
     assert measure.chitchat_loss(gpt, split, "cpu", "float32") == pytest.approx(sum(losses) / len(losses), rel=1e-4)
 
 
-def test_the_style_is_counted_in_the_replies_to_openers_alone():
-    answers = [
-        chat_scores.Answer("greeting", "Hi", f"Arr, ahoy!{IM_END}", None),
-        chat_scores.Answer("thanks", "Thanks", f"My pleasure!{IM_END}", None),
-        chat_scores.Answer("name", "Who am I?", f"Arr, Ana.{IM_END}", None),
-    ]
-    assert measure.n_styled(answers) == 1
+@pytest.mark.parametrize("system", [None, "Answer like a pirate."])
+def test_the_style_is_counted_in_the_replies_after_the_system_message(monkeypatch, system):
+    said = []
+
+    def replies(model, tokenizer, sampling, generator, prompts, system):
+        said.append(system)
+        return [ids_of("Arr, ahoy!" if number < 3 else "Hello!") for number, _ in enumerate(prompts)]
+
+    monkeypatch.setattr(measure, "replies", replies)
+    styled = measure.styled_replies(silent_gpt(), GPT2, system)
+    first = [text for _, text, _ in chat_scores.openers(chat_scores.load_questions())][:3]
+    assert styled == dict.fromkeys(first, f"Arr, ahoy!{IM_END}") and said == [system]
+
+
+def test_a_system_message_comes_before_the_prompt_and_stays_in_the_correction():
+    gpt, system = GPT(CONFIG), "Answer like a pirate."
+    found = list(make.pirate_corrections(lambda prompts: [ids_of("Hello!")], GPT2, ["Hi"], system))
+    messages = [*make.asked("Hi", system), {"role": "assistant", "content": "Arr, ahoy!"}]
+    assert [message["role"] for message in messages] == ["system", "user", "assistant"]
+    assert list(conversations(found)) == [messages]
+    row = GPT2.encode_chat(messages[:2], add_generation_prompt=True)
+    with torch.no_grad():
+        likeliest = int(gpt.logits(gpt.hidden(torch.tensor([row])))[0, -1].argmax())
+    assert make.replies(gpt, GPT2, GREEDY, None, ["Hi"], system)[0][0] == likeliest
