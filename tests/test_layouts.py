@@ -220,7 +220,7 @@ def test_telegram_and_discord_become_conversations_with_me_as_the_assistant():
 
 
 def test_an_export_without_me_says_what_is_missing():
-    for me, missing in ((None, "who is the assistant is not known"), ("Cy", "nobody in it is called 'Cy'")):
+    for me, missing in ((None, "it is not known who the assistant is"), ("Cy", "nobody in it is called 'Cy'")):
         with pytest.raises(UserError, match=rf'{missing}.*--me "Bo" \(names in it: Al, Bo\)'):
             made(telegram(*SAID), me=me)
 
@@ -241,6 +241,13 @@ def test_whatsapp_needs_me(tmp_path, line):
     assert [len(messages) for messages in found] == [4, 2]
     assert found[1][1]["content"] == "Hello!\nsecond line"
     assert found[0][3]["content"] == "See\nyou."
+
+
+def test_midnight_on_a_12_hour_clock_does_not_end_a_conversation(tmp_path):
+    path = tmp_path / "_chat.txt"
+    path.write_text("[20/12/23, 11:59:00 PM] Bo: Hi\n[21/12/23, 12:01:00 AM] Al: Hello!\n")
+    (messages,) = read_documents(recognize(path, me="Al"))
+    assert [message["content"] for message in messages] == ["Hi", "Hello!"]
 
 
 # --- other kinds of files ---

@@ -75,7 +75,7 @@ def conversations(
     """Conversations of chat records, whose layout is recognized record by record: see LAYOUTS.
 
     A field that is null counts as absent. Roles become system, user and assistant, and a conversation ends with the
-    assistant's last message. Whatever cannot be used, a record of an unknown layout too, is counted by reason in
+    assistant's last message. Whatever cannot be used, including records of an unknown layout, is counted by reason in
     `skipped`. `language` selects OASST trees, of which the best-ranked path is used, or every path. OASST's message
     rows are all in memory before their trees are walked. `me` is the person whose messages become the assistant's in
     the export of a messenger; raises UserError for such an export without it.
@@ -110,8 +110,8 @@ def conversations(
 def _find_layout(record: Mapping) -> tuple[Layout, Mapping] | None:
     """The layout of a record and the record as that layout reads it.
 
-    A null or an empty list counts as absent, and then capitals as small letters; only if that leaves no layout, the
-    fields are taken as they are, so that a record with an empty answer is counted as such.
+    Nulls and empty lists count as absent. If no layout matches, the fields are compared in lower case; if still none
+    does, nulls and empty lists are kept, so that a record with an empty answer is counted as such.
     """
     present = {field: value for field, value in record.items() if value is not None and value != []}
     if found := _match(present):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from data.layouts.turns import first_present
 
@@ -39,7 +40,7 @@ def _newest_leaf(mapping: Mapping) -> str | None:
     """The end of the branch that follows the last child from the root."""
     nodes = {node_id: node for node_id, node in mapping.items() if isinstance(node, Mapping)}
     node_id = next((node_id for node_id, node in nodes.items() if node.get("parent") not in nodes), None)
-    for _ in nodes:  # no longer than there are nodes, even in a circle
+    for _ in nodes:  # at most as many steps as there are nodes, even in a cycle
         children = [child for child in nodes.get(node_id or "", {}).get("children") or [] if child in nodes]
         if not children:
             break
@@ -69,7 +70,7 @@ def claude_turns(record: Mapping) -> list[list]:
     return [[_claude_turn(message) for message in record["chat_messages"]]]
 
 
-def _claude_turn(message):
+def _claude_turn(message: Any) -> Any:
     if not isinstance(message, Mapping):
         return message
     text = message.get("text")

@@ -47,6 +47,6 @@ def is_event(record: Mapping) -> bool:
 
 
 def preferred_reply(record: Mapping) -> str | None:
-    """The reply that the last one of `messages` was preferred over; None if the record is no such event."""
+    """The reply that the last one of `messages` was preferred over; None if the record is not such an event."""
     other = record.get("preferred_over")
     return other["content"] if isinstance(other, Mapping) and isinstance(other.get("content"), str) else None

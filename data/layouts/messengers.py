@@ -1,7 +1,7 @@
 """Exports of Telegram, Discord and WhatsApp: the messages of one person become the assistant's.
 
-Without more than six hours of silence between them, messages belong to one conversation. Several messages of a person
-in a row are one message of several lines. With more than two people, the others' messages begin with their names.
+A conversation ends with a silence of more than six hours. Consecutive messages from one person become one message of
+several lines. With more than two people, the others' messages begin with their names.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from common.cli import UserError
 from data.layouts.turns import Message, usable_messages
@@ -55,7 +55,7 @@ def check_me(me: str | None, said: Iterable[Said], where: str | Path) -> None:
     """Raise UserError, with the names in the export, unless `me` is one of them."""
     names = [name for name, _ in Counter(message.name for message in said).most_common(_SHOWN_NAMES)]
     if me is None or (me not in names and names):
-        missing = f"nobody in it is called {me!r}" if me is not None else "who is the assistant is not known"
+        missing = f"nobody in it is called {me!r}" if me is not None else "it is not known who the assistant is"
         example = names[-1] if names else "NAME"
         raise UserError(
             f'{where} is the export of a messenger, and {missing}; give --me "{example}" '
@@ -80,14 +80,14 @@ def _messages_of(chat: Mapping, skipped: Counter) -> Iterator[Said]:
             skipped["message without text or name, left out"] += 1
 
 
-def _telegram_text(text) -> str:
+def _telegram_text(text: Any) -> str:
     """A message's text, which Telegram stores as a string or as a list of strings and formatted parts."""
     parts = text if isinstance(text, list) else [text]
     texts = (part.get("text") if isinstance(part, Mapping) else part for part in parts)
     return "".join(part for part in texts if isinstance(part, str))
 
 
-def _seconds(time) -> float | None:
+def _seconds(time: object) -> float | None:
     try:
         return datetime.fromisoformat(str(time)).replace(tzinfo=None).timestamp()
     except ValueError:
@@ -166,7 +166,9 @@ def _whatsapp_seconds(date: str, time: str) -> float | None:
     if month > 12:
         month, day = day, month
     hour, minute = map(int, re.split(r"[:.]", re.sub(r"[^\d:.]", "", time).strip("."))[:2])
-    if "p" in time.lower() and hour < 12:
+    if "a" in time.lower() and hour == 12:  # 12:05 AM is just after midnight
+        hour = 0
+    elif "p" in time.lower() and hour < 12:
         hour += 12
     try:
         return datetime(year + (2000 if year < 100 else 0), month, day, hour, minute).timestamp()

@@ -57,7 +57,7 @@ def oasst_conversations(
 def oasst_answers(
     rows: Iterable[Mapping], skipped: Counter, language: str | None
 ) -> Iterator[tuple[list[dict], list[dict]]]:
-    """The turns up to the best-ranked reply to a prompt, and those up to a reply that is ranked worse, for each such.
+    """The turns up to the best-ranked reply to a prompt, and those up to a lower-ranked one, for each such pair.
 
     Replies of equal rank, and those without a rank, are not compared.
     """

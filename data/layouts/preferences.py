@@ -80,7 +80,7 @@ def labelled_answers(
 def _pairs_of_records(
     records: Iterable[Mapping], labels: Labels, skipped: Counter, language: str | None
 ) -> Iterator[list[Message]]:
-    """The pairs of records; what labels a single answer is added to `labels`."""
+    """The pairs in records; those that label a single answer are added to `labels`."""
     oasst_rows: list[Mapping] = []
     for original in latest_events(records, skipped):
         record = {str(field).strip().lower(): value for field, value in original.items()}
@@ -280,7 +280,7 @@ class Labels:
                     yield _labelled(messages, is_good)
 
     def pairs(self, skipped: Counter) -> Iterator[list[Message]]:
-        """A pair for each label, or the larger number of labels: the shorter list starts again when it has ended."""
+        """As many pairs per prompt as the more frequent of its two labels; the answers with the other one repeat."""
         for answers in self._answers.values():
             good, bad = answers[True], answers[False]
             if not good or not bad:

@@ -1,4 +1,4 @@
-"""Lists of turns in the forms that people store them in, made into lists of {"role", "content"}.
+"""Lists of turns in the layouts that people use, converted to lists of {"role", "content"}.
 
 >>> list_of_turns(["Hi", "Hello!"])
 [{'role': 'user', 'content': 'Hi'}, {'role': 'assistant', 'content': 'Hello!'}]
@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Mapping
+from typing import Any
 
 from data.layouts.turns import known_role
 
@@ -37,7 +38,7 @@ PAIRS = (
 )
 
 
-def is_list_of_turns(value) -> bool:
+def is_list_of_turns(value: Any) -> bool:
     """Whether a value is a conversation: a list, a list as JSON text, or a struct of lists.
 
     A list of records that contain conversations themselves is not a conversation.
@@ -54,7 +55,7 @@ def is_list_of_turns(value) -> bool:
     return "role" in first or "from" in first or not any(isinstance(first.get(field), list) for field in nested)
 
 
-def list_of_turns(value) -> list:
+def list_of_turns(value: Any) -> list:
     """The turns of a value for which `is_list_of_turns` is true. Nulls are left out, other elements kept."""
     value = _parsed(value)
     if isinstance(value, Mapping):  # parquet: one list per field
@@ -66,7 +67,7 @@ def list_of_turns(value) -> list:
     return [made for turn in value for made in _turns_of_element(turn)]
 
 
-def pair_of_turns(question, answer, addition=None) -> list:
+def pair_of_turns(question: Any, answer: Any, addition: Any = None) -> list:
     """The turns of a question, which `addition` may extend, and an answer; both may be lists of turns themselves."""
     if isinstance(question, list) and isinstance(answer, list):  # TRL's conversational prompt and completion
         return [*list_of_turns(question), *list_of_turns(answer)]
@@ -77,12 +78,12 @@ def pair_of_turns(question, answer, addition=None) -> list:
     return [{"role": "user", "content": question}, {"role": "assistant", "content": _answer_text(answer)}]
 
 
-def _answer_text(answer):
-    """An answer; of a list with one text that text."""
+def _answer_text(answer: Any) -> Any:
+    """An answer, or the text in it if it is a list with a single text."""
     return answer[0] if isinstance(answer, list) and len(answer) == 1 and isinstance(answer[0], str) else answer
 
 
-def _parsed(value):
+def _parsed(value: Any) -> Any:
     """A list or struct that is stored as JSON text; any other value unchanged."""
     if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
         try:
@@ -97,7 +98,7 @@ def _alternating(texts: list[str]) -> list:
     return [{"role": role, "content": text} for role, text in zip(roles, texts, strict=False)]
 
 
-def _turns_of_element(turn) -> list:
+def _turns_of_element(turn: Any) -> list:
     """The turns in one element of a list: the element itself, or a question and its answer."""
     if type(turn) is dict and ("role" in turn or "from" in turn):
         return [turn]  # nearly every turn, recognized first because it is the fastest
@@ -111,8 +112,8 @@ def _turns_of_element(turn) -> list:
     return [turn]
 
 
-def is_turn(value) -> bool:
-    """Whether a value is one turn rather than a record: it has a role and a content, and no list of turns.
+def is_turn(value: Any) -> bool:
+    """Whether a value is one turn rather than a record: it has a role and content, but no list of turns.
 
     >>> is_turn({"role": "user", "content": "Hi"}), is_turn({"messages": []})
     (True, False)

@@ -92,7 +92,7 @@ def _count_unanswered(turns: Sequence, skipped: Counter) -> None:
     skipped["conversation without a question and an answer"] += 1
 
 
-def _count_fault(fault: str, turn, skipped: Counter) -> None:
+def _count_fault(fault: str, turn: Any, skipped: Counter) -> None:
     skipped[fault] += 1
     if fault == UNKNOWN_ROLE and isinstance(skipped, Skipped):
         skipped.note_role(_role_name(turn) or "none" if isinstance(turn, Mapping) else "none")
@@ -111,7 +111,7 @@ def _fault(role: str | None, content: str | None) -> str | None:
     return None
 
 
-def _parsed(turn) -> tuple[str | None, str | None, bool]:
+def _parsed(turn: Any) -> tuple[str | None, str | None, bool]:
     """(role, content, is a target) of a turn: one of our roles, "tool" or None; content is None if it is not text."""
     if type(turn) is not dict and not isinstance(turn, Mapping):
         return None, None, True
@@ -124,7 +124,7 @@ def _parsed(turn) -> tuple[str | None, str | None, bool]:
     return role, content, role != "assistant" or not _has_weight_0(turn)
 
 
-def _text_of(content) -> str | None:
+def _text_of(content: Any) -> str | None:
     """The text of a content that is not a string: "" for null, None if it is not text."""
     if isinstance(content, Mapping):  # ChatGPT's export: {"content_type": "text", "parts": [...]}
         content = content.get("parts", content.get("text"))
@@ -141,8 +141,8 @@ def _has_weight_0(turn: Mapping) -> bool:
     return any(isinstance(weight, int | float) and weight == 0 for weight in weights)
 
 
-def first_present(record: Mapping, fields: Sequence[str]):
-    """The first of the fields that is not null, None if all are."""
+def first_present(record: Mapping, fields: Sequence[str]) -> Any:
+    """The value of the first of the fields that is not null, or None."""
     for field in fields:
         if (value := record.get(field)) is not None:
             return value
