@@ -194,12 +194,25 @@ def test_names_contrast_and_width(visit, scheme, viewport):
             check(name)
 
 
+def test_white_space_has_a_name_and_the_drawn_token_is_current(visit):
+    with ChatStandIn(reply=lambda messages: "one  two\nthree") as server:
+        page = visit(server)
+        send(page, "Hi")
+        button(page, "Look inside").click()
+        tokens = page.locator("#messages .token")
+        labels = [token.get_attribute("aria-label").partition(",")[0] for token in tokens.all()]
+        assert labels == ["one", "space", "two", "line break", "three"]
+        tokens.first.click()
+        current = page.locator("#alternatives [aria-current]")
+        assert current.count() == 1 and current.get_attribute("aria-current") == "true"
+
+
 def test_the_theme_switch_outlives_a_reload(visit):
     with ChatStandIn() as server:
         page = visit(server, color_scheme="light")
         background = "getComputedStyle(document.body).backgroundColor"
         light = page.evaluate(background)
-        for _ in range(2):  # as the system, light, dark
+        for _ in range(2):  # system, light, dark
             page.get_by_role("button", name="Theme").click()
         dark = page.evaluate(background)
         assert dark != light

@@ -41,7 +41,7 @@ def test_ratings_are_sent_one_after_another_and_kept_with_the_chat(visit):
     with ChatStandIn(keeps_feedback=True) as server:
         page = visit(server)
         send(page, "Hi")
-        assert page.locator("#feedback-kept").inner_text() == "This server keeps ratings, with the conversation."
+        assert page.locator("#feedback-kept").inner_text() == "This server keeps ratings and their conversations."
         for name in ("Good", "Bad", "Bad", "Good"):  # by mistake, meant, withdrawn, another opinion
             button(page, name).click()
             assert page.evaluate("document.activeElement.getAttribute('aria-label')") == name

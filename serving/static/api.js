@@ -1,7 +1,7 @@
 // Requests to the server that sent this page: models, streams of events, and errors with what to do about them.
 
 const KEY = "jojo.key"; // in sessionStorage: the key is forgotten when the tab is closed
-const MAX_RETRIES = 20; // after 429, each time as late as the server asks
+const MAX_RETRIES = 20; // after 429, each after the delay that the server asks for
 
 /** What went wrong, and in `advice` what a person can do about it. */
 export class ApiError extends Error {
@@ -14,7 +14,7 @@ export class ApiError extends Error {
 let askForKey = async () => null;
 let asking = null; // two requests that are refused at the same time ask once
 
-/** Set the function that asks a person for the API key after a 401; it returns null where they give none. */
+/** Set the function that asks a person for the API key after a 401; it returns null if they give none. */
 export function onKeyNeeded(ask) {
   askForKey = ask;
 }
@@ -26,7 +26,7 @@ const ADVICE = {
   404: "Choose another model, or reload the page to see what the server has now.",
   413: "The message is too large. Shorten it and try again.",
   429: "Many people are using the server. Wait a moment and try again.",
-  500: "This is a fault of the server. Its terminal shows the details.",
+  500: "Something went wrong on the server. Its terminal shows the details.",
   503: "The server is starting or stopping. Wait a moment and try again.",
   507: "Ask whoever started the server to free some space, or export your feedback.",
 };
@@ -39,7 +39,7 @@ async function errorOf(response) {
   } catch {
     // A proxy in between may answer with a page of its own.
   }
-  const message = typeof error.message === "string" ? error.message : `The server answered ${response.status}`;
+  const message = typeof error.message === "string" ? error.message : `The server answered with status ${response.status}.`;
   const seconds = Number.parseInt(response.headers.get("Retry-After") ?? "", 10);
   return new ApiError(message, {
     status: response.status,

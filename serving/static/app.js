@@ -13,7 +13,7 @@ import { setUpSettings } from "./settings.js";
 import { Sidebar } from "./sidebar.js";
 
 const THEMES = ["auto", "light", "dark"];
-const THEME_NAMES = { auto: "as the system", light: "light", dark: "dark" };
+const THEME_NAMES = { auto: "system", light: "light", dark: "dark" };
 
 addIcons();
 let models = [];
@@ -109,5 +109,5 @@ async function loadModels() {
 
 showPage();
 await loadModels();
-// A server of text models alone starts on the page that can use them.
+// With only text models, start on the page that can use them.
 if (location.hash === "" && models.length > 0 && models.every((model) => model.format === "text")) location.hash = "complete";

@@ -11,7 +11,7 @@ import { generate, newId, newReply, takeInstead } from "./reply.js";
 import { askedMessages, askedNow, newChat, saveChat, shownReply, titleOf } from "./store.js";
 
 export class ChatPage {
-  /** `onChange(chat)` is called when the list of chats has to show something new. */
+  /** `onChange(chat)` is called when the list of chats must be updated. */
   constructor(onChange) {
     this.onChange = onChange;
     this.running = new Map(); // chat id -> {chat, controller, done} of the reply that is being made
@@ -64,12 +64,12 @@ export class ChatPage {
     this.composer.area.focus();
   }
 
-  /** Stop the reply of the chat that is shown; false where none is being made. */
+  /** Stop the reply of the chat that is shown; false if none is being made. */
   stop() {
     return this.stopChat(this.chat.id);
   }
 
-  /** The chat with this id where it is shown or a reply is being made in it: the one to change. */
+  /** The chat with this id if it is shown or a reply is being made in it: the one to change. */
   chatInMemory(id) {
     return this.chat.id === id ? this.chat : this.running.get(id)?.chat;
   }
@@ -142,7 +142,7 @@ export class ChatPage {
     sendEvent(eventOf(reply, askedMessages(this.chat, message, reply)), this.views.get(message.id).notice);
   }
 
-  /** Let the person say a reply better: what they write becomes the version that is shown, and nothing is dropped. */
+  /** Let the person write a better reply: it becomes the version that is shown, and nothing is dropped. */
   #improve(message, reply) {
     const view = this.views.get(message.id);
     const use = (text) => {
@@ -151,7 +151,7 @@ export class ChatPage {
       message.version = isSame ? message.versions.indexOf(reply) : message.versions.length - 1;
       view.update(shownReply(message));
       view.node.querySelector(".word-button").focus();
-      announce(isSame ? "The reply is the model's." : "The reply is now what you wrote.");
+      announce(isSame ? "The reply is the model's own again." : "The reply is now what you wrote.");
       this.#keep(message, reply);
     };
     editor(view.node, reply.feedback?.correction ?? reply.text, "Say it better", [["Use this", use]]);
@@ -193,7 +193,7 @@ export class ChatPage {
     return this.#newVersion(message, newReply(reply.model, { tokens: takeInstead(reply, index, alternative) }));
   }
 
-  /** Drop the messages after this one; asks first, and returns false on a no, where the person wrote one of them. */
+  /** Drop the messages after this one. If the person wrote one of them, ask first, and return false on a no. */
   async #dropAfter(message) {
     const { messages } = this.chat;
     const after = messages.slice(messages.indexOf(message) + 1);

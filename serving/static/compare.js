@@ -1,4 +1,4 @@
-// The page "Compare": one message, two models beside each other. Every message starts anew, so that both models
+// The page "Compare": one message, two models side by side. Every message starts a new chat, so that both models
 // always answer the same text. A text model continues the message instead of answering it.
 
 import { Composer } from "./composer.js";
@@ -91,7 +91,7 @@ export class ComparePage {
   // ---- feedback: on one reply, and which of the two is better ----
 
   #feedback(pair, side, reply) {
-    if (side.model.format === "text") return []; // a continuation is no reply to a message
+    if (side.model.format === "text") return []; // a continuation is not a reply to a message
     const onJudge = () => this.#keep(eventOf(reply, pair.before), side);
     const onImprove = () => this.#improve(reply, side, onJudge);
     const buttons = feedbackButtons(reply, { onJudge, onImprove });

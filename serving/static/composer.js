@@ -1,4 +1,4 @@
-// The box in which a person writes: Enter sends, Shift+Enter breaks the line; while a reply is made, the button stops it.
+// The box in which a person writes: Enter sends, Shift+Enter starts a new line. While a reply is made, the button stops it.
 
 import { growWithText } from "./dom.js";
 
@@ -22,7 +22,7 @@ export class Composer {
       send();
     });
     this.area.addEventListener("keydown", (event) => {
-      // Enter also ends the choice of a character in an input method; that one does not send.
+      // In an input method Enter also confirms a character, which must not send the message.
       if (event.key !== "Enter" || event.shiftKey || event.isComposing) return;
       event.preventDefault();
       send();

@@ -21,7 +21,7 @@ function ask(title, content, buttonText, dangerous = false) {
   });
 }
 
-/** Ask for a text; null where the person cancels. */
+/** Ask for a text; null if the person cancels. */
 export async function askForText(title, label, buttonText, { value = "", type = "text", help = null } = {}) {
   const id = uniqueId("question");
   const input = element("input", { id, type, value, required: true, autofocus: true, autocomplete: "off" });

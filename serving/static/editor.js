@@ -1,4 +1,4 @@
-// A message that is being edited: its article is replaced by a text area until it is sent or given up.
+// A message that is being edited: a text area replaces its article until the edit is sent or cancelled.
 
 import { element, growWithText } from "./dom.js";
 

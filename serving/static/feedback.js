@@ -1,5 +1,5 @@
 // What a person thinks of a reply: good, bad, or how to say it better. It is kept with the reply in the browser, can
-// be exported, and is sent to the server where that keeps feedback (serve.py --feedback FILE).
+// be exported, and is sent to the server if that keeps feedback (serve.py --feedback FILE).
 //
 // reply.feedback: {rating: "good" or "bad", correction: text, time}. An event is what the server appends to its file
 // and what the export contains; docs/data.md describes it.
@@ -12,20 +12,20 @@ import { allChats, askedMessages, loadChat } from "./store.js";
 let isSent = false;
 let sending = Promise.resolve(); // one event after another: of two about one reply, the file's last one counts
 
-/** Say whether the server keeps feedback. */
+/** Set and show whether the server keeps feedback. */
 export function setKept(kept) {
   isSent = kept;
-  byId("feedback-kept").textContent = kept ? "This server keeps ratings, with the conversation." : "Ratings stay in this browser.";
+  byId("feedback-kept").textContent = kept ? "This server keeps ratings and their conversations." : "Ratings stay in this browser.";
 }
 
 const isJudged = ({ feedback }) => Boolean(feedback?.rating || feedback?.correction);
 
-/** Note what a person thinks of a reply now. */
+/** Record what a person thinks of a reply now. */
 function judge(reply, change) {
   reply.feedback = { ...reply.feedback, ...change, time: new Date().toISOString() };
 }
 
-/** Note how a person says a reply better. True if that is what the model said, which withdraws a correction. */
+/** Record a person's better reply. True if it is the model's own text, which withdraws a correction. */
 export function correct(reply, text) {
   const isSame = text.trim() === reply.text.trim();
   judge(reply, { correction: isSame ? undefined : text });
@@ -52,7 +52,7 @@ export function preferenceEvent(id, better, worse, before, isWithdrawn) {
   return isWithdrawn ? { ...event, rating: "none" } : { ...event, preferred_over: { ...originOf(worse), content: worse.text } };
 }
 
-/** Send an event where the server keeps feedback; `area` shows an error with a button that tries again. */
+/** Send an event if the server keeps feedback; `area` shows an error with a button that tries again. */
 export async function sendEvent(event, area) {
   if (!isSent) return;
   const sent = sending.then(() => postFeedback(event));
@@ -73,7 +73,7 @@ export function wordButton(text, pressed, onclick) {
 
 /**
  * The buttons with which a person judges a reply. `onJudge()` is called after a change of reply.feedback, `onImprove()`
- * where the person wants to write a better reply. `only` leaves the ratings out.
+ * when the person wants to write a better reply. `only` leaves the ratings out.
  */
 export function feedbackButtons(reply, { onJudge, onImprove, only = false }) {
   const ratings = ["good", "bad"];
@@ -87,7 +87,7 @@ export function feedbackButtons(reply, { onJudge, onImprove, only = false }) {
   return [...(only ? [] : buttons), wordButton("Say it better", Boolean(reply.feedback?.correction), onImprove)];
 }
 
-/** The events of all chats: of each reply that a person has judged one. */
+/** The events of all chats: one for each reply that a person has judged. */
 function* eventsOfChats() {
   for (const { id } of allChats()) {
     const chat = loadChat(id);

@@ -19,7 +19,7 @@ export function userMessage(text, actions = []) {
 
 /**
  * The article of a reply. `actions(reply)` returns its buttons once it has ended; `onTake(reply, index, alternative)`
- * is called where a person takes another token; `onRetry(reply)` after an error.
+ * is called when a person takes another token; `onRetry(reply)` after an error.
  */
 export class ReplyView {
   constructor(reply, { actions = () => [], onTake, onRetry }) {

@@ -13,7 +13,7 @@ function describeModel(model) {
   return `${model.format === "text" ? "text model" : "chat model"}${size}${model.dataset ? `, trained on ${model.dataset}` : ""}`;
 }
 
-/** Fill a picker with the models that fit, keeping its choice; false where there is none. */
+/** Fill a picker with the models that fit, keeping its choice; false if there is none. */
 export function fillPicker(picker, models, format, wanted = null) {
   const before = wanted ?? picker.value;
   const usable = models.filter((model) => fits(model, format));
@@ -25,10 +25,11 @@ export function fillPicker(picker, models, format, wanted = null) {
   return usable.length > 0;
 }
 
-/** What to do where the server has no model of a kind. */
+/** What to do if the server has no model of a kind. */
 export function whereNoModel(models, format) {
   const example = format === "chat" ? "models/chitchat1150.pt" : "models/story5000.pt";
   const other = format === "chat" ? "The server has only text models: use the page “Complete”," : "The server has only chat models: use the page “Chat”,";
-  const start = models.length > 0 ? other : "The server has no model:";
-  return element("p", { class: "notice" }, `${start}${models.length > 0 ? " or" : ""} start it with one, for example `, element("code", {}, `python serve.py ${example}`), ".");
+  const start = models.length > 0 ? `${other} or` : "The server has no model:";
+  const wanted = format === "chat" ? "a chat model" : "a text model";
+  return element("p", { class: "notice" }, `${start} start the server with ${wanted}, for example `, element("code", {}, `python serve.py ${example}`), ".");
 }

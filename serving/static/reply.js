@@ -32,7 +32,7 @@ export function newReply(model, { tokens = [], text = null } = {}) {
   };
 }
 
-/** Copies of the tokens with `shown` worked out anew from their bytes. */
+/** Copies of the tokens with `shown` computed again from their bytes. */
 export function showTokens(tokens) {
   const decoder = new TextDecoder();
   return tokens.map((token) => ({ ...token, shown: decoder.decode(bytesOf(token), { stream: true }) }));

@@ -7,7 +7,7 @@ import { announce, byId, element } from "./dom.js";
 
 const STORED = "jojo.settings";
 
-// Names and ranges are those of the API. `fallback` is what the server uses where a model says nothing else.
+// Names and ranges are those of the API. `fallback` is what the server uses unless a model has its own default.
 const SETTINGS = [
   { name: "temperature", label: "Temperature", min: 0, max: 2, step: "any", help: "Lower is more focused. 0 always takes the likeliest token." },
   { name: "top_k", label: "Top k", min: 0, max: 100_000, step: 1, help: "Draw from this many of the likeliest tokens. 0: from all." },

@@ -31,7 +31,7 @@ export class Sidebar {
     this.show();
   }
 
-  /** Whether the list covers a narrow window; in a wide one it is always there. */
+  /** Whether the list covers a narrow window; in a wide one it is always visible. */
   get isOpen() {
     return document.body.classList.contains("sidebar-open");
   }
@@ -115,7 +115,7 @@ export class Sidebar {
       result.textContent = text;
       announce(text);
     };
-    if (file.size > MAX_IMPORT_BYTES) say("This file is larger than a browser can keep. Split it and import a part.");
+    if (file.size > MAX_IMPORT_BYTES) say("This file is larger than a browser can store. Split it and import a part.");
     else {
       const { read, skipped, noRoom } = importChats(await file.text());
       const parts = [`${read} ${read === 1 ? "chat" : "chats"} imported.`];

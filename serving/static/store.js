@@ -70,7 +70,7 @@ const round = (number) => (number === null ? null : Math.round(number * 1000) / 
 const pack = ({ id, text, logprob, bytes, top }) => [id, text, round(logprob), bytes ?? 0, top ? top.map(pack) : 0];
 const unpack = ([id, text, logprob, bytes, top]) => ({ id, text, logprob, ...(bytes && { bytes }), ...(top && { top: top.map(unpack) }) });
 
-/** Write under a key. Where the browser has no room, make some by dropping tokens; false if that is not enough. */
+/** Write under a key. If the browser has no room, make some by dropping tokens; false if that is not enough. */
 function write(key, text) {
   for (;;) {
     try {
@@ -122,7 +122,7 @@ export function askedMessages(chat, message, { asked }) {
   return apiMessages({ system, messages });
 }
 
-/** Chats as JSONL, one a line, in the layout that data/prepare-chat.py --input reads; it ignores the title. */
+/** Chats as JSONL, one per line, in the layout that data/prepare-chat.py --input reads; it ignores the title. */
 export function exportChats(chats) {
   return chats
     .filter((chat) => chat.messages.length > 0)
@@ -146,7 +146,7 @@ function chatOf({ messages, title }) {
 
 const importedReply = (text) => ({ ...newReply("imported", { text }), finish: "stop" });
 
-/** Keep the conversations of a JSONL file. Returns how many were read, skipped, and found no room. */
+/** Keep the conversations of a JSONL file. Returns how many were read, skipped, or did not fit into the browser. */
 export function importChats(text) {
   const counts = { read: 0, skipped: 0, noRoom: 0 };
   const now = Date.now();

@@ -29,12 +29,18 @@ function visible(text) {
   return text.replace(/^ /, "␣").replaceAll("\n", "↵");
 }
 
-/** Screen readers do not read white space. */
-const spoken = (text) => (text.trim() === "" ? text.replaceAll("\n", " line break ").replaceAll("  ", " spaces ") || "part of a character" : text.trim());
+/** A token's text for screen readers, which do not read white space. */
+function spoken(text) {
+  if (text.trim() !== "") return text.trim();
+  if (text === "") return "part of a character";
+  const breaks = text.split("\n").length - 1;
+  if (breaks > 0) return breaks === 1 ? "line break" : `${breaks} line breaks`;
+  return text.length === 1 ? "space" : `${text.length} spaces`;
+}
 
 /**
  * The tokens of a reply in `node`: one stop for the Tab key, in which the arrow keys move from token to token.
- * `onTake(index, alternative)` is called where a person takes another token instead.
+ * `onTake(index, alternative)` is called when a person takes another token instead.
  */
 export class TokenView {
   constructor(node, onTake) {
@@ -123,7 +129,7 @@ function showAlternatives(span, token, onTake) {
     const label = `${spoken(alternative.text)}, ${percent(alternative)}, ${isChosen ? "the token that was drawn" : "take this one instead"}`;
     return element(
       "button",
-      { type: "button", class: "alternative", "aria-label": label, "aria-current": isChosen, onclick },
+      { type: "button", class: "alternative", "aria-label": label, "aria-current": isChosen && "true", onclick },
       element("span", { class: "alternative-text" }, visible(alternative.text)),
       bar,
       element("span", { class: "alternative-percent" }, percent(alternative)),
