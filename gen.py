@@ -1,4 +1,4 @@
-"""Generate text from a checkpoint, continue prompts one after another, or chat with it.
+"""Generate text with a model, continue prompts one after another, or chat.
 
     python gen.py models/story5000.pt --prompt "Once upon a time"
     python gen.py --chat                        # the best-trained chat model
@@ -172,7 +172,7 @@ def find_choices(chat: bool) -> list[FoundModel]:
 
 
 def choose_checkpoint(chat: bool) -> str:
-    """The checkpoint to load if the options name none; it and the others go to standard error. Raises UserError."""
+    """The checkpoint to load if the options name none; prints it and the others to standard error. Raises UserError."""
     from exchange.choosing import names
 
     chosen, *others = find_choices(chat)
@@ -215,7 +215,7 @@ def load_engine(
 
 
 class LoadedModel:
-    """The model in use, and what /model does (see chat.Models): `path`, `engine`, and one line that describes it."""
+    """The model in use, which /model can change (see chat.Models): its `path`, `engine` and one-line `description`."""
 
     def __init__(self, options: GenOptions):
         self.options, self.fast = options, load_speedups(options.plain)
@@ -225,12 +225,12 @@ class LoadedModel:
         from exchange.loading import read_info
 
         info = read_info(self.path)  # a wrong name is reported before anything else
-        with contextlib.redirect_stdout(sys.stderr):  # what they print is not generated text
+        with contextlib.redirect_stdout(sys.stderr):  # standard output is for generated text
             self.device = choose_device(options.device)
             self.dtype = choose_dtype(options.dtype, self.device)
         allow_tf32()
         self.engine = self._load(self.path, info)
-        self.description = ""  # what the last /model has done
+        self.description = ""  # of the model that /model loaded last
 
     def _load(self, path: str, info: Mapping[str, Any]) -> TextEngine:
         return load_engine(path, info, self.options, self.device, self.dtype, self.fast)
@@ -254,7 +254,7 @@ class LoadedModel:
 
 
 def engine_settings(options: GenOptions, tokenizer: Tokenizer) -> Settings:
-    """How ids are drawn, from the options and the defaults for text or for a chat."""
+    """How ids are sampled: by the options, or else by the defaults for text or for a chat."""
     from generation.engine import Settings
     from generation.sampling import CHAT_SAMPLING, TEXT_SAMPLING, Sampling
 
@@ -279,7 +279,7 @@ def engine_settings(options: GenOptions, tokenizer: Tokenizer) -> Settings:
 
 
 def hidden_ids(options: GenOptions, tokenizer: Tokenizer) -> tuple[int, ...]:
-    """The control tokens of a chat, which a chat model also writes into a text; not those that --stop waits for."""
+    """ChatML's control tokens, which a chat model may also generate in a text, without those that --stop names."""
     names = {tokenizer.im_start: IM_START, tokenizer.im_end: IM_END}
     return tuple(token for token, name in names.items() if not any(name in text for text in options.stop or ()))
 
@@ -379,7 +379,7 @@ def main() -> None:
         print(models.engine.statistics(), file=sys.stderr)
 
 
-def _terminate(number: int, frame) -> None:
+def _terminate(number: int, frame: object) -> None:
     """Exit as after Ctrl-C, so that the text generated so far is kept."""
     raise KeyboardInterrupt
 

@@ -56,11 +56,12 @@ class ServeOptions:
     port: int = option(8000, "port to listen on; 0: any free one", group="network", at_least=0, at_most=65535)
     api_key: str | None = option(
         None,
-        f"key that clients must send; better in the environment variable {API_KEY_VARIABLE}, which others cannot see",
+        f"key that clients must send; safer in the environment variable {API_KEY_VARIABLE}, which other users cannot "
+        "see",
         group="network",
         metavar="KEY",
     )
-    no_auth: bool = option(False, "let anybody who reaches --host use the server without a key", group="network")
+    no_auth: bool = option(False, "let anyone who can reach --host use the server without a key", group="network")
     allow_origin: tuple[str, ...] | None = option(
         None,
         "also serve web pages of this origin, such as https://chat.example.org; can be given several times",
@@ -75,7 +76,7 @@ class ServeOptions:
     )
     max_models: int = option(1, "models in memory at a time", group="capacity", at_least=1, at_most=1000)
     exact: bool = option(
-        False, "compute each text as if it were alone: gen.py's ids to the bit, at one text's speed", group="capacity"
+        False, "compute each text on its own: exactly gen.py's ids, but no faster than one at a time", group="capacity"
     )
     grace: float = option(
         20.0, "seconds that running requests get after SIGTERM", group="capacity", metavar="S", at_least=0, at_most=3600
@@ -88,7 +89,7 @@ class ServeOptions:
 
     feedback: str | None = option(
         None,
-        "append what people think of replies, with the conversations, to this file (default: nothing is kept)",
+        "append people's feedback on replies, with the conversations, to this file (default: nothing is kept)",
         group="files",
         metavar="FILE",
     )
@@ -99,9 +100,9 @@ class ServeOptions:
     def __post_init__(self) -> None:
         check_options(self)
         if self.plain and self.quantize:
-            raise ValueError("--quantize needs the parts that --plain leaves out; drop one of the two")
+            raise ValueError("--quantize needs fast/, which --plain leaves out; use one of them")
         if self.no_auth and self.api_key is not None:
-            raise ValueError("--api_key and --no_auth exclude each other")
+            raise ValueError("--api_key cannot be combined with --no_auth; use one of them")
         for origin in self.allow_origin or ():
             if not origin.startswith(("http://", "https://")) or origin.count("/") != 2:
                 raise ValueError(f"--allow_origin {origin}: give an origin such as https://chat.example.org")
@@ -152,7 +153,7 @@ def start_log(path: str | None) -> None:
 
 
 def model_loader(options: ServeOptions) -> Callable[..., tuple[GPT, DecodeRows]]:
-    """The function that loads a checkpoint and puts in the faster parts.
+    """The function that loads a checkpoint and applies the faster parts.
 
     If it is given what `read_info` said about the checkpoint earlier, it raises UserError for a file that was replaced
     by a model of another shape or vocabulary: requests would be encoded for the earlier one.
@@ -174,7 +175,7 @@ def model_loader(options: ServeOptions) -> Callable[..., tuple[GPT, DecodeRows]]
         tokenizer = tokenizer_of(path, info, model)
         if known and (info["model"], tokenizer) != (known["model"], Tokenizer.from_info(known, path)):
             raise UserError(f"{path} was replaced by a model of another shape or vocabulary; start serve.py again")
-        tokenizer.encode_text("")  # loading GPT-2's takes a second, which the first request should not wait for
+        tokenizer.encode_text("")  # loads the vocabulary; the first request should not wait a second for it
         for parameter in model.parameters():  # a checkpoint's file may be replaced, so do not leave it mapped
             parameter.data = parameter.data.clone()
         if fast:

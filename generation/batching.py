@@ -27,11 +27,10 @@ from generation.sampling import Sampling, draw
 from generation.stream import Stream, TokenLogprob
 from model import GPT
 
-PIECE_TOKENS = 128  # of a prompt per prefill pass; fixed, so that rounding does not depend on who else is served
-PREFILL_SHARE = (
-    2.2  # time for prefilling between two decode steps, in decode steps: first tokens are soon, others go on
-)
-PREFILL_ALONE_S = 0.25  # the same while nothing is decoded
+PIECE_TOKENS = 128  # of a prompt per prefill pass; fixed, so that rounding does not depend on the other requests
+# The time for prefilling between two decode steps, in decode steps: first tokens come soon, and other texts continue.
+PREFILL_SHARE = 2.2
+PREFILL_ALONE_S = 0.25  # the time for prefilling while nothing is decoded
 
 
 class QueueFull(Exception):
@@ -128,7 +127,7 @@ class BatchEngine:
                 self.prefilling.append(stream)
 
     def _choose_row(self, context: list[int]) -> int:
-        """The free row that holds the conversation so far, or the one that was released the longest ago."""
+        """The free row that holds the conversation so far, or else the least recently used one."""
         taken = {stream.row for stream in (*self.prefilling, *self.decoding)}
         free = [row for row in range(self.max_rows) if row not in taken]
         shared = {row: common_prefix(self.cache.tokens[row], context) for row in free}
@@ -207,7 +206,7 @@ class BatchEngine:
         """Draw the next id of each text from logits (N, V) and deliver what it adds."""
         is_finite = logits.amax(-1).isfinite()  # the largest of a row with NaN is NaN
         if not is_finite.all():
-            logits = logits.masked_fill(~is_finite[:, None], 0)  # so that the other rows can be drawn
+            logits = logits.masked_fill(~is_finite[:, None], 0)  # so that ids can be drawn for the other rows
         tokens = draw_each(streams, logits)
         logprobs = self._logprobs(streams, logits, tokens)
         for number, (stream, is_valid) in enumerate(zip(streams, is_finite.tolist(), strict=True)):

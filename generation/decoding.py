@@ -35,7 +35,7 @@ def decode_step(model: GPT, ids: Tensor, lengths: list[int], cache: KVCache) -> 
 
 
 def decode_at(model: GPT, ids: Tensor, positions: Tensor, end: int, cache: KVCache) -> Tensor:
-    """`decode_step` for rows of different lengths: positions (B,) are a tensor, and shapes depend on `end` alone."""
+    """`decode_step` for rows of different lengths: positions (B,) are a tensor, and shapes depend only on `end`."""
     cache.select(positions, end)
     return logits_after(model, ids, positions, end, cache)
 
@@ -43,7 +43,7 @@ def decode_at(model: GPT, ids: Tensor, positions: Tensor, end: int, cache: KVCac
 def logits_after(model: GPT, ids: Tensor, positions: Tensor, end: int, cache: KVCache) -> Tensor:
     """Logits (B, n_vocab) of what follows ids (B,) at positions (B,), which the caller has selected in `cache`."""
     mask = torch.arange(end, device=ids.device) <= positions[:, None, None, None]  # (B, 1, 1, end)
-    if ids.is_cuda:  # numbers that are added to the scores, made once: from a bool mask each layer would make them
+    if ids.is_cuda:  # an additive mask, made once; from a bool mask, each layer would make its own
         dtype = model.ln_f.weight.dtype
         mask = torch.zeros(mask.shape, device=ids.device, dtype=dtype).masked_fill_(~mask, -math.inf)
     return model.logits(model.hidden(ids[:, None], cache, positions[:, None], mask)[:, 0])
@@ -71,9 +71,8 @@ def generate(
     keep them.
 
     Only the last block_size ids of a longer prompt are used. When block_size ids are in use, all but the last
-    block_size // 2 are dropped and generation continues: one long prefill every block_size / 2 ids instead of one per
-    id. Raises ValueError for prompts that are empty or have ids outside the vocabulary, FloatingPointError for logits
-    that are not finite.
+    block_size // 2 are dropped and generation continues, with one long prefill every block_size / 2 ids. Raises
+    ValueError for empty prompts and ids outside the vocabulary, FloatingPointError for logits that are not finite.
     """
     sampling = sampling or Sampling()
     rows = check_prompts(prompts, model.config)

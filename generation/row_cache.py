@@ -20,7 +20,7 @@ DecodeRows = Callable[[GPT, Tensor, list[int], list[int], "RowCache"], Tensor]
 
 
 class RowCache(KVCache):
-    """A KVCache of which a step may use any rows, in any order."""
+    """A KVCache whose rows a step may choose, in any order."""
 
     chosen: Tensor | None = None  # (N,) rows of the step, None while `select` is in use
 
@@ -49,7 +49,7 @@ class RowCache(KVCache):
         shared = [common_prefix(tokens, wanted) for tokens in self.tokens]
         source = max(range(len(shared)), key=lambda other: (shared[other], other == row))
         own, longest = shared[row], shared[source]
-        # Should an exception occur on the way, the row does not claim more than it holds.
+        # If an exception interrupts this function, the row must not claim more ids than it holds.
         self.tokens[row] = wanted[:own]
         if longest > own:
             self.keys_values[:, :, row, :, own:longest] = self.keys_values[:, :, source, :, own:longest]
@@ -87,7 +87,7 @@ def decode_rows(model: GPT, ids: Tensor, rows: list[int], lengths: list[int], ca
 
 
 def decode_each(model: GPT, ids: Tensor, rows: list[int], lengths: list[int], cache: RowCache) -> Tensor:
-    """`decode_rows` with a pass for each row: slower, but a row's logits do not depend on which others there are.
+    """`decode_rows` with a pass for each row: slower, but a row's logits do not depend on the other rows.
 
     The products of a batch are rounded differently from those of a single row.
     """

@@ -18,8 +18,8 @@ class Request:
     """What to continue, how to draw ids and when to stop.
 
     `frequency_penalty` times the number of times that an id was drawn, and `presence_penalty` once, are subtracted from
-    its logit; ids of the prompt do not count. `logit_bias` is added to the logits of single ids. Of the prompt the last
-    `n_prefix_ids` are the beginning of the reply: a character that they leave incomplete is completed.
+    its logit; ids of the prompt do not count. `logit_bias` is added to the logits of single ids. The last
+    `n_prefix_ids` of the prompt are the beginning of the reply: a character that they leave incomplete is completed.
     """
 
     prompt: list[int]
@@ -31,7 +31,7 @@ class Request:
     frequency_penalty: float = 0.0
     presence_penalty: float = 0.0
     logit_bias: Mapping[int, float] = dataclasses.field(default_factory=dict)
-    top_logprobs: int | None = None  # report each token's log probability, and those of so many likeliest tokens
+    top_logprobs: int | None = None  # report each token's log probability, and those of this many likeliest tokens
     prompt_logprobs: bool = False  # the same for the prompt's tokens
     slides: bool = False  # when the window is full, drop its older half and continue, as gen.py does with text
     n_prefix_ids: int = 0

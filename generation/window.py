@@ -30,7 +30,7 @@ def fit_window(messages: Sequence[Mapping], capacity: int, tokenizer: Tokenizer 
     starts = sorted({min(n_system, len(messages) - 1), *starts[1:]})
     kept: list[int] = []
     first = len(messages)
-    for start in reversed(starts):  # newest first, so that a long history is not encoded in vain
+    for start in reversed(starts):  # newest first, so that the dropped part of a long history is not encoded
         is_newest = start == starts[-1]
         ids = tokenizer.encode_chat(messages[start:first], add_generation_prompt=is_newest)
         if len(system) + len(ids) + len(kept) > capacity:
@@ -42,7 +42,7 @@ def fit_window(messages: Sequence[Mapping], capacity: int, tokenizer: Tokenizer 
 
 
 def _too_long(messages: Sequence[Mapping], room: int, tokenizer: Tokenizer) -> MessageTooLong:
-    """The error for a message that does not fit: `room`, which is negative, is what remains with it."""
+    """The error for a message that does not fit: `room` is what it leaves of the window, a negative number."""
     n_tokens = len(tokenizer.encode_text(messages[-1]["content"]))
     advice = "shorten it" + (" or the system message" if messages[0]["role"] == "system" else "")
     return MessageTooLong(

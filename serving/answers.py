@@ -12,7 +12,7 @@ from setup_tokenizer import Tokenizer
 
 
 def token_string(token: int, tokenizer: Tokenizer) -> str:
-    r"""A token as text; bytes that are no whole character are escaped as \xe2."""
+    r"""A token as text; bytes that are not a whole character are escaped as \xe2."""
     return tokenizer.token_bytes(token).decode("utf-8", "backslashreplace")
 
 
@@ -46,12 +46,12 @@ class Answer:
         """Count what an output says about the tokens."""
         self.n_tokens[index], self.n_cached[index] = output.n_tokens, output.cached_tokens
 
-    def envelope(self, object_name: str, choices: list[dict], **more) -> dict:
+    def envelope(self, object_name: str, choices: list[dict], **more: object) -> dict:
         head = {"id": self.id, "object": object_name, "created": self.created, "model": self.model}
         return {**head, "system_fingerprint": self.digest, "choices": choices, **more}
 
     def opening(self, index: int) -> dict | None:
-        """The first chunk's choice, if it is to come before the first output."""
+        """The choice of a chunk to send before the first output, or None."""
         return None
 
     def chunk(self, index: int, output: Output) -> list[dict]:
@@ -182,7 +182,7 @@ class _Offsets:
         self._has_begun = False
 
     def is_first(self) -> bool:
-        """True at the first call."""
+        """True on the first call."""
         had_begun, self._has_begun = self._has_begun, True
         return not had_begun
 

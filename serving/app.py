@@ -25,7 +25,7 @@ from serving.feedback import FeedbackFields, FeedbackFile
 from serving.generation_run import ClientLeft, GenerationRun, until_disconnect
 from serving.metrics import Metrics
 from serving.models import ModelPool
-from serving.openai_api import ChatFields, GenerationFields, TextFields, parse_body
+from serving.openai_api import ChatFields, Fields, GenerationFields, TextFields, parse_body
 from serving.prompts import chat_requests, prefix_text, text_requests
 from serving.security import Guard
 from serving.settings import ServerSettings
@@ -33,7 +33,7 @@ from serving.static_files import static_files
 
 log = logging.getLogger("jojo")
 STATIC = Path(__file__).resolve().parent / "static"
-CLIENT_LEFT = 499  # nginx's status for it; HTTP has none
+CLIENT_LEFT = 499  # nginx's status for a client that closed the connection; HTTP has none
 
 
 class Service:
@@ -97,7 +97,7 @@ class Service:
         run = self._run(GenerationRun(self.pool, self.metrics, card, requests))
         return await self._answer(request, run, fields, TextAnswer(card.id, requests, echoed))
 
-    async def _fields(self, request: Request, kind: type[GenerationFields]):
+    async def _fields(self, request: Request, kind: type[Fields]) -> Fields:
         body = await read_body(request, self.settings)
         if self.ending:
             raise ApiError(503, self.ending)
@@ -121,7 +121,7 @@ class Service:
             run.close()
 
     async def client_left(self, request: Request, error: Exception) -> Response:
-        """The answer to a client that has closed the connection: nobody reads it; the status is for the log."""
+        """The answer to a client that has closed the connection. Nobody reads it; the status is for the log."""
         self.metrics.cancelled.inc()
         return Response(status_code=CLIENT_LEFT)
 
@@ -143,7 +143,7 @@ class Service:
 
 
 def create_app(service: Service) -> ASGIApp:
-    """The whole application: log and error answers around the guard around the endpoints."""
+    """The whole application: `Frame` (log, unexpected errors) around `Guard` (security) around the endpoints."""
     files = static_files(STATIC)
     routes = [
         Route("/v1/models", service.models, methods=["GET"]),
@@ -194,14 +194,14 @@ class Frame:
 
 
 def endpoint_label(scope: Scope) -> str:
-    """The path for the metrics; one label for all paths that a client can make up."""
+    """The path for the metrics; all unknown paths share one label, so that clients cannot add labels."""
     path = scope["path"]
     known = ("/", "/health", "/metrics", "/v1/models", "/v1/chat/completions", "/v1/completions", "/v1/feedback")
     return path if path in known else "other"
 
 
 async def read_body(request: Request, settings: ServerSettings) -> bytes:
-    """The body of a request. Raises ApiError 413 for a large one and 408 for one that comes too slowly."""
+    """The body of a request. Raises ApiError 413 for one that is too large and 408 for one that arrives too slowly."""
     closing = {"Connection": "close"}  # the rest of the body is not read
     too_large = ApiError(413, f"the body has more than {settings.max_body_bytes} bytes", headers=closing)
     length = request.headers.get("content-length", "0")
@@ -237,6 +237,6 @@ async def error_response(request: Request, error: Exception) -> Response:
 async def http_error_response(request: Request, error: Exception) -> Response:
     """Starlette's own errors, for unknown paths and methods, in OpenAI's layout."""
     assert isinstance(error, HTTPException)
-    messages = {404: "there is no such path; docs/serving.md lists them", 405: "this path does not take this method"}
+    messages = {404: "there is no such path; docs/serving.md lists them", 405: "this path does not accept this method"}
     message = messages.get(error.status_code, error.detail)
     return ApiError(error.status_code, message, headers=error.headers).response()

@@ -39,12 +39,12 @@ class ApiError(Exception):
 
 
 def failure() -> ApiError:
-    """The error for a request that met a bug; what happened is only for the log."""
+    """The error for a request that hit a bug; the details go only to the log."""
     return ApiError(500, "the server failed; its log says why")
 
 
 def too_busy(retry_after_s: float) -> ApiError:
-    """The error for a request when too many wait."""
+    """The error for a request when too many others are waiting."""
     return ApiError(
         429,
         "too many requests are waiting; try again later",

@@ -38,7 +38,6 @@ class EventStream:
     ):
         self.run, self.answer, self.comment_s, self.includes_usage = run, answer, comment_s, includes_usage
         self.headers = {**HEADERS, **headers}
-        self.status_code = 200
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:

@@ -73,7 +73,7 @@ class FeedbackFields(BaseModel):
             raise ApiError(400, "correction is empty; send rating: none to withdraw feedback", param="correction")
 
     def line(self) -> bytes:
-        """The event as a line of the file, with the present time."""
+        """The event as a line of the file, with the current time."""
         said = self.model_dump(exclude_none=True)
         now = datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
         return json.dumps({"time": now, **said}, ensure_ascii=False).encode() + b"\n"
@@ -130,7 +130,7 @@ class FeedbackFile:
 
 
 def _open_private(path: str, flags: int) -> int:
-    """Open a file; a new one is readable by its owner alone, because it contains conversations."""
+    """Open a file; a new one is readable only by its owner, because it contains conversations."""
     return os.open(path, flags, 0o600)
 
 

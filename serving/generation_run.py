@@ -1,4 +1,4 @@
-"""The texts of one HTTP request: queued, received as they come, and cancelled when the client leaves."""
+"""The texts of one HTTP request: queued, received as they are generated, and cancelled when the client leaves."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ class GenerationRun:
         self.metrics.prompt_tokens.inc(sum(len(self.requests[index].prompt) for index in self.firsts))
 
     async def outputs(self, comment_s: float) -> AsyncGenerator[tuple[int, Output] | None, None]:
-        """(index of the text, output) as they come; None whenever nothing has come for `comment_s`.
+        """(index of the text, output) as they arrive; None whenever nothing has arrived for `comment_s`.
 
         Raises ApiError if the model cannot be loaded or fails.
         """
@@ -121,8 +121,8 @@ class GenerationRun:
         model, self.model = self.model, None
         acquiring, self.acquiring = self.acquiring, None
         if model is None and acquiring is not None:
-            acquiring.cancel()  # and should it have succeeded just now:
-            acquiring.add_done_callback(self._release_acquired)
+            acquiring.cancel()
+            acquiring.add_done_callback(self._release_acquired)  # it may have succeeded just now
         if model is not None:
             self.pool.worker.cancel([stream for stream in self.streams if not stream.is_finished])
             self.pool.release(model)

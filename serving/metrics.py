@@ -33,9 +33,9 @@ class Metrics:
         )
 
     def watch(self, name: str, help: str, value: Callable[[], float]) -> None:
-        """Report a number that is read whenever somebody asks."""
+        """Report a number that is read whenever the metrics are requested."""
         Gauge(name, help, registry=self.registry).set_function(value)
 
     def text(self) -> bytes:
-        """All of it, as Prometheus reads it."""
+        """All metrics in Prometheus' text format."""
         return generate_latest(self.registry)

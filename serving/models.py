@@ -1,7 +1,7 @@
 """The models that are served: which there are, which are in memory, and who uses them.
 
-A model is loaded when it is first asked for. With `max_models` in memory, the one that was used the longest ago is
-dropped as soon as its last request has ended; requests for it that arrive meanwhile wait, so that no one starves.
+A model is loaded when it is first asked for. With `max_models` in memory, the least recently used one is dropped as
+soon as its last request has ended; requests for it that arrive meanwhile wait, so that no one starves.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class ModelCard:
 
 
 async def _in_a_new_thread(function: Callable[..., T], *arguments: object) -> T:
-    """What the function returns, computed in a thread that ends then.
+    """What the function returns, computed in a thread that ends afterwards.
 
     OpenMP gives each thread that computes with torch a pool of its own. While all pools together have more threads than
     there are cores, they sleep instead of spinning between the parallel parts of a decode step, and waking them takes
@@ -77,7 +77,7 @@ async def _in_a_new_thread(function: Callable[..., T], *arguments: object) -> T:
 
 
 def model_cards(facts: Mapping[str, Mapping]) -> dict[str, ModelCard]:
-    """Cards by id, for checkpoints and what `read_info` says about them; two of one name get numbers."""
+    """Cards by id, for checkpoints and what `read_info` says about them; those with the same name get numbers."""
     cards: dict[str, ModelCard] = {}
     for path, info in facts.items():
         name = Path(path).stem if path.endswith(".pt") else Path(path).name
@@ -161,7 +161,7 @@ class ModelPool:
         waiting = asyncio.get_running_loop().create_future()
         if card.id not in self._waiting:
             self._waiting[card.id] = []
-            task = asyncio.create_task(self._bring(card))  # its own: a client that leaves stops nobody's loading
+            task = asyncio.create_task(self._bring(card))  # its own, so that loading continues if a client leaves
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
         self._waiting[card.id].append(waiting)
@@ -197,7 +197,7 @@ class ModelPool:
         return sum(map(len, self._waiting.values()))
 
     def release(self, model: LoadedModel) -> None:
-        """Say that one request no longer uses a model."""
+        """Record that one request no longer uses a model."""
         model.users -= 1
         if not model.users:
             model.idle.set()

@@ -1,6 +1,6 @@
-"""What the bodies of requests may hold: OpenAI's names, and a few of llama.cpp's and vLLM's.
+"""What the bodies of requests may contain: OpenAI's names, and a few of llama.cpp's and vLLM's.
 
-Unknown fields are ignored. Fields of OpenAI's API whose effect is not served are refused by name.
+Unknown fields are ignored. Fields of OpenAI's API whose effect is not supported are refused by name.
 """
 
 from __future__ import annotations
@@ -184,7 +184,7 @@ def check_stream_options(fields: GenerationFields) -> None:
 
 
 def check_ids(ids: list[int], name: str, endoftext: int) -> None:
-    """Raise ApiError unless all ids are those of ordinary tokens: no client sends control tokens."""
+    """Raise ApiError unless all ids are those of ordinary tokens: clients must not send control tokens."""
     if ids and max(ids) >= endoftext:
         raise ApiError(400, f"{name}: ids must be from 0 to {endoftext - 1}", param=name)
 

@@ -10,7 +10,7 @@ from serving.settings import ServerSettings
 
 
 class LimitedProtocol(H11Protocol):
-    """HTTP/1.1 by h11, with deadlines. `settings` is set by a subclass, as uvicorn makes the instances itself."""
+    """uvicorn's HTTP/1.1, with deadlines. A subclass sets `settings`, because uvicorn creates the instances itself."""
 
     settings = ServerSettings()
     _deadline: asyncio.TimerHandle | None = None  # by which a request's headers must be complete

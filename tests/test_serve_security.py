@@ -192,7 +192,7 @@ def usage_error(*arguments: str, **environment: str) -> str:
 
 def test_another_host_needs_a_key_or_the_decision_to_have_none():
     assert "set JOJO_API_KEY or --api_key, or add --no_auth" in usage_error("--host", "0.0.0.0")
-    assert "exclude each other" in usage_error("--api_key", "12345678", "--no_auth")
+    assert "--api_key cannot be combined with --no_auth" in usage_error("--api_key", "12345678", "--no_auth")
     short = usage_error("--host", "0.0.0.0", JOJO_API_KEY="short")
     assert "at least 8 printable" in short and "'short'" not in short
     assert "--allow_origin" in usage_error("--allow_origin", "*")
