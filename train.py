@@ -54,7 +54,7 @@ from training.step import Objective, clip_gradients, forward_backward, try_step
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What `plan` settles."""
+    """What `plan` decides."""
 
     config: RunConfig
     data: TrainingData
@@ -167,7 +167,7 @@ def build(
 
 
 def compile_and_wrap(training: Training, fast: ModuleType | None) -> torch.nn.Module:
-    """The module to call in a step, compiled if the run says so.
+    """The module to call in a step, compiled if the configuration says so.
 
     The model is compiled before DistributedDataParallel wraps it, which could not recover from a failed backward pass.
     """
@@ -224,14 +224,14 @@ def loop(training: Training, model: torch.nn.Module, stop: StopSignal) -> int:
         loss, grad_norm = measurements.read() if is_needed else (0.0, 0.0)
 
         # Update the weights, unless float16 overflowed: then the step is skipped, and the scaler lowers its factor.
-        is_sound = math.isfinite(grad_norm)
+        is_finite = math.isfinite(grad_norm)
         with run.updating():
-            if is_sound:
+            if is_finite:
                 for optimizer in optimizers:
                     scaler.step(optimizer)
             scaler.update()
             training.model.zero_grad(set_to_none=True)  # None frees the memory until the next backward pass
-            run.complete_step(batch[0].size, batches.position, is_skipped=not is_sound)
+            run.complete_step(batch[0].size, batches.position, is_skipped=not is_finite)
 
         if is_logged:
             tokens_per_s = clock.log(step, loss, learning_rate, grad_norm, run.skipped_steps, measurements.others)
@@ -259,7 +259,7 @@ def evaluate_and_save(training: Training, learning_rate: float) -> None:
 def train(options: TrainOptions, given: dict[str, Any]) -> int:
     """Run the training that `options` describe; returns the exit status (128 + signal if one stopped it).
 
-    `given` holds only the options on the command line: these are what --resume changes. Under torchrun, every process
+    `given` holds only the options on the command line: a resumed run changes only these. Under torchrun, every process
     calls this function.
     """
     fast = load_speedups(options.plain)

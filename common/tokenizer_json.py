@@ -123,8 +123,8 @@ def tokenizer_json(
     """The content of a tokenizer.json: bytes and merges as BPE, and the control tokens as single ids.
 
     Ids are those of the vocabulary and those that `control_tokens` gives. `metadata` is stored within the model, where
-    tokenizers ignores what it does not know; at the top of the file it would refuse it. Raises ValueError for a token
-    that cannot be merged.
+    tokenizers ignores unknown entries; at the top level of the file it would refuse them. Raises ValueError for a
+    token that cannot be merged.
     """
     settings = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
@@ -169,7 +169,7 @@ def _pre_tokenizer(pattern: str, byte_level: Mapping[str, Any]) -> Mapping:
 def parse_tokenizer_json(text: str, where: str) -> Vocabulary:
     """The vocabulary in the text of a tokenizer.json; `where` names the file in errors.
 
-    Ids are given anew, whatever they are in the file: first the bytes in the order of their ids in the file, then the
+    New ids are assigned, whatever they are in the file: first the bytes in the order of their ids in the file, then the
     merges in their order. Added tokens, such as control tokens, are left out, and so are tokens that no merge makes,
     which the file's own tokenizer never returns. Raises UserError for anything but byte-level BPE without a
     normalizer, dropout, unknown token, prefix or suffix, for damaged files, and for merges or a pattern that tiktoken
@@ -196,7 +196,7 @@ def _refusal(where: str, what: str) -> UserError:
 
 
 def _short(value: Any) -> str:
-    """A value from a file, for an error: at most 60 characters."""
+    """A value from a file, for an error message: at most 60 characters."""
     shown = repr(value)
     return shown if len(shown) <= 60 else f"{shown[:57]}..."
 
@@ -211,12 +211,12 @@ def _content(text: str, where: str) -> dict:
 
 def _object(value: Any, name: str, where: str) -> dict:
     if not isinstance(value, dict):
-        raise _refusal(where, f"is no tokenizer.json: its {name} is not an object")
+        raise _refusal(where, f"is not a tokenizer.json: its {name} is not an object")
     return value
 
 
 def _require_plain_bpe(content: Mapping, model: Mapping, where: str) -> None:
-    kind = model.get("type", "BPE" if "merges" in model else None)  # early files do not say BPE
+    kind = model.get("type", "BPE" if "merges" in model else None)  # older files do not name the type
     if kind != "BPE":
         raise _refusal(where, f"is a tokenizer of the kind {_short(kind)}")
     if model.get("byte_fallback"):
@@ -234,7 +234,7 @@ def _pattern_of(pre_tokenizer: Any, where: str) -> str:
     step = _object(pre_tokenizer, "pre_tokenizer", where)
     steps = step.get("pretokenizers") if step.get("type") == "Sequence" else [step]
     if not isinstance(steps, list):
-        raise _refusal(where, "is no tokenizer.json: its pretokenizers are not a list")
+        raise _refusal(where, "is not a tokenizer.json: its pretokenizers are not a list")
     steps = [_object(each, "pre_tokenizer", where) for each in steps]
     kinds = [each.get("type") for each in steps]
     if kinds not in (["ByteLevel"], ["Split", "ByteLevel"]):
@@ -258,7 +258,7 @@ def _split_pattern(split: Mapping, where: str) -> str:
 def _typed_vocab(model: Mapping, where: str) -> dict[str, int]:
     vocab = _object(model.get("vocab"), "vocab", where)
     if not all(type(id_) is int for id_ in vocab.values()):
-        raise _refusal(where, "is no tokenizer.json: an id in its vocab is not a number")
+        raise _refusal(where, "is not a tokenizer.json: an id in its vocab is not a number")
     if len(set(vocab.values())) != len(vocab):
         raise _refusal(where, "gives several tokens the same id")
     missing = [character for character in byte_characters().values() if character not in vocab]
@@ -271,7 +271,7 @@ def _typed_merges(model: Mapping, where: str) -> dict[str, dict[tuple[str, str],
     """The merges as {token: {pair: position}}, in the order of the first merge that makes a token."""
     merges, vocab = model.get("merges"), model["vocab"]
     if not isinstance(merges, list):
-        raise _refusal(where, "is no tokenizer.json: its merges are not a list")
+        raise _refusal(where, "is not a tokenizer.json: its merges are not a list")
     positions: dict[str, dict[tuple[str, str], int]] = {}
     for position, merge in enumerate(merges):
         pair = merge.split(" ") if isinstance(merge, str) else merge
@@ -290,7 +290,7 @@ def _is_pair(pair: Any) -> bool:
 def _added_tokens(content: Mapping, where: str) -> set[str]:
     added = content.get("added_tokens") or []
     if not isinstance(added, list):
-        raise _refusal(where, "is no tokenizer.json: its added_tokens are not a list")
+        raise _refusal(where, "is not a tokenizer.json: its added_tokens are not a list")
     return {str(_object(token, "added token", where).get("content")) for token in added}
 
 

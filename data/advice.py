@@ -24,15 +24,15 @@ BLOCK_SIZE, ROWS_PER_ITER = 256, 16  # train.py's defaults on a CPU
 DEMO_BLOCK_SIZE = 512  # of `make demo`, whose model has a tokenizer of its own; a checkpoint is not opened here
 SMALL_FROM = 20_000_000  # tokens; with fewer, `tiny` is large enough and twice as fast
 FEW_EPOCHS = 2 * FITTING_EPOCHS  # with more, a model mostly repeats what it has read
-ENOUGH_TOKENS = 50_000  # with so many, the fewest iterations are FITTING_EPOCHS epochs
-OWN_SHARE = 0.2  # of the rows when own conversations are added to what a model knows
+ENOUGH_TOKENS = 50_000  # with this many, the fewest iterations are FITTING_EPOCHS epochs
+OWN_SHARE = 0.2  # share of the rows for the user's conversations when a chat model is fine-tuned on them
 
 SHAPES = {"tiny": (4, 128), "small": (4, 256)}  # layers and width of train.py's presets
 MEASURED_S = 0.3
 # The speed of a training step as a fraction of that of numpy's float32 products. Measured on an AMD EPYC with AVX2:
 # 0.86 on one core (1,480 tokens/s of `tiny`, 77 GFLOP/s of numpy). Two cores help numpy more than training.
 EFFICIENCY = 0.7
-# How much faster training is in bfloat16, which numpy does not know. Not measured: computed from the README's tokens
+# How much faster training is in bfloat16, which numpy does not support. Not measured: computed from the README's tokens
 # per second on such CPUs, assuming 200 GFLOP/s of numpy on their two cores.
 BFLOAT16_GAINS = {"amx_bf16": 5.0, "avx512_bf16": 2.5}
 START_S = 15.0  # loading torch, and the evaluations of a short run
@@ -65,7 +65,7 @@ def print_advice(info: DatasetInfo, data_dir: str | None, models: Path = Path("m
 def advise(info: DatasetInfo, data_dir: str | None, models: Path) -> Advice:
     """How to train on a data set that was prepared in `data_dir` (None: the data folder).
 
-    If there are few conversations, they are added to what a chitchat model in `models` knows.
+    If there are few conversations, the advice is to fine-tune a chitchat model in `models`, if there is one.
     """
     alone, tokens_per_iter = Portion(info.name, info.splits["train"].tokens), ROWS_PER_ITER * BLOCK_SIZE
     iters = fitting_iters([alone], BLOCK_SIZE, ROWS_PER_ITER)

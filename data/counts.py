@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
+from typing import Any
 
 from common.cli import UserError
 
@@ -31,9 +32,9 @@ _SHOWN_NAMES = 8
 
 
 class Skipped(Counter):
-    """Counts by reason, and what the sentence about a file without a usable record names."""
+    """Counts by reason, and the unknown roles and fields for the error message about a file without a usable record."""
 
-    def __init__(self, *arguments, **counts) -> None:
+    def __init__(self, *arguments: Any, **counts: int) -> None:
         super().__init__(*arguments, **counts)
         self.unknown_roles: dict[str, None] = {}  # in the order in which they were found
         self.fields: tuple[str, ...] = ()  # of the first record that is not a conversation
@@ -77,5 +78,5 @@ def reasons_in_words(counts: Mapping[str, int]) -> str:
 def nothing_usable(
     what: str, where: str, counts: Mapping[str, int], advice: str = "give --input another file"
 ) -> UserError:
-    """The sentence for an input without a usable document or conversation, with the counts by reason."""
+    """The UserError for an input without a usable document or conversation, with the counts by reason."""
     return UserError(f"no usable {what} in {where} ({reasons_in_words(counts) or 'no record'}); {advice}")

@@ -59,7 +59,7 @@ class FileInfo:
 
     @classmethod
     def from_json(cls, entry: Mapping[str, Any]) -> FileInfo:
-        """Raises ValueError, KeyError or TypeError for an entry that is not a file's."""
+        """Parse a file's entry. Raises ValueError, KeyError or TypeError for anything else."""
         start_byte = _typed(entry.get("start_byte", 0), int)
         return cls(_typed(entry["file"], str), _typed(entry["sha256"], str), entry.get("tokens"), start_byte)
 
@@ -72,7 +72,7 @@ class FileInfo:
 class SplitInfo:
     """One split. `text_bytes` are UTF-8 bytes of text, without roles and control tokens.
 
-    `untrained` are the (start, end) positions in the split of answers of weight 0, which are no targets.
+    `untrained` are the (start, end) positions in the split of answers of weight 0, which are not targets.
     """
 
     tokens: int
@@ -83,7 +83,7 @@ class SplitInfo:
 
     @classmethod
     def from_json(cls, entry: Mapping[str, Any]) -> SplitInfo:
-        """Raises ValueError, KeyError or TypeError for an entry that is not a split's."""
+        """Parse a split's entry. Raises ValueError, KeyError or TypeError for anything else."""
         files = tuple(FileInfo.from_json(file) for file in _typed(entry["files"], list))
         if not files:
             raise ValueError("a split has no file")
@@ -120,7 +120,7 @@ class DatasetInfo:
     splits: Mapping[str, SplitInfo] = field(default_factory=dict)
     report: Mapping[str, int] | None = None  # what each pass changed, dropped or found
     report_files: tuple[str, ...] | None = None
-    yardstick: str | None = None  # what the validation split can be compared with, if others measure on it too
+    yardstick: str | None = None  # published results to compare the validation loss with, if there are any
     extra: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -135,7 +135,7 @@ class DatasetInfo:
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> DatasetInfo:
-        """Raises ValueError, KeyError or TypeError where an entry that training needs is missing or wrong."""
+        """Parse the .json. Raises ValueError, KeyError or TypeError if an entry that training needs is wrong."""
         known = {each.name for each in dataclasses.fields(cls)} - {"extra"}
         values = {key: value for key, value in _typed(content, dict).items() if key in known}
         for key, kind in (("name", str), ("format", str), ("tokenizer", str), ("n_vocab", int), ("splits", dict)):
@@ -153,7 +153,7 @@ class DatasetInfo:
         extra = values.pop("extra")
         values["splits"] = {split: info.to_json() for split, info in self.splits.items()}
         values["report_files"] = list(self.report_files) if self.report_files is not None else None
-        if self.options is None:  # not written by our prepare scripts, which record these two in any case
+        if self.options is None:  # not written by our prepare scripts, which always record these two
             values["non_commercial"] = self.non_commercial or None
             return {**_without_none(values), **extra}
         return {key: value for key, value in values.items() if value is not None or key == "input_digest"} | dict(extra)
@@ -207,7 +207,7 @@ def trained_on(info: Mapping[str, Any]) -> dict[str, dict]:
 def open_dataset(data_dir: Path, name: str) -> tuple[dict[str, TokenStream], DatasetInfo]:
     """The "train" and "val" streams of a prepared data set, checked, and its description.
 
-    Raises UserError where a file is missing, empty or of odd length, contains ids outside the vocabulary, or does not
+    Raises UserError if a file is missing, empty or of odd length, contains ids outside the vocabulary, or does not
     match the .json.
     """
     info = read_info(data_dir, name)
@@ -237,7 +237,7 @@ def _describe_bins(streams: Mapping[str, TokenStream], name: str) -> DatasetInfo
 
 
 def _parts(info: DatasetInfo | None, split: str) -> list[tuple[int, int]] | None:
-    """The first byte and the number of the ids in each file of published shards; None if whole files are ids."""
+    """The first byte and the number of ids in each file of published shards; None if the files contain only ids."""
     if info is None or info.has_text:
         return None
     return [(entry.start_byte, entry.tokens or 0) for entry in info.splits[split].files]

@@ -178,7 +178,7 @@ def band_keys(ids: np.ndarray, n_tokens: np.ndarray, tokenizer: Tokenizer = GPT2
 class NearDuplicates:
     """The bands of every document kept so far: 170 to 340 bytes of memory per document."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._seen = DigestSet(words=1)
 
     def find(self, keys: np.ndarray, candidates: np.ndarray) -> np.ndarray:

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 DEFAULT_ITERS = 5000
 # The published data sets have more tokens than this (DailyDialog: 1.6 million) and get DEFAULT_ITERS.
 FEW_TOKENS = 1_000_000
-FITTING_EPOCHS = 8  # more epochs of a small text mostly teach it by heart
-FEWEST_ITERS = 100  # fewer steps teach a model with new weights nothing, however few the data
+FITTING_EPOCHS = 8  # with more, a model mostly memorizes a small text
+FEWEST_ITERS = 100  # with fewer steps, a new model learns nothing, however little data there is
 # A trained model is changed in smaller steps, so it needs more of them, but fewer rows in each: with the rows of a new
 # model, a few conversations would be in each step several times (docs/fine-tuning.md).
 FEWEST_FINE_TUNING_ITERS = 300
@@ -33,11 +33,11 @@ class Portion:
     rows: int | None = None
 
     def epochs(self, iters: float, block_size: int, rows_per_iter: int) -> float:
-        """The epochs in so many iterations."""
+        """The number of epochs in `iters` iterations."""
         return iters * rows_per_iter * self.share / (self.rows or math.ceil(self.tokens / block_size))
 
     def fitting_iters(self, block_size: int, rows_per_iter: int, fewest: int) -> int:
-        """FITTING_EPOCHS of few tokens, at least `fewest` iterations; DEFAULT_ITERS for more tokens."""
+        """The iterations of FITTING_EPOCHS, at least `fewest`; DEFAULT_ITERS if there are not few tokens."""
         if self.tokens >= FEW_TOKENS:
             return DEFAULT_ITERS
         iters = FITTING_EPOCHS / self.epochs(1, block_size, rows_per_iter)
@@ -45,7 +45,7 @@ class Portion:
 
 
 def fitting_iters(portions: Sequence[Portion], block_size: int, rows_per_iter: int) -> int:
-    """The iterations that fit a mixture: what the part needs that is repeated least.
+    """The iterations that fit a mixture: as many as its least repeated part needs.
 
     >>> fitting_iters([Portion("diary", 50_000)], block_size=256, rows_per_iter=16)
     100
@@ -54,9 +54,9 @@ def fitting_iters(portions: Sequence[Portion], block_size: int, rows_per_iter: i
 
 
 def fine_tuning_iters(portions: Sequence[Portion], block_size: int, rows_per_iter: int) -> int:
-    """The iterations that teach a trained model a mixture: what the part needs that is repeated most.
+    """The iterations that teach a trained model a mixture: as many as its most repeated part needs.
 
-    The other parts are there to be remembered.
+    The other parts are there so that the model does not forget them.
     """
     return min(portion.fitting_iters(block_size, rows_per_iter, FEWEST_FINE_TUNING_ITERS) for portion in portions)
 

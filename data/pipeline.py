@@ -67,7 +67,7 @@ class PrepareOptions:
         metavar="NAME",
         group="data",
     )
-    strict: bool = option(False, "refuse a folder with a file of unknown kind instead of leaving it out", group="data")
+    strict: bool = option(False, "refuse folders with files of unknown kind instead of skipping these", group="data")
     output_dir: str | None = option(
         None, "folder for the prepared files (default: the data folder)", metavar="DIR", group="output"
     )
@@ -252,7 +252,7 @@ def _require_space(folder: Path, name: str, options: PrepareOptions, files: Sequ
     """Raise UserError early if the output will certainly not fit.
 
     The output is a copy of the text, and 2 bytes of ids per 4 bytes or so of text. Compressed text takes at least as
-    much. How much of records and archives is text is unknown; a quarter is assumed.
+    much. It is not known how much of a file with records or an archive is text; a quarter is assumed.
     """
     if options.limit is None:
         sizes = (file.stat().st_size * (1 if is_text(file) else 0.25) for file in files)
@@ -319,7 +319,7 @@ def _write_splits(
 def _divided_by_tokens(
     staging: Path, info: DatasetInfo, options: PrepareOptions, worker: Worker, counts: Counter
 ) -> dict[str, SplitInfo]:
-    """The splits of `info`, divided again if validation has too few or too many tokens; a warning if it still has."""
+    """The splits of `info`, divided again if validation has too few or too many tokens; warns if it still does."""
     splits = dict(info.splits)
     n_documents = sum(split.documents or 0 for split in splits.values())
     if not n_documents or _is_fair(splits, options):
@@ -373,11 +373,11 @@ def _require_documents(
         )
     if corpus.val is not None and not n_train:
         raise UserError(
-            f"no train document is left of {where}, since all are empty or also in the validation file; give --input "
+            f"no train document of {where} is left, because all are empty or also in the validation file; give --input "
             "a train file with other documents"
         )
     if corpus.val is not None and not n_val:
-        raise UserError("the validation file has no documents; leave it out, and the train file is divided")
+        raise UserError("the validation file has no documents; leave it out, and the train file will be divided")
     if not n_train or not n_val:
         raise UserError(
             f"{where} has {n_train + n_val:,} distinct documents, too few to divide into train and validation with "

@@ -1,4 +1,4 @@
-"""Prepare every data set in one go: the four of the hub, tales and chitchat. `make data` runs this.
+"""Prepare four data sets from the hub, tales and chitchat in one go. `make data` runs this.
 
     python data/prepare-all.py
     python data/prepare-all.py story chitchat --limit 20000
@@ -9,7 +9,7 @@ prints what each script prints, and at the end:
     missing: nothing
 
 Downloads 2.2 GB for the stories and streams about 2 GB more; of Cosmopedia's stories the first 100,000 are used. A data
-set that cannot be prepared does not stop the others. What is prepared already is not repeated.
+set that cannot be prepared does not stop the others. Data sets that are already prepared are skipped.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class AllOptions:
         check_options(self)
         for name in self.names:
             if name not in SCRIPTS:
-                raise ValueError(f"{name} has no script here; choose {alternatives(list(SCRIPTS))}")
+                raise ValueError(f"{name} is not one of these data sets; choose {alternatives(list(SCRIPTS))}")
 
 
 def main() -> int:
@@ -65,7 +65,7 @@ def main() -> int:
 
 
 def script_command(name: str, options: AllOptions) -> list[str]:
-    """The script of a data set and its options; an option given here comes last and counts."""
+    """The script of a data set and its options; an option given here comes last and overrides the default."""
     command = [f"{Path(__file__).parent}/prepare-{name}.py", *SCRIPTS[name]]
     if options.output_dir:
         command += ["--output_dir", options.output_dir]

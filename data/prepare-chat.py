@@ -1,4 +1,4 @@
-"""Prepare conversations of people with an assistant, from the hub or from your own files.
+"""Prepare conversations between people and an assistant, from the hub or from your own files.
 
     python data/prepare-chat.py
 
@@ -91,7 +91,7 @@ def main() -> None:
 
 
 def describe(options: ChatOptions, files: Sequence[Path]) -> Dataset:
-    """What the data set is. For local files, the source is their names, and the licence is as far as it is known."""
+    """The description of the data set. For local files, the source is their names, and the licence may be unknown."""
     source = CHAT_SOURCES.get(options.source or ("" if files else "smol-smoltalk"))
     origin = [source.hub.repository] if source else []
     names = [", ".join(file.name for file in files)] if files else []
@@ -148,7 +148,7 @@ def check_first_records(file: Path, options: ChatOptions) -> None:
 def read_conversations(
     records: Iterable[dict], options: ChatOptions, skipped: Skipped, where: str | Path
 ) -> Iterator[list[dict]]:
-    """The conversations of records, as the options choose them."""
+    """The conversations of records that the options select."""
     language = None if options.language == "all" else options.language
     return conversations(records, options.all_paths, skipped, language, where, options.me)
 

@@ -1,4 +1,4 @@
-"""Prepare DailyDialog: 13,118 everyday conversations of two people (Li et al., 2017), for non-commercial use.
+"""Prepare DailyDialog: 13,118 everyday conversations between two people (Li et al., 2017), for non-commercial use.
 
     python data/prepare-dailydialog.py
 
@@ -59,7 +59,7 @@ def main() -> None:
 
 
 def corpus_files(options: PrepareOptions) -> list[Path]:
-    """The files that --input names. A folder means the archives, dialogue texts and parquet files in it."""
+    """The files that --input names. Of a folder, these are the archives, dialogue texts and parquet files in it."""
     files = []
     for path in map(Path, options.input):
         found = files_of_input(dataclasses.replace(options, input=(str(path),)), SUFFIXES)
@@ -83,7 +83,7 @@ def is_dialogues(name: str) -> bool:
 
 
 def read_splits(files: list[Path]) -> dict[str, list[list[dict]]]:
-    """The dialogues of the files by split; "whole" has those of files whose name contains no split."""
+    """The dialogues of the files by split; those of files whose name contains no split are under "whole"."""
     by_split: dict[str, list[list[dict]]] = {}
     for file in files:
         kind = split_suffix(file)[0]

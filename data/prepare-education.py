@@ -83,7 +83,7 @@ def main() -> None:
 
 
 def describe(options: EducationOptions, files: Sequence[Path]) -> Dataset:
-    """What the data set is. For local files, the source is their names, and the licence is as far as it is known."""
+    """The description of the data set. For local files, the source is their names, and the licence may be unknown."""
     is_cosmopedia = bool(options.config or not files)
     origin = [f"{SOURCE.repository}, {options.config or 'stories'}"] if is_cosmopedia else []
     names = [", ".join(file.name for file in files)] if files else []

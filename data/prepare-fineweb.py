@@ -9,10 +9,10 @@ prints:
     train: about 1 million documents, 900,000,000 tokens in fineweb_train_000001.bin to fineweb_train_000009.bin
     val: 10,485,761 tokens in fineweb_val_000000.bin
 
-Downloads 200 MB per shard of 100 million tokens, and continues a download that broke off. The shards stay where they
-are downloaded (HF_HOME); data/fineweb.json says where that is. With --edu, the pages are those of FineWeb-Edu, which a
-classifier found educational, as data set fineweb-edu. Give shards that you have with --input; the one with "val" in its
-name is for validation:
+Downloads 200 MB per shard of 100 million tokens, and resumes an interrupted download. The shards stay where they are
+downloaded (HF_HOME); data/fineweb.json says where that is. With --edu, the pages are those of FineWeb-Edu, which a
+classifier rated as educational, and the data set is called fineweb-edu. Give shards that you have with --input; the one
+with "val" in its name is for validation:
 
     python data/prepare-fineweb.py --input fineweb10B/*.bin
 
@@ -51,7 +51,7 @@ TARGET = " (GPT-2 of 124M: 3.28)"  # on FineWeb, not on FineWeb-Edu
 
 @dataclass(frozen=True)
 class FineWebOptions:
-    edu: bool = option(False, "FineWeb-Edu, as data set fineweb-edu", group="data")
+    edu: bool = option(False, "prepare FineWeb-Edu instead, as data set fineweb-edu", group="data")
     shards: int | None = option(
         None,
         "use only the first N train shards of 100 million tokens (default: 103; with --edu: 100 of 1001)",
@@ -69,7 +69,7 @@ class FineWebOptions:
     def __post_init__(self) -> None:
         check_options(self)
         if self.shards and self.shards > N_SHARDS[self.name]:
-            raise ValueError(f"--shards must be at most {N_SHARDS[self.name]}: so many are published")
+            raise ValueError(f"--shards must be at most {N_SHARDS[self.name]}, the number of published shards")
 
     @property
     def name(self) -> str:
@@ -87,7 +87,7 @@ def main() -> None:
         train = sorted(train)[: options.shards]
         origin = f"{source.repository}: {len(train)} local shard{'' if len(train) == 1 else 's'}"
     else:
-        n_shards = options.shards or min(N_SHARDS[options.name], N_EDU_DEFAULT if options.edu else N_SHARDS["fineweb"])
+        n_shards = options.shards or (N_EDU_DEFAULT if options.edu else N_SHARDS["fineweb"])
         val, *train = download(options.name, n_shards)
         origin = f"{source.repository}, {n_shards} of {N_SHARDS[options.name]} shards"
     dataset = Dataset(options.name, "text", origin, LICENCE)

@@ -10,9 +10,9 @@ prints, besides the progress and the costs:
     val: about 50 documents, 16,000 tokens in knowledge-val.bin
 
 The server may be Ollama, llama.cpp, vLLM, a hosted service or serve.py. Each answer is written to
-data/knowledge-answers.jsonl as it comes: after Ctrl-C or a crash the same command continues, and nothing is asked
+data/knowledge-answers.jsonl as it arrives: after Ctrl-C or a crash the same command continues, and nothing is asked
 twice. Refusals, repeats, near repeats, answers that are cut off and other languages are left out and counted. The
-wording of the requests is in data/knowledge-prompts.json. Conversations, and answers to questions:
+wording of the requests is in data/knowledge-prompts.json. For conversations, and for answers to questions:
 
     python data/prepare-knowledge.py --api_url http://localhost:11434/v1 --model llama3.2 --as chat --name lessons
     python data/prepare-knowledge.py --api_url http://localhost:11434/v1 --model llama3.2 --source squad --as chat
@@ -67,11 +67,11 @@ class KnowledgeOptions(PrepareOptions):
         group="server", metavar="URL",
     )  # fmt: skip
     api_key: str | None = option(None, "key of a hosted service (default: $OPENAI_API_KEY)", group="server")
-    model: str | None = option(None, "model that writes (default: the server's, if it has one only)", group="server")
-    concurrency: int = option(4, "requests under way at the same time", at_least=1, group="server")
-    retries: int = option(6, "tries after the first, if an error may pass", at_least=0, group="server")
+    model: str | None = option(None, "model that writes (default: the server's, if it has only one)", group="server")
+    concurrency: int = option(4, "requests sent at the same time", at_least=1, group="server")
+    retries: int = option(6, "retries after an error that may be temporary", at_least=0, group="server")
     timeout: float = option(600.0, "seconds until a request without an answer is tried again", above=0, group="server")
-    max_tokens: int = option(1000, "longest answer; answers that are cut off are left out", at_least=1, group="server")
+    max_tokens: int = option(1000, "longest answer; answers cut off there are left out", at_least=1, group="server")
     temperature: float | None = option(None, "temperature (default: the server's)", at_least=0, group="server")
     price: str | None = option(
         None, "price of a million tokens in and out, such as 0.15,0.60, to show the cost", group="server",
@@ -98,7 +98,7 @@ class KnowledgeOptions(PrepareOptions):
     ask: bool = option(True, "ask the server; --no-ask prepares the answers collected so far", group="documents")
     dry_run: bool = option(False, "show the first requests and stop, without asking", group="documents")
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", self.name):
             raise ValueError(f"--name must consist of letters, digits, - and _, not {self.name!r}")
@@ -130,7 +130,7 @@ def main(first_wait_s: float = Retries.first_wait_s) -> None:
     print_advice(info, options.output_dir)
 
 
-# --- what to ask whom ---
+# --- what to ask, and which server ---
 
 
 def read_sources(options: KnowledgeOptions, prompts: Prompts) -> Sequence[Topic] | Sequence[Question]:
@@ -177,7 +177,7 @@ def make_client(options: KnowledgeOptions, first_wait_s: float) -> Client:
 
 
 def only_model(client: Client) -> str:
-    """The server's model, if it has one only. Raises UserError that lists them otherwise."""
+    """The server's model, if it has only one; otherwise raises UserError, which lists them."""
     models = models_of(client)
     if len(models) != 1:
         names = ", ".join(models[:20]) or "none"

@@ -27,7 +27,7 @@ from __future__ import annotations
 import dataclasses
 import re
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that the project's modules are found anywhere
@@ -102,8 +102,8 @@ def main() -> None:
     print(f"next: {next_command(info, options.output_dir)}")
 
 
-def describe(options: PreferenceOptions, files) -> Dataset:
-    """What the data set is. For local files, the source is their names, and the licence is as far as it is known."""
+def describe(options: PreferenceOptions, files: Sequence[Path]) -> Dataset:
+    """The description of the data set. For local files, the source is their names, and the licence may be unknown."""
     source = PREFERENCE_SOURCES.get(options.source or ("" if files else "oasst1"))
     origin = [source.hub.repository] if source else []
     names = [", ".join(file.name for file in files)] if files else []
@@ -127,7 +127,7 @@ def hub_corpus(options: PreferenceOptions) -> Corpus:
 def local_corpus(options: PreferenceOptions) -> Corpus:
     """The pairs, or labelled answers, of the files that --input names. Raises UserError if there are none.
 
-    Documents with the same first question go to the same split: otherwise validation would contain answers of training.
+    Documents with the same first question go to the same split; otherwise validation would contain training answers.
     """
     files = files_of_input(options, RECORD_SUFFIXES)
     skipped = Skipped()

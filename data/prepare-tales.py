@@ -1,4 +1,4 @@
-"""Prepare tales: short stories about a wish, a trouble and a helper, generated locally without a download.
+"""Prepare tales: short stories about a wish, a problem and a helper, generated locally without a download.
 
     python data/prepare-tales.py
 

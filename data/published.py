@@ -42,7 +42,7 @@ def prepare_shards(
     print(f"licence: {dataset.licence}")
     paths = [*train, *([val] if val else [])]
     for path in paths:
-        shard_tokens(path)  # a broken header is found before the minutes that the ids take
+        shard_tokens(path)  # checks the headers first, because checking the ids takes minutes
     with FileLock(folder / f".{dataset.name}.lock", f"data set {dataset.name} in {folder}"):
         # disable=None: a bar on a terminal only
         checked = [check_shard(path) for path in tqdm(paths, desc="checking", unit="shard", disable=None)]

@@ -1,8 +1,8 @@
 """Divide prepared documents again by tokens, where dividing them by number gave validation too few or too many.
 
-The files of both splits are read back from the staging folder and written anew, so memory grows by 24 bytes per
+The files of both splits are read back from the staging folder and written again, so memory grows by 24 bytes per
 document. Documents go to validation in the order of their digests until it has its share. One that would take it beyond
-twice its share is cut, and its end goes to validation; one that cannot be cut is passed over.
+twice its share is cut, and its end goes to validation; one that cannot be cut is skipped.
 """
 
 from __future__ import annotations
@@ -136,7 +136,7 @@ def _find(folder: Path, info: DatasetInfo, worker: Worker, key: int) -> Document
 def _cut(
     document: Document, size: int, wanted: tuple[float, float, float], worker: Worker
 ) -> tuple[Document, Document] | None:
-    """A document of `size` tokens in two, whose end has about wanted[0] tokens, from wanted[1] to wanted[2]."""
+    """Cut a document of `size` tokens in two; its end gets about wanted[0] tokens, from wanted[1] to wanted[2]."""
     target, fewest, most = wanted
     if is_pair(document):
         return None
@@ -144,7 +144,7 @@ def _cut(
         sizes = [len(worker.tokenizer.encode_chat([message])) for message in document]
         parts = cut_conversation(document, sizes, int(target))
         return parts if parts and fewest <= len(worker.encode([parts[1]]).ids) <= most else None
-    # The characters per token may differ within a text, so the range in characters is corrected by what it gave.
+    # The characters per token may differ within a text, so the range in characters is corrected after each attempt.
     per_token = len(document) / size
     for _ in range(4):
         lengths = (math.ceil(tokens * per_token) for tokens in (target, 1.05 * fewest, 0.95 * most))

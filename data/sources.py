@@ -111,7 +111,7 @@ SOURCES: dict[str, tuple[HubSource, ...]] = {
             ),
         ),
     ),
-    # Unpinned: their commits were not known where this was written. <name>.json records the sha256 of each shard.
+    # Unpinned: their commits were not known when this was written. <name>.json records the sha256 of each shard.
     "fineweb": (HubSource("kjj0/fineweb10B-gpt2", "main", ("fineweb_val_000000.bin", "fineweb_train_*.bin")),),
     "fineweb-edu": (
         HubSource(

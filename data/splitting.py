@@ -1,9 +1,9 @@
 """Divide documents into train and validation, by their content and a seed, so that order and repeats do not matter.
 
-The first division is by documents: those with the smallest digests become validation. That is right for many documents
-of similar length. Where it gives validation less than half or more than twice its share of the tokens, because there
-are few documents or some are huge, `data/redividing.py` divides again by tokens, with the functions at the end of this
-module, and cuts one document if no whole documents fit.
+The first division is by documents: those with the smallest digests become validation. That works well for many
+documents of similar length. Where it gives validation less than half or more than twice its share of the tokens,
+because there are few documents or some are huge, `data/redividing.py` divides again by tokens, with the functions at
+the end of this module, and cuts one document if no whole documents fit.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ def is_fair(n_val: int, total: int, val_fraction: float) -> bool:
 def choose(sizes: Sequence[int], val_fraction: float) -> list[int]:
     """The indices of the validation documents by size, the first ones that fit; empty if none do.
 
-    A document that would take validation beyond its range is passed over.
+    A document that would take validation beyond its range is skipped.
     """
     total = sum(sizes)
     highest = fair_range(total, val_fraction)[1]
@@ -120,7 +120,7 @@ _BOUNDARIES = (
 
 
 def cut_text(text: str, tail: int, fewest: int, most: int) -> tuple[str, str] | None:
-    """A text in two, whose end has about `tail` characters, between `fewest` and `most`; None if there is no boundary.
+    """Cut a text in two; its end gets about `tail` characters, from `fewest` to `most`. None if there is no boundary.
 
     The cut is at the last paragraph that leaves at least `tail` characters, or else the first one after that; without
     any in the range, at a line, then at a sentence, then at a word.
@@ -143,7 +143,7 @@ def cut_text(text: str, tail: int, fewest: int, most: int) -> tuple[str, str] | 
 
 
 def cut_conversation(messages: Sequence[dict], sizes: Sequence[int], tail: int) -> tuple[list[dict], list[dict]] | None:
-    """A long conversation in two at a question, so that its end has about `tail` tokens; None if it is short.
+    """Cut a long conversation in two at a question; its end gets about `tail` tokens. None if it is short.
 
     `sizes` are the tokens of each message. Both parts contain an answer.
     """

@@ -3,7 +3,7 @@
     found = recognized_files(["stories.txt"])
     for text in ChosenTexts(found, survey(found), max_bytes=10**8): ...
 
-Texts are streamed: a few blocks or one document are in memory at a time, and a small sample to measure with.
+Texts are streamed: a few blocks or one document are in memory at a time, and a small sample to measure.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ MEMORY_BYTES = 800e6
 def recognized_files(
     paths: Sequence[str], field: str = "text", suffixes: Sequence[str] = (), encoding: str | None = None
 ) -> list[Recognized]:
-    """What each file that --input names contains, printed; one in a folder with unknown records is left out."""
+    """Recognize and print what each file contains; one in a folder whose records are of no known kind is left out."""
     files = input_files(paths, ALL_SUFFIXES, parse_suffixes(suffixes), encoding=encoding, takes_more=True)
     found = []
     for file in files:
@@ -46,7 +46,7 @@ def recognized_files(
         else:
             print(found[-1])
     if not found:
-        raise UserError(f"no file in {', '.join(paths)} contains text or conversations that are known; name others")
+        raise UserError(f"no file in {', '.join(paths)} contains text or known conversations; name other files")
     return found
 
 
@@ -125,10 +125,10 @@ def _known_size(found: Sequence[Recognized]) -> int | None:
 
 
 def bytes_that_fit(sample: Sequence[str], pattern: str, memory_bytes: float = MEMORY_BYTES) -> int:
-    """How many bytes of text like the sample the trainer can learn from in so much memory.
+    """How many bytes of text like the sample the trainer can learn from in `memory_bytes`.
 
     The trainer holds every different piece once. Their number grows as a power of the text (Heaps' law); the exponent
-    is that between half of the sample and all of it, and falls as texts get longer, so the result is rather too small.
+    is that between half of the sample and all of it. It falls as texts get longer, so the result is on the safe side.
     """
     whole_bytes, whole_memory = _memory_of(sample, pattern)
     half_bytes, half_memory = _memory_of(sample[::2], pattern)
@@ -166,7 +166,7 @@ class ChosenTexts:
         for text in cleaned_texts(self.found, Skipped()):
             size = len(text.encode())
             n_read_bytes += size
-            # Chosen if the share of the bytes so far is then still at most what it will be in the end.
+            # Chosen if the chosen share of the bytes read so far does not exceed the share wanted of all of them.
             is_chosen = (self.n_bytes + size) * self.surveyed.n_bytes <= self.max_bytes * n_read_bytes
             if is_chosen or self.surveyed.n_bytes <= self.max_bytes:
                 self.n_texts += 1
@@ -174,14 +174,14 @@ class ChosenTexts:
                 yield from _parts(text)
 
     @property
-    def about(self) -> int:
+    def estimated_n_texts(self) -> int:
         """About how many texts will be chosen, for a progress bar."""
         return math.ceil(self.surveyed.n_texts * min(1, self.max_bytes / self.surveyed.n_bytes))
 
     def report(self, reason: str) -> None:
-        """Print how much was chosen, if not all. Raises UserError if that is nothing."""
+        """Print how much was chosen, unless it was everything. Raises UserError if it was nothing."""
         if not self.n_texts:
-            raise UserError(f"--max_bytes {self.max_bytes} is less than any text has; use a larger number")
+            raise UserError(f"--max_bytes {self.max_bytes} is smaller than each of the texts; use a larger number")
         if self.n_texts < self.surveyed.n_texts:
             print(
                 f"learned from a sample: {self.n_texts:,} texts spread over all of it, {self.n_bytes:,} bytes, "
@@ -190,7 +190,7 @@ class ChosenTexts:
 
 
 def _parts(text: str) -> Iterator[str]:
-    """A text, a very long one in parts that end at a line end, because the trainer holds many texts at once."""
+    """A text, or a very long one in parts that end at line ends, because the trainer holds many texts at once."""
     start = 0
     while len(text) - start > PART_CHARACTERS:
         end = text.rfind("\n", start, start + PART_CHARACTERS) + 1 or start + PART_CHARACTERS

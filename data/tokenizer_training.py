@@ -1,6 +1,6 @@
 """Learn the vocabulary of a tokenizer from text, and write it as data/<name>-tokenizer.json.
 
-    texts -> pairs that occur most -> merges -> tokenizer.json
+    texts -> the most frequent pairs -> merges -> tokenizer.json
 
 The merges are learned by Hugging Face's `tokenizers`, which only this module imports. testing_tools/learn_bpe.py shows
 in plain Python what happens inside. data/tokenizer_texts.py reads the texts.
@@ -32,8 +32,8 @@ from setup_tokenizer import ENDOFTEXT, IM_END, IM_START, TOKENIZER_NAME, encode_
 CONTROL_TOKENS = (ENDOFTEXT, IM_START, IM_END)  # the last ids, in this order
 N_BYTES = 256
 MAX_VOCAB_SIZE = 1 << 16  # prepared data stores ids as uint16
-MAX_TOKEN_LENGTH = 128  # as GPT-2's longest; without a limit, lines of dashes become tokens
-MIN_FREQUENCY = 2  # a pair that occurs once is a memory of the text, not a habit of the language
+MAX_TOKEN_LENGTH = 128  # that of GPT-2's longest token; without a limit, lines of dashes become tokens
+MIN_FREQUENCY = 2  # a pair that occurs once says nothing about the language
 SLICE_CHARACTERS = 50_000  # tiktoken fails on much longer stretches of white space
 N_LONGEST = 10
 TOKENIZERS_VERSION = "0.23.3"
@@ -57,14 +57,14 @@ class TrainTokenizerOptions:
     )
     pattern: str = option(
         "gpt2",
-        "how text is cut into pieces: as by GPT-2, or for many scripts, with at most three digits in a piece",
+        "how text is cut into pieces: as in GPT-2, or for many scripts, with at most three digits per piece",
         choices=tuple(PATTERNS),
         group="tokenizer",
     )
     max_bytes: int | None = option(
         None,
-        "learn from at most N bytes of text, in documents spread over all of it (default: what needs less than 1 GB "
-        "of memory)",
+        "learn from at most N bytes of text, in documents spread over all of it (default: as much as needs less than "
+        "1 GB of memory)",
         at_least=1,
         metavar="N",
         group="data",
@@ -114,8 +114,8 @@ def train_tokenizer(options: TrainTokenizerOptions) -> Path:
     surveyed, pattern = survey(found), PATTERNS[options.pattern]
     max_bytes = options.max_bytes or bytes_that_fit(surveyed.sample, pattern)
     texts = ChosenTexts(found, surveyed, max_bytes)
-    vocabulary = learn(texts, pattern, options.vocab_size - len(CONTROL_TOKENS), texts.about)
-    texts.report("--max_bytes" if options.max_bytes else "more might need over 1 GB of memory; --max_bytes takes more")
+    vocabulary = learn(texts, pattern, options.vocab_size - len(CONTROL_TOKENS), texts.estimated_n_texts)
+    texts.report("--max_bytes" if options.max_bytes else "more might need over 1 GB of memory; --max_bytes allows it")
     if len(vocabulary.tokens) + len(CONTROL_TOKENS) < options.vocab_size:
         raise too_little_text(vocabulary, texts, options)
     files = [recognized.path for recognized in found]
@@ -199,7 +199,7 @@ def learn(texts: Iterable[str], pattern: str, n_tokens: int, n_texts: int | None
 
 
 def too_little_text(vocabulary: Vocabulary, texts: ChosenTexts, options: TrainTokenizerOptions) -> UserError:
-    """The sentence for a text in which too few pairs occur twice."""
+    """The UserError for texts in which too few pairs occur twice."""
     possible = len(vocabulary.tokens) + len(CONTROL_TOKENS)
     remedy = f"use --vocab_size {possible} at most, or give more text"
     if possible <= N_BYTES + len(CONTROL_TOKENS):

@@ -34,9 +34,9 @@ def open_tokenizer(word: str, folder: Path) -> Tokenizer:
             return _read(path, word)
     paths = [*folder.glob(f"*{SUFFIX}"), *DATA_FOLDER.glob(f"*{SUFFIX}")]
     known = sorted({path.name.removesuffix(SUFFIX) for path in paths})
-    there = f" (there are gpt2, {', '.join(known)})" if known else ""
+    others = f" (there are gpt2, {', '.join(known)})" if known else ""
     raise UserError(
-        f"the tokenizer {word} is not in {folder}{there}; train it with: "
+        f"the tokenizer {word} is not in {folder}{others}; train it with: "
         f"python data/train-tokenizer.py --name {word} --input FILE"
     )
 

@@ -72,7 +72,7 @@ class Worker:
         return np.frombuffer(digests, dtype="<u8").reshape(-1, 2)
 
     def encode(self, documents: list[Document], read_characters: int = 0, counts: Counter | None = None) -> Encoded:
-        """Clean documents, encoded; `read_characters` and `counts` are passed on."""
+        """Encode documents that are clean already; `read_characters` and `counts` are passed on."""
         lines = [document_line(document) for document in documents]
         ids = encode_documents(documents, self.tokenizer).astype(np.uint16)
         ends = np.flatnonzero(ids == self.tokenizer.endoftext) + 1
@@ -217,7 +217,7 @@ def _start_worker(worker: Worker) -> None:
     parent = multiprocessing.parent_process()
     assert parent is not None
 
-    def end_with_parent():
+    def end_with_parent() -> None:
         multiprocessing.connection.wait([parent.sentinel])
         os._exit(1)
 

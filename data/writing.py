@@ -9,7 +9,7 @@ import os
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -56,7 +56,7 @@ class Encoded:
         return np.column_stack([(np.cumsum(chosen) - 1)[kept[:, 0]], kept[:, 1:]]) if len(kept) else kept
 
 
-def _runs(data, lengths: np.ndarray, edges: np.ndarray) -> list:
+def _runs(data: np.ndarray | memoryview, lengths: np.ndarray, edges: np.ndarray) -> list:
     """The slices of `data`, whose elements have these lengths, between pairs of element indices: (runs, 2)."""
     starts = np.concatenate([[0], np.cumsum(lengths)])[edges]
     return [data[start:end] for start, end in starts.tolist()]
@@ -78,7 +78,7 @@ class SplitWriter:
     def __enter__(self) -> SplitWriter:
         return self
 
-    def __exit__(self, *exception) -> None:
+    def __exit__(self, *exception: Any) -> None:
         if exception[0] is None:
             self._close_shard()
         self._stack.__exit__(*exception)
@@ -138,7 +138,7 @@ def staged_file(path: Path) -> Iterator[BinaryIO]:
     try:
         yield file
     except BaseException:
-        with contextlib.suppress(OSError):  # the first fault is the one to report
+        with contextlib.suppress(OSError):  # the first error is the one to report
             file.close()
         raise
     try:

@@ -82,7 +82,7 @@ def test_nul_bytes_are_refused_wherever_they_are(tmp_path):
     path = tmp_path / "a.txt"
     path.write_bytes(ENGLISH.encode() + b"\0" * 5000)
     fault = fault_of(path)
-    assert f"ends in NUL bytes, as a file that was not written completely, from byte {len(ENGLISH.encode())}" in fault
+    assert f"ends in NUL bytes, like a file that was not written completely, from byte {len(ENGLISH.encode())}" in fault
     assert run_advice(fault, tmp_path) == ENGLISH
     path.write_bytes(b"a" * (3 << 20) + b"\0b\0" + b"c" * 99)
     assert f"contains NUL bytes from byte {3 << 20} on" in fault_of(path)
@@ -134,6 +134,6 @@ def test_a_zstandard_file_with_a_long_window_is_read(tmp_path):
     assert b"".join(read_blocks(path)).decode() == 2 * ENGLISH
     path.write_bytes(path.read_bytes()[:-5])
     with pytest.raises(
-        UserError, match=r"a.txt.zst is damaged \(EOFError: it breaks off\); download or compress it again"
+        UserError, match=r"a.txt.zst is damaged \(EOFError: it is truncated\); download or compress it again"
     ):
         list(read_blocks(path))

@@ -41,7 +41,7 @@ FAULTS = {
     "has 0 bytes": b"",
     "has 3 bytes": b"abc",
     "begins with 1701603686": b"fileext",
-    "breaks off in its header, after 800 bytes": shard_bytes([1, 2])[:800],
+    "is truncated within its header, after 800 bytes": shard_bytes([1, 2])[:800],
     "is a shard of version 7": shard_bytes([1, 2], (HEADER[0], 7)),
     "promises 0 tokens": shard_bytes([]),
     "has 1,030 bytes, but its header promises 4 tokens in 1,032": shard_bytes([1, 2, 3, 4])[:-2],

@@ -102,7 +102,7 @@ def test_a_folder_that_cannot_be_written_is_one_sentence_before_any_step(data, t
     else:
         folder.write_text("a file")
     no_step = in_step(1, fail(AssertionError("a step before the folder is known to be good")))
-    with no_step, pytest.raises(UserError, match=r"models.* not written: .*; choose a folder that can be written"):
+    with no_step, pytest.raises(UserError, match=r"models.* not written: .*; choose a writable folder"):
         run(data, folder)
 
 

@@ -44,7 +44,7 @@ class Batches:
         except BaseException as error:  # raised again by next()
             self._put(error)
 
-    def _put(self, item) -> bool:
+    def _put(self, item: object) -> bool:
         """Put an item into the queue when there is space; False if the batches are closed first."""
         while not self._stop.is_set():
             with contextlib.suppress(queue.Full):
@@ -66,7 +66,7 @@ class Batches:
             yield [np.stack(column) for column in zip(*made, strict=True)], {"epoch": epoch, "row": row}
 
     def next(self) -> list[np.ndarray]:
-        """The next rows, a column each: ids and targets, (n_rows, block_size) in int64, and what else a row has."""
+        """The next rows as columns: ids and targets, (n_rows, block_size) in int64, and what else a row has."""
         item = self._ready.get()
         if isinstance(item, BaseException):
             raise item

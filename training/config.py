@@ -80,7 +80,7 @@ class RunConfig:
     out_dir: str
     resume: str | None  # the checkpoint that the run continues; None for a new run
     init_from: str | None  # the model whose weights a new run starts from; None: new weights
-    lora_rank: int | None  # an adapter's settings, and the base beside which it trains; None: all weights train
+    lora_rank: int | None  # an adapter's settings, and the base that it is trained on; None: all weights train
     lora_alpha: float | None
     lora_layers: str | None
     lora_chat_rows: bool | None
@@ -146,13 +146,17 @@ def make_config(
         require_whole_pairs(options.objective, micro_batch_size(batch_size, steps))
     chosen |= {"batch_size": batch_size, "gradient_accumulation_steps": steps}
 
-    # A resumed run keeps its validation rows, so that its losses stay comparable.
-    is_same = saved.get("val_rows") and options.eval_iters == saved["eval_iters"]
-    chosen["val_rows"] = saved["val_rows"] if is_same else options.eval_iters * wanted
+    chosen["val_rows"] = _val_rows(options, saved, wanted)
     given_names = {field.name for field in dataclasses.fields(RunConfig)} - chosen.keys()
     config = RunConfig(**{name: getattr(options, name) for name in given_names}, **chosen)
     require_other_file(f"{config.out_dir}/{config.name}.pt", config.lora_base)
     return config
+
+
+def _val_rows(options: TrainOptions, saved: Mapping[str, Any], batch_size: int) -> int:
+    """The rows per evaluation. A resumed run keeps their number, so that its losses stay comparable."""
+    is_same = saved.get("val_rows") and options.eval_iters == saved["eval_iters"]
+    return saved["val_rows"] if is_same else options.eval_iters * batch_size
 
 
 def _choices(
@@ -160,7 +164,7 @@ def _choices(
 ) -> dict[str, Any]:
     """The value of every option that may be None, except the model's shape and the micro-batch."""
     on_cuda, is_chat = device.startswith("cuda"), bool(formats & {"chat", *PREFERENCE_FORMATS})
-    # A narrow model tolerates, and needs, larger steps. An adapter's factors are new weights beside trained ones.
+    # A narrow model tolerates, and needs, larger steps. An adapter's factors are new weights added to trained ones.
     fraction = FINE_TUNING_RATE if options.init_from and options.lora_rank is None else 1.0
     if options.objective != "next_token":
         fraction = PREFERENCE_RATE
@@ -196,7 +200,7 @@ def _or(value: Any, default: Any) -> Any:
 
 def _shape(options: TrainOptions, device: str, info: Mapping[str, Any]) -> dict[str, Any]:
     """The model's SHAPE: with --init_from the checkpoint's, else the options, else the preset's."""
-    preset = PRESETS.get(options.preset or _default_preset(device))  # None for auto, which has chosen all names
+    preset = PRESETS.get(options.preset or _default_preset(device))  # None for auto, which has set all of `names`
     names = ("n_layer", "n_head", "n_embd", "block_size")
     shape = {name: getattr(options, name) or getattr(preset, name) for name in names}
     if options.init_from is not None:

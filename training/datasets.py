@@ -29,7 +29,7 @@ class TrainingData:
 
     @property
     def formats(self) -> list[str]:
-        """ "text", "chat", "preference" or "label", each that occurs, in the order of the parts."""
+        """The formats that occur ("text", "chat", "preference", "label"), in the order of the parts."""
         return list(dict.fromkeys(part["format"] for part in data_parts(self.facts)))
 
     def short_splits(self, block_size: int) -> list[str]:

@@ -1,7 +1,7 @@
 """Rows of labelled answers: each with its prompt in a row of its own, and beside it a row that KTO compares it with.
 
 The second row is the same prompt with the answer to another prompt. From such rows KTO estimates how far the model has
-moved from the reference in general. Which answer that is, is drawn once for a data set, so that the reference's log
+moved from the reference in general. The other answers are drawn once for a data set, so that the reference's log
 probabilities of these rows can be computed before training, too.
 """
 
@@ -16,9 +16,9 @@ from training.pair_rows import PairRows, locate_pairs
 class LabelRows(PairRows):
     """Labelled answers in a new order each epoch, as rows (2, length): the answer's, then another prompt's answer.
 
-    `labels` (answers,) are positive for good and negative for bad answers. Their sizes are weights, of mean 1, that
-    give good and bad answers the same weight in all, as the paper advises. A second row that is too long is cut, which
-    only shortens what the estimate is made of. Raises UserError if no answer fits into block_size.
+    `labels` (answers,) are positive for good and negative for bad answers. Their absolute values are weights, of mean
+    1, that give good and bad answers the same total weight, as the paper advises. A second row that is too long is cut,
+    which leaves the estimate a little less to go by. Raises UserError if no answer fits into block_size.
     """
 
     noun = "labelled answer"

@@ -41,7 +41,7 @@ def _no_room_error(config: GPTConfig, device: str) -> UserError:
 
 
 def out_of_memory_error(batch_size: int, gradient_accumulation_steps: int, resume: str = "") -> UserError:
-    """The sentence for a step that does not fit: a smaller micro-batch with the same tokens per iteration.
+    """The UserError for a step that does not fit: use a smaller micro-batch with the same tokens per iteration.
 
     `resume` is an option that the command also needs, such as `--resume models/story5000.pt `.
     """
@@ -87,7 +87,7 @@ class StepMemory:
     compile: bool = False
     is_sharded: bool = False
     logits_rows: int | None = None  # rows whose logits exist at once; None: all
-    adapter: Adapter | None = None  # what trains beside frozen weights; None: all weights train
+    adapter: Adapter | None = None  # what is trained next to frozen weights; None: all weights train
 
     def bytes(self, batch_size: int) -> int:
         """`step_bytes` of a micro-batch."""
@@ -140,7 +140,7 @@ def find_micro_batch(
 def sizes_to_try(device: str, requested: int | str | None, most: int, sequences: int) -> list[int]:
     """The micro-batches of a process that makes `sequences` per iteration, largest first; none if its size is given.
 
-    By default there are sizes on CUDA alone, of `most` rows or fewer.
+    By default, sizes are tried only on CUDA, up to `most` rows.
     """
     if requested == "auto":
         return divisors(sequences)
@@ -227,7 +227,7 @@ def fits(model: GPT, run_step: Callable[[], None], device: str) -> bool:
 
 
 def model_fits(config: GPTConfig, device: str, batch_size: int, logits_rows: int | None = None) -> bool:
-    """Whether the weights of a model and a training step of so many rows fit into the device's free memory.
+    """Whether the weights of a model and a training step of `batch_size` rows fit into the device's free memory.
 
     An estimate; True if that memory is not known.
     """
@@ -253,8 +253,8 @@ def step_bytes(
     Linear and GELU); with activation checkpointing 1, and the 18 of one layer at a time. The gradients of the current
     layer take 16 more. At most `logits_rows` rows of logits exist at once (None: all rows, and their gradient), in
     addition to a copy of the head's weight and a part of its gradient. Gradients, two optimizer states and the
-    optimizer's temporaries take the size of the weights each, and the libraries 128 MiB. With `n_trained` only so many
-    weights have those; the others are frozen.
+    optimizer's temporaries take the size of the weights each, and the libraries 128 MiB. With `n_trained`, only that
+    many weights have those; the others are frozen.
     """
     n_weights = _n_weights(config) if n_trained is None else n_trained
     tokens = batch_size * config.block_size

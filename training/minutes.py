@@ -1,6 +1,6 @@
 """--minutes: how many iterations fit into a time on this machine, and with --preset auto also which shape and batch.
 
-    options = fit_minutes(options, facts, configure, measure)
+    options = fit_minutes(options, device, facts, configure, measure)
 
 Only the command line is completed here. `make_config` turns it into a RunConfig, as if the user had given the numbers,
 so a run is fixed before it starts, and a resumed run measures nothing.
@@ -65,10 +65,10 @@ def fit_minutes(
     if options.preset == "auto":
         chosen, iters = _with_shape(options, device, facts, configure, measure, time_s)
     else:
-        chosen, iters = options, int(time_s / measure(configure(_briefly(options))))
+        chosen, iters = options, int(time_s / measure(configure(_for_timing(options))))
     if options.compile is None and device == "cpu" and time_s < COMPILE_FROM_S:
         chosen = dataclasses.replace(chosen, compile=False)
-    # Now with the real batch, and compiled if that pays off in so many iterations.
+    # Now with the real batch, and compiled if that pays off in this many iterations.
     config = configure(dataclasses.replace(chosen, max_iters=max(1, iters)))
     iter_s = measure(config)
     begun_s = START_S + reduce("max", clock() - start)[0]  # the same in all processes, so that all choose the same
@@ -81,8 +81,8 @@ def fit_minutes(
     print(_describe(options, config, iters, iter_s, begun_s + iters * iter_s + n_evals * eval_s))
     if limit < within:
         print(
-            f"note: this is less than --minutes {options.minutes:g}, because more than {FITTING_EPOCHS} epochs mostly "
-            "teach a model its data by heart; --max_iters trains longer"
+            f"note: this is less than --minutes {options.minutes:g}, because with more than {FITTING_EPOCHS} epochs a "
+            "model mostly memorizes its data; --max_iters trains longer"
         )
     return dataclasses.replace(chosen, max_iters=iters, compile=config.compile)
 
@@ -105,7 +105,7 @@ def _time_s(options: TrainOptions) -> float:
 def most_iters(parts: list[Portion], block_size: int, rows: int, is_fine_tuning: bool) -> int:
     """The iterations after which a run has read its data often enough: FITTING_EPOCHS, but at least a few steps.
 
-    As without --minutes, what is repeated least decides in a mixture, and with --init_from what is repeated most.
+    As without --minutes, the least repeated part of a mixture decides, or with --init_from the most repeated one.
     """
     iters = [FITTING_EPOCHS / part.epochs(1, block_size, rows) for part in parts]
     if is_fine_tuning:
@@ -113,7 +113,7 @@ def most_iters(parts: list[Portion], block_size: int, rows: int, is_fine_tuning:
     return max(FEWEST_ITERS, math.ceil(max(iters)))
 
 
-def _briefly(options: TrainOptions) -> TrainOptions:
+def _for_timing(options: TrainOptions) -> TrainOptions:
     """The options of a run that is only timed, without compiling it first."""
     return dataclasses.replace(options, max_iters=1, compile=False)
 
@@ -142,7 +142,7 @@ def _with_shape(
     on_cuda, n_vocab = device.startswith("cuda"), facts["n_vocab"]
     shape, rows = REFERENCE_ON_CUDA if on_cuda else REFERENCE
     reference = {**dataclasses.asdict(shape), "batch_size": rows, "gradient_accumulation_steps": world_size()}
-    config = configure(_briefly(dataclasses.replace(options, **reference)))
+    config = configure(_for_timing(dataclasses.replace(options, **reference)))
     flops = time_s * config.tokens_per_iter * shape.flops_per_token(n_vocab) / measure(config)
     budget = Budget(flops, max(part.tokens / part.share for part in portions(facts)), n_vocab)
 
@@ -156,12 +156,12 @@ def _with_shape(
     if options.batch_size is None and options.gradient_accumulation_steps is None:
         batch = _batch(rows_per_iter(budget.tokens_read(best), best.block_size), on_cuda)
         chosen = dataclasses.replace(chosen, **batch)
-    tokens_per_iter = configure(_briefly(chosen)).tokens_per_iter
+    tokens_per_iter = configure(_for_timing(chosen)).tokens_per_iter
     return chosen, int(flops / best.flops_per_token(n_vocab) / tokens_per_iter)
 
 
 def _batch(rows: int, on_cuda: bool) -> dict[str, Any]:
-    """The options for so many rows per iteration: on CUDA in the largest micro-batches that fit."""
+    """The options for `rows` rows per iteration: on CUDA in the largest micro-batches that fit."""
     size = min(rows, DEFAULT_BATCH_SIZE)
     steps = math.ceil(rows / size / world_size()) * world_size()
     is_default = on_cuda and size == DEFAULT_BATCH_SIZE
@@ -169,7 +169,7 @@ def _batch(rows: int, on_cuda: bool) -> dict[str, Any]:
 
 
 def document_size(facts: Mapping[str, Any]) -> int:
-    """The block size that suits the documents of the data; a row is to hold two conversations, which are packed."""
+    """The block size that suits the documents of the data; a row should hold two conversations, which are packed."""
     sizes = [0.0]
     for part in data_parts(facts):
         split = part["splits"]["train"]
@@ -179,7 +179,7 @@ def document_size(facts: Mapping[str, Any]) -> int:
 
 
 def candidates(options: TrainOptions, block_size: int) -> list[Shape]:
-    """The SHAPES with what the command line says instead; their blocks are no longer than `block_size`."""
+    """The SHAPES, changed as the command line says; their blocks are no longer than `block_size`."""
     made = []
     for shape in SHAPES:
         n_embd = options.n_embd or shape.n_embd

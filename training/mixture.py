@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from fractions import Fraction
 from typing import Any
 
@@ -48,7 +48,7 @@ def parse_mixture(dataset: str) -> dict[str, Fraction]:
     return shares
 
 
-def _round_rows(shares) -> int:
+def _round_rows(shares: Iterable[Fraction]) -> int:
     """The number of rows in the shortest round with a whole number of rows from each part."""
     return math.lcm(*(share.denominator for share in shares))
 
@@ -121,7 +121,7 @@ class MixedRows:
 class _EndlessRows:
     """A part's rows, numbered consecutively across its epochs."""
 
-    def __init__(self, rows):
+    def __init__(self, rows: Any):
         self._rows, self._epoch, self._first, self._n_rows = rows, -1, 0, 0
 
     def row(self, number: int) -> tuple[np.ndarray, np.ndarray]:

@@ -25,7 +25,7 @@ class ObjectiveOptions:
     )
     beta: float = option(
         0.1,
-        "dpo, kto: how strongly the model is held to the one that it started from; smaller numbers let it move further",
+        "dpo, kto: how closely the model is kept to the one that it started from; smaller numbers let it move further",
         above=0,
         group="objective",
         metavar="X",

@@ -64,7 +64,7 @@ def evaluate_parts(
 def make_objective(
     config: RunConfig, data: TrainingData, model: GPT, checkpoint: Mapping[str, Any] | None
 ) -> tuple[Objective, str | None]:
-    """The run's objective, and the digest of the reference log probabilities if it has some.
+    """The run's objective, and the digest of the reference log probabilities if it uses any.
 
     `model` has the weights of `checkpoint`, which --init_from or --resume names.
     """

@@ -43,7 +43,7 @@ def _check_objective(options: TrainOptions, given: Mapping[str, Any], formats: s
                 f"--objective {OBJECTIVES[found]} --init_from CHECKPOINT{alone}"
             )
         return
-    wanted = next(name for name, of in OBJECTIVES.items() if of == objective)
+    wanted = next(name for name, needed in OBJECTIVES.items() if needed == objective)
     if formats != {wanted} or "," in options.dataset:
         raise UserError(
             f"--objective {objective} needs one data set of {PREFERENCE_FORMATS[wanted]}, and {options.dataset} is "

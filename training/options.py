@@ -42,7 +42,7 @@ class TrainOptions(ObjectiveOptions, AdapterOptions):
     )
     document_mask: bool | None = option(
         None,
-        "keep attention inside each document of a row (default: for chat data, unless mixed with text)",
+        "keep attention within each document of a row (default: for chat data, unless mixed with text)",
         group="data",
     )
 

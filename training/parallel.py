@@ -195,7 +195,7 @@ def gather(thing: Any) -> list | None:
 
 
 def on_first(function: Callable[[], T]) -> T | None:
-    """Call `function` in the first process alone and return its result there; None in the others.
+    """Call `function` only in the first process and return its result there; None in the others.
 
     A UserError is raised in every process.
     """
@@ -224,8 +224,8 @@ def share(rows: np.ndarray) -> np.ndarray:
 def own_turns(n: int) -> Iterator[tuple[int, bool]]:
     """The indices below `n` that are this process's, and whether each counts.
 
-    All processes get equally many, because a sharded forward pass needs every process: one without an index left
-    repeats one, which does not count.
+    All processes get the same number, because a sharded forward pass needs every process: a process without an index
+    left repeats one, which does not count.
     """
     for number in range(rank(), math.ceil(n / world_size()) * world_size(), world_size()):
         yield number % n, number < n

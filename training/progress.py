@@ -42,7 +42,7 @@ def describe_data(facts: dict) -> list[str]:
 
 
 def describe_config(config: RunConfig, facts: dict, options: TrainOptions) -> list[str]:
-    """The iterations of a run with the epochs that they are, and the learning rates of a fine-tuning; a line each."""
+    """A line about the iterations of a run and their epochs, and when fine-tuning one about the learning rates."""
     epochs = epochs_by_part(config, facts, config.max_iters)
     sizes = {part["name"]: part["splits"]["train"]["tokens"] for part in data_parts(facts)}
     of_each = ", ".join(f"{in_words(n)} epochs of {name}'s {sizes[name]:,} tokens" for name, n in epochs.items())
@@ -59,7 +59,7 @@ def describe_config(config: RunConfig, facts: dict, options: TrainOptions) -> li
 
 
 def epochs_by_part(config: RunConfig, facts: dict, iter_num: int) -> dict[str, float]:
-    """The epochs of each data set, by name, after so many iterations."""
+    """The epochs of each data set, by name, after `iter_num` iterations."""
     rows_per_iter = config.batch_size * config.gradient_accumulation_steps
     return {part.name: part.epochs(iter_num, config.block_size, rows_per_iter) for part in portions(facts)}
 
@@ -67,14 +67,14 @@ def epochs_by_part(config: RunConfig, facts: dict, iter_num: int) -> dict[str, f
 def describe_evaluation(
     iter_num: int, val_loss: float, val_losses: dict[str, float], others: Mapping[str, float], is_best: bool
 ) -> str:
-    """The line on an evaluation: validation loss, what the objective logs beside it, and the losses of the parts."""
+    """The line about an evaluation: validation loss, what the objective logs with it, and the losses of the parts."""
     best = " (best)" if iter_num and is_best else ""
     parts = describe_parts(val_losses)
     return f"iter {iter_num}: validation loss {val_loss:.4f}{describe_others(others)}{best}{parts}"
 
 
 def describe_others(others: Mapping[str, float]) -> str:
-    """What an objective logs beside the loss, in words; "" if there is nothing."""
+    """What an objective logs in addition to the loss, in words; "" if there is nothing."""
     return "".join(f", {name.replace('_', ' ')} {value:.3g}" for name, value in others.items())
 
 
@@ -127,7 +127,7 @@ class Clock:
         skipped: int,
         others: Mapping[str, float] | None = None,
     ) -> float:
-        """Print a line on the iteration just done, with `others` after the loss; returns tokens per second.
+        """Print a line about the iteration just completed, with `others` after the loss; returns tokens per second.
 
         MFU, model FLOPs utilization, is the fraction of the device's peak that the model's own products use ("PaLM",
         Chowdhery et al. 2022, appendix B). It is left out if the peak is not known.
@@ -152,8 +152,8 @@ class Clock:
         if self.config.device == "cpu" and self.slow_steps.is_disturbed(s_per_iter):
             path = shlex.quote(f"{self.config.out_dir}/{self.config.name}.pt")
             print(
-                "note: training is far slower than before because another program uses the processor; to make it "
-                f"faster, stop it with Ctrl-C and run: {POLICY}=PASSIVE python train.py --resume {path}"
+                "note: training is far slower than before because another program uses the processor; to speed it "
+                f"up, stop training with Ctrl-C and run: {POLICY}=PASSIVE python train.py --resume {path}"
             )
         return tokens_per_s
 

@@ -92,7 +92,7 @@ class Run:
         self.record = None
 
     def is_best(self, val_loss: float) -> bool:
-        """Whether no earlier evaluation gave a loss as small."""
+        """Whether the loss is smaller than in every earlier evaluation."""
         return self.best_val_loss is None or val_loss < self.best_val_loss
 
     def finish_evaluation(

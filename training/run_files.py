@@ -59,7 +59,7 @@ class RunFiles:
             raise write_error(self.folder, error) from error
         with FileLock(self._file(".lock"), str(self.path)):
             self._remove_stale_temporaries()
-            # The last and the best checkpoint, the kept ones, and one while it is written.
+            # The last and the best checkpoint, the kept ones, and one that is being written.
             require_free_space(self.folder, checkpoint_bytes * (3 + self.config.keep), f"the run {self.config.name}")
             self._require_unchanged()
             records = self._records_so_far() if self.resumed else []

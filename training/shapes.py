@@ -54,13 +54,13 @@ TOKENS_PER_WEIGHT = 15.0  # at the best shape, if the head and attention cost no
 # Tokens that were read before teach less: after this many repetitions, a third as much ("Scaling Data-Constrained
 # Language Models", Muennighoff et al. 2023, section 3).
 REPETITIONS = 15.0
-# A model with many more weights than its data have tokens learns them by heart. Models up to `tiny` may.
+# A model with many more weights than its data have tokens memorizes them. Models up to `tiny` may do so.
 WEIGHTS_PER_TOKEN, FREE_WEIGHTS = 2.0, block_weights(4, 128)
 
 
 @dataclasses.dataclass(frozen=True)
 class Budget:
-    """What a run has: its work, the tokens of its data, and the ids of its vocabulary."""
+    """What a run has: its FLOPs, the tokens of its data, and the ids of its vocabulary."""
 
     flops: float
     unique_tokens: float
@@ -88,7 +88,7 @@ def choose_shape(budget: Budget, shapes: Sequence[Shape], fits: Callable[[Shape]
 
 
 def expected_loss(weights: float, tokens: float, budget: Budget) -> float:
-    """What the rule minimizes: the loss above the lowest one possible, in units that do not matter."""
+    """What the rule minimizes: the loss above the lowest one possible, in arbitrary units."""
     return weights**-EXPONENT + (worth(tokens, budget.unique_tokens) / TOKENS_PER_WEIGHT) ** -EXPONENT
 
 
@@ -105,15 +105,15 @@ def worth(tokens: float, unique_tokens: float) -> float:
 # --- context, batch and iterations ---
 
 BLOCK_SIZES = (256, 512, 1024)
-# The tokens of an iteration grow with those of the run, through what worked: 4,096 of 6.4 million (small models of
-# stories and chats), and half a million of 10 billion (GPT-2).
+# The tokens of an iteration grow with those of the run, fitted to what worked: 4,096 for 6.4 million (small models of
+# stories and chats), and half a million for 10 billion (GPT-2).
 KNOWN_TOKENS, KNOWN_TOKENS_PER_ITER, BATCH_EXPONENT = 6.4e6, 4096, 2 / 3
 TOKENS_PER_ITER = (2048, 1 << 19)  # fewest and most
 MOST_EVAL_INTERVAL = 250  # of train.py's default
 
 
 def fitting_block_size(document_tokens: float) -> int:
-    """The block size for documents of so many tokens on average: the smallest of BLOCK_SIZES that holds them.
+    """The block size for documents of this average length: the smallest of BLOCK_SIZES that holds them.
 
     >>> [fitting_block_size(tokens) for tokens in (0, 205, 400, 5000)]
     [256, 256, 512, 1024]
@@ -122,7 +122,7 @@ def fitting_block_size(document_tokens: float) -> int:
 
 
 def rows_per_iter(tokens: float, block_size: int) -> int:
-    """The rows of an iteration in a run of so many tokens: a power of two.
+    """The rows of an iteration in a run that reads `tokens`: a power of two.
 
     >>> [rows_per_iter(tokens, 256) for tokens in (100_000, 6_400_000, 1e8)]
     [8, 16, 128]

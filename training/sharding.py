@@ -1,8 +1,8 @@
 """A model in shards ("fsdp"): each process holds a part of every weight, gradient and optimizer state.
 
 Layers are gathered while they are used and freed afterwards ("ZeRO", Rajbhandari et al. 2020; torch's `fully_shard`).
-Checkpoints hold whole tensors, so a run can continue with any number of processes. The functions return a tensor that
-is not sharded unchanged.
+Checkpoints hold whole tensors, so a run can continue with any number of processes. Tensors that are not sharded are
+returned unchanged.
 """
 
 from __future__ import annotations

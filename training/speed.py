@@ -1,4 +1,4 @@
-"""How long an iteration takes on this machine: a few real steps of a throwaway model, before a run is fixed."""
+"""How long an iteration takes on this machine: a few real steps of a throwaway model, timed before a run starts."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ Batch = Sequence[np.ndarray]  # the columns of rows: ids, targets and, for pairs
 class Objective(Protocol):
     """What differs between the objectives: rows, loss, evaluation, and what is logged."""
 
-    names: tuple[str, ...]  # of the numbers that are logged beside the loss
+    names: tuple[str, ...]  # of the numbers that are logged with the loss
     items_per_iter: int  # rows, or pairs of rows
     tokens_per_iter: int
 
@@ -36,7 +36,7 @@ class Objective(Protocol):
         """A batch divided into micro-batches."""
 
     def count(self, batch: Batch) -> int:
-        """What the loss is a mean over: how many of these an iteration's batch has."""
+        """How many items of an iteration's batch the loss is a mean over: targets, pairs or labelled answers."""
 
     def loss(self, model: nn.Module, batch: Batch, count: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """The sum of a micro-batch's losses divided by `count`, by default its own count.
@@ -79,7 +79,7 @@ def forward_backward(
     scaler: torch.amp.GradScaler | None = None,
 ) -> Tensor:
     """Add the gradients of an iteration's batch to the weights, in micro-batches; returns the loss and what the
-    objective logs beside it, (1 + names,).
+    objective logs with it, (1 + names,).
 
     The loss is the mean over all targets, or pairs, of the iteration. Each process takes its share of the rows, and
     gradients and losses are averaged.

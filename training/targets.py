@@ -6,7 +6,7 @@ import numpy as np
 
 from setup_tokenizer import GPT2, N_VOCAB, ROLES, Tokenizer, control_ids
 
-ROWS_PER_LONG_ROW = 16  # one row in so many keeps the positions of the row
+ROWS_PER_LONG_ROW = 16  # one in this many rows counts its positions from the start of the row
 
 
 def assistant_targets(ids: np.ndarray, tokenizer: Tokenizer = GPT2) -> np.ndarray:

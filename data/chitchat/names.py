@@ -1,4 +1,4 @@
-"""Names for the conversations: real ones, and many made-up ones that a model cannot know by heart and must copy."""
+"""Names for the conversations: real ones, and many made-up ones that a model cannot memorize and must copy."""
 
 from __future__ import annotations
 
@@ -39,20 +39,20 @@ def name_pieces() -> tuple[dict[int, list[str]], dict[int, list[str]]]:
     enc = get_extended_tokenizer()
     all_names = " " + " ".join(real_names()).lower()
     begin: dict[int, list[str]] = {}
-    go_on: dict[int, list[str]] = {}
+    others: dict[int, list[str]] = {}
     for token in range(enc.eot_token):
         word = enc.decode_single_token_bytes(token).decode("latin-1")
         if re.fullmatch(r" [A-Z][a-z]*|[a-z]+", word):
             piece = word.lstrip()
             looks_real = all(word.lower()[i : i + 3] in all_names for i in range(len(word) - 2))
-            pieces = go_on if piece == word else begin
+            pieces = others if piece == word else begin
             pieces.setdefault(len(piece), []).extend([piece] * (8 if looks_real else 1))
-    return begin, go_on
+    return begin, others
 
 
 @functools.cache
 def made_up_names() -> tuple[str, ...]:
-    """Names that nobody has: so many that a model has to copy a name and cannot know it by heart.
+    """Names that nobody has: so many that a model cannot memorize them and has to copy.
 
     Most consist of the pieces into which the tokenizer splits names, so that each piece occurs often and in many
     combinations; the others join the beginning of one real name and the end of another. They are the same for every
@@ -71,12 +71,12 @@ def made_up_names() -> tuple[str, ...]:
 
 def _name_of_pieces(rng: random.Random) -> str:
     """Two to five pieces of names, with the lengths of real names' pieces: Melunbra."""
-    begin, go_on = name_pieces()
+    begin, others = name_pieces()
     while True:
         count = rng.choices(*_weighted(PIECES_OF_A_NAME))[0]
         first = rng.choices(*_weighted(LENGTHS_OF_FIRST_PIECES))[0]
         lengths = rng.choices(*_weighted(LENGTHS_OF_OTHER_PIECES), k=count - 1)
-        name = rng.choice(begin[first]) + "".join(rng.choice(go_on[length]) for length in lengths)
+        name = rng.choice(begin[first]) + "".join(rng.choice(others[length]) for length in lengths)
         if len(encode_text(f" {name}")) == count:
             return name
 
@@ -86,7 +86,7 @@ def _weighted(weights: dict[int, int]) -> tuple[list[int], list[int]]:
 
 
 def _blended_name(rng: random.Random) -> str:
-    """The beginning of one real name and the end of another, joined where a vowel meets a consonant: Prirash."""
+    """The beginning of one real name and the end of another, joined between a vowel and a consonant: Prirash."""
     while True:
         first, last = rng.choice(real_names()), rng.choice(real_names()).lower()
         cut, start = rng.randint(2, 6), rng.randint(1, 5)

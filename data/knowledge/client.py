@@ -1,8 +1,8 @@
-"""The client of a server with the OpenAI API: one answer to one request, in spite of errors that pass.
+"""The client of a server with the OpenAI API: one answer to one request, with retries after temporary errors.
 
-Ollama, llama.cpp, vLLM, hosted services and Jojo's own serve.py have this API. Errors that may pass (too many requests,
-a failing or silent server, a broken connection, broken JSON) are tried again. The waits double from try to try, are
-random within a factor of two so that clients do not return all at once, and are never shorter than the server's
+Ollama, llama.cpp, vLLM, hosted services and Jojo's own serve.py have this API. Errors that may be temporary (too many
+requests, a failing or silent server, a broken connection, broken JSON) are retried. The waits double with each retry,
+are random within a factor of two so that clients do not return all at once, and are never shorter than the server's
 Retry-After. Errors that concern every request (a wrong key, an unknown model, no credit) raise UserError.
 """
 
@@ -33,7 +33,7 @@ LONGEST_RETRY_AFTER_S = 3600.0
 
 
 class RequestFailed(Exception):
-    """A request that failed for good, although others may succeed; the message says why."""
+    """A request that failed permanently, although others may succeed; the message says why."""
 
 
 class Stopped(Exception):
@@ -41,7 +41,7 @@ class Stopped(Exception):
 
 
 class _Transient(Exception):
-    """An error that may pass, and how long the server asks to wait."""
+    """An error that may be temporary, and how long the server asks to wait."""
 
     def __init__(self, message: str, wait_s: float = 0.0):
         super().__init__(message)
@@ -157,7 +157,7 @@ class Client:
             if wait_s > LONGEST_RETRY_AFTER_S:
                 raise UserError(
                     f"{self.api_url} asks to wait {wait_s / 3600:.1f} hours ({said}); "
-                    "run the same command again after that, it continues"
+                    "run the same command again after that to continue"
                 )
             raise _Transient(said, wait_s)
         if 300 <= status < 400:
@@ -190,7 +190,7 @@ def http_client(client: Client, concurrency: int) -> httpx2.AsyncClient:
 
 
 def answer_in(reply: Mapping[str, Any], key: str, model: str, max_tokens: int) -> Answer:
-    """The answer in the server's JSON object. Raises _Transient if it has none, as some proxies reply to overload."""
+    """The answer in the server's JSON object. Raises _Transient if it has none, as from some overloaded proxies."""
     try:
         choice = reply["choices"][0]
         message = choice["message"]
@@ -254,17 +254,17 @@ def remedy(status: int, model: str) -> str:
     if status in (401, 403):
         return "set OPENAI_API_KEY, or give --api_key"
     if status in (402, 429):
-        return "add credit there or choose another --api_url, then run the same command, it continues"
+        return "add credit there or choose another --api_url, then run the same command to continue"
     return f"check --model {model} and --api_url, which usually ends with /v1"
 
 
 def not_reached(api_url: str) -> UserError:
-    """The sentence for a server that nothing was heard from."""
+    """The UserError for a server that cannot be reached."""
     return UserError(f"no server answers at {api_url}; start it (for Ollama: ollama serve), or correct --api_url")
 
 
 def models_of(client: Client) -> list[str]:
-    """The names of the models that the server offers. Raises UserError if it does not say."""
+    """The names of the models that the server offers. Raises UserError if it does not list them."""
     import httpx2
 
     async def listing() -> httpx2.Response:

@@ -2,7 +2,7 @@
 
 Each round sends as many requests as documents are still missing, several at a time, and then judges the answers in the
 order of the plan. So which requests are sent depends on the answers, but not on `concurrency` or on how fast the
-answers came.
+answers arrived.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ if TYPE_CHECKING:
     import httpx2
 
 MAX_FAILURES_IN_A_ROW = 10
-MIN_JUDGED = 50  # after so many answers of which fewer than MIN_KEPT_SHARE are kept, a person should look
+MIN_JUDGED = 50  # if fewer than MIN_KEPT_SHARE of this many answers are kept, the run stops so that a person can look
 MIN_KEPT_SHARE = 0.1
-MAX_GAP = 10_000  # after so many requests of the plan without an answer, there are no more
+MAX_GAP = 10_000  # after this many requests of the plan without an answer, no more answers are expected
 
 
 @dataclass
 class Collector:
     """Asks for the answers of a plan and selects the documents among them.
 
-    `on_answer` is called after each new answer. `failures` counts the requests that failed for good, by reason; the
+    `on_answer` is called after each new answer. `failures` counts the requests that failed permanently, by reason; the
     next run sends these again.
     """
 
@@ -49,7 +49,10 @@ class Collector:
     _failures_in_a_row: int = 0
 
     def collect(self, requests: Iterator[Request], n_documents: int) -> None:
-        """Select up to `n_documents` documents; fewer if the plan ends. Raises UserError if it is hopeless."""
+        """Select up to `n_documents` documents, fewer if the plan ends.
+
+        Raises UserError if requests keep failing or if most answers are unusable.
+        """
         while missing := n_documents - len(self.selection.kept):
             round_ = list(itertools.islice(requests, missing))
             if not round_:
@@ -124,8 +127,8 @@ class Collector:
             self._failures_in_a_row += 1
             if self._failures_in_a_row >= MAX_FAILURES_IN_A_ROW:
                 raise UserError(
-                    f"{MAX_FAILURES_IN_A_ROW} requests in a row failed ({error}); the answers so far are kept, "
-                    "run the same command to continue"
+                    f"{MAX_FAILURES_IN_A_ROW} requests in a row failed ({error}); the answers so far are kept, so run "
+                    "the same command to continue"
                 ) from error
             return
         self._failures_in_a_row = 0

@@ -1,7 +1,7 @@
 """From answers to documents: what is removed from an answer, and which answers are left out and counted.
 
-The filters are simple rules and know English only. They see the answers in the order of the plan, so what is kept does
-not depend on the order in which the answers came.
+The filters are simple rules and know only English. They see the answers in the order of the plan, so what is kept does
+not depend on the order in which the answers arrived.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ def document_of(request: Request, answer: Answer) -> Document | None:
 
 
 def reason_against(document: Document | None, answer: Answer, any_language: bool = False) -> str:
-    """Why an answer is left out on its own account, or "" if it is not."""
+    """Why an answer is left out whatever the others are, or "" if it is not."""
     text = without_wrapping(answer.content)
     start = " ".join(text[:400].lower().split())
     if answer.refusal or answer.finish_reason == "content_filter" or REFUSAL.search(start):

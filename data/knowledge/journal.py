@@ -1,4 +1,4 @@
-"""The journal: every answer of the model, written to the disk as it comes, so that nothing is asked twice.
+"""The journal: every answer of the model, written to the disk as it arrives, so that nothing is asked twice.
 
 One JSON object per line. A process that is killed can leave at most a half-written last line, which the next run
 removes.
@@ -35,9 +35,9 @@ class Answer:
 
 
 class Journal:
-    """The answers of a file by their request's key. In memory are only the positions of the lines.
+    """The answers in a file, by the key of their request. Only the positions of the lines are in memory.
 
-    Opening locks the file; UserError if another run uses it. Where a key occurs twice, the later answer counts.
+    Opening locks the file, and raises UserError if another run uses it. If a key occurs twice, the later answer counts.
     """
 
     def __init__(self, path: Path):

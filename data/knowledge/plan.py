@@ -1,4 +1,4 @@
-"""The plan: which requests are sent, in which order. It depends on the topics, the prompts and the seed alone."""
+"""The plan: which requests are sent, in which order. It depends only on the topics, the prompts and the seed."""
 
 from __future__ import annotations
 

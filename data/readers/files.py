@@ -88,7 +88,7 @@ def _plain_blocks(path: Path, compression: str | None) -> Iterator[bytes]:
 def _zstd_blocks(path: Path) -> Iterator[bytes]:
     """The content of a .zst file of one or more frames, whose windows may be as large as zstd makes them (2 GiB).
 
-    Raises EOFError for a file that breaks off.
+    Raises EOFError for a truncated file.
     """
     import zstandard
 
@@ -107,13 +107,14 @@ def _zstd_blocks(path: Path) -> Iterator[bytes]:
                 if block:
                     yield block
     if frame is not None:
-        raise EOFError("it breaks off")
+        raise EOFError("it is truncated")
 
 
 def text_blocks(path: str | Path) -> Iterator[bytes]:
     """A text file's bytes in blocks, as `read_blocks`. Raises UserError for a file that is certainly not UTF-8 text.
 
-    Such as one with a mark of UTF-16, a PDF document, or a NUL byte; text without any may still not be UTF-8.
+    Signs are UTF-16's byte order mark, the first bytes of other formats such as PDF, and NUL bytes. Text without any
+    of them may still not be UTF-8.
     """
     offset = 0
     for block in read_blocks(path):
@@ -127,7 +128,7 @@ def text_blocks(path: str | Path) -> Iterator[bytes]:
 
 
 def decoded_blocks(path: str | Path) -> Iterator[str]:
-    """A file's text in blocks, without a byte order mark. Raises UserError with the offset of a byte not UTF-8."""
+    """A file's text in blocks, without a byte order mark. Raises UserError, with the offset, if it is not UTF-8."""
     decoder = codecs.getincrementaldecoder("utf-8")()
     offset = 0
     for block in text_blocks(path):
@@ -144,12 +145,12 @@ def decoded_blocks(path: str | Path) -> Iterator[str]:
 
 
 def not_found(path: str | Path) -> UserError:
-    """The sentence for an input that does not exist."""
+    """The UserError for an input that does not exist."""
     return UserError(f"{path} not found; check the path given to --input")
 
 
 def not_utf8(path: str | Path, offset: int, content: bytes | None = None) -> UserError:
-    """The sentence for a byte that is not UTF-8. `content` is that of a text which is not a file of its own."""
+    """The UserError for a byte that is not UTF-8. `content` is that of a text which is not a file of its own."""
     start, blocks = 0, read_blocks(path) if content is None else iter([content])
     for block in blocks:
         if offset < start + len(block):

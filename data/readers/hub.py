@@ -16,7 +16,7 @@ from data.sources import HubSource
 def fetch_data_files(sources: Sequence[HubSource]) -> list[Path]:
     """The paths of a data set's files in the local cache, from the first source that has all of them.
 
-    Prints a note when a source is passed over. Raises UserError that names every source if none can be downloaded.
+    Prints a note when a source is skipped. Raises UserError that names every source if none can be downloaded.
     """
     failures: list[NotDownloaded] = []
     for source in sources:

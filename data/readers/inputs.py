@@ -1,4 +1,4 @@
-"""Which files --input names: those of a known kind, without what a folder contains besides data.
+"""The files that --input names; of a folder, those of a known kind, without what is not data.
 
 files = input_files(["books", "notes.txt"])
 """
@@ -154,7 +154,7 @@ def _is_description(file: Path, has_records: bool = False) -> bool:
 
 
 def _suffix_advice(files: Sequence[Path]) -> str:
-    """How files of unknown kind are read as text, if some of them are text."""
+    """The option that reads files of unknown kind as text, if some of them are text."""
     by_suffix: dict[str, Path] = {}
     for file in files:
         if file.stat().st_size:  # an empty file is neither text nor something else
@@ -202,7 +202,7 @@ def _copies_in_utf8(files: Sequence[Path], encoding: str) -> Iterator[Path]:
     folder = Path(tempfile.mkdtemp(prefix="jojo-utf8-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     for number, file in enumerate(files):
-        # These say themselves how their text is encoded.
+        # These formats define or state how their text is encoded.
         if split_suffix(file)[0] in (".parquet", ".epub", ".zip", *SHARD_SUFFIXES):
             yield file
             continue

@@ -10,6 +10,7 @@ import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from common.cli import UserError
 from data.layouts.chat import layout_of
@@ -80,7 +81,7 @@ def _lines(path: str | Path) -> Iterator[str]:
     yield "".join(parts)
 
 
-def _parse_json(text: str, path: str | Path, first_line: int):
+def _parse_json(text: str, path: str | Path, first_line: int) -> Any:
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -97,10 +98,10 @@ def _broken_json(path: str | Path, line: int, error: ValueError | RecursionError
     return UserError(f"{path} line {line}: broken JSON ({what}); fix or remove that line")
 
 
-def _as_record(value) -> dict:
+def _as_record(value: object) -> dict:
     """A JSON value as a record: a list is a conversation, and a string is a text.
 
-    Null, a number or a boolean is a record without fields, which is counted as unusable by whoever reads the records.
+    Null, a number or a boolean becomes a record without fields, which callers count as unusable.
     """
     if isinstance(value, dict):
         return value
@@ -142,7 +143,7 @@ def _records_within(value: dict) -> Iterator[dict]:
     yield from _records_of_list(iter(value[lists[0]]))
 
 
-def _is_list_of_objects(content) -> bool:
+def _is_list_of_objects(content: object) -> bool:
     return isinstance(content, list) and bool(content) and isinstance(content[0], dict)
 
 
@@ -195,7 +196,7 @@ class JsonReader:
         self._advance(self._position + 1)
         return found
 
-    def value(self):
+    def value(self) -> Any:
         """The value that begins at the next character."""
         while True:
             try:

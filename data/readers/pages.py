@@ -47,7 +47,7 @@ class _Text(html.parser.HTMLParser):
         self._hidden: list[str] = []  # the open elements whose content is not shown
         self._pre = 0
 
-    def handle_starttag(self, tag: str, attrs) -> None:
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         if tag in _HIDDEN:
             self._hidden.append(tag)
         elif tag == "body":
@@ -62,7 +62,7 @@ class _Text(html.parser.HTMLParser):
         if tag in _BLOCKS:
             self._break(tag)
 
-    def handle_startendtag(self, tag: str, attrs) -> None:
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self._break(tag)  # XHTML: <script src="..."/> has no content
 
     def _break(self, tag: str) -> None:
@@ -129,7 +129,7 @@ _TAGS = re.compile(r"</?(?:[biu]|font)\b[^>]*>|\{\\[^}]*\}")
 
 
 def subtitle_text(text: str) -> str:
-    r"""What is said in a SubRip file, one line per subtitle, without numbers, times and formatting.
+    r"""The spoken text of a SubRip file, one line per subtitle, without numbers, times and formatting.
 
     >>> subtitle_text("1\n00:00:01,000 --> 00:00:02,000\n<i>Good\nmorning.</i>\n\n2\n00:00:03,000 --> ...")
     'Good morning.'

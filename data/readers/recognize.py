@@ -26,7 +26,7 @@ from data.readers.text import read_text_documents, text_layout
 
 # Records of these layouts are chat even if they have the field with the text, too.
 CERTAIN_LAYOUTS = ("messages", "sharegpt", "oasst trees", "oasst messages", "alpaca", "dolly", "preference data")
-FIRST_RECORDS = 1000  # so many decide what a file contains, and whether most of its records are unusable
+FIRST_RECORDS = 1000  # these decide what a file contains, and whether most of its records are unusable
 
 
 class UnknownContent(UserError):
@@ -74,7 +74,7 @@ def _kind_and_layout(path: Path, field: str, divide_within_lines: bool, me: str 
             return "text", text_layout(path, divide_within_lines)
         if me is not None:
             return "chat", "whatsapp export"
-        return "text", "plain text; it looks like a WhatsApp export, which --me NAME makes conversations of"
+        return "text", "plain text; it looks like a WhatsApp export, which --me NAME turns into conversations"
     first = None
     for record in itertools.islice(read_records(path), FIRST_RECORDS):
         first = first or record
@@ -133,7 +133,7 @@ def read_documents(
 
 
 def first_document(files: Sequence[Recognized]) -> Document:
-    """The first document of the files, after a warning about each file of whose first records most are unusable.
+    """The first document of the files, after a warning about each file whose first records are mostly unusable.
 
     Raises UserError, with the counts by reason, if no file contains one.
     """
@@ -150,7 +150,7 @@ def first_document(files: Sequence[Recognized]) -> Document:
 
 
 def _check_file(found: Recognized) -> tuple[Document | None, str]:
-    """The first document of a file, None if its first records have none, and a warning if most of these are bad."""
+    """The first document among a file's first records, or None, and a warning if most of these are unusable."""
     skipped = Skipped()
     if is_text(found.path) or split_suffix(found.path)[0] in (*PAGE_SUFFIXES, *SHARD_SUFFIXES):
         return next(read_documents(found, skipped), None), ""
@@ -178,7 +178,7 @@ def warning_of_bad_records(where: Path, skipped: Skipped, n_kept: int) -> str:
 
 
 def no_document(files: Sequence[Path], kind: str, skipped: Skipped) -> UserError:
-    """The sentence for files without a usable document."""
+    """The UserError for files without a usable document."""
     where = ", ".join(map(str, files))
     if kind != "chat":
         return nothing_usable("document", where, skipped, "give --input files that contain some")

@@ -1,4 +1,4 @@
-"""Records, that is JSON objects or table rows, of files of every kind, and the text in one of their fields."""
+"""Records (JSON objects or table rows) of files of every kind, and the text in one of their fields."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def text_fields(
 
 
 def _field_fault(record: Mapping, field: str, number: int, where: str | Path) -> UserError | None:
-    """The sentence about a record without text in the field; None if its text is merely empty."""
+    """The UserError for a record without text in the field; None if its text is merely empty."""
     if field not in record:
         return UserError(
             f"{where}: record {number} has no field {field!r}; name one of its fields with --field "

@@ -1,4 +1,4 @@
-"""Shards of GPT-2's token ids as llm.c lays them out, in which FineWeb is published.
+"""Shards of GPT-2's token ids in llm.c's layout, in which FineWeb is published.
 
 A shard is a header of 256 little-endian int32 (the magic number, the version 1, the number of tokens) and the ids as
 uint16. `<|endoftext|>` comes before each document, and a document may continue in the next shard. Joined, shards are
@@ -54,7 +54,7 @@ def shard_tokens(path: Path) -> int:
             f"{path} {begins}, but a shard of GPT-2's tokens begins with {MAGIC}; give --input such shards, or text"
         )
     if len(header) < 256:
-        raise _incomplete(path, f"breaks off in its header, after {size:,} bytes")
+        raise _incomplete(path, f"is truncated within its header, after {size:,} bytes")
     if header[1] != VERSION:
         raise UserError(
             f"{path} is a shard of version {header[1]}, but GPT-2's tokens have version {VERSION}; the ids of another "
@@ -74,7 +74,7 @@ def _incomplete(path: Path, what: str) -> UserError:
 
 
 def check_shard(path: Path) -> Shard:
-    """A shard after a look at each of its ids, in pieces. Raises UserError for an id outside GPT-2's vocabulary."""
+    """Check every id of a shard, which is read in pieces. Raises UserError for an id outside GPT-2's vocabulary."""
     tokens = shard_tokens(path)
     digest = hashlib.sha256()
     counts = np.zeros(1 << 16, dtype=np.int64)
