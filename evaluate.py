@@ -99,7 +99,7 @@ class EvaluateOptions:
     quantize: str | None = quantize_option()
     plain: bool = plain_option()
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_options(self)
         if self.plain and self.quantize:
             raise ValueError("--quantize needs fast/, which --plain leaves out; use one of them")
@@ -157,7 +157,7 @@ def stories_of(info: dict, fallback: str) -> str:
 def choose_stride(requested: int | None, model: GPT, path: str, yardstick: str | None = None) -> int:
     """Tokens from one window to the next: --stride, or half of the block size.
 
-    Where others measure on the same data, as `yardstick` says, it is their choice: the block size.
+    For data with published results to compare with (`yardstick`), it is the block size, as in those measurements.
     """
     block_size = model.config.block_size
     if requested is not None and requested > block_size:
@@ -207,18 +207,20 @@ def measure(options: EvaluateOptions, fast: ModuleType | None = None, story_toke
             judged = judge_stories(stories, datasets[dataset][0], tokenizer)
             readable = readable_stories(stories, tokenizer)
             samples.append({"checkpoint": path, "dataset": dataset, **judged, "stories": readable})
-    summaries = {
-        name: {
-            "yardstick": datasets[name][1].yardstick,
-            "scopes": list(all_scored[name][0].split.counted),
-            "results": results[name],
-            "comparisons": compare(all_scored[name]),
-            "verdict": verdict(all_scored[name]),
-        }
-        for name in names
-    }
+    summaries = {name: compare_models(datasets[name][1].yardstick, results[name], all_scored[name]) for name in names}
     settings = {"device": device, "dtype": dtype, "quantize": options.quantize, "limit": options.limit}
     return {**settings, "datasets": summaries, "samples": samples}
+
+
+def compare_models(yardstick: str | None, results: list[dict], scored: list[Scored]) -> dict:
+    """All numbers of one data set: each model's results, their comparisons with the first model, and the verdict."""
+    return {
+        "yardstick": yardstick,
+        "scopes": list(scored[0].split.counted),
+        "results": results,
+        "comparisons": compare(scored),
+        "verdict": verdict(scored),
+    }
 
 
 def speed_up(model: GPT, quantize: str | None, fast: ModuleType | None) -> DecodeStep:

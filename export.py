@@ -76,7 +76,7 @@ def export(options: ExportOptions) -> list[str]:
     sampling = CHAT_SAMPLING if is_chat else TEXT_SAMPLING
     weights = complete_weights(checkpoint["model"], config)
     n_bytes = sum(tensor.nbytes for tensor in weights.values())
-    with appearing_folder(folder, (2 if options.gguf else 1) * n_bytes + (16 << 20)) as staging:
+    with staged_folder(folder, (2 if options.gguf else 1) * n_bytes + (16 << 20)) as staging:
         write_safetensors(staging / "model.safetensors", to_hugging_face(weights))
         gguf_file = f"model-{options.gguf}.gguf" if options.gguf else None
         if options.gguf and gguf_file:
@@ -102,7 +102,7 @@ def export_adapter(checkpoint: str, folder: Path) -> list[str]:
     loaded = load_unmerged(checkpoint, ("info", "model"))
     if "base" not in loaded:
         raise UserError(f"{checkpoint} is not an adapter; leave --peft out, or make one with train.py --lora_rank")
-    with appearing_folder(folder, sum(tensor.nbytes for tensor in loaded["model"].values()) + (1 << 20)) as staging:
+    with staged_folder(folder, sum(tensor.nbytes for tensor in loaded["model"].values()) + (1 << 20)) as staging:
         write_peft(staging, loaded["info"], loaded["model"])
         shutil.copymode(staging / "adapter_config.json", staging / "adapter_model.safetensors")
         return sorted(path.name for path in staging.iterdir())
@@ -130,13 +130,13 @@ def check_folder(folder: Path, force: bool) -> None:
     """Raise UserError for a file, and for a folder that is not empty unless `force` is set."""
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder} is a file; name a folder to export to")
-    of_a_killed_export = f".{STAGING_NAME.format(folder.name)}{TEMPORARY_SUFFIX}"
-    if not force and folder.is_dir() and any(path.name != of_a_killed_export for path in folder.iterdir()):
+    leftover = f".{STAGING_NAME.format(folder.name)}{TEMPORARY_SUFFIX}"  # of an export that was killed
+    if not force and folder.is_dir() and any(path.name != leftover for path in folder.iterdir()):
         raise UserError(f"{folder} is not empty; choose another folder, or overwrite its files with --force")
 
 
 @contextlib.contextmanager
-def appearing_folder(folder: Path, needed_bytes: int) -> Iterator[Path]:
+def staged_folder(folder: Path, needed_bytes: int) -> Iterator[Path]:
     """A folder to fill; its files appear in `folder` when the block ends, and not before.
 
     A new folder appears as a whole. An existing one gets the files one by one and keeps its other files. Raises

@@ -9,8 +9,8 @@
 their fields: messages, conversations, conversation, a list of messages, prompt and completion or response, question and
 answer, instruction and output, exports of ChatGPT, Claude, Telegram and Discord (docs/data.md has the whole list).
 Shards of GPT-2's tokens in llm.c's layout (.bin) are used without a copy. Other kinds of files are read as text with
---suffix, other encodings than UTF-8 with --encoding. It prints what each file contains and a sample; `--dry_run` stops
-there. The last line is the command that trains on the data.
+--suffix, encodings other than UTF-8 with --encoding. The script prints what each file contains and a sample, and
+`--dry_run` stops there. The last line is the command that trains on the data.
 `--dataset` encodes again the text that an earlier preparation kept in the data folder, `--dataset all` that of every
 data set. Both print how many tokens the base tokenizer needs, which spells `<|im_start|>` with several tokens, and what
 the extended one saves.
@@ -47,6 +47,8 @@ KINDS = {"text": "text", "chat": "conversations", "tokens": "token ids"}  # of f
 
 @dataclasses.dataclass(frozen=True)
 class ExtendedOptions(TextOptions):
+    """The options of every prepare script, and what to prepare: files or a prepared data set."""
+
     dataset: str | None = option(
         None,
         "prepared data set to encode again: story, dailydialog, chat, chitchat, one of your own, or all",
@@ -58,7 +60,7 @@ class ExtendedOptions(TextOptions):
         "text", "field with the text, in records that are not conversations", metavar="NAME", group="data"
     )
     divide_within_lines: bool = option(
-        False, "let <|endoftext|> divide texts within a line, not only as a line", group="data"
+        False, "let <|endoftext|> separate texts within a line, too, not only on its own line", group="data"
     )
     licence: str = option(
         "not stated (--licence)",
@@ -74,7 +76,7 @@ class ExtendedOptions(TextOptions):
     )
     dry_run: bool = option(False, "print what the files contain and a sample, then stop", group="output")
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         for name in (self.name, self.dataset):
             if name is not None and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name):
@@ -142,7 +144,7 @@ def use_shards(files: list[Path], options: ExtendedOptions) -> None:
 
 
 def recognize_files(options: ExtendedOptions) -> list[Recognized]:
-    """What each file contains, printed; one that a folder contains, with records of an unknown kind, is left out."""
+    """Recognize and print what each file contains; one in a folder whose records are of no known kind is left out."""
     found, named = [], set(options.input)
     files = files_of_input(options, (*ALL_SUFFIXES, *SHARD_SUFFIXES))
     for file in files:
@@ -156,7 +158,8 @@ def recognize_files(options: ExtendedOptions) -> list[Recognized]:
             print(recognized)
             found.append(recognized)
     if not found:
-        raise UserError(f"no file in {', '.join(options.input)} contains text or conversations that are known")
+        where = ", ".join(options.input)
+        raise UserError(f"no file in {where} contains text or known conversations; name other files with --input")
     return found
 
 
@@ -176,7 +179,7 @@ def show_sample(first: Document) -> None:
 
 
 def datasets_to_encode(options: ExtendedOptions) -> list[str]:
-    """The names that --dataset means: those prepared in the data folder. Raises UserError if there is none."""
+    """The names of the prepared data sets that --dataset selects. Raises UserError if there are none."""
     folder = output_folder(options)
     found = {path.stem: prepared_by_us(folder, path.stem) for path in sorted(folder.glob("*.json"))}
     prepared = [name for name, info in found.items() if info and info.has_text]
@@ -189,8 +192,8 @@ def datasets_to_encode(options: ExtendedOptions) -> list[str]:
     if not wanted:
         raise UserError(f"no prepared data set in {folder}; run: python data/prepare-chitchat.py")
     if wanted[0] not in prepared:
-        there = f" (prepared: {', '.join(prepared)})" if prepared else ""
-        raise UserError(f"{wanted[0]} is not prepared in {folder}{there}; run: {prepare_command(wanted[0])}")
+        others = f" (prepared: {', '.join(prepared)})" if prepared else ""
+        raise UserError(f"{wanted[0]} is not prepared in {folder}{others}; run: {prepare_command(wanted[0])}")
     return wanted
 
 
@@ -239,7 +242,7 @@ def encode_again(name: str, options: ExtendedOptions) -> None:
     again = dataclasses.replace(options, force=True, shard_tokens=shard_tokens, seed=seed, tokenizer=tokenizer)
     info = prepare(dataset, again, Corpus(train, val), keep=keep)
     report_saving(folder, info)
-    if name == options.dataset and info.format not in PREFERENCE_FORMATS:  # not for each of all
+    if name == options.dataset and info.format not in PREFERENCE_FORMATS:  # "all" prints no advice
         print_advice(info, options.output_dir)
 
 

@@ -230,7 +230,7 @@ class MessageSpans(NamedTuple):
     role: np.ndarray  # index into ROLES, -1 for an unknown role
     start: np.ndarray  # position of <|im_start|>
     content: np.ndarray  # position of the first id after the role and its line end
-    end: np.ndarray  # position after <|im_end|>, or where the message breaks off
+    end: np.ndarray  # position after <|im_end|>, or where the message is cut off
     is_closed: np.ndarray  # whether it ends with <|im_end|>
 
 
@@ -257,7 +257,7 @@ class Tokenizer:
 
     @classmethod
     def from_vocabulary(cls, name: str, vocabulary: Vocabulary) -> Tokenizer:
-        """Raises UserError for ids that do not fit into uint16, and a pattern that joins roles and contents."""
+        """A vocabulary's tokenizer. Raises UserError if it exceeds uint16 or if the pattern joins role and content."""
         n_base = len(vocabulary.tokens)
         if n_base + len(SPECIAL_TOKENS) > 1 << 16:
             raise UserError(f"the tokenizer {name} has {n_base:,} tokens, more than uint16 holds; use a smaller one")
@@ -365,7 +365,7 @@ class Tokenizer:
 
     @classmethod
     def from_info(cls, info: Mapping[str, Any], where: str) -> Tokenizer:
-        """The tokenizer that the `info` of a checkpoint stores; GPT-2's if it stores none, as nanoGPT's checkpoints.
+        """The tokenizer that the `info` of a checkpoint stores; GPT-2's if it stores none, as in nanoGPT's checkpoints.
 
         Raises UserError, which names `where`, for a vocabulary that is damaged or unknown.
         """

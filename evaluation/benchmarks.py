@@ -27,18 +27,20 @@ from generation.text_stream import TextStream
 from model import GPT
 from setup_tokenizer import Tokenizer
 
-DEFAULT_NEW_TOKENS = 256  # lm-eval's, where a task does not say how long an answer may be
+DEFAULT_NEW_TOKENS = 256  # lm-eval's default for tasks that do not limit the length of an answer
 TOKEN_LIMITS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
 INSTALL = "pip install -r requirements-benchmarks.txt"
 
 
 class BenchmarkModel:
-    """A model as lm-eval asks it. A request is an object with `args`.
+    """A model with the methods that lm-eval calls. A request is an object with `args`.
 
     Contexts longer than the block size are cut on the left. Answers are scored in batches of similar length.
     """
 
-    def __init__(self, model: GPT, tokenizer: Tokenizer, batch_size: int = 16, device: str = "cpu", dtype="float32"):
+    def __init__(
+        self, model: GPT, tokenizer: Tokenizer, batch_size: int = 16, device: str = "cpu", dtype: str = "float32"
+    ):
         self.gpt, self.vocabulary = model, tokenizer
         self.n_rows, self.torch_device, self.dtype = batch_size, device, dtype
         self.block_size = model.config.block_size
@@ -94,7 +96,7 @@ class BenchmarkModel:
     def encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
         """The ids of a context and of its continuation, encoded together, as training saw them.
 
-        White space at the end of the context counts as part of the continuation, because GPT-2 encodes it so.
+        White space at the end of the context counts as part of the continuation, because GPT-2 encodes it that way.
         """
         if not context:
             return [self.vocabulary.endoftext], self.vocabulary.encode_text(continuation)
@@ -209,8 +211,8 @@ def open_tasks(names: Sequence[str], tasks_path: str | None) -> Any:
     for name in names:
         if name not in manager.all_tasks:
             near = [task for task in manager.all_tasks if task.startswith(name[:4])][:5]
-            like = f"; did you mean {alternatives(near)}? " if near else "; "
-            raise UserError(f"lm-eval has no task {name}{like}List all with: lm_eval ls tasks")
+            advice = f"did you mean {alternatives(near)}? List" if near else "list"
+            raise UserError(f"lm-eval has no task {name}; {advice} all tasks with: lm_eval ls tasks")
     return manager
 
 

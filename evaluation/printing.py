@@ -54,7 +54,7 @@ def print_table(scope: str, results: list[dict]) -> None:
 
 
 def digits_of(numbers: dict) -> tuple[int, int, int]:
-    """How many decimals the loss and the bits per byte mean, and how many digits the perplexity.
+    """How many decimals of the loss and of the bits per byte are meaningful, and how many digits of the perplexity.
 
     Two digits of the uncertainty of each, which depends on the number of documents, and at most three.
 

@@ -50,7 +50,7 @@ def _encode_messages(
         text = old.enc.decode(ids[start + 1 : end - int(is_closed)].tolist())
         message = {"role": ROLES[role], "content": text.partition("\n")[2]}
         new_ids = new.encode_chat([message])
-        if not is_closed:  # the conversation breaks off
+        if not is_closed:  # the conversation is cut off
             new_ids = new_ids[:-2]
         encoded += new_ids
         trained += [bool(is_trained[end - 1])] * len(new_ids)

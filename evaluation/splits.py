@@ -51,7 +51,7 @@ def read_split(
 ) -> Split:
     """The first `limit` tokens of a split (None: all), ready to be scored; for chat, only whole conversations.
 
-    With another `tokenizer` than the stream's, their text is encoded again. Raises UserError if nothing is left to
+    With a `tokenizer` other than the stream's, their text is encoded again. Raises UserError if nothing is left to
     score.
     """
     tokenizer = tokenizer or stream.tokenizer

@@ -129,7 +129,7 @@ def judge_stories(stories: list[list[int]], streams: dict[str, TokenStream], tok
     """How varied the stories are, and how much of them occurs in the training data, compared with real text.
 
     The real text is the same number of documents from all over the validation split, each cut to STORY_TOKENS ids.
-    Stories in the ids of another `tokenizer` than the data's are encoded again.
+    Stories in the ids of a `tokenizer` other than the data's are encoded again.
     """
     if tokenizer != streams["train"].tokenizer:
         stories = [streams["train"].tokenizer.encode_text(tokenizer.enc.decode(story)) for story in stories]

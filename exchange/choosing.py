@@ -47,8 +47,8 @@ class FoundModel:
     def rank(self) -> tuple[bool, float, float, str]:
         """A key that sorts chat models, the best-trained first: copies, stopped runs and tiny ones come last."""
         is_copy = re.search(r"-(best|iter\d+)$", self.name)
-        is_second = bool(is_copy) or not self.is_finished or self.chat_tokens < TINY_TOKENS
-        return is_second, -self.chat_tokens, _or_infinity(self.info.get("val_loss")), self.name
+        comes_later = bool(is_copy) or not self.is_finished or self.chat_tokens < TINY_TOKENS
+        return comes_later, -self.chat_tokens, _or_infinity(self.info.get("val_loss")), self.name
 
     @property
     def description(self) -> str:
@@ -75,8 +75,8 @@ def _or_infinity(value: float | None) -> float:
 def find_models(folder: str | os.PathLike = "models") -> list[FoundModel]:
     """The readable checkpoints in `folder`, newest first; the others are named on standard error.
 
-    An adapter whose base is missing counts as unreadable. A second name of the same file, as `-best` is where the last
-    evaluation was the best, is left out.
+    An adapter whose base is missing counts as unreadable. A second name of the same file, such as `-best` if the last
+    evaluation was the best one, is left out.
     """
     infos: dict[Path, Mapping[str, Any]] = {}
     for path in find_checkpoints(folder):
@@ -111,8 +111,8 @@ def chat_share(info: Mapping[str, Any]) -> float:
 def chat_models(folder: str | os.PathLike = "models") -> list[FoundModel]:
     """The models that were trained on chat data, the best-trained first. Raises UserError if there are no such models.
 
-    That is the one that has seen the most tokens of chat data among the runs that are finished; `-best` copies, stopped
-    runs and tiny ones come after them.
+    The best-trained one has seen the most tokens of chat data among the finished runs; `-best` copies, stopped runs and
+    tiny ones come after these.
     """
     found = find_models(folder)
     chat = sorted((model for model in found if model.info.get("format") == "chat"), key=lambda model: model.rank)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -96,7 +97,7 @@ def write_gguf(
         writer.close()
 
 
-def _add_settings(writer, config: GPTConfig, kind: str, name: str) -> None:
+def _add_settings(writer: Any, config: GPTConfig, kind: str, name: str) -> None:
     import gguf
 
     file_types = {"f32": "ALL_F32", "bf16": "MOSTLY_BF16", "q8_0": "MOSTLY_Q8_0"}
@@ -111,7 +112,7 @@ def _add_settings(writer, config: GPTConfig, kind: str, name: str) -> None:
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
 
 
-def _add_tokenizer(writer, n_vocab: int, is_chat: bool, tokenizer: Tokenizer) -> None:
+def _add_tokenizer(writer: Any, n_vocab: int, is_chat: bool, tokenizer: Tokenizer) -> None:
     import gguf
 
     normal, control = gguf.TokenType.NORMAL, gguf.TokenType.CONTROL

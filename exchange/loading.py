@@ -51,7 +51,7 @@ def load_checkpoint(path: str | os.PathLike, parts: Collection[str] = PARTS) -> 
 def load_unmerged(path: str | os.PathLike, parts: Collection[str] = PARTS) -> dict:
     """What `load_checkpoint` returns, but "model" holds an adapter's factors and "base" the weights of its base.
 
-    "info" is there in any case. The base is checked against the digest that the adapter stores.
+    "info" is always included. The base is checked against the digest that the adapter stores.
     """
     base_path, own_path = split_pair(str(path))
     checkpoint = _load_alone(own_path, {*parts, "info"})
@@ -118,19 +118,19 @@ def _require_order(base_path: str, path: str, info: Mapping[str, Any]) -> None:
 
 
 def find_base(path: str | os.PathLike, adapter: Mapping[str, Any]) -> str:
-    """The base of the adapter at `path`: where it was, or next to the adapter. Raises UserError if it is not there."""
+    """The base of the adapter at `path`: at its recorded path, or next to the adapter. Raises UserError without one."""
     recorded = adapter["base"]
     for candidate in (Path(recorded), Path(path).parent / Path(recorded).name):
         if recorded and (candidate.exists() or str(candidate) in HUB_MODELS):
             return str(candidate)
     raise UserError(
-        f"the adapter {path} needs its base {recorded or '(not recorded)'}, which is not there; put the base next to "
+        f"the adapter {path} needs its base {recorded or '(not recorded)'}, which was not found; put the base next to "
         f"it, or name it in front: BASE+{path}"
     )
 
 
 def _load_base(base_path: str, path: str, adapter: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The base's weights. Raises UserError if they are not those beside which the adapter was trained."""
+    """The base's weights. Raises UserError if the adapter was trained with others."""
     weights = _load_alone(base_path, ("info", "model"))["model"]
     expected = adapter["base_digest"]
     if expected is not None and (found := digest(weights)) != expected:

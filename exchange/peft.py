@@ -22,7 +22,7 @@ from exchange.hugging_face import HUB_MODELS, write_safetensors
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model.transformer."
 ROWS = f"{PREFIX}wte.token_adapter.trainable_tokens_delta"  # despite the name, the rows themselves
-# Settings that would change what the factors mean, with the values that leave it as it is.
+# Settings that would change what the factors mean, with the values that do not.
 PLAIN: dict[str, tuple] = {
     "peft_type": ("LORA",),
     "bias": ("none",),

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import sys
+from typing import Any
 
 
 def keep_freed_memory() -> None:
@@ -41,7 +42,7 @@ def give_back_freed_memory() -> None:
         keep_freed_memory()  # the reserved addresses at the end of the heap are gone too
 
 
-def _glibc():
+def _glibc() -> Any:
     """The GNU C library, or None if this process uses another one."""
     import ctypes
 

@@ -65,8 +65,8 @@ def _build(processor: str) -> ctypes.CDLL | None:
         linking = [compiler, "-shared", *(f"{source.stem}.o" for source in SOURCES), "-o", "kernels.so"]
         call = functools.partial(subprocess.run, check=True, capture_output=True, timeout=BUILD_S, cwd=folder)
         try:
-            with ThreadPoolExecutor() as side_by_side:
-                list(side_by_side.map(lambda source: call([*compiling, str(source)]), SOURCES))
+            with ThreadPoolExecutor() as pool:
+                list(pool.map(lambda source: call([*compiling, str(source)]), SOURCES))
             call(linking)
             library = ctypes.CDLL(str(Path(folder, "kernels.so")), mode=os.RTLD_NOW)
         except (OSError, subprocess.SubprocessError):  # another processor, or a compiler without OpenMP

@@ -122,7 +122,7 @@ def test_a_missing_and_a_changed_base_are_refused(folder):
         load_model("models/adapter.pt")
     Path("models/base.pt").unlink()
     with pytest.raises(
-        UserError, match=r"needs its base models/base.pt, which is not there; .*BASE\+models/adapter.pt"
+        UserError, match=r"needs its base models/base.pt, which was not found; .*BASE\+models/adapter.pt"
     ):
         read_info("models/adapter.pt")
 

@@ -192,7 +192,7 @@ def test_resuming_without_the_base_is_refused(data, base, tmp_path):
     moved.write_bytes(base.read_bytes())
     run(data, tmp_path / "a", stop_after=3, **lora(moved))
     moved.rename(tmp_path / "elsewhere.pt")
-    with pytest.raises(UserError, match=r"text10.pt needs its base .*base.pt, which is not there; put the base next"):
+    with pytest.raises(UserError, match=r"text10.pt needs its base .*base.pt, which was not found; put the base next"):
         run(data, tmp_path / "a", resume=True)
     (tmp_path / "elsewhere.pt").rename(tmp_path / "a" / "base.pt")
     assert run(data, tmp_path / "a", resume=True) == 0
