@@ -26,6 +26,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -101,7 +102,7 @@ class BenchmarkOptions:
 
     input: str | None = option(None, "the text file to prepare", metavar="FILE", group="prepare")
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_options(self)
         if self.peer not in (None, *PEERS[self.task]):
             raise ValueError(f"{self.task} can be compared with {' or '.join(PEERS[self.task])}, not {self.peer}")
@@ -114,7 +115,7 @@ class BenchmarkOptions:
 # --- one process per side ---
 
 
-def serve(side: str, options: BenchmarkOptions, config, pipe, works: Mapping = WORKS) -> None:
+def serve(side: str, options: BenchmarkOptions, config: Any, pipe: Any, works: Mapping = WORKS) -> None:
     """Run one side in its own process: build its work, measure rounds on request, then send memory and latencies."""
     try:
         start = time.perf_counter()
@@ -130,7 +131,7 @@ def serve(side: str, options: BenchmarkOptions, config, pipe, works: Mapping = W
         pipe.send((work.peak_bytes(), work.latencies_s()))
     except UserError as error:
         pipe.send(error)
-    except (EOFError, BrokenPipeError, KeyboardInterrupt):  # the parent is ending, and prints the reason
+    except (EOFError, BrokenPipeError, KeyboardInterrupt):  # the parent is ending and prints the reason
         return
     except Exception as error:
         if not is_memory_error(error):
@@ -146,7 +147,7 @@ def is_memory_error(error: Exception) -> bool:
 class Side:
     """A process that does one side's work on request."""
 
-    def __init__(self, side: str, options: BenchmarkOptions, config):
+    def __init__(self, side: str, options: BenchmarkOptions, config: Any):
         context = multiprocessing.get_context("spawn")  # a fresh process, whose memory is only its own
         self.name = side
         self.pipe, theirs = context.Pipe()
@@ -167,12 +168,12 @@ class Side:
         self.process.join()
         return answer
 
-    def _ask(self, what: str):
+    def _ask(self, what: str) -> Any:
         with contextlib.suppress(BrokenPipeError):  # the process has ended; `_receive` reports that better
             self.pipe.send(what)
         return self._receive()
 
-    def _receive(self):
+    def _receive(self) -> Any:
         try:
             answer = self.pipe.recv()
         except (EOFError, ConnectionError) as error:
@@ -267,7 +268,7 @@ def measure_preparation(options: BenchmarkOptions) -> dict:
     return {**facts, "input": options.input, **found, "mfu": None, "floor_tokens_per_s": n_cores() * one_thread}
 
 
-def measure_sides(options: BenchmarkOptions, config, make_side: type = Side) -> dict:
+def measure_sides(options: BenchmarkOptions, config: Any, make_side: type = Side) -> dict:
     """Start both sides, measure alternating rounds, and end them: speeds, start-up times and peak memory."""
     names = ("ours", options.peer) if options.peer else ("ours",)
     sides = {name: make_side(name, options, config) for name in names}

@@ -1,11 +1,11 @@
-"""Measure training, generation and evaluation beside another busy program, and on an idle machine.
+"""Measure training, generation and evaluation next to another busy program, and on an idle machine.
 
     python testing_tools/benchmark.py busy
     python testing_tools/benchmark.py busy --preset tiny --rounds 3 --json busy.json
 
-The scripts themselves run, each as a user starts it, in four settings that alternate: idle and busy, each with OpenMP's
-default waiting and as the scripts choose. The busy program is a loop in a process and a session of its own. Prints the
-median tokens per second, and each as a share of the idle speed with the default.
+Runs the scripts as a user starts them, in four alternating settings: idle or busy, with OpenMP's default waiting or
+with what the scripts choose. The busy program is a loop in a process and a session of its own. Prints the median tokens
+per second, and each as a share of the idle speed with the default.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 from common.cli import UserError, check_options, option, parse_options  # noqa: E402
 from common.files import atomic_write, require_target  # noqa: E402
-from common.threads import OF_THE_USER  # noqa: E402
+from common.threads import USER_SETTINGS  # noqa: E402
 
 DEFAULT = {"KMP_BLOCKTIME": "200"}  # another OpenMP's default: torch's ignores it, and the scripts change nothing
 SETTINGS = {  # (whether another program runs, the variables that the user sets)
@@ -66,7 +66,7 @@ def busy_program() -> Iterator[None]:
 
 def run(command: Sequence[str], variables: dict[str, str]) -> subprocess.CompletedProcess[str]:
     """Run one of the scripts. Raises UserError with what it printed if it fails."""
-    environment = {name: value for name, value in os.environ.items() if name not in OF_THE_USER} | variables
+    environment = {name: value for name, value in os.environ.items() if name not in USER_SETTINGS} | variables
     done = subprocess.run(
         [sys.executable, *command], env=environment, capture_output=True, text=True, stdin=subprocess.DEVNULL, cwd=ROOT
     )

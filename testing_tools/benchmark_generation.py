@@ -7,6 +7,7 @@ import random
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from typing import Any
 
 from benchmark_timing import Work, on_device
 from benchmark_training import gpt_config, transformers_config
@@ -32,7 +33,7 @@ class GenerationConfig:
     seed: int = 1337
 
 
-def generate_ours(options, config: GenerationConfig) -> Work:
+def generate_ours(options: Any, config: GenerationConfig) -> Work:
     """What gen.py does with a prompt, greedily and without a stop token; a new prompt each time."""
     fast = load_speedups(options.plain)
     if fast:
@@ -61,7 +62,7 @@ def generate_ours(options, config: GenerationConfig) -> Work:
     return dataclasses.replace(work, latencies_s=lambda: latencies_s(engine, prompts, config.device))
 
 
-def latencies_s(engine, prompts: Iterator[list[int]], device: str) -> dict[str, float]:
+def latencies_s(engine: Any, prompts: Iterator[list[int]], device: str) -> dict[str, float]:
     """Median seconds to the first token of a new prompt and of a next turn, compared with a plain forward pass."""
     import torch
 
@@ -94,7 +95,7 @@ def latencies_s(engine, prompts: Iterator[list[int]], device: str) -> dict[str, 
     return {name: statistics.median(values) for name, values in found.items()}
 
 
-def generate_transformers(options, config: GenerationConfig) -> Work:
+def generate_transformers(options: Any, config: GenerationConfig) -> Work:
     """transformers' `generate` with its cache, greedily, the same number of new tokens in the same precision."""
     import torch
     from transformers import GPT2LMHeadModel
@@ -113,7 +114,7 @@ def generate_transformers(options, config: GenerationConfig) -> Work:
     return on_device(step, config.device)
 
 
-def in_precision(make_model: Callable, config: GenerationConfig):
+def in_precision(make_model: Callable, config: GenerationConfig) -> Any:
     """A model for generation, created in its precision, so that it is never in memory twice."""
     import torch
 
@@ -125,7 +126,7 @@ def in_precision(make_model: Callable, config: GenerationConfig):
     return model.to(config.device).eval().requires_grad_(False)
 
 
-def random_prompts(options, n_vocab: int) -> Iterator[list[int]]:
+def random_prompts(options: Any, n_vocab: int) -> Iterator[list[int]]:
     """An endless supply of prompts. Each starts differently from the one before, so that no cache helps."""
     generator = random.Random(0)
     first = 0

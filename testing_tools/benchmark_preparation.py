@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from benchmark_timing import PeakMemory, Work, process_peak_bytes
 
@@ -16,11 +17,11 @@ ROOT = Path(__file__).resolve().parent.parent
 PEER_CHARACTERS = 100_000_000  # how much of the documents one thread of tiktoken encodes
 
 
-def prepare_ours(options, config) -> Work:
+def prepare_ours(options: Any, config: None) -> Work:
     """data/prepare-story.py from start to end, including cleaning and deduplication."""
     from data.readers.text import read_text_documents
 
-    # Reading the file once before also puts it into the system's cache, for both sides.
+    # Reading the file once beforehand also puts it into the system's cache, for both sides.
     text_bytes = sum(len(document.encode()) for document in read_text_documents(options.input))
     peak = PeakMemory()
 
@@ -42,7 +43,7 @@ def prepare_ours(options, config) -> Work:
     return Work(step, lambda: peak.bytes, repeats=False)
 
 
-def prepare_tiktoken(options, config) -> Work:
+def prepare_tiktoken(options: Any, config: None) -> Work:
     """One thread of tiktoken over the first PEER_CHARACTERS of the same documents; reading is not timed."""
     from data.readers.text import read_text_documents
     from setup_tokenizer import get_base_tokenizer

@@ -214,7 +214,7 @@ def running_server(checkpoint: Path, options: ServeBenchmarkOptions) -> Iterator
 
 
 def resident_mib(pid: int) -> float | None:
-    """The memory of a process; None where the system does not say."""
+    """The memory of a process; None if the system does not report it."""
     path = Path(f"/proc/{pid}/status")
     match = re.search(r"VmRSS:\s+(\d+) kB", path.read_text()) if path.exists() else None
     return int(match[1]) / 1024 if match else None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from benchmark_timing import Work, on_device
 
@@ -12,10 +12,11 @@ from common.device import allow_tf32, autocast, choose_dtype, seed_everything
 from common.speedups import load_speedups
 
 if TYPE_CHECKING:
+    from model import GPTConfig
     from training.config import RunConfig
 
 
-def gpt_config(config):
+def gpt_config(config: Any) -> GPTConfig:
     """The GPTConfig of a RunConfig or a GenerationConfig. Raises UserError for numbers that do not fit together."""
     from model import GPTConfig
 
@@ -25,7 +26,7 @@ def gpt_config(config):
         raise UserError(f"{error}; change --n_embd or --n_head") from error
 
 
-def train_ours(options, config: RunConfig) -> Work:
+def train_ours(options: Any, config: RunConfig) -> Work:
     """An iteration of train.py, including the optimizer steps, on random rows."""
     fast = load_speedups(options.plain)
     if fast:
@@ -74,7 +75,7 @@ def train_ours(options, config: RunConfig) -> Work:
     return on_device(step, config.device)
 
 
-def train_transformers(options, config: RunConfig) -> Work:
+def train_transformers(options: Any, config: RunConfig) -> Work:
     """The loop that a user of transformers writes: plain float32 on a CPU, everything that makes it fast on CUDA."""
     from transformers import GPT2LMHeadModel
 
@@ -82,18 +83,18 @@ def train_transformers(options, config: RunConfig) -> Work:
     model = GPT2LMHeadModel(transformers_config(config)).to(config.device).train()
     model.loss_type = "ForCausalLM"  # without it, transformers prints that it has to guess
 
-    def logits_and_loss(ids):
+    def logits_and_loss(ids: Any) -> tuple:
         return None, model(input_ids=ids, labels=ids, use_cache=False).loss
 
     return simple_loop(model, logits_and_loss, config, tuned=config.device.startswith("cuda"))
 
 
-def train_plain(options, config: RunConfig) -> Work:
+def train_plain(options: Any, config: RunConfig) -> Work:
     """A loop like nanoGPT's with its defaults on a CPU: float32, eager."""
     return nanogpt_like(config, tuned=False)
 
 
-def train_compiled(options, config: RunConfig) -> Work:
+def train_compiled(options: Any, config: RunConfig) -> Work:
     """A loop like nanoGPT's with its best flags, which are its defaults on CUDA."""
     return nanogpt_like(config, tuned=True)
 
@@ -107,14 +108,14 @@ def nanogpt_like(config: RunConfig, tuned: bool) -> Work:
     seed_everything(config.seed)
     model = GPT(gpt_config(config)).to(config.device).train()
 
-    def logits_and_loss(ids):
+    def logits_and_loss(ids: Any) -> tuple:
         logits = linear(model.hidden(ids), model.wte.weight)  # in the autocast's precision, as in nanoGPT
         return logits, cross_entropy(logits.flatten(0, 1), ids.flatten())
 
     return simple_loop(model, logits_and_loss, config, tuned)
 
 
-def simple_loop(model, logits_and_loss: Callable, config: RunConfig, tuned: bool) -> Work:
+def simple_loop(model: Any, logits_and_loss: Callable, config: RunConfig, tuned: bool) -> Work:
     """AdamW and clipping around a model; `tuned` adds autocast, torch.compile and the fused optimizer.
 
     `logits_and_loss` takes ids (B, T). As in nanoGPT, the logits of a micro-batch stay in memory until the next one's
@@ -153,7 +154,7 @@ def simple_loop(model, logits_and_loss: Callable, config: RunConfig, tuned: bool
     return on_device(step, config.device)
 
 
-def transformers_config(config):
+def transformers_config(config: Any) -> Any:
     """The same shape for transformers, without dropout."""
     from transformers import GPT2Config
 

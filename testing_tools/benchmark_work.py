@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from benchmark_generation import GenerationConfig, generate_ours, generate_transformers
 from benchmark_preparation import prepare_ours, prepare_tiktoken
@@ -38,7 +38,7 @@ LONG_RUN_ITERS = 5000
 BATCH_SIZE = 16  # as train.py's default, but without trying whether it fits
 
 
-def training_config(options) -> RunConfig:
+def training_config(options: Any) -> RunConfig:
     """The RunConfig of a long run with these options on the chosen device. Raises UserError as train.py does."""
     from training.config import make_config
     from training.options import TrainOptions
@@ -65,7 +65,7 @@ def check_preset(preset: str | None) -> None:
         raise UserError(f"--preset {preset} is unknown; use one of {', '.join(PRESETS)}")
 
 
-def generation_config(options) -> GenerationConfig:
+def generation_config(options: Any) -> GenerationConfig:
     """The model to generate with, on the chosen device. Raises UserError if the text does not fit into the context."""
     from model import PRESETS
 

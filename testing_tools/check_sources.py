@@ -42,7 +42,7 @@ def main() -> int:
             n_missing += len(missing)
     print(f"{n_missing} of {n_files} files are missing")
     if n_missing:
-        print("correct data/sources.py: another revision, file or repository")
+        print("fix data/sources.py: name another revision, file or repository")
     return 1 if n_missing else 0
 
 

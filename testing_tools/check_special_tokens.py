@@ -55,7 +55,7 @@ class CheckOptions:
     data_dir: str = option(str(DATA_FOLDER), "the folder with --dataset's files (default: data/)")
     sample: int = option(200, "length of the sample in tokens, 0 for none", at_least=0)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_options(self)
         if self.bin and self.dataset:
             raise ValueError("give a .bin file or --dataset, not both")
@@ -230,7 +230,7 @@ def _begins_with_newline(tokenizer: Tokenizer) -> np.ndarray:
 def show_sample(ids: np.ndarray, is_trained: np.ndarray | None = None, tokenizer: Tokenizer = GPT2) -> str:
     """The text of conversations with their targets in green, or in [[ ]] without colours.
 
-    `is_trained` is False where an answer has weight 0 and is no target.
+    `is_trained` is False where an answer has weight 0 and is not a target.
     """
     mask = assistant_targets(ids, tokenizer)
     if is_trained is not None:
@@ -261,10 +261,8 @@ def open_streams(options: CheckOptions) -> tuple[dict[str, TokenStream], Dataset
     path = Path(options.bin or "")
     if not path.is_file():
         found = prepared_datasets(path.parent) if path.parent.is_dir() else []
-        there = (
-            f"; prepared there: {', '.join(found)}" if found else "; prepare some with: python data/prepare-story.py"
-        )
-        raise UserError(f"{path} not found{there}")
+        advice = f"prepared there: {', '.join(found)}" if found else "prepare some with: python data/prepare-story.py"
+        raise UserError(f"{path} not found; {advice}")
     name = re.fullmatch(r"(.+)-(train|val)(-\d{5})?\.bin", path.name)
     if name and (path.parent / f"{name[1]}.json").is_file():
         streams, info = open_dataset(path.parent, name[1])

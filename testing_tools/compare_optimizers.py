@@ -59,7 +59,7 @@ class Run:
 
 
 class PolarMuon(Muon):
-    """Muon with another polynomial in each iteration, the best one for the singular values that it gets.
+    """Muon with a different polynomial in each iteration, the best one for the singular values at that point.
 
     "The Polar Express: Optimal Matrix Sign Methods and Their Application to the Muon Algorithm" (Amsel et al. 2025).
     """
@@ -141,9 +141,9 @@ def polar_coefficients(steps: int, lowest: float = 1e-3) -> list[tuple[float, fl
 
 
 def best_quintic(low: float, high: float) -> tuple[float, float, float]:
-    """The a, b, c with the least largest error |1 - (a x + b x^3 + c x^5)| for x from `low` to `high`, by Remez.
+    """The a, b, c with the smallest maximum of |1 - (a x + b x^3 + c x^5)| for x from `low` to `high`, by Remez.
 
-    The best polynomial is below and above 1 by the same error, in turn, at the ends and at its two extrema.
+    The best polynomial is alternately below and above 1 by the same error, at the ends and at its two extrema.
     """
     a = b = c = 0.0
     inner = np.array([(3 * low + high) / 4, (low + 3 * high) / 4])

@@ -81,11 +81,11 @@ class CompareOptions:
     data_dir: str = option(str(DATA_FOLDER), "the folder with --dataset's files (default: data/)")
     limit: int = option(20_000, "largest number of conversations to read", at_least=1)
     tokenizer: tuple[str, ...] = option(
-        (), "also tokenizers of one's own, by name or as tokenizer.json files", nargs="+", metavar="NAME"
+        (), "also tokenizers of your own, by name or as tokenizer.json files", nargs="+", metavar="NAME"
     )
     repeats: int = option(3, "how often to encode; the fastest time counts", at_least=1)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_options(self)
         if self.input and self.dataset:
             raise ValueError("give --input or --dataset, not both")

@@ -69,7 +69,7 @@ def held_out_prompts(data_dir: str | Path) -> list[str]:
 
 
 def measured_prompts(data_dir: str | Path) -> set[str]:
-    """The openers of chat_eval.py and the held-out prompts, in small letters."""
+    """The openers of chat_eval.py and the held-out prompts, in lower case."""
     held_out = (*held_out_prompts(data_dir), *(text for _, text, _ in openers(load_questions())))
     return {text.casefold() for text in held_out}
 
@@ -180,7 +180,7 @@ def short_corrections(
 
 
 def proper_text(tokenizer: Tokenizer, ids: Sequence[int]) -> str | None:
-    """The text of a reply, or None if it has no end or another fault of form."""
+    """The text of a reply, or None if it is unfinished or malformed."""
     text = tokenizer.enc.decode(list(ids))
     return None if form_fault(text) else text.removesuffix("<|im_end|>")
 

@@ -25,6 +25,7 @@ import tempfile
 import time
 import traceback
 from collections import Counter
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any, cast
 
@@ -108,26 +109,26 @@ def start_training(arguments: list[str], output: Path, phase: mmap.mmap) -> int:
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(status)  # never back into the campaign
+        os._exit(status)  # so that the child never returns into the campaign
 
 
 def _slow_down_saves(phase: mmap.mmap) -> None:
-    """Make each step of a save take a while and show in `phase` which one it is; draw no curves, which takes long."""
+    """Make each step of a save slow and show in `phase` which one it is; draw no curves, which would take long."""
     sys.modules["matplotlib.figure"] = cast(Any, None)  # as if matplotlib were not installed
     os.fsync = _slowly(os.fsync, phase, "fsync")
     os.replace = _slowly(os.replace, phase, "rename")
     os.link = _slowly(os.link, phase, "rename")
     save = torch.save
 
-    def save_slowly(content, file):
+    def save_slowly(content: object, file: Any) -> None:
         with _in_phase(phase, "writing"):
             save(content, cast(IO[bytes], _SlowFile(file)))
 
     setattr(torch, "save", save_slowly)  # noqa: B010  an assignment would need the exact signature
 
 
-def _slowly(function, phase: mmap.mmap, name: str):
-    def call(*arguments):
+def _slowly(function: Callable, phase: mmap.mmap, name: str) -> Callable:
+    def call(*arguments: Any) -> Any:
         with _in_phase(phase, name):
             time.sleep(PAUSE_S)
             result = function(*arguments)
@@ -138,7 +139,7 @@ def _slowly(function, phase: mmap.mmap, name: str):
 
 
 @contextlib.contextmanager
-def _in_phase(phase: mmap.mmap, name: str):
+def _in_phase(phase: mmap.mmap, name: str) -> Iterator[None]:
     before = phase[0]
     phase[0] = PHASES.index(name)
     yield
@@ -146,13 +147,13 @@ def _in_phase(phase: mmap.mmap, name: str):
 
 
 class _SlowFile:
-    """A file that takes its time for each write."""
+    """A file whose writes are slow."""
 
-    def __init__(self, file):
+    def __init__(self, file: IO[bytes]):
         self._file = file
 
-    def write(self, data) -> int:
-        time.sleep(PAUSE_S / 100)  # hundreds of writes a save
+    def write(self, data: bytes) -> int:
+        time.sleep(PAUSE_S / 100)  # hundreds of writes per save
         return self._file.write(data)
 
     def flush(self) -> None:
@@ -160,7 +161,7 @@ class _SlowFile:
 
 
 def kill_at(process_id: int, phase: mmap.mmap, delay_s: float, aim: str | None) -> str | None:
-    """Wait, for the phase `aim` too if given, then kill; returns the phase hit, None where the process had ended."""
+    """Wait, also for the phase `aim` if given, then kill; returns the phase hit, None if the process had ended."""
     start = time.perf_counter()
     while time.perf_counter() - start < delay_s or (aim is not None and phase[0] != PHASES.index(aim)):
         if os.waitpid(process_id, os.WNOHANG)[0]:
@@ -201,11 +202,11 @@ def read_samples(output: Path) -> dict[int, set[str]]:
 
 
 def differences(folder: Path, reference: Path) -> list[str]:
-    """What a run's files hold that those of the uninterrupted run do not, beside times and names."""
+    """Where a run's files differ from those of the uninterrupted run, apart from times and names."""
     found = []
     names = {path.name for path in reference.iterdir()} ^ {path.name for path in folder.iterdir()}
     if names:
-        found.append(f"files on one side alone: {sorted(names)}")
+        found.append(f"files on only one side: {sorted(names)}")
     for path in sorted(reference.glob("*.pt")):
         try:
             ours, theirs = load_checkpoint(folder / path.name), load_checkpoint(path)
@@ -233,7 +234,7 @@ def differences(folder: Path, reference: Path) -> list[str]:
 
 
 def campaign_run(folder: Path, number: int, kills: int, options: CrashOptions, counts: Counts) -> str:
-    """Train once without and once with up to `kills` kills, and compare; returns a line on it."""
+    """Train once without and once with up to `kills` kills, and compare; returns a line about it."""
     kind, extra = VARIANTS[number % len(VARIANTS)]
     name = f"{kind}{options.max_iters}"
     phase = mmap.mmap(-1, 1)
@@ -262,7 +263,7 @@ def campaign_run(folder: Path, number: int, kills: int, options: CrashOptions, c
             break
         aim = random.choice(PHASES[1:]) if random.random() < 0.5 else None
         hit = kill_at(process_id, phase, random.uniform(0, 3 * interval_s), aim)
-        if hit is None:  # it came to its end before
+        if hit is None:  # it had ended before
             status = 0
             break
         hits[hit] += 1
@@ -286,7 +287,7 @@ def crash_test(options: CrashOptions, folder: Path) -> Counts:
     for name in ("training.run", "training.batches", "training.memory", "fast"):  # what train.py imports: once, here
         importlib.import_module(name)
     random.seed(options.seed)
-    torch.set_num_threads(1)  # a fork takes no threads along
+    torch.set_num_threads(1)  # threads do not survive a fork
     torch.use_deterministic_algorithms(False)  # imports half of torch, here once instead of in each process
     setup_tokenizer.get_extended_tokenizer()
     for kind in ("text", "chat"):

@@ -10,11 +10,15 @@ import dataclasses
 import platform
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from benchmark_timing import on_device, timed
 from benchmark_training import gpt_config
 
 from common.device import allow_tf32, n_cores, peak_flops
+
+if TYPE_CHECKING:
+    from model import GPT
 
 # Bytes per weight: weight, gradient and 2 or 1 moments are read; all but the gradient are written.
 OPTIMIZER_BYTES = {"adamw": 28, "muon": 20}
@@ -85,7 +89,7 @@ def cpu_name() -> str:
     return f"{name or platform.processor() or platform.machine()}, {n_cores()} cores"
 
 
-def training_floor(config, machine: Machine) -> tuple[float, float]:
+def training_floor(config: Any, machine: Machine) -> tuple[float, float]:
     """(FLOPs per token, seconds per token that no program can avoid), from the FLOPs and the bytes to move.
 
     The forward and the backward pass each read every weight once per micro-batch in the training precision, or are
@@ -99,7 +103,7 @@ def training_floor(config, machine: Machine) -> tuple[float, float]:
     return flops, (passes_s + optimizer_s) / config.tokens_per_iter
 
 
-def generation_floor(options, config, machine: Machine) -> tuple[float, float]:
+def generation_floor(options: Any, config: Any, machine: Machine) -> tuple[float, float]:
     """(FLOPs per new token, seconds per new token that no program can avoid), from the FLOPs and the bytes to move.
 
     Each step reads every weight once for all streams, and each stream's keys and values. The prompt is one step.
@@ -121,7 +125,7 @@ def generation_floor(options, config, machine: Machine) -> tuple[float, float]:
     return flops / n_new, seconds / n_new
 
 
-def weightless_model(config):
+def weightless_model(config: Any) -> GPT:
     """The model on the meta device, without memory for its weights, to count them."""
     import torch
 

@@ -1,12 +1,12 @@
-"""Does this card compute right, and how fast is it? Checks first, then speeds, ordered by worth, within a time.
+"""Check that a GPU computes correctly and measure its speed: the most valuable steps first, within a time limit.
 
     python testing_tools/gpu_check.py
     python testing_tools/gpu_check.py 900 --json figures.json
 
 Prints what each step finds and a table at the end, and writes the figures as JSON. Results are compared with float64,
 with the CPU, and with the plain code. Each step is a process of its own with a limit; steps that no longer fit into the
-seconds are left out. Needs no download. Exit status 1 if a check failed. With `--device cpu` the same steps run in
-small, which shows that the script itself works.
+seconds are left out. Needs no download. Exit status 1 if a check failed. With `--device cpu` the same steps run with
+tiny models, which shows that the script itself works.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ OFFLINE = {"HF_HUB_OFFLINE": "1", "HTTPS_PROXY": "http://127.0.0.1:9", "HTTP_PRO
 
 @dataclasses.dataclass(frozen=True)
 class GpuCheckOptions:
-    """How long, on what, and where the figures go."""
+    """How long to measure, on which device, and where to write the results."""
 
     seconds: float = option(460.0, "time for all steps together", positional=True, nargs="?", above=0)
     device: str | None = device_option(group=None)
@@ -63,7 +63,7 @@ class Step:
 
 @dataclasses.dataclass
 class Result:
-    """What became of a step: "ok", "failed", "too long" or "left out", its time, and its lines."""
+    """The outcome of a step ("ok", "failed", "too long" or "left out"), its time, and its lines."""
 
     name: str
     status: str
@@ -148,7 +148,7 @@ def run_step(step: Step, folder: Path, left_s: float) -> Result:
 
 
 def figures_of(step: Step, folder: Path) -> dict | None:
-    """What benchmark.py wrote, if the step is one of its."""
+    """What benchmark.py wrote, if the step is a benchmark."""
     path = folder / f"{step.name}.json"
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 

@@ -58,7 +58,7 @@ class Setting:
     def shape(self, preset: str) -> GPTConfig:
         return dataclasses.replace(PRESETS[preset], **SMALL) if self.is_small else PRESETS[preset]
 
-    def run_config(self, preset: str, **options) -> RunConfig:
+    def run_config(self, preset: str, **options: Any) -> RunConfig:
         """A training run of the preset's shape, as train.py makes it."""
         fast = load_speedups(plain=False)
         options = {**(SMALL if self.is_small else {"preset": preset}), "max_iters": 1000, **options}
@@ -118,7 +118,7 @@ def environment(setting: Setting) -> None:
 
 
 def numbers(setting: Setting) -> None:
-    """Loss and gradients in each precision beside those of the plain network in float64 on the CPU."""
+    """Loss and gradients in each precision, compared with the plain network in float64 on the CPU."""
     shape = {**vars(setting.shape("tiny")), "n_layer": 2}
     ids = random_rows(2, shape["block_size"])
     limits = {"float32": 1e-4, "bfloat16": 3e-2, **({"float16": 5e-3} if setting.on_cuda else {})}
@@ -141,7 +141,7 @@ def numbers(setting: Setting) -> None:
 
 
 def muon(setting: Setting) -> None:
-    """Our Muon beside torch's."""
+    """Our Muon compared with torch's."""
     for shape in ((64, 192), (256, 64)) if setting.is_small else ((768, 2304), (3072, 768)):
         ours, theirs = (torch.nn.Parameter(torch.ones(shape, device=setting.device)) for _ in range(2))
         ours.grad = torch.randn(shape, device=setting.device)
@@ -152,7 +152,7 @@ def muon(setting: Setting) -> None:
 
 
 def steps(setting: Setting) -> None:
-    """Compiled beside eager steps, FlexAttention beside the dense mask, and no waiting for the device in a step."""
+    """Compiled steps compared with eager ones, FlexAttention with the dense mask; no step waits for the device."""
     allow_tf32()
     for has_mask, preset in ((False, "gpt2"), (True, "tiny")):
         settings = {"batch_size": 4, "gradient_accumulation_steps": 1, "document_mask": has_mask}
@@ -164,7 +164,7 @@ def steps(setting: Setting) -> None:
         eager = loss_and_gradients(model, config, ids)
         compile_model(setting, model, config, ids)
         compiled = loss_and_gradients(model, config, ids)
-        what = "FlexAttention beside the dense mask" if has_mask else "compiled beside eager"
+        what = "FlexAttention against the dense mask" if has_mask else "compiled against eager"
         close(f"{what}: loss", compiled[0], eager[0], 1e-3)
         close(f"{what}: gradients", compiled[1], eager[1], 5e-2)
         optimizers = make_optimizers(model, config)
@@ -206,7 +206,7 @@ def check_waiting(setting: Setting, what: str, step: Callable[[], object]) -> No
 
 @torch.inference_mode()
 def decoding(setting: Setting) -> None:
-    """Captured beside plain decode steps for rows of different lengths, and one seed beside itself."""
+    """Captured decode steps compared with plain ones for rows of different lengths, and one seed with itself."""
     dtype = torch.bfloat16 if has_fast_bfloat16(setting.device) else torch.float32
     torch.manual_seed(0)
     plain = GPT(setting.shape("gpt2")).to(setting.device, dtype).eval().requires_grad_(False)
@@ -224,7 +224,7 @@ def decoding(setting: Setting) -> None:
         worst = max(worst, float((logits[1] - logits[0]).norm() / logits[0].norm()))
         ids = logits[0].argmax(-1)
         logits = append(plain, ids, caches[0], decode_step).clone(), append(fast, ids, caches[1], decode)
-    report(worst < 2e-2, f"fast beside plain decoding: relative error at most {worst:.1e}, limit 2e-02")
+    report(worst < 2e-2, f"fast against plain decoding: relative error at most {worst:.1e}, limit 2e-02")
     lengths = [len(tokens) for tokens in caches[1].tokens]
     check_waiting(setting, "a decode step", lambda: decode(fast, ids, lengths, caches[1]))
     check_draws(setting, logits[1], getattr(decode, "draw", draw))
@@ -237,7 +237,7 @@ def decoding(setting: Setting) -> None:
 
 
 def check_draws(setting: Setting, logits: Tensor, captured: Callable[[Tensor, Sampling, Tensor], Tensor]) -> None:
-    """Captured draws beside plain ones with the same random numbers, several with each setting."""
+    """Captured draws compared with plain ones with the same random numbers, several with each setting."""
     differing = 0
     settings = (TEXT_SAMPLING, CHAT_SAMPLING, Sampling(), Sampling(top_k=50, top_p=0.9), Sampling(min_p=0.05))
     for sampling in settings:
@@ -284,7 +284,7 @@ def run_losses(folder: Path) -> dict[int, float]:
 
 
 def beside_cpu(setting: Setting) -> None:
-    """The losses of a training run on the device beside those on the CPU in float32."""
+    """The losses of a training run on the device, compared with those on the CPU in float32."""
     prepare_data(setting)
     iterations = 10 if setting.is_small else 100
     more = ["--max_iters", str(iterations), "--eval_interval", str(iterations), "--document_mask"]
@@ -302,7 +302,7 @@ def beside_cpu(setting: Setting) -> None:
 
 
 def repeats(setting: Setting) -> None:
-    """With --deterministic a run repeats bit for bit, and one that was stopped and resumed is like one that was not."""
+    """With --deterministic a run repeats bit for bit, and one that was stopped and resumed equals one that was not."""
     prepare_data(setting)
     more = ["--deterministic", "--max_iters", "12", "--eval_interval", "6", *(["--no-compile"] * setting.is_small)]
     for name in ("first", "second"):

@@ -3,7 +3,7 @@
     python testing_tools/inspect_model.py models/story5000.pt --prompt "Once upon a time, there was a little"
 
 Prints the likeliest next tokens and writes two files: `<checkpoint>-attention.png`, the attention of every head in
-every layer, and `<checkpoint>-tokens.html`, the prompt and the model's reply with each token on the colour of its loss.
+every layer, and `<checkpoint>-tokens.html`, the prompt and the model's reply with each token coloured by its loss.
 A model trained on chat gets the prompt as the user's message.
 """
 
@@ -47,7 +47,7 @@ class InspectOptions:
     output_dir: str | None = option(None, "folder of the two files (default: the checkpoint's)", metavar="DIR")
     device: str | None = device_option(None)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_options(self)
 
 
@@ -61,7 +61,7 @@ def prompt_ids(prompt: str | None, is_chat: bool, tokenizer: Tokenizer = GPT2) -
 
 
 def reply_ids(model: GPT, prompt: list[int], max_tokens: int, tokenizer: Tokenizer = GPT2) -> list[int]:
-    """What the model replies, the likeliest token each time, up to and with the token that ends the reply."""
+    """What the model replies, the likeliest token each time, up to and including the token that ends the reply."""
     room = model.config.block_size - len(prompt)
     stop_ids = (tokenizer.endoftext, tokenizer.im_end)
     if not min(max_tokens, room):

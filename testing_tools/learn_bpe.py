@@ -3,8 +3,8 @@
     python testing_tools/learn_bpe.py --verbose
     python testing_tools/learn_bpe.py --input stories.txt --merges 200
 
-Byte pair encoding (Sennrich et al. 2016, section 3.2) starts with the 256 bytes as tokens. Again and again it counts
-all pairs of neighbouring tokens and makes the most frequent pair a new token. data/train-tokenizer.py learns the same
+Byte pair encoding (Sennrich et al. 2016, section 3.2) starts with the 256 bytes as tokens. It repeatedly counts all
+pairs of neighbouring tokens and makes the most frequent pair a new token. data/train-tokenizer.py learns the same
 merges, only faster. `--verbose` also shows how the first line of the text is divided after each merge.
 """
 
@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import regex  # tiktoken depends on it; Python's own re does not know \p{L}
+import regex  # tiktoken depends on it; Python's own re does not support \p{L}
 
 from common.cli import check_options, option, parse_options, run_script
 from common.tokenizer_json import GPT2_PATTERN, byte_characters
@@ -40,7 +40,7 @@ class LearnOptions:
     merges: int = option(10, "number of merges to learn", at_least=1)
     verbose: bool = option(False, "show how the first line of the text is divided after each merge")
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_options(self)
 
 

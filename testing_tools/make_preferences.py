@@ -3,9 +3,9 @@
     python testing_tools/make_preferences.py models/chitchat1150.pt --style pirate --output pirate.jsonl
     python testing_tools/make_preferences.py models/chitchat1150.pt --style short --output short.jsonl
 
-- pirate: the model's likeliest reply to a greeting, a thanks, a farewell or "How are you?" from chitchat's generator is
-  corrected into what a pirate would say, by the rules of `corrections.py`. With --system "Answer like a pirate.", that
-  system message stands before the prompt.
+- pirate: the model's likeliest reply to a greeting, a thank-you, a farewell or "How are you?" from chitchat's generator
+  is corrected into what a pirate would say, by the rules of `corrections.py`. With --system "Answer like a pirate.",
+  that system message comes before the prompt.
 - short: of several sampled replies to the first message of a conversation of chitchat's training split, the shortest
   corrects the longest. With --first_sentence, the shortest is cut after its first sentence.
 

@@ -1,4 +1,4 @@
-"""Prepared data sets of random ids, for tools and tests that need no meaning.
+"""Prepared data sets of random ids, for tools and tests that do not need meaningful text.
 
 write_dataset(Path("data"), "random", "text", n_tokens=10_000, seed=1)
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,7 @@ def write_dataset(folder: Path, name: str, kind: str, n_tokens: int, seed: int, 
     (folder / f"{name}.json").write_text(json.dumps(facts), encoding="utf-8")
 
 
-def _random_documents(rng: np.random.Generator, kind: str, n_tokens: int):
+def _random_documents(rng: np.random.Generator, kind: str, n_tokens: int) -> Iterator[np.ndarray]:
     """Documents of random ids, short and long ones, until there are enough tokens."""
     made = 0
     while made < n_tokens:

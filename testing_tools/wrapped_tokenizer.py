@@ -22,7 +22,7 @@ from setup_tokenizer import get_base_tokenizer
 class ExtendedTokenizerWrapper:
     """GPT-2's tokenizer with ChatML's control tokens mapped to ids by this class rather than by tiktoken."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.base = get_base_tokenizer()
         self.name = "gpt2_wrapped"
         self.special_tokens = {
