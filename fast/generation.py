@@ -3,7 +3,7 @@
 Replaces: on a CPU, GPT's blocks and logits with the layers of fast/packed_linear.py and the attention kernel of
 fast/row_kernels.py; on CUDA, the decode step with CUDA graphs (fast/cuda_graphs.py).
 Gains: see docs/performance.md, "What each fast part gains".
-Skipped: with --plain, and on a processor whose kernels are missing.
+Skipped: with --plain, on a processor whose kernels are missing, and for small models in float32.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ from fast.row_kernels import attend, build
 from generation.decoding import DecodeStep, decode_step
 from generation.row_cache import RowCache
 from model import GPT, Block, KVCache
+
+FEW_PRODUCTS = 10_000_000  # of weights per step: for less, building the kernels (0.5 s) takes longer than they save
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,6 +55,8 @@ def speed_up_generation(
         model.__class__ = WholeHeadGPT
         return SpeedUps("plain layers, CUDA graphs", CapturedDecode())
     elif not on_cpu:
+        return SpeedUps("plain layers")
+    elif dtype == torch.float32 and streams * sum(each.numel() for each in model.parameters()) < FEW_PRODUCTS:
         return SpeedUps("plain layers")
     elif has_kernel(RowLinear, dtype, tolerance=0.02) and (
         dtype == torch.float32 or streams <= RowLinear(weight, None).most_rows
