@@ -46,6 +46,7 @@ def speed_up_generation(
     blocks = [cast(Block, block) for block in model.h]
     weight = blocks[0].attn.c_attn.weight
     on_cpu, dtype = weight.device.type == "cpu", weight.dtype
+    n_products = streams * sum(each.numel() for each in model.parameters())
     layer: type[PackedLinear] | type[RowLinear] | type[Int8Linear]
     if quantize == "int8":
         if not on_cpu or not has_kernel(Int8Linear, dtype, tolerance=0.02):
@@ -54,9 +55,7 @@ def speed_up_generation(
     elif weight.is_cuda:
         model.__class__ = WholeHeadGPT
         return SpeedUps("plain layers, CUDA graphs", CapturedDecode())
-    elif not on_cpu:
-        return SpeedUps("plain layers")
-    elif dtype == torch.float32 and streams * sum(each.numel() for each in model.parameters()) < FEW_PRODUCTS:
+    elif not on_cpu or (dtype == torch.float32 and n_products < FEW_PRODUCTS):
         return SpeedUps("plain layers")
     elif has_kernel(RowLinear, dtype, tolerance=0.02) and (
         dtype == torch.float32 or streams <= RowLinear(weight, None).most_rows
