@@ -1,9 +1,9 @@
 """Generation that reads the weights faster, or as 8-bit weights with half the bytes.
 
-Replaces: on a CPU in bfloat16 (or with 8-bit weights), GPT's blocks and logits with the layers of fast/packed_linear.py
-and the attention kernel of fast/row_kernels.py; on CUDA, the decode step with CUDA graphs (fast/cuda_graphs.py).
+Replaces: on a CPU, GPT's blocks and logits with the layers of fast/packed_linear.py and the attention kernel of
+fast/row_kernels.py; on CUDA, the decode step with CUDA graphs (fast/cuda_graphs.py).
 Gains: see docs/performance.md, "What each fast part gains".
-Skipped: with --plain, on a CPU in float32 without 8-bit weights, and on a processor whose kernels are missing.
+Skipped: with --plain, on a processor whose kernels are missing, and for small models in float32.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ from fast.row_kernels import attend, build
 from generation.decoding import DecodeStep, decode_step
 from generation.row_cache import RowCache
 from model import GPT, Block, KVCache
+
+FEW_PRODUCTS = 10_000_000  # of weights per step: for less, building the kernels (0.5 s) takes longer than they save
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +46,7 @@ def speed_up_generation(
     blocks = [cast(Block, block) for block in model.h]
     weight = blocks[0].attn.c_attn.weight
     on_cpu, dtype = weight.device.type == "cpu", weight.dtype
+    n_products = streams * sum(each.numel() for each in model.parameters())
     layer: type[PackedLinear] | type[RowLinear] | type[Int8Linear]
     if quantize == "int8":
         if not on_cpu or not has_kernel(Int8Linear, dtype, tolerance=0.02):
@@ -52,11 +55,13 @@ def speed_up_generation(
     elif weight.is_cuda:
         model.__class__ = WholeHeadGPT
         return SpeedUps("plain layers, CUDA graphs", CapturedDecode())
-    elif not on_cpu or dtype != torch.bfloat16:
+    elif not on_cpu or (dtype == torch.float32 and n_products < FEW_PRODUCTS):
         return SpeedUps("plain layers")
-    elif has_kernel(RowLinear, dtype, tolerance=0.02) and streams <= RowLinear(weight, None).most_rows:
+    elif has_kernel(RowLinear, dtype, tolerance=0.02) and (
+        dtype == torch.float32 or streams <= RowLinear(weight, None).most_rows
+    ):  # float32 is not packed, so nothing is faster for more rows
         layer, description = RowLinear, "a kernel for few rows"
-    elif has_kernel(PackedLinear, dtype, tolerance=0.02):
+    elif dtype == torch.bfloat16 and has_kernel(PackedLinear, dtype, tolerance=0.02):
         layer, description = PackedLinear, "weights packed for the processor"
     else:
         return SpeedUps("plain layers")
@@ -92,8 +97,8 @@ class PackedBlock(nn.Module):
         self.ln_1, self.ln_2 = block.ln_1, block.ln_2
         linears = (block.attn.c_attn, block.attn.c_proj, block.mlp.c_fc, block.mlp.c_proj)
         self.c_attn, self.attn_proj, self.c_fc, self.mlp_proj = (layer(one.weight, one.bias) for one in linears)
-        dtype, size = block.ln_1.weight.dtype, block.attn.c_proj.in_features // self.n_head
-        kernels = build() if dtype == torch.bfloat16 else None
+        size = block.attn.c_proj.in_features // self.n_head
+        kernels = build()
         self.has_kernel = kernels is not None and bool(kernels.serves_heads(size))
 
     def forward(self, x: Tensor, cache: KVCache | None = None, mask: Tensor | None = None) -> Tensor:

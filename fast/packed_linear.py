@@ -3,7 +3,7 @@
 Replaces: nn.Linear in the blocks and the head (see fast/generation.py). Generation reads every weight for every token,
 so memory bandwidth limits its speed: with half the bytes it is up to twice as fast.
 Gains: see docs/performance.md, "What each fast part gains".
-Skipped: for float32 without 8-bit weights, and where a kernel is missing or computes wrong results (`is_exact`).
+Skipped: where a kernel is missing or computes wrong results (`is_exact`).
 
 Shapes: N rows, K inputs, M outputs.
 """
@@ -65,7 +65,7 @@ class FewRowsLinear(nn.Module):
 
 
 class RowLinear(FewRowsLinear):
-    """A bfloat16 linear layer, the fastest for one row; it uses the weight in its own layout.
+    """A float32 or bfloat16 linear layer, the fastest for one row; it uses the weight in its own layout.
 
     Raises NotImplementedError if the kernel cannot be built.
     """

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 SOURCES = [Path(__file__).with_name(name) for name in ("row_product.c", "row_attention.c")]
+KINDS = (torch.bfloat16, torch.int8, torch.float32)  # of weights, numbered as in row_product.c
 BUILD_S = 60
 
 
@@ -33,7 +34,7 @@ class Layer(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("weight", "scale", "bias")),
         *((name, ctypes.c_long) for name in ("outputs", "inputs")),
-        *((name, ctypes.c_int) for name in ("is_int8", "is_bfloat16")),
+        *((name, ctypes.c_int) for name in ("kind", "is_bfloat16")),
     )
 
 
@@ -43,6 +44,7 @@ class Step(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("rows", "positions")),
         *((name, ctypes.c_long) for name in ("tokens", "first_row", "longest", "cache_rows", "heads", "size", "room")),
+        ("is_bfloat16", ctypes.c_int),
     )
 
 
@@ -94,8 +96,9 @@ class RowProduct:
 
     Optionally with GELU (tanh) applied and a residual (N, M) added before the result is rounded.
 
-    weight (M, K) in bfloat16 or int8, scale and bias (M,) or None; all on the CPU, all but the weight bfloat16 or all
-    float32. Raises NotImplementedError if the kernel cannot be built.
+    weight (M, K) in float32, bfloat16 or int8, scale and bias (M,) or None, all on the CPU. All but an int8 weight have
+    the same precision, float32 or bfloat16. Raises NotImplementedError for another one, and if the kernel cannot be
+    built.
     """
 
     def __init__(
@@ -104,10 +107,11 @@ class RowProduct:
         library = _built(processor)
         self.tensors = [None if one is None else one.contiguous() for one in (weight, scale, bias)]  # kept alive
         pointers = (None if one is None else one.data_ptr() for one in self.tensors)
-        others_dtype = next((one.dtype for one in (scale, bias) if one is not None), torch.bfloat16)
-        self.dtype, self.outputs = others_dtype, weight.shape[0]
-        is_int8, is_bfloat16 = weight.dtype == torch.int8, others_dtype == torch.bfloat16
-        self.layer = ctypes.byref(Layer(*pointers, *weight.shape, is_int8, is_bfloat16))
+        self.dtype, self.outputs = weight.dtype if scale is None else scale.dtype, weight.shape[0]
+        if self.dtype not in (torch.float32, torch.bfloat16):
+            raise NotImplementedError(f"no kernel for {self.dtype}")
+        kind, is_bfloat16 = KINDS.index(weight.dtype), self.dtype == torch.bfloat16
+        self.layer = ctypes.byref(Layer(*pointers, *weight.shape, kind, is_bfloat16))
         self.function, self.most_rows = library.row_product, library.most_rows(self.layer)
 
     def __call__(self, x: Tensor, residual: Tensor | None = None, gelu: bool = False) -> Tensor:
@@ -132,17 +136,17 @@ def attend(
     """Attention of one new token per row, (N, C): qkv (N, 3 C) is stored at `positions` and attends up to there.
 
     keys_values (2, B, H, block_size, D) is a layer's part of a KVCache. `positions` and `rows` are slices, for N rows
-    one after another at the same position, or tensors (N,), with the largest position as `longest`. All are bfloat16,
-    contiguous and on the CPU.
+    one after another at the same position, or tensors (N,), with the largest position as `longest`. All are float32 or
+    all bfloat16, contiguous and on the CPU.
     """
     _, cache_rows, heads, room, size = keys_values.shape
-    y = torch.empty(len(qkv), heads * size, dtype=torch.bfloat16)
+    y = torch.empty(len(qkv), heads * size, dtype=qkv.dtype)
     first_row = (rows.start or 0) if isinstance(rows, slice) else 0
     step = Step(
         None if isinstance(rows, slice) else rows.data_ptr(),
         None if isinstance(positions, slice) else positions.data_ptr(),
         *(len(qkv), first_row, positions.start if isinstance(positions, slice) else longest),
-        *(cache_rows, heads, size, room),
+        *(cache_rows, heads, size, room, qkv.dtype == torch.bfloat16),
     )
     _built(processor).row_attention(ctypes.byref(step), qkv.data_ptr(), keys_values.data_ptr(), y.data_ptr())
     return y

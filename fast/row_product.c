@@ -10,13 +10,29 @@
 #define STEP (4 * LANES) /* weights per iteration: four sums hide the latency of each addition */
 #define FEW 4            /* rows multiplied at a time, whose sums fit into the registers */
 #define MANY 16          /* rows for which the weights are read once */
+#define GROUP (LANES == 16 ? 6 : 3) /* outputs multiplied with FEW rows at a time: their sums fit, too */
+
+enum kind { BFLOAT16, INT8, FLOAT32 }; /* of weights, as in row_kernels.py */
+
+static inline __attribute__((always_inline)) long bytes_of(const enum kind kind) {
+    return kind == INT8 ? 1 : kind == BFLOAT16 ? 2 : 4;
+}
+
+static inline __attribute__((always_inline)) lanes weights_at(const char *weight, const enum kind kind, long index) {
+    const char *here = weight + bytes_of(kind) * index;
+    return kind == INT8 ? FROM_INT8(here) : kind == BFLOAT16 ? FROM_BFLOAT16(here) : LOAD((const float *)here);
+}
+
+static inline __attribute__((always_inline)) float weight_at(const char *weight, const enum kind kind, long index) {
+    return kind == INT8 ? ((const int8_t *)weight)[index] : element(weight, index, kind == BFLOAT16);
+}
 
 /* The products of one output's weights with each of `rows` inputs, which are float32 with `inputs` per row. */
 static inline __attribute__((always_inline)) void products(
-    const char *weight, const int is_int8, const float *x, const int rows, long inputs, float *found
+    const char *weight, const enum kind kind, const float *x, const int rows, long inputs, float *found
 ) {
-    const int bytes = is_int8 ? 1 : 2;
-    lanes sums[rows][4];
+    const long bytes = bytes_of(kind);
+    lanes sums[FEW][4]; /* the compiler keeps no array of variable size in registers */
     for (int row = 0; row < rows; row++)
         for (int part = 0; part < 4; part++) sums[row][part] = ZERO;
     long index = 0;
@@ -24,29 +40,53 @@ static inline __attribute__((always_inline)) void products(
         for (int line = 0; line < bytes * STEP; line += 64)
             __builtin_prefetch(weight + bytes * index + line + AHEAD, 0, 2);
         for (int part = 0; part < 4; part++) {
-            const char *here = weight + bytes * (index + part * LANES);
-            lanes weights = is_int8 ? FROM_INT8(here) : FROM_BFLOAT16(here);
+            lanes weights = weights_at(weight, kind, index + part * LANES);
             for (int row = 0; row < rows; row++)
                 sums[row][part] = ADD_PRODUCT(weights, LOAD(x + row * inputs + index + part * LANES), sums[row][part]);
         }
     }
     for (int row = 0; row < rows; row++) {
         float total = SUM(ADD(ADD(sums[row][0], sums[row][1]), ADD(sums[row][2], sums[row][3])));
-        for (long rest = index; rest < inputs; rest++) {
-            float one = is_int8 ? ((const int8_t *)weight)[rest] : float_of(((const uint16_t *)weight)[rest]);
-            total += one * x[row * inputs + rest];
-        }
+        for (long rest = index; rest < inputs; rest++) total += weight_at(weight, kind, rest) * x[row * inputs + rest];
         found[row] = total;
     }
 }
 
-/* A layer: weight (outputs, inputs) int8 or bfloat16; scale and bias (outputs) or NULL. These, the inputs and the
- * outputs are all bfloat16 or all float32. */
+/* The products of GROUP outputs' weights with each of `rows` inputs: found (GROUP, MANY). Each loaded input is multiplied
+ * with all of these weights; with those of a single output, loading the inputs would take longer than multiplying. */
+static inline __attribute__((always_inline)) void group_products(
+    const char *weight, const enum kind kind, const float *x, const int rows, long inputs, float *found
+) {
+    lanes sums[GROUP][FEW];
+    for (int output = 0; output < GROUP; output++)
+        for (int row = 0; row < rows; row++) sums[output][row] = ZERO;
+    long index = 0;
+    for (; index + LANES <= inputs; index += LANES) {
+        lanes weights[GROUP];
+        for (int output = 0; output < GROUP; output++)
+            weights[output] = weights_at(weight, kind, output * inputs + index);
+        for (int row = 0; row < rows; row++) {
+            const lanes numbers = LOAD(x + row * inputs + index);
+            for (int output = 0; output < GROUP; output++)
+                sums[output][row] = ADD_PRODUCT(weights[output], numbers, sums[output][row]);
+        }
+    }
+    for (int output = 0; output < GROUP; output++)
+        for (int row = 0; row < rows; row++) {
+            float total = SUM(sums[output][row]);
+            for (long rest = index; rest < inputs; rest++)
+                total += weight_at(weight, kind, output * inputs + rest) * x[row * inputs + rest];
+            found[output * MANY + row] = total;
+        }
+}
+
+/* A layer: weight (outputs, inputs); scale and bias (outputs) or NULL. These, the inputs and the outputs are all bfloat16
+ * or all float32. */
 struct layer {
     const char *weight;
     const void *scale, *bias;
     long outputs, inputs;
-    int is_int8, is_bfloat16;
+    int kind, is_bfloat16;
 };
 
 #if defined(__AMX_TILE__) && defined(__AMX_BF16__) && defined(__AVX512BF16__) && defined(__linux__)
@@ -120,7 +160,7 @@ static void tile_product(
         for (long group = 0; group < (outputs + SIDE - 1) / SIDE; group++) {
             /* The last group starts early enough to be whole; outputs that two groups compute are the same. */
             const long first = (group + 1) * SIDE <= outputs ? group * SIDE : outputs - SIDE;
-            if (layer->is_int8) tile_products(layer->weight + first * inputs, 1, tiles, inputs, sums);
+            if (layer->kind == INT8) tile_products(layer->weight + first * inputs, 1, tiles, inputs, sums);
             else tile_products(layer->weight + 2 * first * inputs, 0, tiles, inputs, sums);
             for (int output = 0; output < SIDE; output++)
                 _mm512_store_ps(sums[0][output], ADD(
@@ -157,26 +197,37 @@ static int is_tiled(const struct layer *layer) {
  * widen every weight first, and those for bfloat16 need AVX512, so without it this one is faster for longer. */
 long most_rows(const struct layer *layer) {
 #ifdef __AVX512F__
-    return is_tiled(layer) ? 16 : layer->is_int8 ? MANY : FEW;
+    return is_tiled(layer) ? 16 : layer->kind == BFLOAT16 ? FEW : MANY;
 #else
     return MANY;
 #endif
 }
 
-/* `products` for up to FEW rows. */
-static inline __attribute__((always_inline)) void few_products(
-    const char *weight, int is_int8, const float *x, long rows, long inputs, float *found
-) {
-    switch (2 * rows + is_int8) { /* constants for the compiler, so that sums stay in registers */
-        case 2: products(weight, 0, x, 1, inputs, found); break;
-        case 3: products(weight, 1, x, 1, inputs, found); break;
-        case 4: products(weight, 0, x, 2, inputs, found); break;
-        case 5: products(weight, 1, x, 2, inputs, found); break;
-        case 6: products(weight, 0, x, 3, inputs, found); break;
-        case 7: products(weight, 1, x, 3, inputs, found); break;
-        case 8: products(weight, 0, x, 4, inputs, found); break;
-        default: products(weight, 1, x, 4, inputs, found);
+/* The kind and the number of rows as constants for the compiler, so that sums stay in registers. */
+#define OF_KIND(function, rows) \
+    switch (kind) { \
+        case BFLOAT16: function(weight, BFLOAT16, x, rows, inputs, found); break; \
+        case INT8: function(weight, INT8, x, rows, inputs, found); break; \
+        default: function(weight, FLOAT32, x, rows, inputs, found); \
     }
+#define OF_ROWS(function) \
+    switch (rows) { \
+        case 1: OF_KIND(function, 1) break; \
+        case 2: OF_KIND(function, 2) break; \
+        case 3: OF_KIND(function, 3) break; \
+        default: OF_KIND(function, 4) \
+    }
+
+/* `products` for up to FEW rows. */
+static void few_products(const char *weight, enum kind kind, const float *x, long rows, long inputs, float *found) {
+    OF_ROWS(products)
+}
+
+/* `group_products` for up to FEW rows. */
+static void few_group_products(
+    const char *weight, enum kind kind, const float *x, long rows, long inputs, float *found
+) {
+    OF_ROWS(group_products)
 }
 
 /* Finishes one output of each row from its product `found` and stores it. */
@@ -199,31 +250,38 @@ static inline void store(
 /* x (rows, inputs), rows 1 to most_rows; y and residual, which may be NULL, (rows, outputs). */
 void row_product(const struct layer *layer, const void *x, const void *residual, void *y, long rows, int has_gelu) {
     const long outputs = layer->outputs, inputs = layer->inputs;
-    const int is_int8 = layer->is_int8;
     if (rows > FEW && is_tiled(layer)) {
         tile_product(layer, x, residual, y, rows, has_gelu);
         return;
     }
-    const long row_bytes = (is_int8 ? 1 : 2) * inputs;
-    float numbers[rows * inputs];
-    for (long index = 0; index < rows * inputs; index++) numbers[index] = element(x, index, layer->is_bfloat16);
+    const long row_bytes = bytes_of(layer->kind) * inputs;
+    float converted[layer->is_bfloat16 ? rows * inputs : 1];
+    const float *numbers = layer->is_bfloat16 ? converted : x;
+    if (layer->is_bfloat16)
+        for (long index = 0; index < rows * inputs; index++) converted[index] = float_of(((const uint16_t *)x)[index]);
     if (rows <= FEW) { /* without the loop over groups of rows, which costs a single row 7 % */
 #pragma omp parallel for schedule(static)
         for (long output = 0; output < outputs; output++) {
             float found[FEW];
-            few_products(layer->weight + output * row_bytes, is_int8, numbers, rows, inputs, found);
+            few_products(layer->weight + output * row_bytes, layer->kind, numbers, rows, inputs, found);
             store(layer, found, residual, y, rows, output, has_gelu);
         }
         return;
     }
+    const long groups = outputs / GROUP;
 #pragma omp parallel for schedule(static)
-    for (long output = 0; output < outputs; output++) {
+    for (long part = 0; part < groups + outputs % GROUP; part++) { /* groups of outputs, then single ones */
+        const int is_group = part < groups;
+        const long output = is_group ? part * GROUP : groups * GROUP + part - groups;
         const char *weight = layer->weight + output * row_bytes;
-        float found[MANY];
+        float found[GROUP][MANY];
         for (long first = 0; first < rows; first += FEW) { /* the weights are in the cache after the first rows */
             const long count = rows - first < FEW ? rows - first : FEW;
-            few_products(weight, is_int8, numbers + first * inputs, count, inputs, found + first);
+            const float *these = numbers + first * inputs;
+            if (is_group) few_group_products(weight, layer->kind, these, count, inputs, found[0] + first);
+            else few_products(weight, layer->kind, these, count, inputs, found[0] + first);
         }
-        store(layer, found, residual, y, rows, output, has_gelu);
+        for (int number = 0; number < (is_group ? GROUP : 1); number++)
+            store(layer, found[number], residual, y, rows, output + number, has_gelu);
     }
 }

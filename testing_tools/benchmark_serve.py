@@ -45,7 +45,7 @@ class ServeBenchmarkOptions:
     prompt_words: int = option(100, "words of each message, of about one token each", at_least=1)
     rounds: int = option(3, "rounds that count", at_least=1)
     preset: str = option("small", "model size, as for train.py", group="model")
-    max_rows: int = option(16, "serve.py's --max_rows", at_least=1, group="server")
+    max_rows: int = option(16, "serve.py's --max_rows", at_least=2, group="server")
     dtype: str | None = dtype_option("server")
     quantize: str | None = quantize_option("server")
     plain: bool = plain_option("server")

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from common.cli import UserError
 from fast import row_kernels, speed_up_generation
 from fast.cuda_graphs import MOST_DRAWS, CapturedDecode
-from fast.generation import WholeHeadGPT
+from fast.generation import FEW_PRODUCTS, WholeHeadGPT
 from fast.packed_linear import Int8Linear, PackedLinear, RowLinear, is_exact, quantize_rows
 from fast.row_kernels import RowProduct, attend
 from generation.decoding import append, new_cache, prefill
@@ -82,9 +82,10 @@ def test_a_row_product_with_tiles_multiplies_up_to_16_rows(shape, rows):
 @needs_rows
 def test_a_row_product_takes_more_than_4_rows_unless_other_products_are_faster():
     bias = torch.zeros(16)
-    shapes = [((15, 32), bias[:15].bfloat16()), ((16, 33), bias.bfloat16()), ((16, 32), bias)]
+    shapes = [((15, 32), bias[:15].bfloat16()), ((16, 33), bias.bfloat16())]
     most_rows = [RowProduct(torch.ones(shape).bfloat16(), bias=one).most_rows for shape, one in shapes]
-    assert most_rows == ([4, 4, 4] if "avx512f" in FLAGS else [16, 16, 16]), "no tiles: oneDNN with AVX512"
+    assert most_rows == ([4, 4] if "avx512f" in FLAGS else [16, 16]), "no tiles: oneDNN with AVX512"
+    assert RowProduct(torch.ones(16, 32), bias=bias).most_rows == 16, "float32 is fastest here everywhere"
     assert RowProduct(torch.ones(16, 32).bfloat16(), processor="haswell").most_rows == 16
     int8, scale = torch.ones(16, 32, dtype=torch.int8), torch.ones(16)
     assert RowProduct(int8, scale).most_rows == 16, "otherwise every weight is widened"
@@ -107,21 +108,28 @@ def check_row_product(processor, shape, rows, dtype):
     curved = F.gelu(expected, approximate="tanh")
     torch.testing.assert_close(product(x, residual, gelu=True).double(), curved + residual.double(), **tolerance)
     assert found.dtype == dtype and x.equal(before)
-    if dtype == torch.bfloat16:
-        weight = torch.randn(shape, generator=generator).to(dtype)
-        expected = x.double() @ weight.double().T
-        if rows <= (widest := RowProduct(weight, processor=processor)).most_rows:
-            torch.testing.assert_close(widest(x).double(), expected, **tolerance)
+    weight = torch.randn(shape, generator=generator).to(dtype)
+    expected = x.double() @ weight.double().T
+    if rows <= (unscaled := RowProduct(weight, processor=processor)).most_rows:
+        torch.testing.assert_close(unscaled(x).double(), expected, **tolerance)
+
+
+@needs_rows
+def test_a_row_product_has_no_kernel_for_half_precision():
+    with pytest.raises(NotImplementedError, match=r"no kernel for torch\.float16"):
+        RowProduct(torch.ones(16, 32).half())
+    assert not is_exact(RowLinear, torch.float16, 0.02)
 
 
 @needs_rows
 @pytest.mark.parametrize("processor", ["native", "haswell"])
 @pytest.mark.parametrize(("heads", "size"), [(2, 16), (3, 32), (2, 48), (2, 64)])
 @pytest.mark.parametrize(("rows", "position"), [(1, 0), (1, 39), (3, 18)])
-def test_attention_of_a_new_token_is_that_of_float64(processor, heads, size, rows, position):
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_attention_of_a_new_token_is_that_of_float64(processor, heads, size, rows, position, dtype):
     generator = seeded()
-    qkv = (2 * torch.randn(rows, 3 * heads * size, generator=generator)).bfloat16()
-    keys_values = torch.randn(2, rows, heads, 40, size, generator=generator).bfloat16()
+    qkv = (2 * torch.randn(rows, 3 * heads * size, generator=generator)).to(dtype)
+    keys_values = torch.randn(2, rows, heads, 40, size, generator=generator).to(dtype)
     expected_cache = keys_values.clone()
     keys_values[..., position:, :] = math.nan  # what the cache holds from there on must not count
     query, *new = qkv.view(rows, 3, heads, size).unbind(1)
@@ -130,7 +138,8 @@ def test_attention_of_a_new_token_is_that_of_float64(processor, heads, size, row
     assert keys_values[..., : position + 1, :].equal(expected_cache[..., : position + 1, :])
     keys, values = expected_cache[..., : position + 1, :].double()
     expected = F.scaled_dot_product_attention(query[:, :, None].double(), keys, values)
-    torch.testing.assert_close(found.double(), expected.flatten(1), rtol=2**-8, atol=1e-5)
+    rtol = 2**-8 if dtype == torch.bfloat16 else 1e-5
+    torch.testing.assert_close(found.double(), expected.flatten(1), rtol=rtol, atol=1e-5)
 
 
 @needs_rows
@@ -212,8 +221,23 @@ def test_8_bit_logits_are_close_to_the_plain_ones():
     assert 0 < (rounded - plain).square().mean().sqrt() < 0.05 * plain.std()
 
 
+@needs_rows
+@torch.inference_mode()
+def test_float32_logits_of_the_kernels_are_the_plain_ones_but_for_rounding():
+    prompts = [random_prompt(12), random_prompt(9, seed=2)]
+    found = []
+    for gpt in (generating_gpt(), generating_gpt()):
+        if found:
+            assert speed_up_generation(gpt, streams=2).description == "plain layers", "so small a model is fast enough"
+            assert speed_up_generation(gpt, streams=FEW_PRODUCTS).description == "a kernel for few rows"
+        cache = new_cache(gpt, 2)
+        found.append(torch.stack([prefill(gpt, prompts, cache), append(gpt, torch.tensor([3, 5]), cache)]))
+    torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-5)
+    assert not found[1].equal(found[0])
+
+
 def test_the_plain_layers_stay_where_packing_gains_nothing_or_has_no_kernel():
-    gpt = generating_gpt()
+    gpt = generating_gpt(dtype=torch.float16)
     assert speed_up_generation(gpt).description == "plain layers" and "Packed" not in type(gpt).__name__
 
     def has_kernel(layer, dtype, tolerance):

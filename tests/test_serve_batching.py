@@ -316,18 +316,19 @@ def test_the_window_keeps_the_system_message_and_drops_whole_exchanges():
 
 
 @pytest.mark.parametrize("rows", [[3], [5, 1, 6], [7, 2, 3, 0]], ids=str)
-def test_the_packed_layers_decode_any_rows_like_the_plain_ones(rows):
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 0.02), (torch.float32, 1e-4)], ids=str)
+def test_the_packed_layers_decode_any_rows_like_the_plain_ones(rows, dtype, tolerance):
     torch.manual_seed(0)
-    plain = GPT(GPTConfig(block_size=128, n_layer=2, n_head=4, n_embd=128)).bfloat16().eval().requires_grad_(False)
+    plain = GPT(GPTConfig(block_size=128, n_layer=2, n_head=4, n_embd=128)).to(dtype).eval().requires_grad_(False)
     packed = copy.deepcopy(plain)
-    if speed_up_generation(packed, None, 4).description == "plain layers":
+    if speed_up_generation(packed, None, 16).description == "plain layers":
         pytest.skip("this processor has no kernels for packed layers")
     found = []
     for model in (plain, packed):
-        cache = RowCache(model.config, 8, torch.device("cpu"), torch.bfloat16)
+        cache = RowCache(model.config, 8, torch.device("cpu"), dtype)
         with torch.inference_mode():
             for row in rows:
                 prefill_piece(model, cache, row, list(range(9 * (row + 1))))
             lengths = [len(cache.tokens[row]) for row in rows]
             found.append(decode_rows(model, torch.arange(len(rows)), rows, lengths, cache))
-    torch.testing.assert_close(found[1], found[0], rtol=0.02, atol=0.02)
+    torch.testing.assert_close(found[1], found[0], rtol=tolerance, atol=tolerance)
