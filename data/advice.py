@@ -44,8 +44,9 @@ class Advice:
 
     arguments: list[str]
     preset: str
+    rows: int  # per iteration
+    block_size: int
     iters: int
-    tokens_per_iter: int
     epochs: float
     warnings: list[str]
 
@@ -55,7 +56,8 @@ def print_advice(info: DatasetInfo, data_dir: str | None, models: Path = Path("m
     advice = advise(info, data_dir, models)
     for warning in advice.warnings:
         print(f"warning: {warning}")
-    flops = advice.iters * advice.tokens_per_iter * flops_per_token(*SHAPES[advice.preset], info.n_vocab, BLOCK_SIZE)
+    tokens = advice.iters * advice.rows * advice.block_size
+    flops = tokens * flops_per_token(*SHAPES[advice.preset], info.n_vocab, advice.block_size)
     seconds = flops / training_flops() + START_S
     epochs = in_words(advice.epochs)
     print(f"training: {advice.iters:,} iterations, {epochs} epochs, {duration_in_words(seconds)} on this CPU")
@@ -67,9 +69,9 @@ def advise(info: DatasetInfo, data_dir: str | None, models: Path) -> Advice:
 
     If there are few conversations, the advice is to fine-tune a chitchat model in `models`, if there is one.
     """
-    alone, tokens_per_iter = Portion(info.name, info.splits["train"].tokens), ROWS_PER_ITER * BLOCK_SIZE
-    iters = fitting_iters([alone], BLOCK_SIZE, ROWS_PER_ITER)
-    epochs = alone.epochs(iters, BLOCK_SIZE, ROWS_PER_ITER)
+    alone, rows, block_size = Portion(info.name, info.splits["train"].tokens), ROWS_PER_ITER, BLOCK_SIZE
+    iters = fitting_iters([alone], block_size, rows)
+    epochs = alone.epochs(iters, block_size, rows)
     preset = "tiny" if alone.tokens < SMALL_FROM else "small"
     arguments = ["--dataset", info.name, *(["--preset", preset] if preset == "tiny" else [])]
     warnings = []
@@ -77,7 +79,6 @@ def advise(info: DatasetInfo, data_dir: str | None, models: Path) -> Advice:
     if epochs > FEW_EPOCHS and info.format == "chat" and info.name != "chitchat" and base:
         added, rows = Portion(info.name, alone.tokens, OWN_SHARE), FINE_TUNING_ROWS
         block_size = DEMO_BLOCK_SIZE if info.tokenizer_digest else BLOCK_SIZE
-        tokens_per_iter = rows * block_size
         iters = fine_tuning_iters([added], block_size, rows)
         epochs = added.epochs(iters, block_size, rows)
         arguments = ["--dataset", mixture_of(info), "--init_from", str(base)]
@@ -89,7 +90,8 @@ def advise(info: DatasetInfo, data_dir: str | None, models: Path) -> Advice:
             "add documents, or use a larger --val_fraction"
         )
     folder = ["--data_dir", data_dir] if data_dir else []
-    return Advice([*arguments, "--max_iters", str(iters), *folder], preset, iters, tokens_per_iter, epochs, warnings)
+    arguments += ["--max_iters", str(iters), *folder]
+    return Advice(arguments, preset, rows, block_size, iters, epochs, warnings)
 
 
 def mixture_of(info: DatasetInfo) -> str:
