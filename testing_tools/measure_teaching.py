@@ -7,8 +7,8 @@ prints a row per model:
 - style: replies to the 40 openers of chat_eval.py that contain a pirate's word; with --system, after that system
   message, while everything else is measured without it
 - openers, names, facts, beyond, tales: the scores of chat_eval.py
-- length: the mean length of the replies to 100 first messages of chitchat's validation split, in tokens with
-  `<|im_end|>`, and how many different replies there are
+- length: the mean length of the replies to 100 first messages of chitchat's validation split, in tokens without
+  `<|im_end|>`, and how many different replies there are; to_openers: the mean length of those to the 40 openers
 - loss: that of what the assistant says in the beginning of chitchat's validation split, in nats per token
 
 All replies are decoded greedily. No prompt is one of those that make_preferences.py uses.
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from model import GPT
     from setup_tokenizer import Tokenizer
 
-COLUMNS = ("style", *SUMS, "length", "different", "loss")
+COLUMNS = ("style", *SUMS, "length", "different", "to_openers", "loss")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,21 +52,26 @@ class MeasureOptions:
     dtype: str | None = dtype_option(None)
 
 
+def opener_texts() -> list[str]:
+    """The openers of chat_eval.py."""
+    return [text for _, text, _ in openers(load_questions())]
+
+
 def styled_replies(model: GPT, tokenizer: Tokenizer, system: str | None) -> dict[str, str]:
     """The replies to the openers, after the system message if there is one, that are in the style: {opener: reply}."""
     from generation.sampling import GREEDY
 
-    prompts = [text for _, text, _ in openers(load_questions())]
+    prompts = opener_texts()
     found = map(tokenizer.enc.decode, replies(model, tokenizer, GREEDY, None, prompts, system))
     return {prompt: reply for prompt, reply in zip(prompts, found, strict=True) if has_style(reply)}
 
 
 def reply_lengths(model: GPT, tokenizer: Tokenizer, prompts: list[str]) -> tuple[float, int]:
-    """The mean length of the replies to `prompts` in tokens with `<|im_end|>`, and the number of different replies."""
+    """The mean length of replies to `prompts` in tokens without `<|im_end|>`, and the number of different replies."""
     from generation.sampling import GREEDY
 
-    found = replies(model, tokenizer, GREEDY, None, prompts)
-    return statistics.mean(map(len, found)), len(set(map(tuple, found)))
+    found = [tuple(ids) for ids in replies(model, tokenizer, GREEDY, None, prompts)]
+    return statistics.mean(len(ids) - ids.count(tokenizer.im_end) for ids in found), len(set(found))
 
 
 def chitchat_loss(model: GPT, split: Split, device: str, dtype: str) -> float:
@@ -97,6 +102,7 @@ def measure(path: str, options: MeasureOptions, device: str) -> dict[str, Any]:
         **{name: right[name] for name in SUMS},
         "length": length,
         "different": different,
+        "to_openers": reply_lengths(model, tokenizer, opener_texts())[0],
         "loss": chitchat_loss(model, split, device, dtype),
         "styled": styled,
         "answers": [dataclasses.asdict(answer) for answer in answers],
@@ -107,13 +113,13 @@ def main() -> None:
     options = parse_options(MeasureOptions, __doc__)
     device = choose_device(options.device)
     width = max(map(len, options.checkpoints))
-    print(f"{'':<{width}} " + "".join(f"{name:>10}" for name in COLUMNS))
+    print(f"{'':<{width}} " + "".join(f"{name:>11}" for name in COLUMNS))
     measured = []
     for path in options.checkpoints:
         row = measure(path, options, device)
         measured.append(row)
         numbers = (f"{row[name]:.4f}" if name == "loss" else f"{row[name]:.4g}" for name in COLUMNS)
-        print(f"{path:<{width}} " + "".join(f"{number:>10}" for number in numbers), flush=True)
+        print(f"{path:<{width}} " + "".join(f"{number:>11}" for number in numbers), flush=True)
     if options.json:
         with atomic_write(options.json, "w", encoding="utf-8") as file:
             json.dump(measured, file, ensure_ascii=False, indent=1)

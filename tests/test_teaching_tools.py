@@ -130,7 +130,7 @@ def test_the_likeliest_replies_of_a_batch_are_those_of_single_prompts(data_dir):
     together = make.replies(gpt, GPT2, GREEDY, None, prompts)
     assert together == [make.replies(gpt, GPT2, GREEDY, None, [prompt])[0] for prompt in prompts]
     assert measure.reply_lengths(gpt, GPT2, prompts) == (
-        sum(map(len, together)) / 4,
+        sum(len(reply) - reply.count(GPT2.im_end) for reply in together) / 4,
         len({tuple(reply) for reply in together}),
     )
 
@@ -150,7 +150,7 @@ def test_the_table_has_a_row_per_model(tmp_path, data_dir):
     assert result.returncode == 0, result.stderr
     names, row = (line.split() for line in result.stdout.splitlines()[-2:])
     assert names == list(measure.COLUMNS) and row[0] == str(path)
-    assert row[1:-1] == ["0", "0", "0", "0", "0", "0", "1", "1"]  # every reply is one <|im_end|>
+    assert row[1:-1] == ["0", "0", "0", "0", "0", "0", "0", "1", "0"]  # every reply is one <|im_end|>
     written = json.loads((tmp_path / "all.json").read_text())[0]
     assert len(written["answers"]) == 190 and row[-1] == f"{written['loss']:.4f}"
 
