@@ -179,7 +179,8 @@ def model_loader(options: ServeOptions) -> Callable[..., tuple[GPT, DecodeRows]]
         for parameter in model.parameters():  # a checkpoint's file may be replaced, so do not leave it mapped
             parameter.data = parameter.data.clone()
         if fast:
-            fast.speed_up_generation(model, options.quantize, options.max_rows)
+            # The fastest layers depend on the number of texts, and --exact needs those of gen.py, which has one.
+            fast.speed_up_generation(model, options.quantize, 1 if options.exact else options.max_rows)
         return model, decode_rows
 
     return load

@@ -8,7 +8,11 @@ import random
 import pytest
 import torch
 
+import gen
+import serve
+from common.checkpoint import save_checkpoint
 from fast import speed_up_generation
+from fast.row_kernels import build
 from generation.batching import BatchEngine, QueueFull, draw_each, token_logprobs
 from generation.decoding import generate, prefill
 from generation.row_cache import RowCache, decode_each, decode_rows, prefill_piece
@@ -313,6 +317,22 @@ def test_the_window_keeps_the_system_message_and_drops_whole_exchanges():
     ):
         fit_window([*messages, {"role": "user", "content": " word" * 400}], 120)
     assert len(encode_text(" word" * 400)) == 400
+
+
+def test_exact_mode_has_the_layers_of_gen(tmp_path):
+    """Which layers are fastest depends on the number of texts; in this model, one text has the plain ones."""
+    torch.manual_seed(0)
+    gpt, path = GPT(GPTConfig(block_size=32, n_layer=1, n_head=2, n_embd=32)), str(tmp_path / "model.pt")
+    save_checkpoint(path, gpt, {"format": "chat", "dataset": "random"})
+    loaded = {}
+    for exact in (False, True):
+        options = serve.ServeOptions(device="cpu", dtype="float32", exact=exact)
+        loaded[exact] = serve.model_loader(options)(path)[0]
+    alone = gen.LoadedModel(gen.GenOptions(path, device="cpu", dtype="float32")).engine.model
+    ids = torch.arange(5)[None]
+    assert type(loaded[True]) is type(alone) and loaded[True](ids)[0].equal(alone(ids)[0])
+    if build():
+        assert type(loaded[False]) is not type(alone), "else this test could not fail"
 
 
 @pytest.mark.parametrize("rows", [[3], [5, 1, 6], [7, 2, 3, 0]], ids=str)
