@@ -122,7 +122,7 @@ def test_few_data_are_not_read_more_than_8_times(capsys):
     config = Machine(1e11).config(facts_of("text", 400_000), preset="auto", minutes=600)
     rows = config.batch_size * config.gradient_accumulation_steps
     assert 7.9 < config.max_iters * rows / (400_000 / config.block_size) < 8.1
-    assert "note: this is less than --minutes 600, because more than 8 epochs mostly" in capsys.readouterr().out
+    assert "note: this is less than --minutes 600, because with more than 8 epochs" in capsys.readouterr().out
     diary = Machine(1e11).config(facts_of("text", 5_000), preset="auto", minutes=600)
     assert diary.max_iters == 100  # as few as the default
 
