@@ -224,8 +224,11 @@ def compare_models(yardstick: str | None, results: list[dict], scored: list[Scor
 
 
 def speed_up(model: GPT, quantize: str | None, fast: ModuleType | None) -> DecodeStep:
-    """Apply the fast parts to a model, if there are any; returns the decode step to generate with."""
-    if fast is not None:
+    """Apply the fast parts to a model, if there are any; returns the decode step to generate with.
+
+    On a CPU, only 8-bit weights have one: other kernels compute in the weights' precision, but scoring uses autocast.
+    """
+    if fast is not None and (quantize or model.wte.weight.device.type != "cpu"):
         return fast.speed_up_generation(model, quantize, len(STORY_PROMPTS)).decode
     if quantize:
         raise UserError("--quantize needs the folder fast/, which is missing; leave out --quantize")

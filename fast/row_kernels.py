@@ -115,11 +115,11 @@ class RowProduct:
         self.function, self.most_rows = library.row_product, library.most_rows(self.layer)
 
     def __call__(self, x: Tensor, residual: Tensor | None = None, gelu: bool = False) -> Tensor:
-        x = x.contiguous()
+        x = x.to(self.dtype).contiguous()  # autocast may have changed the precision, which the kernel could not see
         y = torch.empty(len(x), self.outputs, dtype=self.dtype)
         added = None
         if residual is not None:
-            residual = residual.contiguous()
+            residual = residual.to(self.dtype).contiguous()
             added = residual.data_ptr()
         self.function(self.layer, x.data_ptr(), added, y.data_ptr(), len(x), gelu)
         return y

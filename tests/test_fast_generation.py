@@ -115,6 +115,13 @@ def check_row_product(processor, shape, rows, dtype):
 
 
 @needs_rows
+def test_a_row_product_converts_inputs_of_another_precision():
+    weight, x = torch.randn(16, 32, generator=seeded()), torch.randn(2, 32, generator=seeded()).bfloat16()
+    found = RowProduct(weight)(x, torch.ones(2, 16).bfloat16())
+    torch.testing.assert_close(found, x.float() @ weight.T + 1)
+
+
+@needs_rows
 def test_a_row_product_has_no_kernel_for_half_precision():
     with pytest.raises(NotImplementedError, match=r"no kernel for torch\.float16"):
         RowProduct(torch.ones(16, 32).half())

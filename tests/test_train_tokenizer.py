@@ -255,7 +255,7 @@ def test_an_input_without_text_is_refused(tmp_path, content, named):
 
 
 def test_a_sample_without_any_text_is_refused(stories):
-    with pytest.raises(UserError, match="less than any text has"):
+    with pytest.raises(UserError, match="smaller than each of the texts"):
         trained(stories, max_bytes=10)
 
 
