@@ -139,6 +139,7 @@ def attend(
     one after another at the same position, or tensors (N,), with the largest position as `longest`. All are float32 or
     all bfloat16, contiguous and on the CPU.
     """
+    qkv = qkv.to(keys_values.dtype)  # as in RowProduct
     _, cache_rows, heads, room, size = keys_values.shape
     y = torch.empty(len(qkv), heads * size, dtype=qkv.dtype)
     first_row = (rows.start or 0) if isinstance(rows, slice) else 0

@@ -12,7 +12,7 @@ import gen
 import serve
 from common.checkpoint import save_checkpoint
 from fast import speed_up_generation
-from fast.row_kernels import build
+from fast.row_kernels import attend, build
 from generation.batching import BatchEngine, QueueFull, draw_each, token_logprobs
 from generation.decoding import generate, prefill
 from generation.row_cache import RowCache, decode_each, decode_rows, prefill_piece
@@ -333,6 +333,13 @@ def test_exact_mode_has_the_layers_of_gen(tmp_path):
     assert type(loaded[True]) is type(alone) and loaded[True](ids)[0].equal(alone(ids)[0])
     if build():
         assert type(loaded[False]) is not type(alone), "else this test could not fail"
+
+
+@pytest.mark.skipif(build() is None, reason="no C compiler, or a processor without AVX2")
+def test_attention_converts_inputs_to_the_precision_of_the_cache():
+    qkv, cache = torch.randn(2, 3 * 32).bfloat16(), torch.randn(2, 2, 1, 8, 32)
+    found = attend(qkv, cache.clone(), slice(3, 4))
+    assert found.dtype == torch.float32 and found.equal(attend(qkv.float(), cache, slice(3, 4)))
 
 
 @pytest.mark.parametrize("rows", [[3], [5, 1, 6], [7, 2, 3, 0]], ids=str)
