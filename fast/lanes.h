@@ -8,9 +8,14 @@
 typedef __m512 lanes;
 #define ZERO _mm512_setzero_ps()
 #define LOAD(p) _mm512_loadu_ps(p)
+#define STORE(p, a) _mm512_storeu_ps(p, a)
 #define SAME(number) _mm512_set1_ps(number)
 #define ADD_PRODUCT(a, b, sum) _mm512_fmadd_ps(a, b, sum)
 #define ADD(a, b) _mm512_add_ps(a, b)
+#define MULTIPLY(a, b) _mm512_mul_ps(a, b)
+#define LARGER(a, b) _mm512_max_ps(a, b)
+#define POWER_OF_2(whole) \
+    _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_add_epi32(_mm512_cvtps_epi32(whole), _mm512_set1_epi32(127)), 23))
 #define SUM(a) _mm512_reduce_add_ps(a)
 #define FROM_INT8(p) _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)(p))))
 #define FROM_BFLOAT16(p) \
@@ -20,9 +25,14 @@ typedef __m512 lanes;
 typedef __m256 lanes;
 #define ZERO _mm256_setzero_ps()
 #define LOAD(p) _mm256_loadu_ps(p)
+#define STORE(p, a) _mm256_storeu_ps(p, a)
 #define SAME(number) _mm256_set1_ps(number)
 #define ADD_PRODUCT(a, b, sum) _mm256_fmadd_ps(a, b, sum)
 #define ADD(a, b) _mm256_add_ps(a, b)
+#define MULTIPLY(a, b) _mm256_mul_ps(a, b)
+#define LARGER(a, b) _mm256_max_ps(a, b)
+#define POWER_OF_2(whole) \
+    _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(whole), _mm256_set1_epi32(127)), 23))
 #define SUM(a) sum_of_8(a)
 #define FROM_INT8(p) _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)(p))))
 #define FROM_BFLOAT16(p) \
@@ -60,6 +70,19 @@ static inline float exponential(float x) {
         1 + rest * (1 + rest * (1 / 2.0f + rest * (1 / 6.0f + rest * (1 / 24.0f + rest * (1 / 120.0f + rest / 720)))));
     union { int32_t bits; float number; } scale = {((int32_t)whole + 127) << 23};
     return series * scale.number;
+}
+
+/* The same for each lane. */
+static inline lanes exponentials(lanes x) {
+    const lanes power = MULTIPLY(LARGER(x, SAME(-87)), SAME(1.44269504f)), shift = SAME(12582912.0f);
+    const lanes whole = ADD(ADD(power, shift), SAME(-12582912.0f));
+    const lanes rest = MULTIPLY(ADD_PRODUCT(whole, SAME(-1), power), SAME(0.69314718f));
+    lanes series = SAME(1 / 720.0f);
+    for (int term = 5; term >= 0; term--) {
+        static const float factors[] = {1, 1, 1 / 2.0f, 1 / 6.0f, 1 / 24.0f, 1 / 120.0f};
+        series = ADD_PRODUCT(rest, series, SAME(factors[term]));
+    }
+    return MULTIPLY(series, POWER_OF_2(whole));
 }
 
 /* GELU by its tanh: x times the sigmoid of 2 sqrt(2 / pi) (x + 0.044715 x^3). */

@@ -13,19 +13,14 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import os
-import shutil
-import subprocess
-import tempfile
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-SOURCES = [Path(__file__).with_name(name) for name in ("row_product.c", "row_attention.c")]
+from fast.c_library import build_library
+
+SOURCES = ("row_product.c", "row_attention.c")
 KINDS = (torch.bfloat16, torch.int8, torch.float32)  # of weights, numbered as in row_product.c
-BUILD_S = 60
 
 
 class Layer(ctypes.Structure):
@@ -56,23 +51,11 @@ def build(processor: str = "native") -> ctypes.CDLL | None:
     return _build(processor)
 
 
-@functools.cache  # not `build` itself: calls with and without the default argument would build twice
+@functools.cache  # not `build` itself: calls with and without the default argument would set this up twice
 def _build(processor: str) -> ctypes.CDLL | None:
-    compiler = next(filter(None, map(shutil.which, (os.environ.get("CC") or "gcc", "clang", "cc"))), None)
-    if compiler is None:
+    library = build_library(SOURCES, processor)
+    if library is None:
         return None
-    with tempfile.TemporaryDirectory() as folder:
-        compiling = [compiler, "-O3", f"-march={processor}", "-fopenmp", "-fPIC", "-c"]
-        # Linked without OpenMP's library: torch has loaded one, and a second one would start its own threads.
-        linking = [compiler, "-shared", *(f"{source.stem}.o" for source in SOURCES), "-o", "kernels.so"]
-        call = functools.partial(subprocess.run, check=True, capture_output=True, timeout=BUILD_S, cwd=folder)
-        try:
-            with ThreadPoolExecutor() as pool:
-                list(pool.map(lambda source: call([*compiling, str(source)]), SOURCES))
-            call(linking)
-            library = ctypes.CDLL(str(Path(folder, "kernels.so")), mode=os.RTLD_NOW)
-        except (OSError, subprocess.SubprocessError):  # another processor, or a compiler without OpenMP
-            return None
     library.row_product.argtypes = [ctypes.POINTER(Layer), *[ctypes.c_void_p] * 3, ctypes.c_long, ctypes.c_int]
     library.row_product.restype = None
     library.most_rows.argtypes = [ctypes.POINTER(Layer)]

@@ -1,7 +1,8 @@
 """Training steps that take less time and memory.
 
-Replaces: GPT.forward with targets (fast/tied_head.py), GPT.document_mask (fast/document_masks.py), and in compiled
-steps on a CPU the backward passes of Linear and attention (fast/cpu_backward.py) and GELU's formula.
+Replaces: GPT.forward with targets (fast/tied_head.py), GPT.document_mask (fast/document_masks.py), on a CPU attention
+(in float32 fast/document_attention.py) and in compiled steps the backward passes of Linear and attention
+(fast/cpu_backward.py) and GELU's formula.
 Gains: see docs/performance.md, "What each fast part gains".
 Skipped: with --plain, and for everything but the training loss: logits and generation run the plain code.
 
@@ -27,6 +28,7 @@ from torch.utils.checkpoint import checkpoint
 from common.device import is_out_of_memory
 from fast import cpu_backward
 from fast.allocator import give_back_freed_memory
+from fast.document_attention import MASK_DTYPE, document_attention, first_keys, supports
 from fast.document_masks import BlockMask, block_mask, compute_dtype, dense_mask, flex_attention
 from fast.tied_head import TiedHead, fused_losses_and_gradient_, transposed
 from model import GPT, IGNORED, MLP, Attention, Block, KVCache
@@ -125,6 +127,8 @@ class FastGPT(GPT):
     ) -> tuple[Tensor | None, Tensor | None]:
         if targets is None or idx.shape[1] > self.config.block_size:
             return super().forward(idx, targets, n_targets, documents, positions)
+        if documents is None and self.has_attention_kernel():
+            documents = torch.zeros_like(idx)
         mask = None if documents is None else self.document_mask(documents)
         if n_targets is None:
             n_targets = (targets != IGNORED).sum().clamp(min=1)
@@ -133,8 +137,21 @@ class FastGPT(GPT):
         head = TiedHead(weight, targets, dtype, self.compiled_transpose, losses_and_gradient=self.compiled_losses)
         return None, head.loss(self.transform(head.embed(idx), positions=positions, mask=mask), n_targets)
 
+    def has_attention_kernel(self) -> bool:
+        """Whether attention can run in the kernel of fast/document_attention.py."""
+        weight, config = self.wte.weight, self.config
+        if weight.device.type != "cpu" or compute_dtype(weight) != torch.float32 or (self.training and config.dropout):
+            return False
+        return supports(config.n_embd // config.n_head)
+
     def document_mask(self, documents: Tensor) -> Tensor:
-        """The mask as a BlockMask in compiled training on CUDA, otherwise as numbers that are added to the scores."""
+        """The mask in the form of the fastest attention.
+
+        On a CPU in float32 the first key of each query, in compiled training on CUDA a BlockMask, and otherwise numbers
+        that are added to the scores.
+        """
+        if self.has_attention_kernel():
+            return first_keys(documents)
         is_compiled = self.training and self.fast_blocks()[0].compiled is not None
         if documents.is_cuda and is_compiled and not self.config.dropout:  # FlexAttention has no dropout
             return cast(Tensor, block_mask(documents))  # only FastAttention sees it
@@ -159,7 +176,13 @@ class FastBlock(Block):
 
 
 class FastAttention(Attention):
-    """Attention that understands FlexAttention's masks and has a faster backward pass in compiled steps on a CPU."""
+    """Attention that understands every form of `FastGPT.document_mask`, with faster kernels on a CPU."""
+
+    def forward(self, x: Tensor, cache: KVCache | None = None, mask: Tensor | None = None) -> Tensor:
+        if isinstance(mask, BlockMask) or mask is None or mask.dtype != MASK_DTYPE:
+            return super().forward(x, cache, mask)
+        y = document_attention(self.c_attn(x), mask, self.n_head)
+        return F.dropout(self.c_proj(y), self.dropout, self.training)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         if isinstance(mask, BlockMask):

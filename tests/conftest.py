@@ -9,6 +9,8 @@ import pytest
 import torch
 
 from common.checkpoint import save_checkpoint
+from fast import document_attention, row_kernels
+from fast.c_library import build_library
 from tests.browser import browser, visit
 from tests.tiny import prepare, run
 from tests.tiny_gpt import text_gpt
@@ -31,6 +33,19 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def no_compiler(monkeypatch):
+    """A machine without a C compiler, on which no kernel has been built."""
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.delenv("CC", raising=False)
+    caches = (build_library, row_kernels._build, document_attention._library)
+    for cache in caches:
+        cache.cache_clear()
+    yield
+    for cache in caches:
+        cache.cache_clear()
 
 
 @pytest.fixture

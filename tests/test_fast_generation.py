@@ -166,16 +166,6 @@ def test_the_kernels_are_built_once():
     assert row_kernels.build() is row_kernels.build("native") is row_kernels.build(processor="native")
 
 
-@pytest.fixture
-def no_compiler(monkeypatch):
-    """A machine without a C compiler, on which the kernels have not been built."""
-    monkeypatch.setenv("PATH", "")
-    monkeypatch.delenv("CC", raising=False)
-    row_kernels._build.cache_clear()
-    yield
-    row_kernels._build.cache_clear()
-
-
 def test_without_a_compiler_the_kernels_of_torch_are_used(no_compiler):
     assert row_kernels.build() is None
     with pytest.raises(NotImplementedError, match="no C compiler"):

@@ -111,7 +111,10 @@ def runs(tmp_path_factory) -> Runs:
         input=json.dumps([(str(folder), str(cwd), command) for folder, cwd, command in commands.values()]),
         capture_output=True,
         text=True,
-        env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "MPLBACKEND": "agg", "PYTHONHASHSEED": "0"},
+        env={  # with OMP_WAIT_POLICY no script starts itself again because the machine is busy
+            **os.environ,
+            **{"CUDA_VISIBLE_DEVICES": "", "MPLBACKEND": "agg", "PYTHONHASHSEED": "0", "OMP_WAIT_POLICY": "PASSIVE"},
+        },
     )
     assert done.returncode == 0, done.stderr
     results = {name: Result(*result) for name, result in zip(commands, json.loads(done.stdout), strict=True)}

@@ -1,0 +1,150 @@
+"""fast/document_attention.py: the kernel in C computes what attention with a mask computes."""
+
+from __future__ import annotations
+
+import doctest
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from fast import document_attention as module
+from fast.c_library import build_library
+from fast.document_attention import document_attention, first_keys, supports
+from model import Attention
+from tests.tiny_gpt import plain_and_fast, seeded
+
+SIZE = 32  # of a head; supported with AVX2 and with AVX512
+needs_kernel = pytest.mark.skipif(not supports(SIZE), reason="no C compiler, or a processor without AVX2")
+
+
+def documents(B: int, T: int, mean: int, seed: int = 0) -> torch.Tensor:
+    """Documents of `mean` tokens on average; the numbers of a row do not repeat."""
+    return (torch.rand(B, T, generator=seeded(seed)) < 1 / mean).cumsum(1)
+
+
+def visible(numbers: torch.Tensor) -> torch.Tensor:
+    T = numbers.shape[1]
+    return ((numbers[:, :, None] == numbers[:, None]) & torch.ones(T, T, dtype=torch.bool).tril())[:, None]
+
+
+def by_torch(qkv: torch.Tensor, mask: torch.Tensor, n_head: int) -> torch.Tensor:
+    B, T, three_c = qkv.shape
+    q, k, v = qkv.view(B, T, 3, n_head, -1).permute(2, 0, 3, 1, 4)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).reshape(B, T, three_c // 3)
+
+
+def output_and_gradient(function, qkv: torch.Tensor, wanted: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    qkv = qkv.detach().requires_grad_()
+    y = function(qkv)
+    return y.detach(), torch.autograd.grad(y, qkv, wanted)[0]
+
+
+def test_the_example():
+    assert not doctest.testmod(module).failed
+
+
+@needs_kernel
+@pytest.mark.parametrize("size", [32, 64, 96])
+@pytest.mark.parametrize(("length", "mean"), [(1, 1), (7, 2), (23, 10**9), (25, 10**9), (130, 40), (300, 10**9)])
+def test_output_and_gradient_equal_those_of_torch_with_the_mask(length, mean, size):
+    """Documents of one token, of a block of queries and one more or less, and longer than several blocks."""
+    numbers = documents(3, length, mean)
+    qkv, wanted = (torch.randn(3, length, n * 2 * size, generator=seeded(n)) for n in (3, 1))
+    mask, keys = visible(numbers), first_keys(numbers)
+    y, gradient = output_and_gradient(lambda one: document_attention(one, keys, 2), qkv, wanted)
+    expected_y, expected = output_and_gradient(lambda one: by_torch(one.double(), mask, 2), qkv, wanted.double())
+    torch.testing.assert_close(y, expected_y.float(), atol=2e-6, rtol=1e-5)
+    torch.testing.assert_close(gradient, expected, atol=2e-5, rtol=1e-5)
+
+
+@needs_kernel
+@pytest.mark.parametrize("scale", [1e-20, 30.0, 1e4])
+def test_tiny_and_huge_scores_are_exact_and_never_nan(scale):
+    numbers = documents(2, 70, 20)
+    qkv = torch.randn(2, 70, 3 * SIZE, generator=seeded(1))
+    qkv[..., : 2 * SIZE] *= scale
+    wanted = torch.randn(2, 70, SIZE, generator=seeded(2))
+    mask, keys = visible(numbers), first_keys(numbers)
+    y, gradient = output_and_gradient(lambda one: document_attention(one, keys, 1), qkv, wanted)
+    assert y.isfinite().all() and gradient.isfinite().all()
+    if scale < 1e3:  # beyond, rounding the scores decides which of two large ones wins
+        expected_y, expected = output_and_gradient(lambda one: by_torch(one, mask, 1), qkv, wanted)
+        torch.testing.assert_close(y, expected_y, atol=1e-4, rtol=1e-3)
+        torch.testing.assert_close(gradient, expected, atol=2e-3, rtol=1e-3)
+
+
+@needs_kernel
+def test_a_document_does_not_see_the_others_even_if_they_are_not_numbers():
+    numbers = torch.tensor([[0] * 30 + [1] * 30 + [2] * 30])
+    qkv, wanted = torch.randn(1, 90, 3 * SIZE, generator=seeded(1)), torch.ones(1, 90, SIZE)
+    keys = first_keys(numbers)
+    alone = output_and_gradient(lambda one: document_attention(one, keys[:, :30], 1), qkv[:, 30:60], wanted[:, :30])
+    qkv[:, :30], qkv[:, 60:] = torch.nan, torch.inf
+    among = output_and_gradient(lambda one: document_attention(one, keys, 1), qkv, wanted)
+    for found, expected in zip(among, alone, strict=True):
+        assert torch.equal(found[:, 30:60], expected)
+
+
+@needs_kernel
+def test_the_same_bits_with_any_number_of_threads_and_any_layout_of_the_input():
+    keys, qkv = first_keys(documents(3, 100, 30)), torch.randn(3, 100, 6 * SIZE, generator=seeded(1))
+    wanted, threads, found = torch.ones(3, 100, 2 * SIZE), torch.get_num_threads(), []
+    for count, layout in ((1, qkv), (2, qkv), (3, qkv.transpose(0, 1).contiguous().transpose(0, 1))):
+        torch.set_num_threads(count)
+        found.append(output_and_gradient(lambda one: document_attention(one, keys, 2), layout, wanted))
+    torch.set_num_threads(threads)
+    for other in found[1:]:
+        assert all(map(torch.equal, found[0], other))
+
+
+@needs_kernel
+def test_the_operators_pass_the_checks_of_torch():
+    qkv = torch.randn(2, 9, 3 * SIZE, generator=seeded(1))
+    keys = first_keys(documents(2, 9, 4))
+    torch.library.opcheck(module.forward, (qkv, keys, 1))
+    y, logsumexp = module.forward(qkv, keys, 1)
+    torch.library.opcheck(module.backward, (y, qkv, keys, y, logsumexp))
+
+
+@needs_kernel
+@pytest.mark.parametrize("text", [False, True], ids=["documents", "text"])
+def test_training_in_float32_uses_it_and_nothing_else_does(text, monkeypatch):
+    """With text, every row is one document."""
+    _, fast = plain_and_fast(n_embd=2 * SIZE)
+    ids, calls = torch.randint(0, 90, (2, 16), generator=seeded(1)), []
+
+    def attend(self, *arguments):
+        calls.append(arguments)
+        return plain_attend(self, *arguments)
+
+    plain_attend = Attention.attend
+    monkeypatch.setattr(Attention, "attend", attend)
+    numbers = None if text else documents(2, 16, 5)
+    fast(ids, ids, documents=numbers)
+    assert not calls
+    with torch.autocast("cpu", torch.bfloat16):
+        fast(ids, ids, documents=numbers)
+    assert len(calls) == 2, "both blocks: in low precision torch's attention is used"
+    dropping = plain_and_fast(n_embd=2 * SIZE, dropout=0.1)[1]
+    dropping(ids, ids, documents=numbers)
+    assert len(calls) == 4, "and with dropout, but not in an evaluation"
+    dropping.eval()(ids, ids, documents=numbers)
+    assert len(calls) == 4
+
+
+def test_odd_head_sizes_and_a_machine_without_a_compiler_use_torch(no_compiler):
+    assert not supports(SIZE)
+    plain, fast = plain_and_fast(n_embd=2 * SIZE)
+    ids, numbers = torch.randint(0, 90, (2, 16), generator=seeded(1)), documents(2, 16, 5)
+    torch.testing.assert_close(fast(ids, ids, documents=numbers)[1], plain(ids, ids, documents=numbers)[1])
+
+
+@needs_kernel
+@pytest.mark.parametrize("size", [1, 8, 20, 33])
+def test_head_sizes_that_do_not_fill_the_registers_are_refused(size):
+    assert not supports(size)
+
+
+def test_an_unknown_processor_builds_nothing():
+    assert build_library(("document_attention.c",), "no-such-processor") is None
