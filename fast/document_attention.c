@@ -17,7 +17,7 @@
 #define WIDTH (2 * LANES)
 
 struct shape {
-    long rows, tokens, heads, size, threads;
+    long rows, tokens, heads, size, threads; /* `size` of a head */
 };
 
 /* `number` rounded up to a multiple of WIDTH. */
@@ -53,7 +53,7 @@ static inline __attribute__((always_inline)) void tile(
 }
 
 /* c (height, width) = a b, or c += a b, for a (height, inner) and b (inner, width); width is a multiple of WIDTH. */
-static void product(
+static __attribute__((noinline, noclone)) void product(
     struct matrix a, const float *b, long b_row, float *c, long c_row, long height, long width, long inner, int adds
 ) {
     for (long j = 0; j < width; j += WIDTH)
@@ -71,10 +71,15 @@ static void product(
         }
 }
 
-/* Copy `count` rows of `size` numbers, which are `row` apart, to `rows` (count, size), as columns to `columns` (size, room). */
-static void pack(const float *from, long row, long count, long size, float *rows, float *columns, long room) {
+/* Copy `count` rows of `size` numbers, which are `step` apart, to `rows` (count, size). */
+static void pack(const float *from, long step, long count, long size, float *rows) {
+    for (long token = 0; token < count; token++) memcpy(rows + token * size, from + token * step, size * sizeof(float));
+}
+
+/* The transpose (size, room) of `rows` (count, size). */
+static void transpose(const float *rows, long count, long size, float *columns, long room) {
     for (long token = 0; token < count; token++)
-        for (long d = 0; d < size; d++) rows[token * size + d] = columns[d * room + token] = from[token * row + d];
+        for (long d = 0; d < size; d++) columns[d * room + token] = rows[token * size + d];
 }
 
 /* The end of the document that starts at `start`: the next position whose first key is another. */
@@ -102,106 +107,126 @@ static float largest(float *numbers, long count) {
     return most;
 }
 
-/* Floats that a thread needs beside its arguments. */
-long scratch_size(const struct shape *shape) {
-    return padded(shape->tokens) * (6 * shape->size + 2 * QUERIES);
+/* Memory of one thread: keys and values as rows (tokens, size) and columns (size, tokens), their gradients, and for a block
+ * of queries the weights (QUERIES, tokens) and the gradients of the scores. */
+struct scratch {
+    float *keys, *key_columns, *values, *value_columns, *key_grads, *value_grads, *weights, *score_grads;
+};
+
+/* How many floats that is. */
+long scratch_size(const struct shape *shape) { return padded(shape->tokens) * (6 * shape->size + 2 * QUERIES); }
+
+static struct scratch scratch_of_thread(const struct shape *shape, float *memory) {
+    float *start = memory + omp_get_thread_num() * scratch_size(shape);
+    const long part = padded(shape->tokens) * shape->size;
+    float *weights = start + 6 * part, *score_grads = weights + padded(shape->tokens) * QUERIES;
+    return (struct scratch){start, start + part, start + 2 * part, start + 3 * part, start + 4 * part, start + 5 * part,
+                            weights, score_grads};
+}
+
+/* One head's output y and logsumexp for a document of `length` tokens. `q` and `y` are those of its first token. */
+static void attend(
+    const struct shape *shape, long length, const float *q, float *y, float *logsumexp, struct scratch scratch
+) {
+    const long size = shape->size, width = shape->heads * size, step = 3 * width, room = padded(length);
+    const float *k = q + width, *v = k + width, scale = 1 / sqrtf(size);
+    pack(k, step, length, size, scratch.keys);
+    pack(v, step, length, size, scratch.values);
+    transpose(scratch.keys, length, size, scratch.key_columns, room);
+    for (long first = 0; first < length; first += QUERIES) {
+        const long count = first + QUERIES < length ? QUERIES : length - first, seen = first + count;
+        const struct matrix queries = {q + first * step, step, 1}, weights = {scratch.weights, room, 1};
+        float sums[QUERIES];
+        product(queries, scratch.key_columns, room, scratch.weights, room, count, padded(seen), size, 0);
+        for (long i = 0; i < count; i++) {
+            float *row = scratch.weights + i * room;
+            const float most = largest(row, first + i + 1) * scale;
+            lanes sum = ZERO;
+            to_weights(row, first + i + 1, padded(seen), scale, most);
+            for (long key = 0; key < padded(seen); key += LANES) sum = ADD(sum, LOAD(row + key));
+            sums[i] = SUM(sum);
+            logsumexp[first + i] = most + logf(sums[i]);
+        }
+        product(weights, scratch.values, size, y + first * width, width, count, size, seen, 0);
+        for (long i = 0; i < count; i++)
+            for (long d = 0; d < size; d++) y[(first + i) * width + d] /= sums[i];
+    }
+}
+
+/* The gradients of one head's queries, keys and values for a document. `q_grad` is where the first query's belongs. */
+static void attend_backward(
+    const struct shape *shape, long length, const float *q, const float *y_grad, const float *y, const float *logsumexp,
+    float *q_grad, struct scratch scratch
+) {
+    const long size = shape->size, width = shape->heads * size, step = 3 * width, room = padded(length);
+    const float *k = q + width, *v = k + width, scale = 1 / sqrtf(size);
+    pack(k, step, length, size, scratch.keys);
+    pack(v, step, length, size, scratch.values);
+    transpose(scratch.keys, length, size, scratch.key_columns, room);
+    transpose(scratch.values, length, size, scratch.value_columns, room);
+    memset(scratch.key_grads, 0, length * size * sizeof(float));
+    memset(scratch.value_grads, 0, length * size * sizeof(float));
+    for (long first = 0; first < length; first += QUERIES) {
+        const long count = first + QUERIES < length ? QUERIES : length - first, seen = first + count;
+        const float *first_q = q + first * step, *first_y_grad = y_grad + first * width;
+        const struct matrix queries = {first_q, step, 1}, y_grads = {first_y_grad, width, 1};
+        product(queries, scratch.key_columns, room, scratch.weights, room, count, padded(seen), size, 0);
+        product(y_grads, scratch.value_columns, room, scratch.score_grads, room, count, padded(seen), size, 0);
+        for (long i = 0; i < count; i++) {
+            float *row = scratch.weights + i * room, *grads = scratch.score_grads + i * room, mean = 0;
+            const long visible = first + i + 1;
+            to_weights(row, visible, padded(seen), scale, logsumexp[first + i]);
+            for (long d = 0; d < size; d++) mean += first_y_grad[i * width + d] * y[(first + i) * width + d];
+            for (long key = 0; key < visible; key += LANES) {
+                const lanes difference = ADD(LOAD(grads + key), SAME(-mean));
+                STORE(grads + key, MULTIPLY(MULTIPLY(LOAD(row + key), SAME(scale)), difference));
+            }
+            memset(grads + visible, 0, (padded(seen) - visible) * sizeof(float));
+        }
+        const struct matrix score_grads = {scratch.score_grads, room, 1}; /* (count, seen) */
+        const struct matrix of_keys = {scratch.score_grads, 1, room}, of_values = {scratch.weights, 1, room};
+        product(score_grads, scratch.keys, size, q_grad + first * step, step, count, size, seen, 0);
+        product(of_keys, first_q, step, scratch.key_grads, size, seen, size, count, 1);
+        product(of_values, first_y_grad, width, scratch.value_grads, size, seen, size, count, 1);
+    }
+    for (long token = 0; token < length; token++) {
+        memcpy(q_grad + token * step + width, scratch.key_grads + token * size, size * sizeof(float));
+        memcpy(q_grad + token * step + 2 * width, scratch.value_grads + token * size, size * sizeof(float));
+    }
 }
 
 /* Whether heads of this size are supported. */
 int attends_with(long size) { return size % WIDTH == 0; }
 
-/* y (rows, tokens, heads, size) and logsumexp (rows, heads, tokens): query number t sees first_keys[t] to t, where
- * first_keys (rows, tokens) is the start of its document. */
+/* y (rows, tokens, heads, size) and logsumexp (rows, heads, tokens), the logarithm of each softmax's sum. The query at
+ * position t of a row sees first_keys[t] to t; first_keys (rows, tokens) is the start of t's document. */
 void document_attention(
-    const struct shape *shape, const float *qkv, const int *first_keys, float *y, float *logsumexp, float *scratch
+    const struct shape *shape, const float *qkv, const int *first_keys, float *y, float *logsumexp, float *memory
 ) {
-    const long tokens = shape->tokens, heads = shape->heads, size = shape->size, width = heads * size, step = 3 * width;
-    const float scale = 1 / sqrtf(size);
+    const long tokens = shape->tokens, heads = shape->heads, size = shape->size, width = heads * size;
 #pragma omp parallel for schedule(dynamic) num_threads(shape->threads)
-    for (long pair = 0; pair < shape->rows * heads; pair++) {
-        const long row = pair / heads, head = pair % heads;
-        const float *q = qkv + row * tokens * step + head * size, *k = q + width, *v = k + width;
-        float *keys = scratch + omp_get_thread_num() * scratch_size(shape), *columns = keys + padded(tokens) * size;
-        float *values = columns + padded(tokens) * size, *weights = values + padded(tokens) * size;
+    for (long pair = 0; pair < shape->rows * heads; pair++)
         for (long start = 0, end; start < tokens; start = end) {
+            const long row = pair / heads, token = row * tokens + start, head = pair % heads * size;
             end = document_end(first_keys + row * tokens, start, tokens);
-            const long room = padded(end - start);
-            pack(k + start * step, step, end - start, size, keys, columns, room);
-            for (long i = 0; i < end - start; i++) memcpy(values + i * size, v + (start + i) * step, size * 4);
-            for (long first = start; first < end; first += QUERIES) {
-                const long count = first + QUERIES < end ? QUERIES : end - first, seen = first + count - start;
-                const struct matrix queries = {q + first * step, step, 1}, of_keys = {weights, room, 1};
-                product(queries, columns, room, weights, room, count, padded(seen), size, 0);
-                float sums[QUERIES];
-                for (long i = 0; i < count; i++) {
-                    float *scores = weights + i * room;
-                    const float most = largest(scores, first + i - start + 1) * scale;
-                    to_weights(scores, first + i - start + 1, padded(seen), scale, most);
-                    lanes sum = ZERO;
-                    for (long key = 0; key < padded(seen); key += LANES) sum = ADD(sum, LOAD(scores + key));
-                    sums[i] = SUM(sum);
-                    logsumexp[pair * tokens + first + i] = most + logf(sums[i]);
-                }
-                float *found = y + (row * tokens + first) * width + head * size;
-                product(of_keys, values, size, found, width, count, size, seen, 0);
-                for (long i = 0; i < count; i++)
-                    for (long d = 0; d < size; d++) found[i * width + d] /= sums[i];
-            }
+            attend(shape, end - start, qkv + token * 3 * width + head, y + token * width + head,
+                   logsumexp + pair * tokens + start, scratch_of_thread(shape, memory));
         }
-    }
 }
 
 /* qkv_grad, from the gradient of y and what `document_attention` was given and has returned. */
 void document_attention_backward(
     const struct shape *shape, const float *qkv, const float *y_grad, const int *first_keys, const float *y,
-    const float *logsumexp, float *qkv_grad, float *scratch
+    const float *logsumexp, float *qkv_grad, float *memory
 ) {
-    const long tokens = shape->tokens, heads = shape->heads, size = shape->size, width = heads * size, step = 3 * width;
-    const float scale = 1 / sqrtf(size);
+    const long tokens = shape->tokens, heads = shape->heads, size = shape->size, width = heads * size;
 #pragma omp parallel for schedule(dynamic) num_threads(shape->threads)
-    for (long pair = 0; pair < shape->rows * heads; pair++) {
-        const long row = pair / heads, head = pair % heads;
-        const float *q = qkv + row * tokens * step + head * size, *k = q + width, *v = k + width;
-        float *q_grad = qkv_grad + (q - qkv), *k_grad = q_grad + width, *v_grad = k_grad + width;
-        const long part = padded(tokens) * size;
-        float *keys = scratch + omp_get_thread_num() * scratch_size(shape), *key_columns = keys + part;
-        float *values = key_columns + part, *value_columns = values + part;
-        float *key_grads = value_columns + part, *value_grads = key_grads + part;
-        float *weights = value_grads + part, *scores_grad = weights + padded(tokens) * QUERIES;
+    for (long pair = 0; pair < shape->rows * heads; pair++)
         for (long start = 0, end; start < tokens; start = end) {
+            const long row = pair / heads, token = row * tokens + start, head = pair % heads * size;
+            const long in_qkv = token * 3 * width + head, in_y = token * width + head;
             end = document_end(first_keys + row * tokens, start, tokens);
-            const long room = padded(end - start);
-            pack(k + start * step, step, end - start, size, keys, key_columns, room);
-            pack(v + start * step, step, end - start, size, values, value_columns, room);
-            memset(key_grads, 0, (end - start) * size * 4);
-            memset(value_grads, 0, (end - start) * size * 4);
-            for (long first = start; first < end; first += QUERIES) {
-                const long count = first + QUERIES < end ? QUERIES : end - first, seen = first + count - start;
-                const long here = (row * tokens + first) * width + head * size;
-                const struct matrix queries = {q + first * step, step, 1}, grads = {y_grad + here, width, 1};
-                product(queries, key_columns, room, weights, room, count, padded(seen), size, 0);
-                product(grads, value_columns, room, scores_grad, room, count, padded(seen), size, 0);
-                for (long i = 0; i < count; i++) {
-                    const long visible = first + i - start + 1;
-                    float *p = weights + i * room, *grad = scores_grad + i * room, mean = 0;
-                    to_weights(p, visible, padded(seen), scale, logsumexp[pair * tokens + first + i]);
-                    for (long d = 0; d < size; d++) mean += y_grad[here + i * width + d] * y[here + i * width + d];
-                    for (long key = 0; key < visible; key += LANES) {
-                        const lanes weight = MULTIPLY(LOAD(p + key), SAME(scale));
-                        STORE(grad + key, MULTIPLY(weight, ADD(LOAD(grad + key), SAME(-mean))));
-                    }
-                    memset(grad + visible, 0, (padded(seen) - visible) * sizeof(float));
-                }
-                const struct matrix of_keys = {scores_grad, room, 1}, of_queries = {scores_grad, 1, room};
-                const struct matrix weights_of_queries = {weights, 1, room};
-                product(of_keys, keys, size, q_grad + first * step, step, count, size, seen, 0);
-                product(of_queries, q + first * step, step, key_grads, size, seen, size, count, 1);
-                product(weights_of_queries, y_grad + here, width, value_grads, size, seen, size, count, 1);
-            }
-            for (long i = 0; i < end - start; i++) {
-                memcpy(k_grad + (start + i) * step, key_grads + i * size, size * 4);
-                memcpy(v_grad + (start + i) * step, value_grads + i * size, size * 4);
-            }
+            attend_backward(shape, end - start, qkv + in_qkv, y_grad + in_y, y + in_y, logsumexp + pair * tokens + start,
+                            qkv_grad + in_qkv, scratch_of_thread(shape, memory));
         }
-    }
 }

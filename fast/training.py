@@ -33,6 +33,7 @@ from fast.document_masks import BlockMask, block_mask, compute_dtype, dense_mask
 from fast.tied_head import TiedHead, fused_losses_and_gradient_, transposed
 from model import GPT, IGNORED, MLP, Attention, Block, KVCache
 
+FEW_TOKENS = 1024  # per micro-batch: for fewer, building the attention kernel (half a second) does not pay off
 ACTIVATION_BUDGET = 0.9  # below 1, torch.compile recomputes cheap activations in the backward pass
 
 
@@ -127,7 +128,7 @@ class FastGPT(GPT):
     ) -> tuple[Tensor | None, Tensor | None]:
         if targets is None or idx.shape[1] > self.config.block_size:
             return super().forward(idx, targets, n_targets, documents, positions)
-        if documents is None and self.has_attention_kernel():
+        if documents is None and self.has_attention_kernel(idx):
             documents = torch.zeros_like(idx)
         mask = None if documents is None else self.document_mask(documents)
         if n_targets is None:
@@ -137,10 +138,10 @@ class FastGPT(GPT):
         head = TiedHead(weight, targets, dtype, self.compiled_transpose, losses_and_gradient=self.compiled_losses)
         return None, head.loss(self.transform(head.embed(idx), positions=positions, mask=mask), n_targets)
 
-    def has_attention_kernel(self) -> bool:
-        """Whether attention can run in the kernel of fast/document_attention.py."""
-        weight, config = self.wte.weight, self.config
-        if weight.device.type != "cpu" or compute_dtype(weight) != torch.float32 or (self.training and config.dropout):
+    def has_attention_kernel(self, idx: Tensor) -> bool:
+        """Whether attention for ids (B, T) runs in the kernel of fast/document_attention.py."""
+        config, in_float32 = self.config, compute_dtype(self.wte.weight) == torch.float32
+        if idx.device.type != "cpu" or not in_float32 or (self.training and config.dropout) or idx.numel() < FEW_TOKENS:
             return False
         return supports(config.n_embd // config.n_head)
 
@@ -150,7 +151,7 @@ class FastGPT(GPT):
         On a CPU in float32 the first key of each query, in compiled training on CUDA a BlockMask, and otherwise numbers
         that are added to the scores.
         """
-        if self.has_attention_kernel():
+        if self.has_attention_kernel(documents):
             return first_keys(documents)
         is_compiled = self.training and self.fast_blocks()[0].compiled is not None
         if documents.is_cuda and is_compiled and not self.config.dropout:  # FlexAttention has no dropout

@@ -8,11 +8,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from fast import compile_training
 from fast import document_attention as module
 from fast.c_library import build_library
 from fast.document_attention import document_attention, first_keys, supports
 from model import Attention
-from tests.tiny_gpt import plain_and_fast, seeded
+from tests.tiny_gpt import assert_same, gradients, plain_and_fast, seeded
 
 SIZE = 32  # of a head; supported with AVX2 and with AVX512
 needs_kernel = pytest.mark.skipif(not supports(SIZE), reason="no C compiler, or a processor without AVX2")
@@ -107,36 +108,64 @@ def test_the_operators_pass_the_checks_of_torch():
     torch.library.opcheck(module.backward, (y, qkv, keys, y, logsumexp))
 
 
+LONG = {"n_embd": 2 * SIZE, "block_size": 512}  # two rows of it have FEW_TOKENS
+
+
+def long_rows() -> tuple[torch.Tensor, torch.Tensor]:
+    """Ids (2, 512) and the numbers of their documents."""
+    return torch.randint(0, 90, (2, 512), generator=seeded(1)), documents(2, 512, 100)
+
+
+@pytest.fixture
+def calls(monkeypatch) -> list[tuple]:
+    """The arguments of every call of plain attention."""
+    found, attend = [], Attention.attend
+
+    def recorded(self, *arguments):
+        found.append(arguments)
+        return attend(self, *arguments)
+
+    monkeypatch.setattr(Attention, "attend", recorded)
+    return found
+
+
 @needs_kernel
-@pytest.mark.parametrize("text", [False, True], ids=["documents", "text"])
-def test_training_in_float32_uses_it_and_nothing_else_does(text, monkeypatch):
-    """With text, every row is one document."""
-    _, fast = plain_and_fast(n_embd=2 * SIZE)
-    ids, calls = torch.randint(0, 90, (2, 16), generator=seeded(1)), []
-
-    def attend(self, *arguments):
-        calls.append(arguments)
-        return plain_attend(self, *arguments)
-
-    plain_attend = Attention.attend
-    monkeypatch.setattr(Attention, "attend", attend)
-    numbers = None if text else documents(2, 16, 5)
-    fast(ids, ids, documents=numbers)
+@pytest.mark.parametrize("way", ["documents", "text", "compiled"])
+def test_a_step_has_the_loss_and_gradients_of_the_plain_model(way, calls):
+    """In text, every row is one document."""
+    plain, fast = plain_and_fast(**LONG)
+    ids, numbers = long_rows()
+    given = {"documents": None if way == "text" else numbers}
+    expected = plain(ids, ids, **given)[1]
+    if way == "compiled":
+        torch._dynamo.reset()
+        compile_training(fast, lambda: fast(ids, ids, **given)[1].backward(), backend="aot_eager_decomp_partition")
+    calls.clear()
+    found = fast(ids, ids, **given)[1]
     assert not calls
+    torch.testing.assert_close(found, expected)
+    assert_same(gradients(fast, found), gradients(plain, expected), atol=1e-5)
+
+
+@needs_kernel
+def test_torch_is_used_in_low_precision_with_dropout_and_for_few_tokens(calls):
+    ids, numbers = long_rows()
+    fast, dropping = plain_and_fast(**LONG)[1], plain_and_fast(**LONG, dropout=0.1)[1]
     with torch.autocast("cpu", torch.bfloat16):
         fast(ids, ids, documents=numbers)
-    assert len(calls) == 2, "both blocks: in low precision torch's attention is used"
-    dropping = plain_and_fast(n_embd=2 * SIZE, dropout=0.1)[1]
+    assert len(calls) == 2, "of both blocks"
     dropping(ids, ids, documents=numbers)
-    assert len(calls) == 4, "and with dropout, but not in an evaluation"
-    dropping.eval()(ids, ids, documents=numbers)
     assert len(calls) == 4
+    dropping.eval()(ids, ids, documents=numbers)
+    assert len(calls) == 4, "an evaluation drops nothing"
+    fast(ids[:1], ids[:1], documents=numbers[:1])
+    assert len(calls) == 6
 
 
-def test_odd_head_sizes_and_a_machine_without_a_compiler_use_torch(no_compiler):
+def test_without_a_compiler_torch_computes_the_same(no_compiler):
     assert not supports(SIZE)
-    plain, fast = plain_and_fast(n_embd=2 * SIZE)
-    ids, numbers = torch.randint(0, 90, (2, 16), generator=seeded(1)), documents(2, 16, 5)
+    plain, fast = plain_and_fast(**LONG)
+    ids, numbers = long_rows()
     torch.testing.assert_close(fast(ids, ids, documents=numbers)[1], plain(ids, ids, documents=numbers)[1])
 
 

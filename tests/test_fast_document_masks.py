@@ -46,7 +46,7 @@ def test_the_dense_mask_by_hand(dtype):
     assert torch.equal(mask, torch.zeros_like(mask).masked_fill(~visible_by_hand(documents()), -torch.inf))
 
 
-def test_the_mask_has_the_precision_of_the_attention(gpt, no_compiler):
+def test_the_mask_has_the_precision_of_the_attention(gpt):
     with torch.autocast("cpu", torch.bfloat16):
         assert gpt.document_mask(documents()).dtype == torch.bfloat16
     found = gpt.document_mask(documents())
@@ -106,7 +106,7 @@ class OnCuda(torch.Tensor):
     is_cuda = True
 
 
-def test_flex_attention_is_used_only_in_compiled_training_on_cuda_without_dropout(gpt, no_compiler, monkeypatch):
+def test_flex_attention_is_used_only_in_compiled_training_on_cuda_without_dropout(gpt, monkeypatch):
     monkeypatch.setattr(torch.backends.cuda, "enable_cudnn_sdp", lambda enabled: None)
     on_cuda = documents().as_subclass(OnCuda)
 
