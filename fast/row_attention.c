@@ -34,7 +34,8 @@ static inline __attribute__((always_inline)) void attend(
         weights[token] = SUM(sum);
         largest = weights[token] > largest ? weights[token] : largest;
     }
-    for (long token = 0; token < length; token++) weights[token] = exponential(weights[token] - largest);
+    for (long token = 0; token < length; token += LANES)
+        STORE(weights + token, exponentials(ADD(LOAD(weights + token), SAME(-largest))));
     memset(weights + length, 0, LANES * sizeof(float));
     lanes total = ZERO, sums[LARGEST_HEAD / LANES];
     for (long token = 0; token < length; token += LANES) total = ADD(total, LOAD(weights + token));
