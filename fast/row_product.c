@@ -4,6 +4,8 @@
  * multiplied by vector instructions, four at a time, or by AMX's matrix instructions on processors that have them. Parallel
  * regions run on the OpenMP library that torch has loaded, so both share its threads.
  */
+#include <stdlib.h>
+
 #include "lanes.h"
 
 #define AHEAD 8192       /* bytes between what is used and what is prefetched into the L2 cache */
@@ -11,6 +13,8 @@
 #define FEW 4            /* rows multiplied at a time, whose sums fit into the registers */
 #define MANY 16          /* rows for which the weights are read once */
 #define GROUP (LANES == 16 ? 6 : 3) /* outputs multiplied with FEW rows at a time: their sums fit, too */
+
+#define COLUMNS(vectors) ((vectors) == 1 ? 8 : 6) /* float32 outputs multiplied with 1 or 2 vectors of rows at a time */
 
 enum kind { BFLOAT16, INT8, FLOAT32 }; /* of weights, as in row_kernels.py */
 
@@ -78,6 +82,27 @@ static inline __attribute__((always_inline)) void group_products(
                 total += weight_at(weight, kind, output * inputs + rest) * x[row * inputs + rest];
             found[output * MANY + row] = total;
         }
+}
+
+/* The same for float32 and all rows at once: found (outputs, MANY) are the products of `outputs` outputs' weights with
+ * columns (inputs, MANY), which has a column for each row of x. No sum has to be added up over lanes. */
+static inline __attribute__((always_inline)) void column_products(
+    const float *weights, const float *columns, const int outputs, const int vectors, long inputs, float *found
+) {
+    lanes sums[COLUMNS(1)][MANY / LANES];
+    for (int output = 0; output < outputs; output++)
+        for (int part = 0; part < vectors; part++) sums[output][part] = ZERO;
+    for (long index = 0; index < inputs; index++) {
+        if (index % 16 == 0) /* once per line of the cache, the weights of the next outputs */
+            for (int output = 0; output < outputs; output++)
+                __builtin_prefetch(weights + (output + outputs) * inputs + index, 0, 2);
+        for (int output = 0; output < outputs; output++)
+            for (int part = 0; part < vectors; part++)
+                sums[output][part] = ADD_PRODUCT(
+                    SAME(weights[output * inputs + index]), LOAD(columns + index * MANY + part * LANES), sums[output][part]);
+    }
+    for (int output = 0; output < outputs; output++)
+        for (int part = 0; part < vectors; part++) STORE(found + output * MANY + part * LANES, sums[output][part]);
 }
 
 /* A layer: weight (outputs, inputs); scale and bias (outputs) or NULL. These, the inputs and the outputs are all bfloat16
@@ -247,11 +272,50 @@ static inline void store(
     }
 }
 
+/* `column_products` with constants for the compiler, for COLUMNS(vectors) outputs or for one. */
+static void many_products(
+    const float *weights, const float *columns, long outputs, int vectors, long inputs, float *found
+) {
+    if (outputs == 1) column_products(weights, columns, 1, MANY / LANES, inputs, found);
+    else if (vectors == 1) column_products(weights, columns, COLUMNS(1), 1, inputs, found);
+    else column_products(weights, columns, COLUMNS(2), MANY / LANES, inputs, found);
+}
+
+/* row_product for FEW to MANY rows of a layer in float32. */
+static void column_product(
+    const struct layer *layer, const float *x, const float *residual, float *y, long rows, int has_gelu
+) {
+    const long outputs = layer->outputs, inputs = layer->inputs;
+    const int vectors = (rows + LANES - 1) / LANES;
+    const long group = COLUMNS(vectors), groups = outputs / group;
+    float *columns = aligned_alloc(64, MANY * inputs * sizeof(float));
+#pragma omp parallel
+    {
+#pragma omp for schedule(static)
+        for (long index = 0; index < inputs; index++)
+            for (long row = 0; row < MANY; row++) columns[index * MANY + row] = row < rows ? x[row * inputs + index] : 0;
+#pragma omp for schedule(static)
+        for (long part = 0; part < groups + outputs % group; part++) { /* groups of outputs, then single ones */
+            const long count = part < groups ? group : 1;
+            const long output = part < groups ? part * group : groups * group + part - groups;
+            float found[COLUMNS(1)][MANY];
+            many_products((const float *)layer->weight + output * inputs, columns, count, vectors, inputs, found[0]);
+            for (long number = 0; number < count; number++)
+                store(layer, found[number], residual, y, rows, output + number, has_gelu);
+        }
+    }
+    free(columns);
+}
+
 /* x (rows, inputs), rows 1 to most_rows; y and residual, which may be NULL, (rows, outputs). */
 void row_product(const struct layer *layer, const void *x, const void *residual, void *y, long rows, int has_gelu) {
     const long outputs = layer->outputs, inputs = layer->inputs;
     if (rows > FEW && is_tiled(layer)) {
         tile_product(layer, x, residual, y, rows, has_gelu);
+        return;
+    }
+    if (rows > FEW && layer->kind == FLOAT32) {
+        column_product(layer, x, residual, y, rows, has_gelu);
         return;
     }
     const long row_bytes = bytes_of(layer->kind) * inputs;
