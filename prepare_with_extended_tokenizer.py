@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import re
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -30,7 +29,7 @@ from common.cli import UserError, option, parse_options, run_script
 from data.advice import print_advice
 from data.cleaning import CHAT_PASSES, TEXT_PASSES
 from data.counts import Skipped
-from data.dataset import PREFERENCE_FORMATS, DatasetInfo, prepare_command
+from data.dataset import PREFERENCE_FORMATS, DatasetInfo, check_name, prepare_command
 from data.documents import Document, read_prepared, text_path
 from data.earlier import earlier_info
 from data.pipeline import Corpus, Dataset, TextOptions, files_of_input, output_folder, prepare
@@ -79,8 +78,8 @@ class ExtendedOptions(TextOptions):
     def __post_init__(self) -> None:
         super().__post_init__()
         for name in (self.name, self.dataset):
-            if name is not None and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name):
-                raise ValueError(f"the name of a data set consists of letters, digits, - and _, not {name!r}")
+            if name is not None:
+                check_name(name)
 
 
 def main() -> None:

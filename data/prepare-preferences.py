@@ -25,7 +25,6 @@ Then run: python train.py --dataset preferences --objective dpo --init_from mode
 from __future__ import annotations
 
 import dataclasses
-import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -35,7 +34,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that the p
 from common.cli import option, parse_options, run_script
 from data.cleaning import CHAT_PASSES
 from data.counts import Skipped, nothing_usable
-from data.dataset import DatasetInfo
+from data.dataset import DatasetInfo, check_name
 from data.layouts.preferences import (
     KNOWN_LAYOUTS,
     SINGLE_LABEL,
@@ -90,8 +89,7 @@ class PreferenceOptions(PrepareOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", self.name):
-            raise ValueError(f"the name of a data set consists of letters, digits, - and _, not {self.name!r}")
+        check_name(self.name)
 
 
 def main() -> None:

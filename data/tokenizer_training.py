@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
-import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ import tiktoken
 from common.cli import UserError, check_options, option
 from common.files import atomic_write, remove_stale_temporaries
 from common.tokenizer_json import PATTERNS, Vocabulary, byte_characters, parse_tokenizer_json, tokenizer_json
+from data.dataset import check_name
 from data.earlier import digest_of_files, earlier_info
 from data.pipeline import DATA_FOLDER
 from data.readers.inputs import check_encoding, parse_suffixes
@@ -91,8 +91,7 @@ class TrainTokenizerOptions:
         check_options(self)
         if not self.input:
             raise ValueError("--input is missing; name files or folders with text")
-        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", self.name):
-            raise ValueError(f"the name of a tokenizer consists of letters, digits, - and _, not {self.name!r}")
+        check_name(self.name, "tokenizer")
         if self.name in ("gpt2", TOKENIZER_NAME):
             raise ValueError(f"--name {self.name} is the name of GPT-2's tokenizer; choose another")
         if self.encoding is not None:
