@@ -24,8 +24,10 @@ from common.tokenizer_json import PATTERNS, Vocabulary, byte_characters, parse_t
 from data.dataset import check_name
 from data.earlier import digest_of_files, earlier_info
 from data.pipeline import DATA_FOLDER
-from data.readers.inputs import check_encoding, parse_suffixes
-from data.tokenizer_texts import ChosenTexts, bytes_that_fit, recognized_files, survey
+from data.readers.files import ALL_SUFFIXES
+from data.readers.inputs import check_encoding, input_files, parse_suffixes
+from data.readers.recognize import recognize_files
+from data.tokenizer_texts import ChosenTexts, bytes_that_fit, survey
 from data.vocabularies import tokenizer_path
 from setup_tokenizer import ENDOFTEXT, IM_END, IM_START, TOKENIZER_NAME, encode_text, get_base_tokenizer
 
@@ -109,7 +111,9 @@ def train_tokenizer(options: TrainTokenizerOptions) -> Path:
     folder = Path(options.output_dir) if options.output_dir else DATA_FOLDER
     path = tokenizer_path(folder, options.name)
     refuse_to_replace(path, options)
-    found = recognized_files(options.input, options.field, options.suffix, options.encoding)
+    suffixes = parse_suffixes(options.suffix)
+    files = input_files(options.input, ALL_SUFFIXES, suffixes, encoding=options.encoding, takes_more=True)
+    found = recognize_files(files, options.input, options.field)
     surveyed, pattern = survey(found), PATTERNS[options.pattern]
     max_bytes = options.max_bytes or bytes_that_fit(surveyed.sample, pattern)
     texts = ChosenTexts(found, surveyed, max_bytes)
