@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from tqdm import tqdm
 
 from common.cli import UserError
-from data.cleaning import fix_mojibake, normalise
+from data.cleaning import fix_mojibake, normalise, replace_surrogates
 from data.counts import Skipped, n_dropped, reasons_in_words
 from data.readers.files import is_text, split_suffix
 from data.readers.recognize import Recognized, read_documents
@@ -36,16 +36,7 @@ def cleaned_texts(found: Sequence[Recognized], skipped: Skipped) -> Iterator[str
             contents = [document] if isinstance(document, str) else [message["content"] for message in document]
             for content in contents:
                 if text := normalise(fix_mojibake(content)):
-                    yield _without_surrogates(text)
-
-
-def _without_surrogates(text: str) -> str:
-    """Text with U+FFFD for unpaired surrogates, as tiktoken encodes them."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-    return text
+                    yield replace_surrogates(text)
 
 
 @dataclass(frozen=True)
