@@ -214,7 +214,7 @@ def load_engine(
     return engine
 
 
-class LoadedModel:
+class CurrentModel:
     """The model in use, which /model can change (see chat.Models): its `path`, `engine` and one-line `description`."""
 
     def __init__(self, options: GenOptions):
@@ -356,7 +356,7 @@ def main() -> None:
     check_targets(options)
     prompt = read_prompt(options)
     signal.signal(signal.SIGTERM, _terminate)
-    models = LoadedModel(options)
+    models = CurrentModel(options)
     engine = models.engine
     console = Console("you" if options.chat else "prompt", delay=not options.no_delay)
     try:

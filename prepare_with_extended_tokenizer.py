@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import re
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -30,13 +29,13 @@ from common.cli import UserError, option, parse_options, run_script
 from data.advice import print_advice
 from data.cleaning import CHAT_PASSES, TEXT_PASSES
 from data.counts import Skipped
-from data.dataset import PREFERENCE_FORMATS, DatasetInfo, prepare_command
+from data.dataset import PREFERENCE_FORMATS, DatasetInfo, check_name, prepare_command
 from data.documents import Document, read_prepared, text_path
 from data.earlier import earlier_info
 from data.pipeline import Corpus, Dataset, TextOptions, files_of_input, output_folder, prepare
 from data.published import divide_shards, prepare_shards
 from data.readers.files import ALL_SUFFIXES, SHARD_SUFFIXES
-from data.readers.recognize import Recognized, UnknownContent, first_document, read_documents, recognize
+from data.readers.recognize import Recognized, first_document, read_documents, recognize_files
 from data.report import count_tokens, documents_word
 from data.vocabularies import tokenizer_of
 from setup_tokenizer import GPT2, render_chat
@@ -79,8 +78,8 @@ class ExtendedOptions(TextOptions):
     def __post_init__(self) -> None:
         super().__post_init__()
         for name in (self.name, self.dataset):
-            if name is not None and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name):
-                raise ValueError(f"the name of a data set consists of letters, digits, - and _, not {name!r}")
+            if name is not None:
+                check_name(name)
 
 
 def main() -> None:
@@ -105,7 +104,9 @@ def main() -> None:
 
 def prepare_own(options: ExtendedOptions) -> None:
     """Prepare the files that --input names as data set --name, after printing what they contain."""
-    found = recognize_files(options)
+    files = files_of_input(options, (*ALL_SUFFIXES, *SHARD_SUFFIXES))
+    reading = (options.field, options.divide_within_lines, options.me)
+    found = recognize_files(files, options.input, *reading, strict=options.strict)
     files = [recognized.path for recognized in found]
     kinds = {recognized.kind for recognized in found}
     if len(kinds) > 1:
@@ -141,26 +142,6 @@ def use_shards(files: list[Path], options: ExtendedOptions) -> None:
     dataset = Dataset(options.name, "text", f"local: {names}", options.licence)
     info = prepare_shards(dataset, output_folder(options), train, val, options.val_fraction)
     print_advice(info, options.output_dir)
-
-
-def recognize_files(options: ExtendedOptions) -> list[Recognized]:
-    """Recognize and print what each file contains; one in a folder whose records are of no known kind is left out."""
-    found, named = [], set(options.input)
-    files = files_of_input(options, (*ALL_SUFFIXES, *SHARD_SUFFIXES))
-    for file in files:
-        try:
-            recognized = recognize(file, options.field, options.divide_within_lines, options.me)
-        except UnknownContent as error:
-            if options.strict or str(file) in named or len(files) == 1:
-                raise
-            print(f"left out: {str(error).partition(';')[0]}")
-        else:
-            print(recognized)
-            found.append(recognized)
-    if not found:
-        where = ", ".join(options.input)
-        raise UserError(f"no file in {where} contains text or known conversations; name other files with --input")
-    return found
 
 
 def own_documents(found: Sequence[Recognized], skipped: Skipped) -> Iterator[Document]:

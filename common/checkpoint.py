@@ -21,8 +21,9 @@ import hashlib
 import os
 import shutil
 import struct
+import sys
 import warnings
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import IO, Any, cast
 
@@ -223,6 +224,26 @@ def read_info(path: str | os.PathLike) -> dict:
 def find_checkpoints(folder: str | os.PathLike = "models") -> list[Path]:
     """The checkpoints in `folder`, newest first; a `-best` copy comes after the checkpoint that it is a copy of."""
     return sorted(Path(folder).glob("*.pt"), key=lambda path: (-path.stat().st_mtime_ns, len(path.name), path.name))
+
+
+def readable_infos(
+    paths: Iterable[Path], read: Callable[[Path], dict] = read_info, required: bool = False
+) -> dict[Path, dict]:
+    """What `read` returns for each checkpoint; those that it cannot read are named on standard error.
+
+    Raises the first UserError of `read` if one is `required` and none can be read.
+    """
+    infos, unreadable = dict[Path, dict](), list[UserError]()
+    for path in paths:
+        try:
+            infos[path] = read(path)
+        except UserError as error:
+            unreadable.append(error)
+    if required and unreadable and not infos:
+        raise unreadable[0]
+    for reason in unreadable:
+        print(f"skipped: {reason}", file=sys.stderr)
+    return infos
 
 
 def copy_checkpoint(path: str | os.PathLike, copy: str | os.PathLike) -> None:

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-ROWS_MULTIPLE = 64  # the embedding's rows are padded to a multiple of this
 
-
-def flops_per_token(n_layer: int, n_embd: int, n_vocab: int, block_size: int) -> float:
+def flops_per_token(n_layer: int, n_embd: int, vocab_size: int, block_size: int) -> float:
     """FLOPs of a training step per token, as `GPT.flops_per_token` counts them, without biases and LayerNorms.
 
-    Six per weight of a matrix, including the head's, and 12 L C T for attention.
+    Six per weight of a matrix, including the head's, and 12 L C T for attention. `vocab_size` counts the embedding's
+    rows, with their padding (`model.padded_vocab_size`).
     """
-    n_rows = -(-n_vocab // ROWS_MULTIPLE) * ROWS_MULTIPLE
-    return 6 * (block_weights(n_layer, n_embd) + n_rows * n_embd) + 12 * n_layer * n_embd * block_size
+    return 6 * (block_weights(n_layer, n_embd) + vocab_size * n_embd) + 12 * n_layer * n_embd * block_size
 
 
 def block_weights(n_layer: int, n_embd: int) -> int:

@@ -41,6 +41,19 @@ def normalise(text: str) -> str:
     return text.strip()
 
 
+_SURROGATE = re.compile("[\ud800-\udfff]")
+
+
+def replace_surrogates(text: str) -> str:
+    """Text with U+FFFD for unpaired surrogates, which JSON can spell and UTF-8 cannot, as tiktoken replaces them.
+
+    Text without them is returned as it is, the same object.
+    """
+    if text.isascii() or not _SURROGATE.search(text):
+        return text
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
 # --- mojibake: UTF-8 that was decoded as Windows-1252 ---
 
 # The characters that Windows-1252 shows for the bytes 0x80 to 0xBF, which continue a character in UTF-8.

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -277,6 +278,15 @@ def short_splits(streams: Mapping[str, TokenStream], block_size: int) -> list[st
                 f"the row is padding{remark}"
             )
     return sentences
+
+
+def check_name(name: str, what: str = "data set") -> None:
+    """Raise ValueError unless `name` can name a data set, or another thing, on the command line and in file names."""
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name):
+        raise ValueError(
+            f"the name of a {what} consists of letters, digits, - and _ and begins with a letter or a digit; "
+            f"{name!r} does not"
+        )
 
 
 def prepare_command(name: str) -> str:

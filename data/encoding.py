@@ -10,6 +10,7 @@ import numpy as np
 import tiktoken
 
 from common.tokenizer_json import GPT2_PATTERN
+from data.cleaning import replace_surrogates
 from setup_tokenizer import (
     ASCII_SPACES,
     ENDOFTEXT,
@@ -88,7 +89,7 @@ def _encode_joined(joined: str, enc: tiktoken.Encoding) -> np.ndarray:
     try:
         return enc.encode_to_numpy(joined, allowed_special=control_tokens, disallowed_special=())
     except UnicodeEncodeError:  # an unpaired surrogate, which tiktoken's other methods replace in this way
-        joined = joined.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        joined = replace_surrogates(joined)
         return enc.encode_to_numpy(joined, allowed_special=control_tokens, disallowed_special=())
 
 

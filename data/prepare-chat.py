@@ -37,29 +37,17 @@ from data.counts import Skipped
 from data.layouts.chat import conversations
 from data.pipeline import Corpus, Dataset, PrepareOptions, files_of_input, prepare
 from data.readers.files import RECORD_SUFFIXES
-from data.readers.hub import stream_hub
+from data.readers.hub import stream_splits
 from data.readers.recognize import FIRST_RECORDS, no_document, warning_of_bad_records
 from data.readers.records import read_records
-from data.sources import SOURCES, HubSource
+from data.sources import SOURCES, StreamedSource, origin_and_licence
 from data.splitting import split_by_opening
 
-
-@dataclasses.dataclass(frozen=True)
-class Source:
-    """A data set of the hub: where it is, the splits and the configuration to use, its licence."""
-
-    hub: HubSource
-    train: str
-    val: str | None
-    licence: str
-    config: str | None = None
-
-
 CHAT_SOURCES = {
-    "smol-smoltalk": Source(SOURCES["smol-smoltalk"][0], "train", "test", "Apache-2.0"),
-    "everyday": Source(SOURCES["everyday"][0], "train", "test", "Apache-2.0", "everyday-conversations"),
-    "oasst1": Source(SOURCES["oasst1"][0], "train", "validation", "Apache-2.0"),
-    "dolly": Source(SOURCES["dolly"][0], "train", None, "CC BY-SA 3.0"),
+    "smol-smoltalk": StreamedSource(SOURCES["smol-smoltalk"][0], "train", "test", "Apache-2.0"),
+    "everyday": StreamedSource(SOURCES["everyday"][0], "train", "test", "Apache-2.0", "everyday-conversations"),
+    "oasst1": StreamedSource(SOURCES["oasst1"][0], "train", "validation", "Apache-2.0"),
+    "dolly": StreamedSource(SOURCES["dolly"][0], "train", None, "CC BY-SA 3.0"),
 }
 
 
@@ -91,26 +79,19 @@ def main() -> None:
 
 
 def describe(options: ChatOptions, files: Sequence[Path]) -> Dataset:
-    """The description of the data set. For local files, the source is their names, and the licence may be unknown."""
+    """The description of the data set."""
     source = CHAT_SOURCES.get(options.source or ("" if files else "smol-smoltalk"))
-    origin = [source.hub.repository] if source else []
-    names = [", ".join(file.name for file in files)] if files else []
-    licence = options.licence or (source.licence if source else "not stated (state it with --licence)")
-    return Dataset("chat", "chat", ": ".join(origin + names), licence)
+    return Dataset("chat", "chat", *origin_and_licence(source, files, options.licence))
 
 
 def hub_corpus(options: ChatOptions) -> Corpus:
     """The conversations of a data set of the hub, at its commit."""
     source = CHAT_SOURCES[options.source or "smol-smoltalk"]
-    commit, files = source.hub.revision, " and ".join(source.hub.files)
     skipped = Skipped()
-
-    def split(name: str) -> Iterator[list[dict]]:
-        records = stream_hub(source.hub.repository, source.config, name, commit, files)
-        return read_conversations(records, options, skipped, source.hub.repository)
-
-    val = split(source.val) if source.val else None
-    return Corpus(split(source.train), val, digest=commit, skipped=skipped)
+    train, val = stream_splits(
+        source, lambda records: read_conversations(records, options, skipped, source.hub.repository)
+    )
+    return Corpus(train, val, digest=source.hub.revision, skipped=skipped)
 
 
 def local_corpus(options: ChatOptions) -> Corpus:

@@ -26,7 +26,6 @@ import dataclasses
 import hashlib
 import json
 import os
-import re
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -39,7 +38,7 @@ from tqdm import tqdm
 from common.cli import UserError, option, parse_options, run_script
 from data.advice import print_advice
 from data.cleaning import CHAT_PASSES, TEXT_PASSES
-from data.dataset import DatasetInfo
+from data.dataset import DatasetInfo, check_name
 from data.documents import Document
 from data.knowledge.client import Client, Retries, models_of, require_http
 from data.knowledge.collect import Collector
@@ -100,8 +99,7 @@ class KnowledgeOptions(PrepareOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", self.name):
-            raise ValueError(f"--name must consist of letters, digits, - and _, not {self.name!r}")
+        check_name(self.name)
         if self.price is not None:
             parse_price(self.price)
         if sum([self.topics is not None, self.questions is not None, self.source != "topics"]) > 1:

@@ -25,7 +25,6 @@ Then run: python train.py --dataset preferences --objective dpo --init_from mode
 from __future__ import annotations
 
 import dataclasses
-import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -35,7 +34,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that the p
 from common.cli import option, parse_options, run_script
 from data.cleaning import CHAT_PASSES
 from data.counts import Skipped, nothing_usable
-from data.dataset import DatasetInfo
+from data.dataset import DatasetInfo, check_name
 from data.layouts.preferences import (
     KNOWN_LAYOUTS,
     SINGLE_LABEL,
@@ -46,26 +45,15 @@ from data.layouts.preferences import (
 )
 from data.pipeline import Corpus, Dataset, PrepareOptions, files_of_input, prepare
 from data.readers.files import RECORD_SUFFIXES
-from data.readers.hub import stream_hub
+from data.readers.hub import stream_splits
 from data.readers.records import read_records
-from data.sources import SOURCES, HubSource
+from data.sources import SOURCES, StreamedSource, origin_and_licence
 from data.splitting import split_by_opening
 
-
-@dataclasses.dataclass(frozen=True)
-class Source:
-    """A data set of the hub: where it is, the splits to use, its licence."""
-
-    hub: HubSource
-    train: str
-    val: str
-    licence: str
-
-
 PREFERENCE_SOURCES = {
-    "oasst1": Source(SOURCES["oasst1"][0], "train", "validation", "Apache-2.0"),
-    "ultrafeedback": Source(SOURCES["ultrafeedback"][0], "train_prefs", "test_prefs", "MIT"),
-    "hh": Source(SOURCES["hh"][0], "train", "test", "MIT"),
+    "oasst1": StreamedSource(SOURCES["oasst1"][0], "train", "validation", "Apache-2.0"),
+    "ultrafeedback": StreamedSource(SOURCES["ultrafeedback"][0], "train_prefs", "test_prefs", "MIT"),
+    "hh": StreamedSource(SOURCES["hh"][0], "train", "test", "MIT"),
 }
 
 
@@ -90,8 +78,7 @@ class PreferenceOptions(PrepareOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", self.name):
-            raise ValueError(f"the name of a data set consists of letters, digits, - and _, not {self.name!r}")
+        check_name(self.name)
 
 
 def main() -> None:
@@ -103,25 +90,18 @@ def main() -> None:
 
 
 def describe(options: PreferenceOptions, files: Sequence[Path]) -> Dataset:
-    """The description of the data set. For local files, the source is their names, and the licence may be unknown."""
+    """The description of the data set."""
     source = PREFERENCE_SOURCES.get(options.source or ("" if files else "oasst1"))
-    origin = [source.hub.repository] if source else []
-    names = [", ".join(file.name for file in files)] if files else []
-    licence = options.licence or (source.licence if source else "not stated (state it with --licence)")
-    return Dataset(options.name, "label" if options.labels else "preference", ": ".join(origin + names), licence)
+    kind = "label" if options.labels else "preference"
+    return Dataset(options.name, kind, *origin_and_licence(source, files, options.licence))
 
 
 def hub_corpus(options: PreferenceOptions) -> Corpus:
     """The pairs, or labelled answers, of a data set of the hub, at its commit."""
     source = PREFERENCE_SOURCES[options.source or "oasst1"]
-    commit, files = source.hub.revision, " and ".join(source.hub.files)
     skipped = Skipped()
-
-    def split(name: str) -> Iterator[list[dict]]:
-        records = stream_hub(source.hub.repository, None, name, commit, files)
-        return documents_of(options, records, skipped)
-
-    return Corpus(split(source.train), split(source.val), digest=commit, skipped=skipped)
+    train, val = stream_splits(source, lambda records: documents_of(options, records, skipped))
+    return Corpus(train, val, digest=source.hub.revision, skipped=skipped)
 
 
 def local_corpus(options: PreferenceOptions) -> Corpus:

@@ -9,7 +9,9 @@ next one is tried if the one before cannot be downloaded. FineWeb is not pinned 
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,31 @@ class HubSource:
 
     def __str__(self) -> str:
         return f"{self.repository} at {self.revision[:7] if self.is_pinned else self.revision}"
+
+
+@dataclass(frozen=True)
+class StreamedSource:
+    """A data set of the hub whose records are streamed: the splits and the configuration to use, and its licence."""
+
+    hub: HubSource
+    train: str
+    val: str | None
+    licence: str
+    config: str | None = None
+
+
+def origin_and_licence(
+    source: StreamedSource | None, files: Sequence[Path], licence: str | None = None
+) -> tuple[str, str]:
+    """The source and the licence that are recorded with a data set made from a data set of the hub or local files.
+
+    The source of local files is their names; with `source`, they come from that data set. `licence` replaces its
+    licence. Without both it is not stated.
+    """
+    origin = [source.hub.repository] if source else []
+    names = [", ".join(file.name for file in files)] if files else []
+    known = source.licence if source else "not stated (state it with --licence)"
+    return ": ".join(origin + names), licence or known
 
 
 SOURCES: dict[str, tuple[HubSource, ...]] = {

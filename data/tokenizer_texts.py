@@ -1,6 +1,6 @@
 """The texts that a tokenizer learns from: read from files, cleaned, and sampled if there are too many.
 
-    found = recognized_files(["stories.txt"])
+    found = [recognize("stories.txt")]
     for text in ChosenTexts(found, survey(found), max_bytes=10**8): ...
 
 Texts are streamed: a few blocks or one document are in memory at a time, and a small sample to measure.
@@ -15,11 +15,10 @@ from dataclasses import dataclass
 from tqdm import tqdm
 
 from common.cli import UserError
-from data.cleaning import fix_mojibake, normalise
+from data.cleaning import fix_mojibake, normalise, replace_surrogates
 from data.counts import Skipped, n_dropped, reasons_in_words
-from data.readers.files import ALL_SUFFIXES, is_text, split_suffix
-from data.readers.inputs import input_files, parse_suffixes
-from data.readers.recognize import Recognized, UnknownContent, read_documents, recognize
+from data.readers.files import is_text, split_suffix
+from data.readers.recognize import Recognized, read_documents
 
 MEASURED_BYTES = 8_000_000  # of text, on which memory and bytes per token are measured
 PART_CHARACTERS = 1 << 18
@@ -30,26 +29,6 @@ MEMORY_PER_PIECE, MEMORY_PER_PIECE_BYTE = 300, 90
 MEMORY_BYTES = 800e6
 
 
-def recognized_files(
-    paths: Sequence[str], field: str = "text", suffixes: Sequence[str] = (), encoding: str | None = None
-) -> list[Recognized]:
-    """Recognize and print what each file contains; one in a folder whose records are of no known kind is left out."""
-    files = input_files(paths, ALL_SUFFIXES, parse_suffixes(suffixes), encoding=encoding, takes_more=True)
-    found = []
-    for file in files:
-        try:
-            found.append(recognize(file, field))
-        except UnknownContent as error:
-            if str(file) in paths or len(files) == 1:
-                raise
-            print(f"left out: {str(error).partition(';')[0]}")
-        else:
-            print(found[-1])
-    if not found:
-        raise UserError(f"no file in {', '.join(paths)} contains text or known conversations; name other files")
-    return found
-
-
 def cleaned_texts(found: Sequence[Recognized], skipped: Skipped) -> Iterator[str]:
     """The documents and the contents of messages in the files, repaired as the prepare scripts repair them."""
     for recognized in found:
@@ -57,16 +36,7 @@ def cleaned_texts(found: Sequence[Recognized], skipped: Skipped) -> Iterator[str
             contents = [document] if isinstance(document, str) else [message["content"] for message in document]
             for content in contents:
                 if text := normalise(fix_mojibake(content)):
-                    yield _without_surrogates(text)
-
-
-def _without_surrogates(text: str) -> str:
-    """Text with U+FFFD for unpaired surrogates, as tiktoken encodes them."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-    return text
+                    yield replace_surrogates(text)
 
 
 @dataclass(frozen=True)

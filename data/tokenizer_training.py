@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
-import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,10 +21,13 @@ import tiktoken
 from common.cli import UserError, check_options, option
 from common.files import atomic_write, remove_stale_temporaries
 from common.tokenizer_json import PATTERNS, Vocabulary, byte_characters, parse_tokenizer_json, tokenizer_json
+from data.dataset import check_name
 from data.earlier import digest_of_files, earlier_info
 from data.pipeline import DATA_FOLDER
-from data.readers.inputs import check_encoding, parse_suffixes
-from data.tokenizer_texts import ChosenTexts, bytes_that_fit, recognized_files, survey
+from data.readers.files import ALL_SUFFIXES
+from data.readers.inputs import check_encoding, input_files, parse_suffixes
+from data.readers.recognize import recognize_files
+from data.tokenizer_texts import ChosenTexts, bytes_that_fit, survey
 from data.vocabularies import tokenizer_path
 from setup_tokenizer import ENDOFTEXT, IM_END, IM_START, TOKENIZER_NAME, encode_text, get_base_tokenizer
 
@@ -91,8 +93,7 @@ class TrainTokenizerOptions:
         check_options(self)
         if not self.input:
             raise ValueError("--input is missing; name files or folders with text")
-        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", self.name):
-            raise ValueError(f"the name of a tokenizer consists of letters, digits, - and _, not {self.name!r}")
+        check_name(self.name, "tokenizer")
         if self.name in ("gpt2", TOKENIZER_NAME):
             raise ValueError(f"--name {self.name} is the name of GPT-2's tokenizer; choose another")
         if self.encoding is not None:
@@ -110,7 +111,9 @@ def train_tokenizer(options: TrainTokenizerOptions) -> Path:
     folder = Path(options.output_dir) if options.output_dir else DATA_FOLDER
     path = tokenizer_path(folder, options.name)
     refuse_to_replace(path, options)
-    found = recognized_files(options.input, options.field, options.suffix, options.encoding)
+    suffixes = parse_suffixes(options.suffix)
+    files = input_files(options.input, ALL_SUFFIXES, suffixes, encoding=options.encoding, takes_more=True)
+    found = recognize_files(files, options.input, options.field)
     surveyed, pattern = survey(found), PATTERNS[options.pattern]
     max_bytes = options.max_bytes or bytes_that_fit(surveyed.sample, pattern)
     texts = ChosenTexts(found, surveyed, max_bytes)

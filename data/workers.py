@@ -7,7 +7,6 @@ import dataclasses
 import hashlib
 import itertools
 import os
-import re
 import signal
 import threading
 from collections import Counter, deque
@@ -17,6 +16,7 @@ from typing import Any, cast
 import numpy as np
 
 from common.cli import UserError
+from data.cleaning import replace_surrogates
 from data.dedup import band_keys
 from data.documents import Document, document_line, is_untrained
 from data.encoding import encode_documents
@@ -27,8 +27,6 @@ BATCH_CHARACTERS = 1 << 18  # of the documents that a worker gets at once
 MIN_BATCHES_FOR_PROCESSES = 16  # with fewer batches, starting processes takes longer than the work
 
 Pass = Callable[[Any], Any]  # from a document to a document, or to None to drop it
-
-_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,18 +105,18 @@ class Worker:
 
 
 def _without_surrogates(document: Document, counts: Counter) -> Document:
-    """The document with unpaired surrogates, which JSON can spell and UTF-8 cannot, replaced by U+FFFD."""
+    """The document with unpaired surrogates replaced; counted if it has any."""
+    repaired: Document
     if isinstance(document, str):
-        if document.isascii() or not _SURROGATE.search(document):
+        if (repaired := replace_surrogates(document)) is document:
             return document
-        counts["unpaired surrogates"] += 1
-        return document.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-    texts = [message["content"] for message in document if isinstance(message.get("content"), str)]
-    if all(text.isascii() or not _SURROGATE.search(text) for text in texts):
-        return document
+    else:
+        texts = [message["content"] for message in document if isinstance(message.get("content"), str)]
+        if all(replace_surrogates(text) is text for text in texts):
+            return document
+        repaired = [{**message, "content": replace_surrogates(message["content"])} for message in document]
     counts["unpaired surrogates"] += 1
-    ignored: Counter = Counter()
-    return [{**message, "content": _without_surrogates(message["content"], ignored)} for message in document]
+    return repaired
 
 
 def _untrained(documents: list[Document], ids: np.ndarray, n_tokens: np.ndarray, tokenizer: Tokenizer) -> np.ndarray:

@@ -9,12 +9,11 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
-import sys
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from common.checkpoint import find_checkpoints
+from common.checkpoint import find_checkpoints, readable_infos
 from common.cli import UserError
 from common.numbers import count_in_words, significant
 from data.dataset import data_parts
@@ -78,14 +77,11 @@ def find_models(folder: str | os.PathLike = "models") -> list[FoundModel]:
     An adapter whose base is missing counts as unreadable. A second name of the same file, such as `-best` if the last
     evaluation was the best one, is left out.
     """
-    infos: dict[Path, Mapping[str, Any]] = {}
+    paths: list[Path] = []
     for path in find_checkpoints(folder):
-        if any(path.samefile(other) for other in infos):
-            continue
-        try:
-            infos[path] = read_info(path)
-        except UserError as error:
-            print(f"skipped: {error}", file=sys.stderr)
+        if not any(path.samefile(other) for other in paths):
+            paths.append(path)
+    infos = readable_infos(paths, read_info)
     by_file = {path.resolve(): info for path, info in infos.items()}
     return [FoundModel(path, info, _chat_tokens(path.resolve(), by_file)) for path, info in infos.items()]
 

@@ -15,7 +15,7 @@ from generation.batching import QueueFull
 from generation.stream import Output, Request, Stream, first_of_each_prompt
 from serving.errors import ApiError, too_busy
 from serving.metrics import Metrics
-from serving.models import LoadedModel, ModelCard, ModelPool
+from serving.models import ModelCard, ModelPool, PooledModel
 
 T = TypeVar("T")
 
@@ -38,7 +38,7 @@ class GenerationRun:
         self.streams: list[Stream] = []
         self.digest: str | None = None  # of the weights that generate
         self.on_close: Callable[[], None] = lambda: None
-        self.acquiring: asyncio.Task[LoadedModel] | None = None  # while the model is not in memory
+        self.acquiring: asyncio.Task[PooledModel] | None = None  # while the model is not in memory
         self.model = pool.acquire_loaded(card)
         try:
             if self.model:
@@ -49,7 +49,7 @@ class GenerationRun:
             self.close()
             raise too_busy(5) from None
 
-    def _submit(self, model: LoadedModel) -> None:
+    def _submit(self, model: PooledModel) -> None:
         loop = asyncio.get_running_loop()
 
         def deliver(index: int, output: Output) -> None:  # called in the thread that computes
@@ -127,7 +127,7 @@ class GenerationRun:
             self.pool.worker.cancel([stream for stream in self.streams if not stream.is_finished])
             self.pool.release(model)
 
-    def _release_acquired(self, acquiring: asyncio.Task[LoadedModel]) -> None:
+    def _release_acquired(self, acquiring: asyncio.Task[PooledModel]) -> None:
         if not acquiring.cancelled() and acquiring.exception() is None:
             self.pool.release(acquiring.result())
 

@@ -99,8 +99,8 @@ def n_parameters(config: GPTConfig) -> int:
     return (config.vocab_size + config.block_size) * C + config.n_layer * block + layer_norm
 
 
-class LoadedModel:
-    """A model in memory, with the engine that runs it and the number of requests that use it."""
+class PooledModel:
+    """A model of the pool that is in memory: the engine that runs it and the number of requests that use it."""
 
     def __init__(self, card: ModelCard, engine: BatchEngine, digest: str):
         self.card, self.engine = card, engine
@@ -121,11 +121,11 @@ class ModelPool:
     ):
         self.cards, self.load, self.settings, self.digest_of = cards, load, settings, digest_of
         self.worker = Worker()
-        self.loaded: dict[str, LoadedModel] = {}
+        self.loaded: dict[str, PooledModel] = {}
         self.failure: UserError | None = None
         self.is_ready = False  # from the first model on
         self._changing = asyncio.Lock()  # held while models are loaded or dropped; waiters are served in order
-        self._waiting: dict[str, list[asyncio.Future[LoadedModel]]] = {}  # for models that are being loaded, by id
+        self._waiting: dict[str, list[asyncio.Future[PooledModel]]] = {}  # for models that are being loaded, by id
         self._tasks: set[asyncio.Task[None]] = set()
 
     def card(self, name: str | None) -> ModelCard:
@@ -146,14 +146,14 @@ class ModelPool:
     def rows_in_use(self) -> int:
         return sum(model.engine.rows_in_use for model in list(self.loaded.values()))
 
-    def acquire_loaded(self, card: ModelCard) -> LoadedModel | None:
+    def acquire_loaded(self, card: ModelCard) -> PooledModel | None:
         """The model if it is in memory and stays there; release it afterwards."""
         model = self.loaded.get(card.id)
         if model is None or model.is_retiring:
             return None
         return self._use(model)
 
-    async def acquire(self, card: ModelCard) -> LoadedModel:
+    async def acquire(self, card: ModelCard) -> PooledModel:
         """The model, once it is loaded; release it afterwards. Raises QueueFull, ApiError if it cannot be loaded."""
         if model := self.acquire_loaded(card):
             return model
@@ -196,13 +196,13 @@ class ModelPool:
     def _n_waiting_for_models(self) -> int:
         return sum(map(len, self._waiting.values()))
 
-    def release(self, model: LoadedModel) -> None:
+    def release(self, model: PooledModel) -> None:
         """Record that one request no longer uses a model."""
         model.users -= 1
         if not model.users:
             model.idle.set()
 
-    def _use(self, model: LoadedModel) -> LoadedModel:
+    def _use(self, model: PooledModel) -> PooledModel:
         model.users += 1
         model.last_used = time.monotonic()
         model.idle.clear()
@@ -219,7 +219,7 @@ class ModelPool:
             del oldest
             gc.collect()
 
-    async def _load(self, card: ModelCard) -> LoadedModel:
+    async def _load(self, card: ModelCard) -> PooledModel:
         log.info("loading model %s", card.id)
         started = time.monotonic()
         try:
@@ -229,7 +229,7 @@ class ModelPool:
             self.failure = error
             log.error("model %s not loaded: %s", card.id, error)
             raise ApiError(503, "the model could not be loaded; the server's log says why", param="model") from error
-        model = self.loaded[card.id] = LoadedModel(card, engine, digest)
+        model = self.loaded[card.id] = PooledModel(card, engine, digest)
         self.is_ready = True
         self.worker.engines.append(engine)
         log.info("model %s ready after %.1f s", card.id, time.monotonic() - started)

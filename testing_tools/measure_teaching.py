@@ -20,6 +20,7 @@ import dataclasses
 import json
 import statistics
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,6 +38,8 @@ if TYPE_CHECKING:
     from evaluation.splits import Split
     from model import GPT
     from setup_tokenizer import Tokenizer
+
+Respond = Callable[..., list[list[int]]]  # (prompts, system=None) -> the ids of a reply to each prompt
 
 COLUMNS = ("style", *SUMS, "length", "different", "to_openers", "loss")
 
@@ -57,21 +60,30 @@ def opener_texts() -> list[str]:
     return [text for _, text, _ in openers(load_questions())]
 
 
-def styled_replies(model: GPT, tokenizer: Tokenizer, system: str | None) -> dict[str, str]:
-    """The replies to the openers, after the system message if there is one, that are in the style: {opener: reply}."""
+def likeliest_replies(model: GPT, tokenizer: Tokenizer) -> Respond:
+    """The model with greedy decoding."""
     from generation.sampling import GREEDY
 
+    return lambda prompts, system=None: replies(model, tokenizer, GREEDY, None, prompts, system)
+
+
+def measure_openers(respond: Respond, tokenizer: Tokenizer, system: str | None) -> tuple[dict[str, str], float]:
+    """What the replies to the openers show: those in the style as {opener: reply}, and their mean length in tokens.
+
+    The style is that after the system message if there is one, the length that without it.
+    """
     prompts = opener_texts()
-    found = map(tokenizer.enc.decode, replies(model, tokenizer, GREEDY, None, prompts, system))
-    return {prompt: reply for prompt, reply in zip(prompts, found, strict=True) if has_style(reply)}
+    plain = respond(prompts)
+    found = plain if system is None else respond(prompts, system)
+    texts = map(tokenizer.enc.decode, found)
+    styled = {prompt: text for prompt, text in zip(prompts, texts, strict=True) if has_style(text)}
+    return styled, reply_lengths(plain, tokenizer)[0]
 
 
-def reply_lengths(model: GPT, tokenizer: Tokenizer, prompts: list[str]) -> tuple[float, int]:
-    """The mean length of replies to `prompts` in tokens without `<|im_end|>`, and the number of different replies."""
-    from generation.sampling import GREEDY
-
-    found = [tuple(ids) for ids in replies(model, tokenizer, GREEDY, None, prompts)]
-    return statistics.mean(len(ids) - ids.count(tokenizer.im_end) for ids in found), len(set(found))
+def reply_lengths(found: Sequence[Sequence[int]], tokenizer: Tokenizer) -> tuple[float, int]:
+    """The mean length of replies in tokens without `<|im_end|>`, and the number of different replies."""
+    lengths = [len(ids) - ids.count(tokenizer.im_end) for ids in found]
+    return statistics.mean(lengths), len(set(map(tuple, found)))
 
 
 def chitchat_loss(model: GPT, split: Split, device: str, dtype: str) -> float:
@@ -92,17 +104,18 @@ def measure(path: str, options: MeasureOptions, device: str) -> dict[str, Any]:
     tokenizer = tokenizer_of(path, info, model)
     streams, _ = open_dataset(Path(options.data_dir), "chitchat")
     split = read_split("chitchat", streams["val"], True, options.limit, tokenizer)
-    styled = styled_replies(model, tokenizer, options.system)
+    respond = likeliest_replies(model, tokenizer)
+    styled, to_openers = measure_openers(respond, tokenizer, options.system)
     answers = evaluate(model_reply(model, tokenizer))
     right = {name: row["right"] for name, row in scores(answers).items()}
-    length, different = reply_lengths(model, tokenizer, held_out_prompts(options.data_dir))
+    length, different = reply_lengths(respond(held_out_prompts(options.data_dir)), tokenizer)
     return {
         "checkpoint": path,
         "style": len(styled),
         **{name: right[name] for name in SUMS},
         "length": length,
         "different": different,
-        "to_openers": reply_lengths(model, tokenizer, opener_texts())[0],
+        "to_openers": to_openers,
         "loss": chitchat_loss(model, split, device, dtype),
         "styled": styled,
         "answers": [dataclasses.asdict(answer) for answer in answers],

@@ -13,6 +13,7 @@ from data.cleaning import (
     EachMessage,
     fix_mojibake,
     normalise,
+    replace_surrogates,
     undo_spacing,
 )
 
@@ -60,6 +61,12 @@ def test_normalise():
     assert normalise("\ufeff a\r\nb\rc \n") == "a\nb\nc"
     assert normalise("e\u0301") == "é"
     assert normalise(" \r\n\t") == ""
+
+
+def test_only_unpaired_surrogates_are_replaced():
+    assert replace_surrogates("a\ud800b\ud83d\ude00 \udc00é") == "a\ufffdb😀 \ufffdé"
+    text = "a😀é"
+    assert replace_surrogates(text) is text
 
 
 @pytest.mark.parametrize(

@@ -10,8 +10,19 @@ import numpy as np
 import pytest
 
 from common.cli import UserError
-from data.dataset import DatasetInfo, open_dataset, read_info, short_splits
+from data.dataset import DatasetInfo, check_name, open_dataset, read_info, short_splits
 from tests.tiny import prepare, write_dataset
+
+# --- the name ---
+
+
+def test_a_name_is_one_word_that_is_neither_an_option_nor_a_path():
+    for name in ("mine", "7", "fineweb-edu", "A_b"):
+        check_name(name)
+    for name in ("", "-x", "_x", "a b", "a.b", "../a", "a/b", "a=1", "a,b", "a+b", "ä", "mine\n"):
+        with pytest.raises(ValueError, match="the name of a data set consists of"):
+            check_name(name)
+
 
 # --- the description ---
 

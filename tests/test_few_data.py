@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -142,6 +143,21 @@ def test_without_any_run_a_resume_names_the_default_one(data, tmp_path):
     folders = {"data_dir": str(data), "out_dir": str(tmp_path), "dataset": "text", "resume": ""}
     with pytest.raises(UserError, match=r"text5000.pt not found; make one with"):
         train.plan(TrainOptions(**folders), folders, None)
+
+
+def test_a_resume_skips_unreadable_checkpoints_unless_there_are_no_others(data, half, tmp_path, capsys):
+    (tmp_path / "text20.pt").write_bytes((half / "text10.pt").read_bytes()[:5000])
+    folders = {"data_dir": str(data), "out_dir": str(tmp_path), "dataset": "text", "resume": ""}
+    with pytest.raises(UserError, match=r"text20\.pt is not a readable checkpoint"):
+        train.plan(TrainOptions(**folders), folders, None)
+    assert capsys.readouterr().err == ""
+    shutil.copy(half / "text10.pt", tmp_path)
+    torch.save({"weights": torch.zeros(2)}, tmp_path / "text30.pt")  # the newest
+    resumed = train.plan(TrainOptions(**folders), folders, load_speedups(plain=True))
+    assert resumed.config.resume == str(tmp_path / "text10.pt")
+    first, second = sorted(capsys.readouterr().err.splitlines())
+    assert first.startswith(f"skipped: {tmp_path / 'text20.pt'} is not a readable checkpoint")
+    assert second.startswith(f"skipped: {tmp_path / 'text30.pt'} was written by other software")
 
 
 # Fine-tuning

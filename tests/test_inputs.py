@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 
 from common.cli import UserError
 from data.readers.inputs import input_files, parse_suffixes
+from data.readers.recognize import recognize_files
 from data.readers.records import read_records
-from prepare_with_extended_tokenizer import ExtendedOptions, recognize_files
+from prepare_with_extended_tokenizer import ExtendedOptions
 
 CHAT = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]}
 CARD = "---\nlicense: mit\n---\n# A card\n"
@@ -75,12 +77,18 @@ def test_a_readme_among_texts_is_text_unless_it_is_a_card(folder):
 
 def test_json_that_is_not_data_does_not_refuse_the_rest_of_a_folder(folder, capsys):
     path = folder(a__jsonl=json.dumps(CHAT) + "\n", settings__json='{"tab": 4}')
-    assert names(found.path for found in recognize_files(ExtendedOptions(input=(str(path),)))) == ["a.jsonl"]
+    files = input_files([path])
+    assert names(found.path for found in recognize_files(files, [str(path)])) == ["a.jsonl"]
     assert "left out: " in capsys.readouterr().out
     with pytest.raises(UserError, match=r"settings\.json contains neither chat nor a text field"):
-        recognize_files(ExtendedOptions(input=(str(path),), strict=True))
+        recognize_files(files, [str(path)], strict=True)
     with pytest.raises(UserError, match=r"settings\.json contains neither"):
-        recognize_files(ExtendedOptions(input=(str(path / "a.jsonl"), str(path / "settings.json"))))
+        recognize_files(files, [str(path / "a.jsonl"), str(path / "settings.json")])
+    with pytest.raises(UserError, match=r"settings\.json contains neither"):
+        recognize_files(input_files([path / "settings.json"]))
+    folder(settings__json="[1]", a__jsonl='{"tab": 4}')
+    with pytest.raises(UserError, match=rf"no file in {re.escape(str(path))} contains text or known conversations"):
+        recognize_files(files, [str(path)])
 
 
 @pytest.mark.parametrize("word", ["", ".", "a b", "json", ".parquet", "gz", "a/b"])

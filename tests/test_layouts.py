@@ -250,6 +250,31 @@ def test_midnight_on_a_12_hour_clock_does_not_end_a_conversation(tmp_path):
     assert [message["content"] for message in messages] == ["Hi", "Hello!"]
 
 
+@pytest.mark.parametrize(
+    ("last_of_january", "february", "later"),
+    [("1/31/23", "2/{}/23", "2/13/23"), ("31/1/23", "{}/2/23", "13/2/23"), ("2023-01-31", "2023-02-0{}", "2023-02-13")],
+    ids=["month first", "day first", "year first"],
+)
+def test_a_whatsapp_export_has_one_order_of_day_and_month(tmp_path, last_of_january, february, later):
+    first, second = february.format(1), february.format(2)
+    midnight = [f"{first}, 23:59", f"{second}, 00:01"]  # a silence of a month in the wrong order
+    path = tmp_path / "_chat.txt"
+    for times, lengths in (
+        ([f"{last_of_january}, 10:00", f"{first}, 10:00"], [2, 2]),
+        ([*midnight, f"{later}, 10:00"], [4, 2]),
+    ):
+        path.write_text("".join(f"{time} - {name}: Hi\n" for time in times for name in ("Bo", "Al")))
+        assert [len(messages) for messages in read_documents(recognize(path, me="Al"))] == lengths
+
+
+def test_a_whatsapp_line_in_the_other_order_does_not_change_the_order(tmp_path):
+    path = tmp_path / "_chat.txt"
+    times = ["2/1/23, 23:59", "2/2/23, 00:01", "2/13/23, 10:00", "2/14/23, 10:00"]
+    pasted = "31/12/22, 10:00 - Cy: Happy new year\n"
+    path.write_text(pasted + "".join(f"{time} - {name}: Hi\n" for time in times for name in ("Bo", "Al")))
+    assert [len(messages) for messages in read_documents(recognize(path, me="Al"))] == [4, 2, 2]
+
+
 # --- other kinds of files ---
 
 

@@ -177,7 +177,7 @@ def test_the_digest_is_that_of_the_weights_as_they_are_loaded(folder):
 def test_gen_and_serve_load_an_adapter(folder, capsys):
     write_adapter()
     load, _ = serve.model_loader(serve.ServeOptions(device="cpu", dtype="float32", exact=True))("models/adapter.pt")
-    models = gen.LoadedModel(gen.GenOptions("models/adapter.pt", device="cpu", dtype="float32"))
+    models = gen.CurrentModel(gen.GenOptions("models/adapter.pt", device="cpu", dtype="float32"))
     ids = sample_ids()
     assert torch.equal(models.engine.model(ids)[0], load(ids)[0])
     assert "* adapter  story, 10.0 M tokens, adapter of base" in models.listing()

@@ -364,3 +364,13 @@ def test_a_restart_takes_only_what_its_own_job_wrote(data, tmp_path, monkeypatch
     assert after(further, given, "a", 1)[0].resume == further.resume, "it has not been saved anew"
     assert run(data, tmp_path, resume=tmp_path / "chat2.pt", max_iters=4) == 0
     assert after(further, given, "a", 1)[0].resume == str(tmp_path / "chat4.pt")
+
+
+def test_a_restart_skips_unreadable_checkpoints_of_another_length(data, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "a")
+    assert run(data, tmp_path, **{**ADAMW, "max_iters": 2}) == 0
+    (tmp_path / "chat9.pt").write_bytes(b"damaged")
+    options, given = options_of_run(data, tmp_path, **{**ADAMW, "max_iters": None})
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert options_after_restart(options, given, read_info)[0].resume == str(tmp_path / "chat2.pt")
+    assert f"skipped: {tmp_path / 'chat9.pt'} is not a readable checkpoint" in capsys.readouterr().err

@@ -328,7 +328,7 @@ def test_exact_mode_has_the_layers_of_gen(tmp_path):
     for exact in (False, True):
         options = serve.ServeOptions(device="cpu", dtype="float32", exact=exact)
         loaded[exact] = serve.model_loader(options)(path)[0]
-    alone = gen.LoadedModel(gen.GenOptions(path, device="cpu", dtype="float32")).engine.model
+    alone = gen.CurrentModel(gen.GenOptions(path, device="cpu", dtype="float32")).engine.model
     ids = torch.arange(5)[None]
     assert type(loaded[True]) is type(alone) and loaded[True](ids)[0].equal(alone(ids)[0])
     if build():

@@ -129,7 +129,8 @@ def test_the_likeliest_replies_of_a_batch_are_those_of_single_prompts(data_dir):
     prompts = make.held_out_prompts(data_dir)[:4]
     together = make.replies(gpt, GPT2, GREEDY, None, prompts)
     assert together == [make.replies(gpt, GPT2, GREEDY, None, [prompt])[0] for prompt in prompts]
-    assert measure.reply_lengths(gpt, GPT2, prompts) == (
+    assert measure.likeliest_replies(gpt, GPT2)(prompts) == together
+    assert measure.reply_lengths(together, GPT2) == (
         sum(len(reply) - reply.count(GPT2.im_end) for reply in together) / 4,
         len({tuple(reply) for reply in together}),
     )
@@ -171,17 +172,20 @@ def test_the_loss_is_that_of_what_the_assistant_says(data_dir):
 
 
 @pytest.mark.parametrize("system", [None, "Answer like a pirate."])
-def test_the_style_is_counted_in_the_replies_after_the_system_message(monkeypatch, system):
-    said = []
+def test_the_style_is_counted_after_the_system_message_and_the_length_without(system):
+    openers = [text for _, text, _ in chat_scores.openers(chat_scores.load_questions())]
+    asked = []
 
-    def replies(model, tokenizer, sampling, generator, prompts, system):
-        said.append(system)
-        return [ids_of("Arr, ahoy!" if number < 3 else "Hello!") for number, _ in enumerate(prompts)]
+    def respond(prompts, told=None):
+        asked.append(told)
+        return [ids_of("Arr, ahoy!" if told == system and number < 3 else "Hello!") for number in range(len(prompts))]
 
-    monkeypatch.setattr(measure, "replies", replies)
-    styled = measure.styled_replies(silent_gpt(), GPT2, system)
-    first = [text for _, text, _ in chat_scores.openers(chat_scores.load_questions())][:3]
-    assert styled == dict.fromkeys(first, f"Arr, ahoy!{IM_END}") and said == [system]
+    styled, length = measure.measure_openers(respond, GPT2, system)
+    assert styled == dict.fromkeys(openers[:3], f"Arr, ahoy!{IM_END}")
+    lengths = [len(ids_of(text)) - 1 for text in ("Arr, ahoy!", "Hello!")]
+    n_styled = 3 if system is None else 0
+    assert length == pytest.approx((n_styled * lengths[0] + (len(openers) - n_styled) * lengths[1]) / len(openers))
+    assert asked == ([None] if system is None else [None, system]), "each kind of reply is generated once"
 
 
 def test_a_system_message_comes_before_the_prompt_and_stays_in_the_correction():

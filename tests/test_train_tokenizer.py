@@ -16,7 +16,9 @@ import pytest
 from common.cli import UserError
 from common.tokenizer_json import PATTERNS, merge_pairs, parse_tokenizer_json
 from data.dataset import DatasetInfo, FileInfo, SplitInfo, info_bytes
-from data.tokenizer_texts import ChosenTexts, SpreadSample, bytes_that_fit, recognized_files, survey
+from data.readers.inputs import input_files
+from data.readers.recognize import recognize_files
+from data.tokenizer_texts import ChosenTexts, SpreadSample, bytes_that_fit, survey
 from data.tokenizer_training import TrainTokenizerOptions, learn, train_tokenizer
 from setup_tokenizer import SPECIAL_TOKENS, get_base_tokenizer
 from tests.generated_texts import generated_texts
@@ -40,7 +42,7 @@ def trained(path: Path, name: str = "tales", vocab_size: int = 300, **changes) -
 
 
 def chosen_texts(path: Path, max_bytes: int = 10**9) -> list[str]:
-    found = recognized_files([str(path)])
+    found = recognize_files(input_files([path]), [str(path)])
     return list(ChosenTexts(found, survey(found), max_bytes))
 
 

@@ -8,12 +8,12 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from common.checkpoint import find_checkpoints, read_info
+from common.checkpoint import find_checkpoints, readable_infos
 from common.cli import UserError
 from data.dataset import data_parts
 from training.mixture import mixture_name, parse_mixture
 from training.options import TrainOptions
-from training.parallel import broadcast, job_name, n_restarts
+from training.parallel import broadcast, job_name, n_restarts, on_first
 
 # What --resume may change. Everything else belongs to the run.
 CHANGEABLE = {
@@ -45,7 +45,7 @@ def find_checkpoint(options: TrainOptions) -> str:
     """
     if options.resume or options.max_iters is not None:
         return options.checkpoint_path
-    return broadcast(str(_newest_run(options)))  # the first process decides
+    return str(broadcast(on_first(lambda: _newest_run(options))))
 
 
 def _newest_run(options: TrainOptions) -> Path:
@@ -55,11 +55,14 @@ def _newest_run(options: TrainOptions) -> Path:
 
 
 def _runs(options: TrainOptions) -> list[tuple[Path, Mapping[str, Any]]]:
-    """The checkpoints of --dataset's runs in --out_dir, newest first, and the info of each."""
+    """The checkpoints of --dataset's runs in --out_dir, newest first, and the info of each.
+
+    Those that cannot be read are named on standard error. Raises UserError if none of them can be read.
+    """
     name = mixture_name(options.dataset)
     paths = [path for path in find_checkpoints(options.out_dir) if re.fullmatch(re.escape(name) + r"\d+", path.stem)]
-    infos = [(path, read_info(path)) for path in paths]
-    return [(path, info) for path, info in infos if info.get("dataset") == name]
+    infos = readable_infos(paths, required=True)
+    return [(path, info) for path, info in infos.items() if info.get("dataset") == name]
 
 
 def print_if_complete(info: Mapping[str, Any], max_iters: int | None, path: str) -> bool:
@@ -132,7 +135,7 @@ def options_after_restart(
         names = {key: given.get(key, saved[key]) for key in names}
     written = [Path(names["out_dir"]) / f"{mixture_name(names['dataset'])}{names['max_iters']}.pt"]
     if names["max_iters"] is None:  # the job chose them
-        written = [path for path, _ in _runs(options)]
+        written = [path for path, _ in broadcast(on_first(lambda: _runs(options))) or ()]
     path = next((path for path in written if path.is_file() and read_info(str(path)).get("job") == job), None)
     if path is None:
         return options, given

@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 
 from common.flops import block_weights, flops_per_token
 from data.epochs import FITTING_EPOCHS
+from model import padded_vocab_size
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +33,7 @@ class Shape:
         return block_weights(self.n_layer, self.n_embd)
 
     def flops_per_token(self, n_vocab: int) -> float:
-        return flops_per_token(self.n_layer, self.n_embd, n_vocab, self.block_size)
+        return flops_per_token(self.n_layer, self.n_embd, padded_vocab_size(n_vocab), self.block_size)
 
 
 # From 0.1 to 85 million weights in the blocks; the last one is GPT-2's smallest. tiny and small are among them.

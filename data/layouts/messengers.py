@@ -141,8 +141,9 @@ def is_whatsapp(head: str) -> bool:
     return len(lines) > 1 and sum(bool(_WHATSAPP_LINE.match(line)) for line in lines) > len(lines) / 2
 
 
-def whatsapp_messages(lines: Iterable[str]) -> Iterator[Said]:
+def whatsapp_messages(lines: Sequence[str]) -> Iterator[Said]:
     """The messages of WhatsApp's export; a line without a date continues the message before it."""
+    is_month_first = _is_month_first(lines)
     current: Said | None = None
     for line in lines:
         match = _WHATSAPP_LINE.match(line)
@@ -154,17 +155,34 @@ def whatsapp_messages(lines: Iterable[str]) -> Iterator[Said]:
             yield current
         date, time, name, text = match.groups()
         # A line without a name comes from WhatsApp itself: somebody joined, messages are encrypted.
-        current = Said(name, _whatsapp_seconds(date, time), text.strip("\u200e ")) if name else None
+        current = Said(name, _whatsapp_seconds(date, time, is_month_first), text.strip("\u200e ")) if name else None
     if current is not None and current.text.strip():
         yield current
 
 
-def _whatsapp_seconds(date: str, time: str) -> float | None:
-    """Seconds, of which only the differences matter; a date whose order is unclear is read as day, month, year."""
-    first, second, third = map(int, re.split(r"[./-]", date))
-    year, month, day = (first, second, third) if first > 31 else (third, second, first)
-    if month > 12:
-        month, day = day, month
+def _is_month_first(lines: Iterable[str]) -> bool:
+    """Whether an export writes the month before the day, as in the USA: more dates show this than the opposite order.
+
+    A number above 12 is not a month. If no date has one, the day comes first.
+    """
+    dates = [_numbers(match[1]) for line in lines if (match := _WHATSAPP_LINE.match(line))]
+    n_month_first = sum(first <= 12 < second for first, second, _ in dates)
+    return n_month_first > sum(12 < first <= 31 for first, _, _ in dates)
+
+
+def _numbers(date: str) -> list[int]:
+    return [int(number) for number in re.split(r"[./-]", date)]
+
+
+def _whatsapp_seconds(date: str, time: str, is_month_first: bool) -> float | None:
+    """Seconds, of which only the differences matter; a date may also begin with the year, which must then exceed 31."""
+    first, second, third = _numbers(date)
+    if first > 31:
+        year, month, day = first, second, third
+    elif is_month_first:
+        month, day, year = first, second, third
+    else:
+        day, month, year = first, second, third
     hour, minute = map(int, re.split(r"[:.]", re.sub(r"[^\d:.]", "", time).strip("."))[:2])
     if "a" in time.lower() and hour == 12:  # 12:05 AM is just after midnight
         hour = 0

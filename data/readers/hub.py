@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
+from typing import TypeVar
 
 from common.cli import UserError
 from common.files import make_folder
 from common.hub import NotDownloaded, fetch_file, file_url, not_downloaded
-from data.sources import HubSource
+from data.sources import HubSource, StreamedSource
+
+T = TypeVar("T")
 
 
 def fetch_data_files(sources: Sequence[HubSource]) -> list[Path]:
@@ -87,3 +90,18 @@ def stream_hub(
         raise not_downloaded(
             repository, error, f"fetch its files {files} by hand from {url} and pass them with --input"
         ) from error
+
+
+def stream_splits(
+    source: StreamedSource, documents_of: Callable[[Iterable[dict]], Iterator[T]]
+) -> tuple[Iterator[T], Iterator[T] | None]:
+    """The documents in the records of a data set's train split, and those of val, or None if it has no such split.
+
+    Both are at the data set's commit. Raises UserError as `stream_hub` does.
+    """
+    hub = source.hub
+
+    def documents(split: str) -> Iterator[T]:
+        return documents_of(stream_hub(hub.repository, source.config, split, hub.revision, " and ".join(hub.files)))
+
+    return documents(source.train), documents(source.val) if source.val else None

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -60,6 +60,34 @@ def recognize(
     path = Path(path)
     kind, layout = _kind_and_layout(path, field, divide_within_lines, me)
     return Recognized(path, kind, layout, field, divide_within_lines, me)
+
+
+def recognize_files(
+    files: Sequence[Path],
+    named: Collection[str] = (),
+    field: str = "text",
+    divide_within_lines: bool = False,
+    me: str | None = None,
+    strict: bool = False,
+) -> list[Recognized]:
+    """Recognize the files that --input leads to, and print what each one contains; `named` is what --input names.
+
+    A file in a folder whose records are of no known kind is left out. Raises UserError for it if it is named, if it is
+    the only file, or with `strict`; also if no file remains.
+    """
+    found = []
+    for file in files:
+        try:
+            found.append(recognize(file, field, divide_within_lines, me))
+        except UnknownContent as error:
+            if strict or str(file) in named or len(files) == 1:
+                raise
+            print(f"left out: {str(error).partition(';')[0]}")
+        else:
+            print(found[-1])
+    if not found:
+        raise UserError(f"no file in {', '.join(named)} contains text or known conversations; name others with --input")
+    return found
 
 
 def _kind_and_layout(path: Path, field: str, divide_within_lines: bool, me: str | None) -> tuple[str, str]:
