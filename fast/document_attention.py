@@ -77,10 +77,13 @@ class _Attention(torch.autograd.Function):
         return backward(*grads, *ctx.saved_tensors), None, None
 
 
-# Operators of torch, because torch.compile cannot look into a C library.
+# Operators of torch, because torch.compile cannot look into a C library. Their schemas are written out: older versions
+# cannot infer them from annotations that `from __future__ import annotations` has turned into text.
+FORWARD = "(Tensor qkv, Tensor first_keys, int n_head) -> (Tensor, Tensor)"
+BACKWARD = "(Tensor y_grad, Tensor qkv, Tensor first_keys, Tensor y, Tensor logsumexp) -> Tensor"
 
 
-@torch.library.custom_op("jojo::document_attention", mutates_args=())
+@torch.library.custom_op("jojo::document_attention", mutates_args=(), schema=FORWARD)
 def forward(qkv: Tensor, first_keys: Tensor, n_head: int) -> tuple[Tensor, Tensor]:
     """The output (B, T, C) of `document_attention`, and the logarithm of each softmax's sum (B, H, T)."""
     qkv, first_keys = qkv.contiguous(), first_keys.contiguous()
@@ -95,7 +98,7 @@ def _empty_outputs(qkv: Tensor, first_keys: Tensor, n_head: int) -> tuple[Tensor
     return qkv.new_empty(B, T, three_c // 3), qkv.new_empty(B, n_head, T)
 
 
-@torch.library.custom_op("jojo::document_attention_backward", mutates_args=())
+@torch.library.custom_op("jojo::document_attention_backward", mutates_args=(), schema=BACKWARD)
 def backward(y_grad: Tensor, qkv: Tensor, first_keys: Tensor, y: Tensor, logsumexp: Tensor) -> Tensor:
     """The gradient of qkv (B, T, 3 C), from the gradient of y and what `forward` was given and has returned."""
     y_grad, *rest = (tensor.contiguous() for tensor in (y_grad, qkv, first_keys, y, logsumexp))
