@@ -1,6 +1,6 @@
 """Builds C files of this folder for this processor, and loads them.
 
-Each set of files is built once per process, which takes half a second and leaves nothing on the disk.
+Each set of files is built once per process, which takes a second or two and leaves nothing on the disk.
 """
 
 from __future__ import annotations

@@ -5,7 +5,8 @@
 
 Replaces: F.scaled_dot_product_attention in Attention.forward, with the document mask or the causal mask.
 Gains: see docs/performance.md, "What each fast part gains".
-Skipped: in low precision, with dropout, without a C compiler, on processors without AVX2, and for odd head sizes.
+Skipped: in low precision, with dropout, for few tokens, without a C compiler, on processors without AVX2, and if the
+head size is not a multiple of 16 (32 with AVX512).
 
 Shapes: B batch, T time, C n_embd, H heads.
 """
@@ -42,7 +43,7 @@ def _library() -> Any:
 
 
 def supports(head_size: int) -> bool:
-    """Whether there is a kernel for heads of this size. The first call builds it, which takes half a second."""
+    """Whether there is a kernel for heads of this size. The first call builds it, which takes a second."""
     return _library() is not None and bool(_library().attends_with(ctypes.c_long(head_size)))
 
 

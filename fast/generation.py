@@ -24,7 +24,7 @@ from generation.decoding import DecodeStep, decode_step
 from generation.row_cache import RowCache
 from model import GPT, Block, KVCache
 
-FEW_PRODUCTS = 10_000_000  # of weights per step: for less, building the kernels (0.5 s) takes longer than they save
+FEW_PRODUCTS = 10_000_000  # of weights per step: for less, building the kernels (2 s) takes longer than they save
 
 
 @dataclasses.dataclass(frozen=True)

@@ -46,7 +46,7 @@ class Step(ctypes.Structure):
 def build(processor: str = "native") -> ctypes.CDLL | None:
     """The compiled SOURCES; None without a C compiler or on a processor without AVX2.
 
-    They are built once per process, which takes half a second and leaves nothing on the disk.
+    They are built once per process, which takes two seconds and leaves nothing on the disk.
     """
     return _build(processor)
 
