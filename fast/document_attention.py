@@ -43,7 +43,7 @@ def _library() -> Any:
 
 
 def supports(head_size: int) -> bool:
-    """Whether there is a kernel for heads of this size. The first call builds it, which takes a second."""
+    """Whether there is a kernel for heads of this size; the first call loads it."""
     return _library() is not None and bool(_library().attends_with(ctypes.c_long(head_size)))
 
 

@@ -3,7 +3,7 @@
 Replaces: on a CPU, GPT's blocks and logits with the layers of fast/packed_linear.py and the attention kernel of
 fast/row_kernels.py; on CUDA, the decode step with CUDA graphs (fast/cuda_graphs.py).
 Gains: see docs/performance.md, "What each fast part gains".
-Skipped: with --plain, on a processor whose kernels are missing, and for small models in float32.
+Skipped: with --plain, and on a processor whose kernels are missing.
 """
 
 from __future__ import annotations
@@ -23,8 +23,6 @@ from fast.row_kernels import attend, build
 from generation.decoding import DecodeStep, decode_step
 from generation.row_cache import RowCache
 from model import GPT, Block, KVCache
-
-FEW_PRODUCTS = 10_000_000  # of weights per step: for less, building the kernels (2 s) takes longer than they save
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +44,6 @@ def speed_up_generation(
     blocks = [cast(Block, block) for block in model.h]
     weight = blocks[0].attn.c_attn.weight
     on_cpu, dtype = weight.device.type == "cpu", weight.dtype
-    n_products = streams * sum(each.numel() for each in model.parameters())
     layer: type[PackedLinear] | type[RowLinear] | type[Int8Linear]
     if quantize == "int8":
         if not on_cpu or not has_kernel(Int8Linear, dtype, tolerance=0.02):
@@ -55,7 +52,7 @@ def speed_up_generation(
     elif weight.is_cuda:
         model.__class__ = WholeHeadGPT
         return SpeedUps("plain layers, CUDA graphs", CapturedDecode())
-    elif not on_cpu or (dtype == torch.float32 and n_products < FEW_PRODUCTS):
+    elif not on_cpu:
         return SpeedUps("plain layers")
     elif has_kernel(RowLinear, dtype, tolerance=0.02) and (
         dtype == torch.float32 or streams <= RowLinear(weight, None).most_rows

@@ -44,10 +44,7 @@ class Step(ctypes.Structure):
 
 
 def build(processor: str = "native") -> ctypes.CDLL | None:
-    """The compiled SOURCES; None without a C compiler or on a processor without AVX2.
-
-    They are built once per process, which takes two seconds and leaves nothing on the disk.
-    """
+    """The compiled SOURCES; None without a C compiler or on a processor without AVX2."""
     return _build(processor)
 
 

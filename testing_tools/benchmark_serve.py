@@ -121,9 +121,9 @@ def ask_together(target: Target, n: int, options: ServeBenchmarkOptions, seed: i
 
 
 def speed(replies: Sequence[Reply]) -> float:
-    """Tokens per second of all replies together, without the time before the first one's second token."""
-    begin, end = min(reply.pieces[0] for reply in replies), max(reply.pieces[-1] for reply in replies)
-    return (sum(len(reply.pieces) for reply in replies) - 1) / (end - begin)
+    """Tokens per second of all replies together, from the first request to the last token."""
+    begin, end = min(reply.started for reply in replies), max(reply.pieces[-1] for reply in replies)
+    return sum(len(reply.pieces) for reply in replies) / (end - begin)
 
 
 def steady_speed(replies: Sequence[Reply]) -> float | None:

@@ -26,8 +26,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from chat_scores import SUMS, Answer, evaluate, load_questions, model_reply, scores, sum_of
 
 from common.cli import option, parse_options, run_script
-from common.device import choose_device, choose_dtype, device_option, dtype_option
+from common.device import choose_device, choose_dtype, device_option, dtype_option, plain_option
 from common.files import atomic_write
+from common.speedups import load_speedups
 from setup_tokenizer import IM_END, Tokenizer
 
 
@@ -36,6 +37,7 @@ class EvalOptions:
     checkpoint: str = option(None, "the checkpoint to evaluate", positional=True, nargs=None)
     device: str | None = device_option(None)
     dtype: str | None = dtype_option(None)
+    plain: bool = plain_option(None)
     json: str | None = option(None, "also write scores and all replies to this file", metavar="FILE")
     verbose: bool = option(False, "print every reply, not only the failures")
     summary: bool = option(False, "print only the scores")
@@ -63,13 +65,17 @@ def print_scores(answers: list[Answer], questions: Mapping, names: Collection[st
 
 def main() -> None:
     options = parse_options(EvalOptions, __doc__)
+    fast = load_speedups(options.plain)
+    if fast:
+        fast.keep_freed_memory()  # before the first tensor is allocated
     from exchange.loading import load_model
 
     device = choose_device(options.device)
     model, info = load_model(options.checkpoint, device, choose_dtype(options.dtype, device))
     if info.get("format") != "chat":
         print(f"note: {options.checkpoint} was trained on {info.get('dataset')}, which contains no conversations")
-    answers = evaluate(model_reply(model, Tokenizer.from_info(info, options.checkpoint)))
+    decode = fast.speed_up_generation(model).decode if fast else None
+    answers = evaluate(model_reply(model, Tokenizer.from_info(info, options.checkpoint), decode))
     if not options.summary:
         print_replies(answers, options.verbose)
     print_scores(answers, load_questions(), SUMS if options.summary else None)

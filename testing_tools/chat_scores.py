@@ -17,6 +17,7 @@ from data.tales.short import ENDING
 from setup_tokenizer import GPT2, IM_END, Tokenizer
 
 if TYPE_CHECKING:
+    from generation.decoding import DecodeStep
     from model import GPT
 
 QUESTIONS_FILE = Path(__file__).with_name("chat_eval_questions.json")
@@ -225,9 +226,9 @@ def scores(answers: list[Answer]) -> dict[str, dict[str, int]]:
     return {name: row for name, row in table.items() if name not in ("name", "tale")}
 
 
-def model_reply(model: GPT, tokenizer: Tokenizer = GPT2) -> Reply:
+def model_reply(model: GPT, tokenizer: Tokenizer = GPT2, decode: DecodeStep | None = None) -> Reply:
     """A model as an assistant that always takes the likeliest token, up to and including `<|im_end|>`."""
-    from generation.decoding import generate, new_cache
+    from generation.decoding import decode_step, generate, new_cache
     from generation.sampling import GREEDY
 
     cache = new_cache(model)  # keeps the keys and values of the conversation between the turns
@@ -235,7 +236,9 @@ def model_reply(model: GPT, tokenizer: Tokenizer = GPT2) -> Reply:
     def reply(messages: list[dict[str, str]], max_tokens: int = MAX_REPLY_TOKENS) -> str:
         prompt = tokenizer.encode_chat(messages, add_generation_prompt=True)
         stop_ids = (tokenizer.im_end, tokenizer.endoftext)
-        steps = generate(model, [prompt], max_tokens, GREEDY, stop_ids=stop_ids, cache=cache)
+        steps = generate(
+            model, [prompt], max_tokens, GREEDY, stop_ids=stop_ids, cache=cache, decode=decode or decode_step
+        )
         return tokenizer.enc.decode([int(ids[0]) for ids in steps])
 
     return reply

@@ -35,6 +35,7 @@ def main() -> None:
     if fast:
         fast.keep_freed_memory()
     from exchange.loading import load_model
+    from generation.decoding import decode_step
     from generation.engine import Settings, TextEngine
     from generation.sampling import GREEDY
 
@@ -42,7 +43,8 @@ def main() -> None:
     model, info = load_model(options.checkpoint, device, choose_dtype(None, device))
     tokenizer = Tokenizer.from_info(info, options.checkpoint)
     settings = Settings(GREEDY, stop_ids=tuple(tokenizer.special_tokens.values()))
-    session = ChatSession(TextEngine(model, settings, tokenizer=tokenizer))
+    decode = fast.speed_up_generation(model).decode if fast else decode_step
+    session = ChatSession(TextEngine(model, settings, decode, tokenizer))
     for line in options.lines or LINES:
         print(f"you:  {line}")
         print(f"jojo: {''.join(session.reply(line))}", flush=True)

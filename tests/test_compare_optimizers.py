@@ -11,11 +11,26 @@ import pytest
 import torch
 
 import train
+from model import GPT, GPTConfig
+from training.initialization import make_model
 from training.options import TrainOptions
 
 sys.path.append(str(Path(train.__file__).parent / "testing_tools"))
 import compare_optimizers
-from compare_optimizers import CautiousMuon, PolarMuon, best_quintic, polar_coefficients
+from compare_optimizers import cut
+from optimizer_variants import (
+    VARIANTS,
+    CautiousMuon,
+    Muon,
+    PolarMuon,
+    best_quintic,
+    growing,
+    low_precision_residual,
+    polar_coefficients,
+    published_embeddings,
+    wide_matrices,
+    zero_projections,
+)
 from random_data import write_dataset
 
 SHAPE = {"n_layer": 1, "n_head": 2, "n_embd": 16, "block_size": 16}
@@ -45,7 +60,7 @@ def test_polar_iterations_bring_singular_values_nearer_to_one_than_muons():
     for kind in (PolarMuon, torch.optim.Muon):
         optimizer = kind([torch.nn.Parameter(torch.ones(2, 2))])
         group = optimizer.param_groups[0]
-        orthogonalised = compare_optimizers.Muon.orthogonalised if kind is torch.optim.Muon else kind.orthogonalised
+        orthogonalised = Muon.orthogonalised if kind is torch.optim.Muon else kind.orthogonalised
         for one in (matrix, matrix.T):
             found = torch.linalg.svdvals(orthogonalised(optimizer, one[None] / matrix.norm(), group)[0])
             distances.append(float((found - 1).abs().max()))
@@ -64,16 +79,81 @@ def test_cautious_decay_is_that_of_weights_that_the_update_makes_smaller():
     torch.testing.assert_close(weight.detach(), start * (1 - 0.05 * decayed) - 0.1 * update[0])
 
 
+def new_model(seed: int = 0) -> GPT:
+    torch.manual_seed(seed)
+    config = GPTConfig(n_vocab=512, vocab_size=512, n_layer=2, n_head=2, n_embd=64, block_size=128)
+    return make_model(config).requires_grad_(False)
+
+
+def test_zero_projections_make_blocks_that_add_nothing_at_first():
+    model = new_model()
+    zero_projections(model)
+    ids = torch.arange(6)[None]
+    embedded = model.wte(ids) + model.wpe(torch.arange(6))
+    torch.testing.assert_close(model.hidden(ids), model.ln_f(embedded))
+
+
+def test_the_other_initial_weights_have_the_spread_that_they_are_named_for():
+    model = new_model()
+    plain = new_model()
+    wide_matrices(model)
+    assert float(model.h[0].attn.c_attn.weight.std()) == pytest.approx(64**-0.5, rel=0.05)
+    assert float(model.h[1].mlp.c_fc.weight.std()) == pytest.approx(64**-0.5, rel=0.05)
+    assert model.h[0].attn.c_proj.weight.equal(plain.h[0].attn.c_proj.weight)
+    assert float(plain.wte.weight.std()) == pytest.approx(0.02 * 768 / 64, rel=0.05)
+    published_embeddings(model)
+    assert float(model.wte.weight.std()) == pytest.approx(0.02, rel=0.05)
+    assert float(model.wpe.weight.std()) == pytest.approx(0.02, rel=0.05)
+
+
+def test_a_residual_stream_in_bfloat16_changes_the_logits_by_its_rounding():
+    model, ids = new_model(), torch.arange(6)[None]
+    plain, types = model.hidden(ids), []
+    low_precision_residual(model)
+    for block in model.h:
+        block.register_forward_hook(lambda block, inputs, output: types.append((inputs[0].dtype, output.dtype)))
+    found = model.hidden(ids)
+    assert types == [(torch.bfloat16, torch.bfloat16)] * 2
+    assert found.dtype == torch.float32
+    assert 0 < (found - plain).square().mean().sqrt() < 0.01 * plain.std()
+
+
+def test_a_growing_share_is_whole_after_half_of_the_tokens():
+    assert [growing(done) for done in (0.0, 0.25, 0.5, 0.9)] == [0.25, 0.625, 1.0, 1.0]
+
+
+def test_batches_are_cut_by_rows_or_by_tokens():
+    batch = [np.arange(32).reshape(4, 8), np.arange(32).reshape(4, 8) + 1]
+    ids, targets = cut(batch, VARIANTS["growing batch"], 0.25)
+    assert ids.tolist() == batch[0][:2].tolist() and targets.tolist() == batch[1][:2].tolist()
+    assert [column.shape for column in cut(batch, VARIANTS["growing rows"], 0.0)] == [(4, 2)] * 2
+    assert [column.shape for column in cut(batch, VARIANTS["muon"], 0.0)] == [(4, 8)] * 2
+
+
 def test_its_runs_are_train_pys_and_the_table_says_what_they_reached(tmp_path, monkeypatch, capsys):
     write_dataset(tmp_path, "random", "text", n_tokens=3000, seed=1)
+    names = ("adamw", "muon", "growing rows", "falling decay")
     shape = [word for name, value in SHAPE.items() for word in (f"--{name}", str(value))]
     words = [*shape, "--dataset", "random", "--data_dir", str(tmp_path), "--device", "cpu", "--batch_size", "4"]
-    words += ["--max_iters", "4", "--eval_iters", "2", "--seeds", "3", "4", "--variants", "adamw", "muon", "polar"]
+    words += [
+        "--max_iters",
+        "4",
+        "--eval_iters",
+        "2",
+        "--seeds",
+        "3",
+        "4",
+        "--variants",
+        "adamw",
+        "muon",
+        "growing rows",
+        "falling decay",
+    ]
     monkeypatch.setattr(sys, "argv", ["compare_optimizers.py", *words, "--json", str(tmp_path / "losses.json")])
     compare_optimizers.main()
-    table = capsys.readouterr().out.splitlines()[-3:]
+    table = capsys.readouterr().out.splitlines()[-4:]
     found = {one["variant"]: one["losses"] for one in json.loads((tmp_path / "losses.json").read_text())["losses"]}
-    assert [line.split()[:2] for line in table] == [["adamw", "4"], ["muon", "4"], ["polar", "4"]]
+    assert [line.split("  ")[0] for line in table] == list(names)
     assert f"{min(found['muon']):8.3f}{max(found['muon']):8.3f}" in table[1]
     for optimizer in ("adamw", "muon"):
         given = {**SHAPE, "dataset": "random", "data_dir": str(tmp_path), "out_dir": str(tmp_path), "device": "cpu"}
@@ -82,4 +162,4 @@ def test_its_runs_are_train_pys_and_the_table_says_what_they_reached(tmp_path, m
         lines = [json.loads(line) for line in (tmp_path / "random4.jsonl").read_text().splitlines()]
         losses = [line["val_loss"] for line in lines if line.get("val_loss") is not None]
         assert losses[-1] == pytest.approx(found[optimizer][0], abs=1e-6)
-    assert found["polar"] != found["muon"]
+    assert len({tuple(found[name]) for name in names}) == 4

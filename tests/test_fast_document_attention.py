@@ -10,7 +10,6 @@ import torch.nn.functional as F
 
 from fast import compile_training
 from fast import document_attention as module
-from fast.c_library import build_library
 from fast.document_attention import document_attention, first_keys, supports
 from model import Attention
 from tests.tiny_gpt import assert_same, gradients, plain_and_fast, seeded
@@ -173,7 +172,3 @@ def test_without_a_compiler_torch_computes_the_same(no_compiler):
 @pytest.mark.parametrize("size", [1, 8, 20, 33])
 def test_head_sizes_that_do_not_fill_the_registers_are_refused(size):
     assert not supports(size)
-
-
-def test_an_unknown_processor_builds_nothing():
-    assert build_library(("document_attention.c",), "no-such-processor") is None

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from common.cli import UserError
 from fast import row_kernels, speed_up_generation
 from fast.cuda_graphs import MOST_DRAWS, CapturedDecode
-from fast.generation import FEW_PRODUCTS, WholeHeadGPT
+from fast.generation import WholeHeadGPT
 from fast.packed_linear import Int8Linear, PackedLinear, RowLinear, is_exact, quantize_rows
 from fast.row_kernels import RowProduct, attend
 from generation.decoding import append, new_cache, prefill
@@ -225,8 +225,7 @@ def test_float32_logits_of_the_kernels_are_the_plain_ones_but_for_rounding():
     found = []
     for gpt in (generating_gpt(), generating_gpt()):
         if found:
-            assert speed_up_generation(gpt, streams=2).description == "plain layers", "so small a model is fast enough"
-            assert speed_up_generation(gpt, streams=FEW_PRODUCTS).description == "a kernel for few rows"
+            assert speed_up_generation(gpt, streams=2).description == "a kernel for few rows"
         cache = new_cache(gpt, 2)
         found.append(torch.stack([prefill(gpt, prompts, cache), append(gpt, torch.tensor([3, 5]), cache)]))
     torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-5)

@@ -9,8 +9,10 @@ from training.config import RunConfig
 WSD_STABLE = 0.8  # fraction of the iterations before "wsd" starts to lower the rate
 
 
-def schedule(iter_num: int, config: RunConfig) -> float:
+def schedule(iter_num: float, config: RunConfig) -> float:
     """The learning rate of an iteration as a fraction of its peak: linear warm-up, then a fall to min_lr.
+
+    `iter_num` is a whole number in train.py, where all iterations have the same number of tokens.
 
     "wsd" (warm-up, stable, decay) keeps the peak until a fifth of the iterations is left and then falls with the square
     root of the fraction of these that is done ("MiniCPM", Hu et al. 2024, section 4; the root: Haegele et al. 2024,
