@@ -13,7 +13,9 @@ typedef __m512 lanes;
 #define ADD_PRODUCT(a, b, sum) _mm512_fmadd_ps(a, b, sum)
 #define ADD(a, b) _mm512_add_ps(a, b)
 #define MULTIPLY(a, b) _mm512_mul_ps(a, b)
+#define DIVIDE(a, b) _mm512_div_ps(a, b)
 #define LARGER(a, b) _mm512_max_ps(a, b)
+#define IF_NEGATIVE(test, a, b) _mm512_mask_blend_ps(_mm512_cmp_ps_mask(test, ZERO, _CMP_LT_OQ), b, a)
 #define POWER_OF_2(whole) \
     _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_add_epi32(_mm512_cvtps_epi32(whole), _mm512_set1_epi32(127)), 23))
 #define SUM(a) _mm512_reduce_add_ps(a)
@@ -30,7 +32,9 @@ typedef __m256 lanes;
 #define ADD_PRODUCT(a, b, sum) _mm256_fmadd_ps(a, b, sum)
 #define ADD(a, b) _mm256_add_ps(a, b)
 #define MULTIPLY(a, b) _mm256_mul_ps(a, b)
+#define DIVIDE(a, b) _mm256_div_ps(a, b)
 #define LARGER(a, b) _mm256_max_ps(a, b)
+#define IF_NEGATIVE(test, a, b) _mm256_blendv_ps(b, a, test)
 #define POWER_OF_2(whole) \
     _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(whole), _mm256_set1_epi32(127)), 23))
 #define SUM(a) sum_of_8(a)
@@ -89,4 +93,12 @@ static inline lanes exponentials(lanes x) {
 static inline float gelu(float x) {
     const float doubled = 1.59576912f * x * (1 + 0.044715f * x * x), shrunk = exponential(-fabsf(doubled));
     return x * (doubled < 0 ? shrunk : 1.0f) / (1 + shrunk);
+}
+
+/* The same for each lane. */
+static inline lanes gelus(lanes x) {
+    const lanes cubic = ADD_PRODUCT(MULTIPLY(x, x), SAME(0.044715f), SAME(1));
+    const lanes doubled = MULTIPLY(MULTIPLY(x, SAME(1.59576912f)), cubic), negated = MULTIPLY(doubled, SAME(-1));
+    const lanes shrunk = exponentials(IF_NEGATIVE(doubled, doubled, negated));
+    return MULTIPLY(x, DIVIDE(IF_NEGATIVE(doubled, shrunk, SAME(1)), ADD(shrunk, SAME(1))));
 }

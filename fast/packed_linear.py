@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fast.row_kernels import RowProduct, build
+from fast.row_kernels import RowProduct, build, gelu
 
 CHECK_SHAPE = (20, 64)  # rows and columns of the weight that `is_exact` multiplies with
 TORCH_INT8_ROWS = 4  # up to this many rows, torch's 8-bit kernel is faster than a product with widened weights
@@ -55,9 +55,7 @@ class FewRowsLinear(nn.Module):
 
     def with_gelu(self, x: Tensor) -> Tensor:
         """GELU (tanh) of the output."""
-        return (
-            self.few_rows(x, gelu=True) if len(x) <= self.most_rows else F.gelu(self.many_rows(x), approximate="tanh")
-        )
+        return self.few_rows(x, gelu=True) if len(x) <= self.most_rows else gelu(self.many_rows(x))
 
     def added_to(self, residual: Tensor, x: Tensor) -> Tensor:
         """The residual and the output, added."""

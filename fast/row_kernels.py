@@ -15,6 +15,7 @@ import ctypes
 import functools
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fast.c_library import build_library
@@ -55,6 +56,7 @@ def _build(processor: str) -> ctypes.CDLL | None:
         return None
     library.row_product.argtypes = [ctypes.POINTER(Layer), *[ctypes.c_void_p] * 3, ctypes.c_long, ctypes.c_int]
     library.row_product.restype = None
+    library.gelu_in_place.argtypes, library.gelu_in_place.restype = [ctypes.c_void_p, ctypes.c_long], None
     library.most_rows.argtypes = [ctypes.POINTER(Layer)]
     library.most_rows.restype = ctypes.c_long
     library.row_attention.argtypes = [ctypes.POINTER(Step), *[ctypes.c_void_p] * 3]
@@ -103,6 +105,15 @@ class RowProduct:
             added = residual.data_ptr()
         self.function(self.layer, x.data_ptr(), added, y.data_ptr(), len(x), gelu)
         return y
+
+
+def gelu(x: Tensor) -> Tensor:
+    """GELU (tanh) of x on the CPU, which it may overwrite. In float32, torch takes five times as long."""
+    library = build()
+    if library is None or x.dtype != torch.float32 or not x.is_contiguous():
+        return F.gelu(x, approximate="tanh")
+    library.gelu_in_place(x.data_ptr(), x.numel())
+    return x
 
 
 def attend(

@@ -15,7 +15,7 @@ from fast import row_kernels, speed_up_generation
 from fast.cuda_graphs import MOST_DRAWS, CapturedDecode
 from fast.generation import WholeHeadGPT
 from fast.packed_linear import Int8Linear, PackedLinear, RowLinear, is_exact, quantize_rows
-from fast.row_kernels import RowProduct, attend
+from fast.row_kernels import RowProduct, attend, gelu
 from generation.decoding import append, new_cache, prefill
 from generation.sampling import Sampling, draw
 from tests.tiny_gpt import CONFIG, brute_force, generated, generating_gpt, random_prompt, seeded
@@ -159,6 +159,16 @@ def test_a_row_product_rounds_to_even_and_keeps_nan_and_infinity():
     assert found[2:4].isnan().all() and found[4] == weight[4, 0]
     assert RowProduct(-weight)(torch.ones(1, 1).bfloat16())[0, 3] == -math.inf
     assert RowProduct(weight)(torch.full((1, 1), 2.0).bfloat16())[0, 4] == math.inf
+
+
+def test_gelu_is_torchs():
+    numbers = torch.linspace(-12, 12, 1003)  # not a multiple of the vectors' length
+    special = torch.tensor([0.0, -0.0, math.inf, math.nan])
+    for x in (numbers, numbers[::3], numbers.bfloat16(), special):
+        expected = F.gelu(x.double(), approximate="tanh")
+        tolerance = {"atol": 1e-6, "rtol": 1e-6} if x.dtype == torch.float32 else {"atol": 1e-2, "rtol": 1e-2}
+        torch.testing.assert_close(gelu(x.clone()).double(), expected, equal_nan=True, **tolerance)
+    assert gelu(torch.tensor([-1.0]).expand(9)).shape == (9,)
 
 
 @needs_rows
