@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from common.checkpoint import save_checkpoint
-from fast import document_attention, row_kernels
+from fast import document_attention, keep_freed_memory, row_kernels
 from fast.c_library import build_library
 from tests.browser import browser, visit
 from tests.tiny import prepare, run
@@ -19,6 +19,11 @@ __all__ = ["browser", "visit"]  # fixtures that tests/browser.py defines
 
 
 LONGEST = ("test_tutorial", "test_parallel", "test_train_stopping", "test_chitchat", "test_plain", "test_own_data")
+
+
+def pytest_configure() -> None:
+    """Keep freed memory, as the scripts do: page faults would take a third of the time of many tests."""
+    keep_freed_memory()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

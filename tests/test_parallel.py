@@ -26,11 +26,19 @@ from training.resume import options_after_restart
 
 ROOT = Path(train.__file__).parent
 PROCESSES = 2
+N_ITERS = 10
+LAST = f"chat{N_ITERS}.pt"
 MODEL = {"n_layer": 2, "n_head": 2, "n_embd": 16, "block_size": 16}
-# Twenty iterations of eight rows; three validation batches, which two processes cannot share equally.
+# Iterations of eight rows; three validation batches, which two processes cannot share equally.
 ADAMW = {
-    **{"dataset": "chat", "max_iters": 20, "optimizer": "adamw", "batch_size": 2, "gradient_accumulation_steps": 4},
-    **{"eval_interval": 10, "eval_iters": 3, **MODEL},
+    **{
+        "dataset": "chat",
+        "max_iters": N_ITERS,
+        "optimizer": "adamw",
+        "batch_size": 2,
+        "gradient_accumulation_steps": 4,
+    },
+    **{"eval_interval": N_ITERS // 2, "eval_iters": 3, **MODEL},
 }
 # A micro-batch for each process, whose gradients add up in one order. In any other order the last digits differ, and
 # Muon's bfloat16 makes 1e-4 of that: one process alone differs as much between 4 x 2 and 1 x 8 rows.
@@ -50,11 +58,12 @@ def preferring(data: Path, objective: str) -> dict:
 DROPOUT = {**ADAMW, "dropout": 0.2, "max_iters": 6, "eval_interval": 3, "dataset": "text"}
 
 # One process of a job: the runs of a list one after another. "alone" is a run of the first process, and "stop_after" a
-# signal that reaches the second. "dies" kills the second process in step 13.
+# signal that reaches the second. "dies" kills the second process in step 7.
 WORKER = """
 import json, os, signal, sys, torch
 from unittest import mock
 from common.cli import run_script
+from fast import keep_freed_memory
 from tests.tiny import in_step, run
 from training import parallel
 
@@ -63,12 +72,13 @@ def die(gpt, output):
         os.kill(os.getpid(), signal.SIGKILL)
 
 def main():
+    keep_freed_memory()
     torch.set_num_threads(1)
     runs = json.load(open(sys.argv[1]))
     with parallel.join_job():
         for options in runs:
             alone, steps, dies = (options.pop(name, None) for name in ("alone", "stop_after", "dies"))
-            with in_step(25 if dies else 10**9, die):  # two micro-batches per step
+            with in_step(13 if dies else 10**9, die):  # two micro-batches per step
                 if not alone:
                     mine = 9999 if steps and parallel.is_first() else steps
                     status = run(stop_after=mine, **options)
@@ -126,7 +136,7 @@ def straight(data, tmp_path_factory):
     objectives = {objective: preferring(data, objective) for objective in ("dpo", "kto")}
     for name, options in {"adamw": ADAMW, "muon": MUON, **objectives}.items():
         assert run(data, folder / name, **options) == 0
-    assert run(data, folder / "lora", **LORA, init_from=str(folder / "adamw" / "chat20.pt")) == 0
+    assert run(data, folder / "lora", **LORA, init_from=str(folder / "adamw" / LAST)) == 0
     return folder
 
 
@@ -138,21 +148,21 @@ def job(data, straight, tmp_path_factory):
     def options(name, **changes):
         return {"data_dir": data, "out_dir": folder / name, **changes}
 
-    resumed = {"resume": True, "dataset": "chat", "max_iters": 20}
+    resumed = {"resume": True, "dataset": "chat", "max_iters": N_ITERS}
     runs = [
         options("adamw-ddp", **ADAMW),
         options("adamw-fsdp", **ADAMW, parallel="fsdp"),
-        options("lora-ddp", **LORA, init_from=straight / "adamw" / "chat20.pt"),
+        options("lora-ddp", **LORA, init_from=straight / "adamw" / LAST),
         options("muon-ddp", **MUON),
         options("muon-fsdp", **MUON, parallel="fsdp", activation_checkpointing=True),
         # One process, two, two in pieces, two, one.
-        options("layouts", **ADAMW, alone=True, stop_after=4),
-        options("layouts", **resumed, stop_after=4),
-        options("layouts", **resumed, parallel="fsdp", stop_after=4),
-        options("layouts", **resumed, parallel="ddp", stop_after=4),
+        options("layouts", **ADAMW, alone=True, stop_after=2),
+        options("layouts", **resumed, stop_after=2),
+        options("layouts", **resumed, parallel="fsdp", stop_after=2),
+        options("layouts", **resumed, parallel="ddp", stop_after=2),
         options("layouts", **resumed, alone=True),
-        options("muon-layouts", **MUON, parallel="fsdp", stop_after=7),
-        options("muon-layouts", **resumed, parallel="ddp", stop_after=7),
+        options("muon-layouts", **MUON, parallel="fsdp", stop_after=3),
+        options("muon-layouts", **resumed, parallel="ddp", stop_after=3),
         options("muon-layouts", **resumed, alone=True),
         *(options(f"{kind}-dropout", **DROPOUT, parallel=kind) for kind in ("ddp", "fsdp")),
         *(options(f"{kind}-stopped", **DROPOUT, parallel=kind, stop_after=2) for kind in ("ddp", "fsdp")),
@@ -162,9 +172,9 @@ def job(data, straight, tmp_path_factory):
             for objective in ("dpo", "kto")
             for kind in ("ddp", "fsdp")
         ),
-        options("dpo-layouts", **preferring(data, "dpo"), alone=True, stop_after=4),
-        options("dpo-layouts", resume=True, dataset="pairs", max_iters=20, stop_after=4),
-        options("dpo-layouts", resume=True, dataset="pairs", max_iters=20, parallel="fsdp"),
+        options("dpo-layouts", **preferring(data, "dpo"), alone=True, stop_after=2),
+        options("dpo-layouts", resume=True, dataset="pairs", max_iters=N_ITERS, stop_after=2),
+        options("dpo-layouts", resume=True, dataset="pairs", max_iters=N_ITERS, parallel="fsdp"),
         options("unequal", **{**ADAMW, "batch_size": 3, "gradient_accumulation_steps": 1}),
     ]
     process = start(folder, runs)
@@ -174,9 +184,9 @@ def job(data, straight, tmp_path_factory):
 def largest_difference(folder: Path, reference: Path, column: int = 1) -> float:
     """Between two runs' training losses, or column 2: their validation losses."""
     ours, theirs = (losses(next(path.glob("*.jsonl"))) for path in (folder, reference))
-    assert [row[0] for row in ours] == [row[0] for row in theirs] == list(range(21))
+    assert [row[0] for row in ours] == [row[0] for row in theirs] == list(range(N_ITERS + 1))
     pairs = [(a[column], b[column]) for a, b in zip(ours, theirs, strict=True) if a[column] is not None]
-    assert len(pairs) == (20 if column == 1 else 3)
+    assert len(pairs) == (N_ITERS if column == 1 else 3)
     return max(abs(a - b) for a, b in pairs)
 
 
@@ -187,19 +197,17 @@ def test_two_processes_have_the_losses_of_one(job, straight, kind, optimizer):
     assert output.count("status 0") >= 4, output
     for column in (1, 2):
         assert largest_difference(folder / f"{optimizer}-{kind}", straight / optimizer, column) < 1e-5
-    theirs, ours = (
-        load_checkpoint(path / "chat20.pt") for path in (straight / optimizer, folder / f"{optimizer}-{kind}")
-    )
+    theirs, ours = (load_checkpoint(path / LAST) for path in (straight / optimizer, folder / f"{optimizer}-{kind}"))
     for name, weight in theirs["model"].items():
         torch.testing.assert_close(ours["model"][name], weight, rtol=0, atol=1e-4)
-    assert ours["info"]["tokens_seen"] == theirs["info"]["tokens_seen"] == 20 * 8 * 16
+    assert ours["info"]["tokens_seen"] == theirs["info"]["tokens_seen"] == N_ITERS * 8 * 16
 
 
 def test_an_adapter_trained_by_two_processes_is_that_of_one(job, straight):
     folder, output, _ = job
     for column in (1, 2):
         assert largest_difference(folder / "lora-ddp", straight / "lora", column) < 1e-4, output
-    ours, theirs = (load_checkpoint(path / "chat20.pt")["model"] for path in (folder / "lora-ddp", straight / "lora"))
+    ours, theirs = (load_checkpoint(path / LAST)["model"] for path in (folder / "lora-ddp", straight / "lora"))
     assert ours.keys() == theirs.keys()
     for name, weight in theirs.items():
         torch.testing.assert_close(ours[name], weight, rtol=0, atol=1e-3)
@@ -216,7 +224,7 @@ def test_preferences_in_two_processes_have_the_losses_of_one(job, straight, run_
     with np.load(ours) as found, np.load(theirs) as expected:
         for split in ("train", "val"):
             np.testing.assert_allclose(found[split], expected[split], atol=1e-5)
-    log, straight_log = (read_metrics(next(path.parent.glob("*20.jsonl"))) for path in (ours, theirs))
+    log, straight_log = (read_metrics(next(path.parent.glob(f"*{N_ITERS}.jsonl"))) for path in (ours, theirs))
     for name in ("reward_margin", "accuracy", "drift", "val_reward_margin"):
         values, expected_values = (
             [record[name] for record in records if name in record] for records in (log, straight_log)
@@ -228,7 +236,7 @@ def test_preferences_in_two_processes_have_the_losses_of_one(job, straight, run_
 def test_a_checkpoint_of_one_layout_continues_in_any_other(job, straight, name, optimizer):
     folder, output, _ = job
     assert largest_difference(folder / name, straight / optimizer) < 1e-5, output
-    saved, plain = (load_checkpoint(path / "chat20.pt")["training"] for path in (folder / name, straight / optimizer))
+    saved, plain = (load_checkpoint(path / LAST)["training"] for path in (folder / name, straight / optimizer))
     for ours, theirs in zip(saved["optimizers"], plain["optimizers"], strict=True):
         assert ours["state"].keys() == theirs["state"].keys()
         for number, state in theirs["state"].items():
@@ -265,7 +273,7 @@ def test_after_a_killed_process_a_restart_continues_by_itself(data, straight, tm
     output = output_of(process)
     assert process.returncode == 0, output
     assert "exitcode: -9" in output and "Traceback" not in output
-    assert "restart 1 by torchrun: resuming" in output and "iteration 10 of 20" in output
+    assert "restart 1 by torchrun: resuming" in output and f"iteration {N_ITERS // 2} of {N_ITERS}" in output
     assert largest_difference(tmp_path / "run", straight / "adamw") < 1e-5
 
 
