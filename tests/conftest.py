@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from common.checkpoint import save_checkpoint
 from fast import document_attention, keep_freed_memory, row_kernels
 from fast.c_library import build_library
 from tests.browser import browser, visit
+from tests.forked_python import forked_python
 from tests.tiny import prepare, run
 from tests.tiny_gpt import text_gpt
 
@@ -29,6 +31,13 @@ def pytest_configure() -> None:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Run the longest files first, so that with several processes none of them is the last."""
     items.sort(key=lambda item: item.path.stem not in LONGEST)
+
+
+@pytest.fixture(scope="session")
+def python(tmp_path_factory) -> Iterator[str]:
+    """A `python` command that starts at once (see tests/forked_python.py)."""
+    with forked_python(tmp_path_factory.mktemp("python")) as python:
+        yield python
 
 
 @pytest.fixture

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import io
-import json
 import os
 import subprocess
 import sys
@@ -22,44 +21,21 @@ from hub_server import HubServer, closed_endpoint, hub_environment
 from data.dataset import read_info
 from data.documents import read_prepared
 from data.sources import SOURCES
+from tests.forked_python import forked_python
 
 ROOT = Path(__file__).resolve().parent.parent
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="forks a process for each state of the network")
 
-# For each line of JSON on stdin, a fork runs scripts as `python script arguments` does, one after another, and writes
-# the exit status, stdout and stderr of each into a file. The clients' waits between retries (25 s in all without a
-# network) are skipped, the retries are not.
-FORKER = """
-import contextlib, io, json, os, runpy, sys, time
+# The clients' waits between retries (25 s in all without a network) are skipped, the retries are not.
+PRELUDE = f"""
+import sys, time
+sys.path.insert(0, {str(ROOT)!r})
 import numpy, pandas, pyarrow.dataset, pyarrow.parquet, tqdm
 from data.encoding import encode_documents
 encode_documents(["a text"])
 time.sleep = lambda seconds: None
-assert not {"huggingface_hub", "datasets"} & set(sys.modules), "these read the environment when they are imported"
-
-def run(script, *arguments):
-    sys.argv, sys.path[0] = [script, *arguments], os.path.dirname(script)
-    output, errors = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(output), contextlib.redirect_stderr(errors):
-        try:
-            runpy.run_path(script, run_name="__main__")
-            status = 0
-        except SystemExit as stop:
-            status = stop.code or 0
-    return status, output.getvalue(), errors.getvalue()
-
-for line in sys.stdin:
-    task = json.loads(line)
-    child = os.fork()
-    if not child:
-        os.environ.update(task["environment"])
-        os.chdir(task["folder"])
-        results = [run(*script) for script in task["runs"]]
-        with open(task["answer"], "w") as file:
-            json.dump(results, file)
-        os._exit(0)
-    print(os.waitpid(child, 0)[1], flush=True)
+assert not {{"huggingface_hub", "datasets"}} & set(sys.modules), "these read the environment when they are imported"
 """
 
 
@@ -75,29 +51,16 @@ Run = Callable[[list[list[str]], Path, dict[str, str]], list[Outcome]]
 
 
 @pytest.fixture(scope="module")
-def run_scripts() -> Iterator[Run]:
+def run_scripts(tmp_path_factory) -> Iterator[Run]:
     """A function from ([script, argument, ...] of each run, working folder, environment) to the runs' outcomes."""
-    path = str(ROOT)
-    with subprocess.Popen(
-        [sys.executable, "-c", FORKER],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        env=os.environ | {"PYTHONPATH": path},
-    ) as forker:
+    with forked_python(tmp_path_factory.mktemp("python"), PRELUDE) as python:
 
         def run_scripts(runs: list[list[str]], folder: Path, environment: dict[str, str]) -> list[Outcome]:
-            answer = folder / "answer.json"
-            task = {"runs": runs, "folder": str(folder), "environment": environment, "answer": str(answer)}
-            forker.stdin.write(json.dumps(task) + "\n")
-            forker.stdin.flush()
-            assert forker.stdout.readline() == "0\n"
-            outcomes = [Outcome(*outcome) for outcome in json.loads(answer.read_text("utf-8"))]
-            answer.unlink()
-            return outcomes
+            settings = {"cwd": folder, "env": os.environ | environment, "stdin": subprocess.DEVNULL}
+            done = [subprocess.run([python, *run], capture_output=True, text=True, **settings) for run in runs]
+            return [Outcome(each.returncode, each.stdout, each.stderr) for each in done]
 
         yield run_scripts
-        forker.stdin.close()
 
 
 def parquet(records: list[dict]) -> bytes:

@@ -7,7 +7,6 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -179,25 +178,7 @@ def test_damaged_and_incomplete_folders_are_refused_in_a_sentence(saved, copy, t
     refused("config.json not found")
 
 
-# Runs scripts as `python script arguments` does, in one process, and reports status, stdout and stderr of each.
-DRIVER = """
-import contextlib, io, json, runpy, sys
-results = []
-for script, *arguments in json.loads(sys.argv[1]):
-    sys.argv = [script, *arguments]
-    output, errors = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(output), contextlib.redirect_stderr(errors):
-        try:
-            runpy.run_path(script, run_name="__main__")
-            status = None
-        except SystemExit as stop:
-            status = stop.code or 0
-    results.append([status, output.getvalue(), errors.getvalue()])
-print(json.dumps(results))
-"""
-
-
-def test_scripts_take_a_folder_or_a_published_name_as_a_checkpoint(saved, tmp_path):
+def test_scripts_take_a_folder_or_a_published_name_as_a_checkpoint(saved, python, tmp_path):
     from data.pipeline import Corpus, Dataset, PrepareOptions, prepare
 
     files = {name: (saved / name).read_bytes() for name in ("config.json", "model.safetensors")}
@@ -211,26 +192,20 @@ def test_scripts_take_a_folder_or_a_published_name_as_a_checkpoint(saved, tmp_pa
     gen = ["--prompt", "Once", "--max_tokens", "3", "--device", "cpu", "--temp", "0"]
     commands = [["gen.py", "gpt2", *gen], ["gen.py", "gpt2-medium", *gen], train]
     with HubServer({"openai-community/gpt2": files}) as hub:
-        environment = os.environ | hub.environment(tmp_path / "cache") | {"PYTHONPATH": str(ROOT)}
-        done = subprocess.run(
-            [sys.executable, "-c", DRIVER, json.dumps(commands)],
-            capture_output=True,
-            text=True,
-            env=environment,
-            cwd=ROOT,
+        settings = {"env": os.environ | hub.environment(tmp_path / "cache"), "cwd": ROOT, "stdin": subprocess.DEVNULL}
+        from_hub, not_there, trained = (
+            subprocess.run([python, *command], capture_output=True, text=True, **settings) for command in commands
         )
-    assert done.returncode == 0, done.stderr
-    from_hub, not_there, trained = json.loads(done.stdout)
-    assert from_hub[0] == 0, from_hub
-    assert from_hub[1].startswith("Once")
-    assert "are new in the vocabulary of gpt2" in from_hub[2]
-    assert not_there[0] == 1
+    assert from_hub.returncode == 0, from_hub
+    assert from_hub.stdout.startswith("Once")
+    assert "are new in the vocabulary of gpt2" in from_hub.stderr
+    assert not_there.returncode == 1
     assert re.fullmatch(
         r"(?s)(.*\n)?error: config.json of openai-community/gpt2-medium not downloaded \(.*404.*\); fetch "
         r"http://\S+/openai-community/gpt2-medium/resolve/main/config.json and model.safetensors into a folder.*\n",
-        not_there[2],
+        not_there.stderr,
     )
-    assert trained[0] == 0, trained
+    assert trained.returncode == 0, trained
     info = read_info(tmp_path / "models" / "tale2.pt")
     assert (info["model"]["n_embd"], info["model"]["block_size"], info["iter_num"]) == (32, 64, 2)
 

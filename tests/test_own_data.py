@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -27,11 +27,17 @@ def write_input(folder: Path, kind: str) -> str:
     return "talks.jsonl"
 
 
-def run(folder: Path, script: str, *arguments: str, answer: str = "") -> str:
-    command = [sys.executable, str(ROOT / script), *arguments]
-    done = subprocess.run(command, cwd=folder, input=answer, capture_output=True, text=True, encoding="utf-8")
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
+@pytest.fixture
+def run(tmp_path: Path, python: str) -> Callable[..., str]:
+    """A function from a script and its arguments to what it prints."""
+
+    def run(script: str, *arguments: str, answer: str = "") -> str:
+        command = [python, str(ROOT / script), *arguments]
+        done = subprocess.run(command, cwd=tmp_path, input=answer, capture_output=True, text=True, encoding="utf-8")
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    return run
 
 
 def printed_command(output: str) -> list[str]:
@@ -42,15 +48,14 @@ def printed_command(output: str) -> list[str]:
 
 
 @pytest.mark.parametrize("kind", ["text", "chat"])
-def test_the_printed_commands_lead_from_a_small_file_to_a_reply(tmp_path, kind):
-    output = run(
-        tmp_path, "prepare_with_extended_tokenizer.py", "--input", write_input(tmp_path, kind), "--output_dir", "data"
-    )
+def test_the_printed_commands_lead_from_a_small_file_to_a_reply(run, tmp_path, kind):
+    source = write_input(tmp_path, kind)
+    output = run("prepare_with_extended_tokenizer.py", "--input", source, "--output_dir", "data")
     assert "warning: validation holds" in output and "training: 100 iterations, " in output
     train, *arguments = printed_command(output)
     assert arguments == shlex.split("--dataset mine --preset tiny --max_iters 100 --data_dir data")
-    output = run(tmp_path, train, *arguments, *SMALL.split())
+    output = run(train, *arguments, *SMALL.split())
     assert "note: mine-val.bin contains " in output and "iter 2/2 (epoch " in output
     gen, *arguments = printed_command(output)
     assert arguments == ["models/mine2.pt", *(["--chat"] if kind == "chat" else [])]
-    assert run(tmp_path, gen, *arguments, "--max_tokens", "3", "--device", "cpu", answer="Hello!\n")
+    assert run(gen, *arguments, "--max_tokens", "3", "--device", "cpu", answer="Hello!\n")

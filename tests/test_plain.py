@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,6 +13,7 @@ import pytest
 import torch
 
 from common.checkpoint import load_checkpoint
+from tests.forked_python import CAN_FORK, forked_python
 from training.metrics import read_metrics
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -30,38 +29,12 @@ TRAIN = (
 GEN = "gen.py models/story4.pt --prompt Once --max_tokens 5 --seed 1 --device cpu --dtype float32"
 EVALUATE = "evaluate.py models/story4.pt --limit 100 --device cpu --dtype float32"
 
-# Runs each (folder of the scripts, working directory, command) in a process forked from one that has imported what
-# takes long to import, and writes its (exit status, output, whether it imported fast) as JSON.
-RUNNER = """
-import json, os, runpy, sys
+# Each script also says whether it imported the package fast.
+PRELUDE = """
+import atexit, sys
 import matplotlib.pyplot, numpy, tiktoken, torch, torch._dynamo
 torch.set_num_threads(1)
-results = []
-for number, (folder, cwd, command) in enumerate(json.load(sys.stdin)):
-    output = os.path.join(cwd, f"output{number}.txt")
-    name, *sys.argv[1:] = command.split()
-    sys.argv[0] = script = os.path.join(folder, name)
-    process_id = os.fork()
-    if not process_id:
-        descriptor = os.open(output, os.O_WRONLY | os.O_CREAT)
-        os.dup2(descriptor, 1)
-        os.dup2(descriptor, 2)
-        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-        os.chdir(cwd)
-        sys.path[0] = os.path.dirname(script)
-        status = 70
-        try:
-            runpy.run_path(script, run_name="__main__")
-        except SystemExit as finished:
-            status = finished.code or 0
-        finally:
-            print(json.dumps("fast" in sys.modules), flush=True)
-            sys.stderr.flush()
-            os._exit(status)
-    status = os.waitstatus_to_exitcode(os.waitpid(process_id, 0)[1])
-    text, _, fast = open(output, encoding="utf-8").read().rstrip().rpartition("\\n")
-    results.append((status, text, fast == "true"))
-print(json.dumps(results))
+atexit.register(lambda: print("fast" in sys.modules))
 """
 
 
@@ -83,8 +56,8 @@ class Runs(NamedTuple):
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory) -> Runs:
     """All commands: in a copy of the project without fast/, then in the project itself with --plain and without."""
-    if not hasattr(os, "fork"):
-        pytest.skip("needs a system on which processes can fork")
+    if not CAN_FORK:
+        pytest.skip("needs Linux")
     hidden, plain, fast = (tmp_path_factory.mktemp(name) for name in ("hidden", "plain", "fast"))
     for room in {path.parent for path in ROOT.glob("*/*.py")} - {ROOT / "fast", ROOT / "tests"}:
         for path in [*ROOT.glob("*.py"), *room.rglob("*.py")]:
@@ -106,18 +79,23 @@ def runs(tmp_path_factory) -> Runs:
         "evaluate --plain": (ROOT, plain, f"{EVALUATE} {data} --plain"),
         "train fast": (ROOT, fast, f"{TRAIN} {data}"),
     }
-    done = subprocess.run(
-        [sys.executable, "-c", RUNNER],
-        input=json.dumps([(str(folder), str(cwd), command) for folder, cwd, command in commands.values()]),
-        capture_output=True,
-        text=True,
-        env={  # with OMP_WAIT_POLICY no script starts itself again because the machine is busy
-            **os.environ,
-            **{"CUDA_VISIBLE_DEVICES": "", "MPLBACKEND": "agg", "PYTHONHASHSEED": "0", "OMP_WAIT_POLICY": "PASSIVE"},
-        },
-    )
-    assert done.returncode == 0, done.stderr
-    results = {name: Result(*result) for name, result in zip(commands, json.loads(done.stdout), strict=True)}
+    # With OMP_WAIT_POLICY no script starts itself again because the machine is busy.
+    environment = {"CUDA_VISIBLE_DEVICES": "", "MPLBACKEND": "agg", "PYTHONHASHSEED": "0", "OMP_WAIT_POLICY": "PASSIVE"}
+    results = {}
+    with forked_python(tmp_path_factory.mktemp("python"), PRELUDE, **environment) as python:
+        for name, (folder, cwd, command) in commands.items():
+            script, *arguments = command.split()
+            done = subprocess.run(
+                [python, str(folder / script), *arguments],
+                cwd=cwd,
+                env={**os.environ, **environment},
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
+            text, _, imported_fast = done.stdout.rstrip().rpartition("\n")
+            results[name] = Result(done.returncode, text, imported_fast == "True")
     return Runs(results, hidden, plain, fast)
 
 

@@ -8,7 +8,6 @@ import itertools
 import re
 import shlex
 import subprocess
-import sys
 from functools import cache
 from pathlib import Path
 
@@ -66,8 +65,8 @@ def table_rows(page: Path, section: str) -> list[list[str]]:
 
 
 @cache
-def help_of(script: str) -> str:
-    command = [sys.executable, *script.split(), "--help"]
+def help_of(python: str, script: str) -> str:
+    command = [python, *script.split(), "--help"]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
 
 
@@ -82,20 +81,20 @@ def test_the_readme_is_short_and_has_a_picture_and_commands():
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_each_command_names_a_script_and_options_that_exist(command):
+def test_each_command_names_a_script_and_options_that_exist(python, command):
     script, *arguments = COMMANDS[command]
     assert (ROOT / script).is_file()
     options = [argument for argument in arguments if argument.startswith("--")]
     if script.endswith("benchmark.py") and arguments[:1] == ["serve"]:
         script += " serve"  # which has options of its own
     for option in options:
-        assert re.search(rf"{re.escape(option)}\b", help_of(script)), f"{script} has no {option}"
+        assert re.search(rf"{re.escape(option)}\b", help_of(python, script)), f"{script} has no {option}"
 
 
 @pytest.mark.parametrize("script", ["train.py", "gen.py", "evaluate.py", "export.py"])
-def test_each_option_of_a_script_is_in_the_list_of_options(script):
+def test_each_option_of_a_script_is_in_the_list_of_options(python, script):
     page = ROOT / "docs" / "options.md"
-    options = set(re.findall(r"(?<![\w-])--(?!no-)\w+", help_of(script))) - {"--help"}
+    options = set(re.findall(r"(?<![\w-])--(?!no-)\w+", help_of(python, script))) - {"--help"}
     assert len(options) >= 2
     assert not {option for option in options if f"`{option}" not in text_of(page)}
 
@@ -144,7 +143,7 @@ def test_links_headings_and_files_of_each_page_exist(page):
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
-def test_the_python_examples_of_each_page_run(page, tmp_path):
+def test_the_python_examples_of_each_page_run(page, python, tmp_path):
     if page.name == "tutorial.md":
         pytest.skip("test_tutorial.py runs its blocks, in order")
     if page.name == "serving.md":
@@ -157,7 +156,7 @@ def test_the_python_examples_of_each_page_run(page, tmp_path):
         if "datatrove" in code and importlib.util.find_spec("datatrove") is None:
             continue  # tests/test_engine_step.py makes the same call where datatrove is installed
         done = subprocess.run(
-            [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(ROOT)!r})\n{code}"],
+            [python, "-c", f"import sys; sys.path.insert(0, {str(ROOT)!r})\n{code}"],
             cwd=tmp_path,
             capture_output=True,
             text=True,

@@ -5,7 +5,6 @@ import os
 import random
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -171,15 +170,15 @@ def test_every_phrase_of_the_file_is_used(short_tales):
         assert f"<{name}>" in used, f"the list {name} is never used"
 
 
-def run_script(*command, cwd):
+def run_script(python, *command, cwd):
     env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     return subprocess.run(
-        [sys.executable, str(ROOT / command[0]), *command[1:]],
+        [python, str(ROOT / command[0]), *command[1:]],
         **{"cwd": cwd, "capture_output": True, "text": True, "timeout": 240, "env": env, "stdin": subprocess.DEVNULL},
     )
 
 
-def test_tales_are_prepared_with_a_vocabulary_of_their_own_and_a_model_tells_one(tmp_path):
+def test_tales_are_prepared_with_a_vocabulary_of_their_own_and_a_model_tells_one(python, tmp_path):
     prepare = ("data/prepare-tales.py", "--stories", "200", "--output_dir", ".", "--workers", "1")
     for command in (
         prepare,
@@ -192,7 +191,7 @@ def test_tales_are_prepared_with_a_vocabulary_of_their_own_and_a_model_tells_one
         ("gen.py", "models/tales4.pt", "--prompt", "Once", "--max_tokens", "8", "--device", "cpu"),
     ):
         output = ["--output_dir", "."] if "train-tokenizer" in command[0] else []
-        done = run_script(*command, *output, cwd=tmp_path)
+        done = run_script(python, *command, *output, cwd=tmp_path)
         assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
     assert done.stdout.startswith("Once")
     info = json.loads((tmp_path / "tales.json").read_text("utf-8"))
@@ -202,7 +201,7 @@ def test_tales_are_prepared_with_a_vocabulary_of_their_own_and_a_model_tells_one
     assert documents == set(generate(200, seed=1337))
 
 
-def test_prepare_tales_refuses_input_in_one_sentence(tmp_path):
-    done = run_script("data/prepare-tales.py", "--input", "mine.txt", "--output_dir", "out", cwd=tmp_path)
+def test_prepare_tales_refuses_input_in_one_sentence(python, tmp_path):
+    done = run_script(python, "data/prepare-tales.py", "--input", "mine.txt", "--output_dir", "out", cwd=tmp_path)
     assert done.returncode == 1 and "prepare_with_extended_tokenizer.py" in done.stderr
     assert "Traceback" not in done.stderr and not (tmp_path / "out").exists()

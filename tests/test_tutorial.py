@@ -12,7 +12,6 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -91,12 +90,12 @@ def masked(line: str) -> str:
 
 
 @pytest.fixture(scope="module")
-def sandbox(tmp_path_factory) -> Path:
-    return copy_of_the_project(tmp_path_factory.mktemp("tutorial"))
+def sandbox(tmp_path_factory, python) -> Path:
+    return copy_of_the_project(tmp_path_factory.mktemp("tutorial"), python)
 
 
-def copy_of_the_project(folder: Path) -> Path:
-    """A copy of the project without data and models in `folder`."""
+def copy_of_the_project(folder: Path, python: str) -> Path:
+    """A copy of the project without data and models in `folder`, with this `python`."""
     rooms = {path.parent.name for path in ROOT.glob("*/*.py")} | {"docs"}
     suffixes = (".py", ".md", ".c", ".h")
     files = [path for room in rooms for path in (ROOT / room).rglob("*") if path.suffix in suffixes]
@@ -107,10 +106,8 @@ def copy_of_the_project(folder: Path) -> Path:
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(path, target)
     (folder / "stories.txt").write_text(STORIES, encoding="utf-8")
-    python = folder / "bin" / "python"
-    python.parent.mkdir()
-    python.write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
-    python.chmod(0o755)
+    (folder / "bin").mkdir()
+    (folder / "bin" / "python").symlink_to(python)
     return folder
 
 
@@ -132,7 +129,7 @@ def test_the_commands_run_in_order_and_print_what_is_shown(sandbox):
             output = "".join(run(sandbox, ["bash", "-euo", "pipefail", "-c", small(line)]) for line in lines_of(block))
         elif block.language == "python":  # one session: later blocks use the names of earlier ones
             python_so_far += small(block.text)
-            output = run(sandbox, [sys.executable, "-c", python_so_far])
+            output = run(sandbox, ["python", "-c", python_so_far])
         elif block.language == "text":
             printed = {masked(line) for line in output.splitlines()}
             missing = [line for line in block.text.splitlines() if line != "..." and masked(line) not in printed]
@@ -140,9 +137,9 @@ def test_the_commands_run_in_order_and_print_what_is_shown(sandbox):
 
 
 @pytest.mark.slow
-def test_sections_2_to_4_print_exactly_what_they_show(tmp_path):
+def test_sections_2_to_4_print_exactly_what_they_show(tmp_path, python):
     """With all conversations, on which the numbers and the row depend; above there are only a few of them."""
-    full = copy_of_the_project(tmp_path)
+    full = copy_of_the_project(tmp_path, python)
     pairs = list(itertools.pairwise(blocks()))
     prepare, shown = next((first, second) for first, second in pairs if "prepare-chitchat.py" in first.text)
     printed = run(full, ["bash", "-euo", "pipefail", "-c", prepare.text])
@@ -152,7 +149,7 @@ def test_sections_2_to_4_print_exactly_what_they_show(tmp_path):
         if code.language == "python":
             session += code.text
             before += shown.text
-            assert run(full, [sys.executable, "-c", session]) == before
+            assert run(full, ["python", "-c", session]) == before
 
 
 def test_every_stand_in_is_needed_and_every_training_run_is_small():
