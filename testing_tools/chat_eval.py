@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from chat_scores import SUMS, Answer, evaluate, load_questions, model_reply, scores, sum_of
 
-from common.cli import option, parse_options, run_script
+from common.cli import check_options, option, parse_options, run_script
 from common.device import choose_device, choose_dtype, device_option, dtype_option, plain_option
 from common.files import atomic_write
 from common.speedups import load_speedups
@@ -34,13 +34,19 @@ from setup_tokenizer import IM_END, Tokenizer
 
 @dataclasses.dataclass(frozen=True)
 class EvalOptions:
+    """What to ask, and what to print."""
+
     checkpoint: str = option(None, "the checkpoint to evaluate", positional=True, nargs=None)
     device: str | None = device_option(None)
     dtype: str | None = dtype_option(None)
     plain: bool = plain_option(None)
     json: str | None = option(None, "also write scores and all replies to this file", metavar="FILE")
     verbose: bool = option(False, "print every reply, not only the failures")
+    limit: int | None = option(None, "ask only the first N questions of each kind", at_least=1, metavar="N")
     summary: bool = option(False, "print only the scores")
+
+    def __post_init__(self) -> None:
+        check_options(self)
 
 
 def print_replies(answers: list[Answer], verbose: bool) -> None:
@@ -75,7 +81,7 @@ def main() -> None:
     if info.get("format") != "chat":
         print(f"note: {options.checkpoint} was trained on {info.get('dataset')}, which contains no conversations")
     decode = fast.speed_up_generation(model).decode if fast else None
-    answers = evaluate(model_reply(model, Tokenizer.from_info(info, options.checkpoint), decode))
+    answers = evaluate(model_reply(model, Tokenizer.from_info(info, options.checkpoint), decode), limit=options.limit)
     if not options.summary:
         print_replies(answers, options.verbose)
     print_scores(answers, load_questions(), SUMS if options.summary else None)

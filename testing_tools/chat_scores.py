@@ -48,11 +48,11 @@ def load_questions() -> dict:
     return json.loads(QUESTIONS_FILE.read_text(encoding="utf-8"))
 
 
-def openers(questions: Mapping) -> list[tuple[str, str, tuple[str, ...]]]:
-    """All openers as (category, text, patterns that a fitting reply must not match)."""
+def openers(questions: Mapping, limit: int | None = None) -> list[tuple[str, str, tuple[str, ...]]]:
+    """All openers, or the first `limit` of each category, as (category, text, patterns that no fitting reply matches)."""
     found = []
     for category, group in questions["openers"].items():
-        for question in group["questions"]:
+        for question in group["questions"][:limit]:
             own = question if isinstance(question, dict) else {"text": question, "never": []}
             found.append((category, own["text"], (*group["never"], *own["never"])))
     return found
@@ -162,24 +162,27 @@ def tale_fault(reply: str, hero: str) -> str | None:
     return f"has another name, {others[0]}" if others else None
 
 
-def evaluate(reply: Reply, questions: Mapping | None = None) -> list[Answer]:
-    """Ask an assistant all questions; in the conversations it reads its own earlier replies."""
+def evaluate(reply: Reply, questions: Mapping | None = None, limit: int | None = None) -> list[Answer]:
+    """Ask an assistant all questions; in the conversations it reads its own earlier replies.
+
+    With `limit`, only the first so many of each kind of opener, conversations, each kind of question beyond small talk,
+    and tales.
+    """
     questions = questions or load_questions()
     known = assistant_words()
     answers = []
-    for category, question, never in openers(questions):
+    for category, question, never in openers(questions, limit):
         text = reply([user_says(question)])
         fits = questions["openers"][category]["fits"]
         answers.append(Answer(category, question, text, opener_fault(text, fits, never, known)))
-    for turns in conversations(questions):
+    for turns in conversations(questions)[:limit]:
         answers += hold_conversation(reply, turns)
     beyond = questions["beyond"]
-    for category, group in beyond["questions"].items():
-        for question in group:
-            text = reply([user_says(question)])
-            fault = beyond_fault(text, beyond["fits"], beyond["offers"], known)
-            answers.append(Answer(f"beyond: {category}", question, text, fault))
-    for number, (name, introduction) in enumerate(introductions(questions)[:N_TALES]):
+    for category, question in [(name, text) for name, group in beyond["questions"].items() for text in group[:limit]]:
+        text = reply([user_says(question)])
+        fault = beyond_fault(text, beyond["fits"], beyond["offers"], known)
+        answers.append(Answer(f"beyond: {category}", question, text, fault))
+    for number, (name, introduction) in enumerate(introductions(questions)[:N_TALES][:limit]):
         messages = [user_says(introduction)]
         messages += [assistant_says(reply(messages)), user_says(questions["tales"][number % len(questions["tales"])])]
         text = reply(messages, MAX_TALE_TOKENS)

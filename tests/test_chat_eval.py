@@ -176,6 +176,12 @@ def test_forgotten_names_lower_the_score(questions):
     assert table["names"] == {"right": 0, "asked": 50} and table["facts"] == {"right": 0, "asked": 40}
 
 
+def test_a_limit_asks_the_first_questions_of_each_kind(questions):
+    table = chat_scores.scores(chat_scores.evaluate(FakeAssistant(questions, GOOD), questions, limit=3))
+    kinds = ("greeting", "how_are_you", "names", "beyond: arithmetic", "tales")
+    assert {kind: table[kind]["asked"] for kind in kinds} == dict.fromkeys(kinds, 3)
+
+
 def test_chat_eval_questions_a_checkpoint(tmp_path):
     """A model that only ever says nothing is asked everything, gets no point, and that is no error."""
     import torch
