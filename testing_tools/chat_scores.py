@@ -49,7 +49,7 @@ def load_questions() -> dict:
 
 
 def openers(questions: Mapping, limit: int | None = None) -> list[tuple[str, str, tuple[str, ...]]]:
-    """All openers, or the first `limit` of each category, as (category, text, patterns that no fitting reply matches)."""
+    """All openers, or the first `limit` of each category: (category, text, patterns that no fitting reply matches)."""
     found = []
     for category, group in questions["openers"].items():
         for question in group["questions"][:limit]:
