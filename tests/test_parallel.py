@@ -104,8 +104,8 @@ def _one_thread():
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     folder = prepare(tmp_path_factory.mktemp("data"), n_tokens=4000)
-    prepare_pairs(folder, n_pairs=30)
-    prepare_labels(folder, n_labels=30)
+    prepare_pairs(folder, n_pairs=16)
+    prepare_labels(folder, n_labels=18)
     prepare(folder, "chat", n_tokens=4000)
     assert run(folder, folder, **{**ADAMW, "max_iters": 2, "block_size": 64, "n_embd": 16}) == 0
     return folder
