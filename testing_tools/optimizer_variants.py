@@ -128,6 +128,7 @@ VARIANTS = {
     "zero projections": Variant(prepare=zero_projections),
     "wide matrices": Variant(prepare=wide_matrices),
     "published embeddings": Variant(prepare=published_embeddings),
+    "published, 6e-3": Variant({"learning_rate": 6e-3}, prepare=published_embeddings),
     "bfloat16 residual": Variant(prepare=low_precision_residual),
 }
 

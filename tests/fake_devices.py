@@ -18,6 +18,8 @@ def build_guard(folder: Path) -> Path | str:
     import torch
     from torch.utils.cpp_extension import include_paths
 
+    if torch.backends.cuda.is_built():
+        return "needs a build of torch without CUDA; the other builds register its devices themselves"
     compiler = next(filter(None, map(shutil.which, (os.environ.get("CXX") or "g++", "clang++"))), None)
     if compiler is None or sys.platform != "linux":
         return "needs Linux and a C++ compiler"
