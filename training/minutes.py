@@ -41,7 +41,7 @@ COMPILE_FROM_S = 300.0  # on a CPU, where compiling takes up to a minute; in a s
 EVALUATION_SHARE = 1 / 3  # of the work of a training step: the forward pass alone
 # What --preset auto times first: small enough to take seconds, large enough to keep the device busy.
 REFERENCE, REFERENCE_ON_CUDA = (Shape(4, 4, 128, 256), 4), (Shape(8, 8, 512, 1024), 32)  # with rows
-# Twice the default rate, and up to which vocabulary and width it is used; tried with up to 4,096 ids and a width of 128.
+# Twice the default rate, and its largest vocabulary and width; tried with up to 4,096 ids and a width of 128.
 TEXT_RATE, TEXT_RATE_IDS, TEXT_RATE_WIDTH = 6e-3, 8192, 384
 Configure = Callable[[TrainOptions], RunConfig]
 Measure = Callable[[RunConfig], float]  # a run's seconds per iteration
