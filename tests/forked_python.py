@@ -29,7 +29,10 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 PRELUDE = "import matplotlib.pyplot, numpy, tiktoken, tokenizers, torch, torch._dynamo"
-CLIENT = """#!{executable} -IS
+COMMAND = """#!/bin/sh
+exec "{executable}" -IS "{client}" "$@"
+"""
+CLIENT = """
 import json, os, socket, sys
 connection = socket.socket(socket.AF_UNIX)
 connection.connect({address!r})
@@ -52,9 +55,10 @@ def forked_python(folder: Path, prelude: str = PRELUDE, **environment: str) -> I
     if not CAN_FORK:
         yield sys.executable
         return
-    address, client = folder / "socket", folder / "python"
-    client.write_text(CLIENT.format(executable=sys.executable, address=str(address)))
-    client.chmod(0o755)
+    address, client, command = folder / "socket", folder / "client.py", folder / "python"
+    client.write_text(CLIENT.format(address=str(address)))
+    command.write_text(COMMAND.format(executable=sys.executable, client=client))  # a path may have spaces
+    command.chmod(0o755)
     with subprocess.Popen(
         [sys.executable, __file__, str(address), prelude],
         stdin=subprocess.PIPE,
@@ -63,7 +67,7 @@ def forked_python(folder: Path, prelude: str = PRELUDE, **environment: str) -> I
     ) as server:
         assert server.stdin is not None and server.stdout is not None
         assert server.stdout.readline() == b"ready\n"
-        yield str(client)
+        yield str(command)
         server.stdin.close()  # ends it
 
 
