@@ -63,9 +63,8 @@ def zero_projections(model: GPT) -> None:
 
 @torch.no_grad()
 def published_embeddings(model: GPT) -> None:
-    """Embeddings with GPT-2's own spread, in place of the larger one of `init_for_copying` for narrow models."""
-    factor = PUBLISHED_WIDTH / min(PUBLISHED_WIDTH, model.config.n_embd)
-    model.wte.weight.div_(factor)
+    """Embeddings with GPT-2's standard deviation instead of the larger one of `init_for_copying` for narrow models."""
+    model.wte.weight.div_(max(1.0, PUBLISHED_WIDTH / model.config.n_embd))
     model.wpe.weight.normal_(std=PUBLISHED_STD)
 
 
@@ -78,7 +77,7 @@ def wide_matrices(model: GPT) -> None:
 
 
 def low_precision_residual(model: GPT) -> None:
-    """A residual stream in bfloat16, as an option of other trainers: each sum is rounded, and so is its gradient."""
+    """A residual stream in bfloat16, as in modded-nanogpt: each sum is rounded, and so is its gradient."""
 
     def widened(layer: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
         return (inputs[0].float(),)
