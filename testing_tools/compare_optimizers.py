@@ -18,9 +18,11 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -112,6 +114,7 @@ def train(config: RunConfig, data: TrainingData, variant: Variant) -> float:
     tokens_per_batch = config.batch_size * config.block_size
     n_read, n_tokens = 0, config.max_iters * tokens_per_batch
     with run_of(config, data, variant) as run:
+        average = average_of(run.model, variant, config.max_iters)
         while n_read < n_tokens:
             batch = cut(run.batches.next(), variant, n_read / n_tokens)
             set_rates(run.optimizers, config, schedule(n_read / tokens_per_batch, config))
@@ -125,7 +128,16 @@ def train(config: RunConfig, data: TrainingData, variant: Variant) -> float:
                 each.step()
             run.model.zero_grad(set_to_none=True)
             n_read += batch[0].size
-        return evaluate(run.model, run.val_batches, config)
+            if average is not None:
+                average.update_parameters(run.model)
+        return evaluate(cast(GPT, average.module) if average else run.model, run.val_batches, config)
+
+
+def average_of(model: GPT, variant: Variant, max_iters: int) -> AveragedModel | None:
+    """A copy of the model that follows its weights, with a mean lag of `average_share` of the run."""
+    if variant.average_share is None:
+        return None
+    return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(1 - 1 / max(1, variant.average_share * max_iters)))
 
 
 def cut(batch: list[np.ndarray], variant: Variant, done: float) -> list[np.ndarray]:
