@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -209,9 +208,9 @@ def test_a_run_is_chosen_from_real_steps_and_is_that_of_the_same_numbers(tmp_pat
     assert "measured" not in printed
 
 
-def test_the_command_runs_without_a_terminal(tmp_path):
+def test_the_command_runs_without_a_terminal(tmp_path, python):
     data = prepare(tmp_path / "data")
-    command = [sys.executable, "train.py", "--dataset", "text", "--data_dir", str(data), "--preset", "auto"]
+    command = [python, "train.py", "--dataset", "text", "--data_dir", str(data), "--preset", "auto"]
     command += ["--minutes", "60", "--eval_iters", "1", "--out_dir", str(tmp_path / "models"), "--device", "cpu"]
     command += ["--n_embd", "16", "--n_layer", "1", "--block_size", "16", "--batch_size", "2", "--no-compile"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, stdin=subprocess.DEVNULL)
