@@ -3,9 +3,10 @@
     python testing_tools/compare_optimizers.py --dataset story --variants adamw muon --max_iters 300 150
     python testing_tools/compare_optimizers.py --n_layer 2 --n_embd 64 --seeds 1 2 3 --json losses.json
 
-The settings are train.py's defaults for each optimizer except for what the variant changes (optimizer_variants.py).
-Runs that have the same seed and differ only in the optimizer start from the same weights and see the same rows. Prints
-each run, then the mean and the range over the seeds. docs/experiments/optimizer.md has results.
+The settings are train.py's defaults for each optimizer, at a learning rate of 3e-3, except for what the variant changes
+(optimizer_variants.py). Runs that have the same seed and differ only in the optimizer start from the same weights and
+see the same rows. Prints each run, then the mean and the range over the seeds. docs/experiments/optimizer.md has
+results.
 """
 
 from __future__ import annotations
@@ -44,6 +45,7 @@ from training.options import TrainOptions
 from training.schedule import schedule
 from training.step import clip_gradients, evaluate, forward_backward
 
+LEARNING_RATE = 3e-3  # unless the variant has another; train.py's default depends on the vocabulary
 SHARED = ("dataset", "data_dir", "n_layer", "n_head", "n_embd", "block_size", "batch_size", "eval_iters")
 
 
@@ -170,7 +172,8 @@ def main() -> None:
         for variant in options.variants:
             for max_iters in options.max_iters:
                 given = {name: getattr(options, name) for name in SHARED} | {"max_iters": max_iters, "seed": seed}
-                given |= {"compile": False, "gradient_accumulation_steps": 1, **VARIANTS[variant].changes}
+                given |= {"compile": False, "gradient_accumulation_steps": 1, "learning_rate": LEARNING_RATE}
+                given |= VARIANTS[variant].changes
                 config = make_config(TrainOptions(**given), given, device, data.facts)
                 started = time.perf_counter()
                 loss = train(config, data, VARIANTS[variant])

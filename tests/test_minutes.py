@@ -136,16 +136,6 @@ def test_options_on_the_command_line_win():
     assert machine.config(preset="auto", minutes=15, eval_interval=7).eval_interval == 7
 
 
-def test_auto_raises_the_rate_for_text_with_a_small_vocabulary():
-    def rate(facts=STORIES, flops=1.3e11, **given) -> float:
-        return Machine(flops).config(facts, preset="auto", minutes=15, **given).learning_rate
-
-    assert rate() == 6e-3
-    assert rate(facts_of("text", 2_300_000)) == rate(optimizer="adamw") == 3e-3, "GPT-2's vocabulary, and AdamW alone"
-    assert rate({**STORIES, "format": "chat"}) == 3e-3
-    assert rate(flops=1e15, n_embd=512) == 6e-4, "a wide model"
-
-
 def test_the_context_holds_the_documents():
     long = facts_of("text", 10**9)
     long["splits"]["train"]["documents"] = 10**6  # of 1,000 tokens
