@@ -3,9 +3,10 @@
     python testing_tools/compare_optimizers.py --dataset story --variants adamw muon --max_iters 300 150
     python testing_tools/compare_optimizers.py --n_layer 2 --n_embd 64 --seeds 1 2 3 --json losses.json
 
-The settings are train.py's defaults for each optimizer except for what the variant changes (optimizer_variants.py).
-Runs that have the same seed and differ only in the optimizer start from the same weights and see the same rows. Prints
-each run, then the mean and the range over the seeds. docs/experiments/optimizer.md has results.
+The settings are train.py's defaults for each optimizer, at a learning rate of 3e-3, except for what the variant changes
+(optimizer_variants.py). Runs that have the same seed and differ only in the optimizer start from the same weights and
+see the same rows. Prints each run, then the mean and the range over the seeds. docs/experiments/optimizer.md has
+results.
 """
 
 from __future__ import annotations
@@ -18,9 +19,11 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -42,6 +45,7 @@ from training.options import TrainOptions
 from training.schedule import schedule
 from training.step import clip_gradients, evaluate, forward_backward
 
+LEARNING_RATE = 3e-3  # unless the variant has another; train.py's default depends on the vocabulary
 SHARED = ("dataset", "data_dir", "n_layer", "n_head", "n_embd", "block_size", "batch_size", "eval_iters")
 
 
@@ -112,6 +116,7 @@ def train(config: RunConfig, data: TrainingData, variant: Variant) -> float:
     tokens_per_batch = config.batch_size * config.block_size
     n_read, n_tokens = 0, config.max_iters * tokens_per_batch
     with run_of(config, data, variant) as run:
+        average = average_of(run.model, variant, config.max_iters)
         while n_read < n_tokens:
             batch = cut(run.batches.next(), variant, n_read / n_tokens)
             set_rates(run.optimizers, config, schedule(n_read / tokens_per_batch, config))
@@ -125,7 +130,16 @@ def train(config: RunConfig, data: TrainingData, variant: Variant) -> float:
                 each.step()
             run.model.zero_grad(set_to_none=True)
             n_read += batch[0].size
-        return evaluate(run.model, run.val_batches, config)
+            if average is not None:
+                average.update_parameters(run.model)
+        return evaluate(cast(GPT, average.module) if average else run.model, run.val_batches, config)
+
+
+def average_of(model: GPT, variant: Variant, max_iters: int) -> AveragedModel | None:
+    """A copy of the model that follows its weights, with a mean lag of `average_share` of the run."""
+    if variant.average_share is None:
+        return None
+    return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(1 - 1 / max(1, variant.average_share * max_iters)))
 
 
 def cut(batch: list[np.ndarray], variant: Variant, done: float) -> list[np.ndarray]:
@@ -158,7 +172,8 @@ def main() -> None:
         for variant in options.variants:
             for max_iters in options.max_iters:
                 given = {name: getattr(options, name) for name in SHARED} | {"max_iters": max_iters, "seed": seed}
-                given |= {"compile": False, "gradient_accumulation_steps": 1, **VARIANTS[variant].changes}
+                given |= {"compile": False, "gradient_accumulation_steps": 1, "learning_rate": LEARNING_RATE}
+                given |= VARIANTS[variant].changes
                 config = make_config(TrainOptions(**given), given, device, data.facts)
                 started = time.perf_counter()
                 loss = train(config, data, VARIANTS[variant])

@@ -79,6 +79,8 @@ def default_and_help(field: dataclasses.Field, spec: Option) -> tuple[str, str]:
     described = re.search(r" \(default: ((?:[^()]|\([^()]*\))*)\)", spec.help)
     if described:
         return described[1], spec.help.replace(described[0], "")
+    if spec.choices and field.default == tuple(spec.choices):
+        return "all", spec.help
     is_shown = field.default not in (None, (), dataclasses.MISSING) and field.default is not False
     return (f"`{field.default}`" if is_shown else ""), spec.help
 

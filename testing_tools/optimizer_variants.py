@@ -19,6 +19,7 @@ from training.muon import Muon
 
 SAFETY = 1.01  # rounding errors must not make a singular value larger than this
 CUSHION = 0.024  # the least ratio between the ends of the interval that a polynomial is fitted to
+ROW_SIZE_MOMENTUM = 0.95  # of NorMuon's running mean
 FIRST_SHARE, GROWN_BY = 0.25, 0.5  # of the batch or the rows at the start; of the tokens, when it is whole
 
 
@@ -46,6 +47,36 @@ class CautiousMuon(Muon):
             shrinks = (update * weight > 0).to(weight.dtype)
             weight.sub_(weight * shrinks, alpha=group["lr"] * group["weight_decay"])
         super().apply(weights, updates, {**group, "weight_decay": 0.0})
+
+
+class NorMuon(Muon):
+    """Muon whose update is divided, row by row, by the recent size of that row ("NorMuon", Li et al. 2025).
+
+    Afterwards the update has its former norm again, so that only the shares of the rows change.
+    """
+
+    def apply(self, weights: list[Tensor], updates: Tensor, group: dict) -> None:
+        for weight, update in zip(weights, updates, strict=True):
+            sizes = update.square().mean(1, keepdim=True)
+            recent = self.state[weight].setdefault("row_sizes", torch.zeros_like(sizes))
+            recent.lerp_(sizes, 1 - ROW_SIZE_MOMENTUM)
+            norm = update.norm()
+            update.div_(recent.sqrt().clamp(min=group["eps"]))
+            update.mul_(norm / update.norm().clamp(min=group["eps"]))
+        super().apply(weights, updates, group)
+
+
+class HyperballMuon(Muon):
+    """Muon that keeps the norm of each matrix; the update, of the same norm times the rate, only turns it.
+
+    As result 5 of modded-nanogpt's optimization track (2026). Weight decay would change nothing.
+    """
+
+    def apply(self, weights: list[Tensor], updates: Tensor, group: dict) -> None:
+        for weight, update in zip(weights, updates, strict=True):
+            norm = weight.norm()
+            weight.sub_(update * (group["lr"] * norm / update.norm().clamp(min=group["eps"])))
+            weight.mul_(norm / weight.norm())
 
 
 def blocks_of(model: GPT) -> list[Block]:
@@ -109,11 +140,13 @@ class Variant:
     rows_share: Callable[[float], float] | None = None  # of the batch, by the part of the tokens that is done
     length_share: Callable[[float], float] | None = None  # likewise, of each row
     decay_share: Callable[[float], float] | None = None  # likewise, of Muon's weight decay
+    average_share: float | None = None  # of the run, over which the weights that are evaluated are averaged
 
 
 VARIANTS = {
     "adamw": Variant({"optimizer": "adamw"}, muon=None),
     "adamw, 6e-3": Variant({"optimizer": "adamw", "learning_rate": 6e-3}, muon=None),
+    "adamw, published": Variant({"optimizer": "adamw"}, muon=None, prepare=published_embeddings),
     "adamw, 1.5e-3": Variant({"optimizer": "adamw", "learning_rate": 1.5e-3}, muon=None),
     "muon": Variant(),
     "muon, 6e-3": Variant({"learning_rate": 6e-3}),  # of the embeddings, and with them of the tied head
@@ -128,7 +161,15 @@ VARIANTS = {
     "wide matrices": Variant(prepare=wide_matrices),
     "published embeddings": Variant(prepare=published_embeddings),
     "published, 6e-3": Variant({"learning_rate": 6e-3}, prepare=published_embeddings),
+    "published, 6e-3, growing batch": Variant(
+        {"learning_rate": 6e-3}, prepare=published_embeddings, rows_share=growing
+    ),
     "bfloat16 residual": Variant(prepare=low_precision_residual),
+    "normuon": Variant(muon=NorMuon),
+    "normuon, 0.04": Variant({"muon_learning_rate": 0.04}, muon=NorMuon),
+    "hyperball": Variant({"muon_weight_decay": 0.0}, muon=HyperballMuon),
+    "to zero": Variant({"min_lr": 0.0}),
+    "averaged": Variant(average_share=0.05),
 }
 
 

@@ -41,9 +41,9 @@ SHAPE = ("--n_layer", "1", "--n_head", "2", "--n_embd", "16", "--block_size", "1
 MACHINE = device_limits.Machine("test", peak=1e12, peak_source="table", bandwidth=1e10)
 
 
-def run_benchmark(*arguments: object, **environment: str) -> subprocess.CompletedProcess:
+def run_benchmark(python: str, *arguments: object, **environment: str) -> subprocess.CompletedProcess:
     return subprocess.run(
-        [sys.executable, TOOLS / "benchmark.py", *map(str, arguments)],
+        [python, TOOLS / "benchmark.py", *map(str, arguments)],
         env={**os.environ, **environment},
         capture_output=True,
         text=True,
@@ -52,9 +52,9 @@ def run_benchmark(*arguments: object, **environment: str) -> subprocess.Complete
     )
 
 
-def measured(folder: Path, *arguments: object) -> dict:
+def measured(python: str, folder: Path, *arguments: object) -> dict:
     """What a run writes as JSON."""
-    done = run_benchmark(*arguments, "--json", folder / "figures.json")
+    done = run_benchmark(python, *arguments, "--json", folder / "figures.json")
     assert done.returncode == 0, done.stderr
     return json.loads((folder / "figures.json").read_text("utf-8"))
 
@@ -260,8 +260,8 @@ def test_the_memory_of_a_process_tree_counts_its_children():
 # --- from the command line to the JSON ---
 
 
-def test_train_from_the_command_line(tmp_path):
-    found = measured(tmp_path, "train", *SHAPE, "--batch_size", 2, "--no-compile", "--round_s", 0.2)
+def test_train_from_the_command_line(tmp_path, python):
+    found = measured(python, tmp_path, "train", *SHAPE, "--batch_size", 2, "--no-compile", "--round_s", 0.2)
     assert found.keys() >= KEYS
     assert found["peer_tokens_per_s"] is found["ratio"] is found["peer_peak_memory_bytes"] is None
     assert found["mfu"] == pytest.approx(found["flops_per_s"] / found["peak_flops"])
@@ -299,12 +299,12 @@ def test_both_sides_are_measured_and_compared(task):
     assert found["preset"] == "custom" and found["peak_flops"] == MACHINE.peak
 
 
-def test_prepare_beside_one_thread_of_tiktoken(tmp_path):
+def test_prepare_beside_one_thread_of_tiktoken(tmp_path, python):
     generator = random.Random(1)
     stories = (" ".join(generator.choices(("cat", "dog", "sun", "ran", "saw"), k=40)) for _ in range(300))
     path = tmp_path / "stories.txt"
     path.write_text("\n<|endoftext|>\n".join(stories), encoding="utf-8")
-    found = measured(tmp_path, "prepare", "--input", path, "--rounds", 1, "--peer", "tiktoken")
+    found = measured(python, tmp_path, "prepare", "--input", path, "--rounds", 1, "--peer", "tiktoken")
     assert found.keys() >= KEYS
     assert found["ratio"] == pytest.approx(found["ours_tokens_per_s"] / found["peer_tokens_per_s"])
     assert found["floor_tokens_per_s"] == pytest.approx(n_cores() * found["peer_tokens_per_s"])
@@ -330,8 +330,8 @@ def test_prepare_beside_one_thread_of_tiktoken(tmp_path):
         (("prepare", "--input", "nowhere.txt"), 1, "nowhere.txt not found; check the path given to --input"),
     ],
 )
-def test_a_users_mistake_is_a_sentence(arguments, status, message):
-    done = run_benchmark(*arguments)
+def test_a_users_mistake_is_a_sentence(python, arguments, status, message):
+    done = run_benchmark(python, *arguments)
     assert done.returncode == status
     assert message in done.stderr
     assert "Traceback" not in done.stderr

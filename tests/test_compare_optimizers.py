@@ -17,11 +17,13 @@ from training.options import TrainOptions
 
 sys.path.append(str(Path(train.__file__).parent / "testing_tools"))
 import compare_optimizers
-from compare_optimizers import cut
+from compare_optimizers import average_of, cut
 from optimizer_variants import (
     VARIANTS,
     CautiousMuon,
+    HyperballMuon,
     Muon,
+    NorMuon,
     PolarMuon,
     best_quintic,
     growing,
@@ -77,6 +79,43 @@ def test_cautious_decay_is_that_of_weights_that_the_update_makes_smaller():
         optimizer.apply([weight], update, optimizer.param_groups[0])
     decayed = torch.tensor([[True, False], [False, False]])
     torch.testing.assert_close(weight.detach(), start * (1 - 0.05 * decayed) - 0.1 * update[0])
+
+
+def test_normuon_gives_rows_of_unequal_size_the_same_share_and_keeps_the_norm():
+    weight = torch.nn.Parameter(torch.zeros(2, 2))
+    optimizer = NorMuon([weight], lr=0.1, weight_decay=0.5)
+    # The rows' running means of squares: first 0.05 of 12.5 and 0.125, then 0.95 of that and 0.05 of 12.5 and 50.
+    second = 5 / (0.0475 * 12.5 + 0.05 * 12.5) ** 0.5 / (10 / (0.0475 * 0.125 + 0.05 * 50) ** 0.5)
+    for rows, expected in (([[3.0, 4.0], [0.3, 0.4]], [1.0, 1.0]), ([[3.0, 4.0], [6.0, 8.0]], [second, 1.0])):
+        update, before = torch.tensor([rows]), weight.detach().clone() * 0.95
+        norm = update.norm()
+        with torch.no_grad():
+            optimizer.apply([weight], update, optimizer.param_groups[0])
+        change = (before - weight.detach()) / 0.1
+        assert float(change.norm()) == pytest.approx(float(norm))
+        sizes = change.norm(dim=1) / change.norm(dim=1)[1]
+        assert sizes.tolist() == pytest.approx(expected, rel=1e-4)
+
+
+def test_the_hyperball_optimizer_keeps_the_norm_and_turns_by_the_rate():
+    weight = torch.nn.Parameter(torch.tensor([[3.0, 0.0], [0.0, 4.0]]))
+    optimizer = HyperballMuon([weight], lr=0.1, weight_decay=0.0)
+    with torch.no_grad():
+        optimizer.apply([weight], torch.tensor([[[0.0, 2.0], [0.0, 0.0]]]), optimizer.param_groups[0])
+    torch.testing.assert_close(weight.detach(), torch.tensor([[3.0, -0.5], [0.0, 4.0]]) * 5 / 25.25**0.5)
+
+
+def test_averaged_weights_lag_by_the_share_of_the_run():
+    model = new_model()
+    assert average_of(model, VARIANTS["muon"], 300) is None
+    average = average_of(model, VARIANTS["averaged"], 400)  # a twentieth of 400 iterations: one in 20 of what is new
+    average.update_parameters(model)
+    expected = model.ln_f.weight.clone()
+    for value in (2.0, 5.0):
+        model.ln_f.weight.fill_(value)
+        average.update_parameters(model)
+        expected = 0.95 * expected + 0.05 * value
+    torch.testing.assert_close(average.module.ln_f.weight, expected)
 
 
 def new_model(seed: int = 0) -> GPT:

@@ -77,10 +77,10 @@ def random_model(**changes) -> GPT:
     return model.eval().requires_grad_(False)
 
 
-def save(folder: Path, kind: str, **changes) -> str:
-    """A checkpoint of a random model, as train.py writes it."""
-    path = str(folder / f"{kind}700.pt")
-    save_checkpoint(path, random_model(**changes), {"dataset": "story", "format": kind, "data": DATA, **FACTS})
+def save(folder: Path, kind: str, tokenizer: dict | None = None, **changes) -> str:
+    """A checkpoint of a random model, as train.py writes it; `tokenizer` is its entry in the info."""
+    path, entry = str(folder / f"{kind}700.pt"), {"tokenizer": tokenizer} if tokenizer else {}
+    save_checkpoint(path, random_model(**changes), {"dataset": "story", "format": kind, "data": DATA, **FACTS, **entry})
     return path
 
 

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import json
+import subprocess
 import sys
+import urllib.request
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from common.cli import UserError
+from data.vocabularies import open_tokenizer
 from exchange import gguf_file
 from exchange.hugging_face import complete_weights
 from exchange.tokenizer_files import CHAT_TEMPLATE, merges, vocabulary
@@ -18,12 +24,12 @@ from generation.decoding import generate
 from generation.sampling import Sampling
 from setup_tokenizer import (
     ENDOFTEXT_ID,
+    GPT2,
     IM_END_ID,
     N_VOCAB,
-    encode_chat,
-    encode_text,
 )
 from tests.test_export import CHATS, CONFIG, TEXTS, chat, random_model, save  # noqa: F401
+from tests.test_own_tokenizer import train_vocabulary
 
 # ---- GGUF ----------------------------------------------------------------------------------------------------------
 
@@ -115,31 +121,65 @@ def test_gguf_that_cannot_be_written_is_refused_before_any_work(tmp_path, monkey
     assert not (tmp_path / "out").exists()
 
 
+LLAMA_SERVER = """
+import sys, time, xllamacpp
+params = xllamacpp.CommonParams()
+params.model.path, params.port, params.n_ctx, params.n_parallel = sys.argv[1], 0, 128, 1
+params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1
+params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32  # by default float16
+params.no_extra_bufts = True  # with AMX, some builds crash (ggml-org/llama.cpp issue 20824)
+server = xllamacpp.Server(params)
+print("at", server.listening_address, flush=True)
+time.sleep(3600)
+"""
+
+
+@contextlib.contextmanager
+def llama_cpp(path: Path) -> Iterator[Callable[[str, dict], dict]]:
+    """llama.cpp's server with a model, as a function that posts a request to an endpoint and returns the answer."""
+    with subprocess.Popen(
+        [sys.executable, "-c", LLAMA_SERVER, str(path)], stdout=subprocess.PIPE, text=True
+    ) as process:
+        try:
+            assert process.stdout is not None
+            address = next(line.split()[1] for line in process.stdout if line.startswith("at "))
+
+            def post(endpoint: str, content: dict) -> dict:
+                headers = {"Content-Type": "application/json"}
+                request = urllib.request.Request(address + endpoint, json.dumps(content).encode(), headers)
+                with urllib.request.urlopen(request, timeout=60) as answer:
+                    return json.load(answer)
+
+            yield post
+        finally:
+            process.kill()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["f32", "q8_0"])
-def test_llama_cpp_decodes_the_same_ids(tmp_path, monkeypatch, kind):
-    """Greedy decoding of 50 ids, equal for f32; 8 bits must agree on the first ones at least."""
-    llama_cpp = pytest.importorskip("llama_cpp", reason="pip install llama-cpp-python builds it in some minutes")
-    default_params = llama_cpp.llama_cpp.llama_model_default_params
-
-    def without_amx():  # which crashes in some builds (ggml-org/llama.cpp issue 20824)
-        params = default_params()
-        params.use_extra_bufts = False
-        return params
-
-    monkeypatch.setattr(llama_cpp.llama_cpp, "llama_model_default_params", without_amx)
-    monkeypatch.setattr(llama_cpp, "llama_model_default_params", without_amx)
-    export(ExportOptions(save(tmp_path, "chat"), str(tmp_path / "out"), gguf=kind))
-    prompt = encode_chat(CHATS[0], add_generation_prompt=True)
-    ours = [int(ids[0]) for ids in generate(random_model(), [prompt], 50 - 1, Sampling(temperature=0))]
-    llama = llama_cpp.Llama(str(tmp_path / "out" / f"model-{kind}.gguf"), n_ctx=64, n_threads=1, verbose=False)
-    llama.eval(prompt)
-    theirs = []
-    for _ in ours:
-        theirs.append(llama.sample(temp=0.0))
-        llama.eval(theirs[-1:])
-    same = len(ours) if kind == "f32" else 5
-    assert theirs[:same] == ours[:same]
-    for text in TEXTS[1:]:
-        assert llama.tokenize(text.encode(), add_bos=False, special=False) == encode_text(text)
-    assert (llama.token_eos(), llama.token_bos()) == (IM_END_ID, ENDOFTEXT_ID)
+@pytest.mark.parametrize("is_own", [False, True], ids=["gpt2", "own"])
+def test_llama_cpp_has_the_same_ids_for_texts_and_decodes_the_same(tmp_path, kind, is_own):
+    """Greedy decoding of replies, equal for f32; 8 bits must agree on the first three ids at least."""
+    pytest.importorskip("xllamacpp", reason="pip install xllamacpp")
+    tokenizer, changes = GPT2, {}
+    if is_own:
+        train_vocabulary(tmp_path / "own-tokenizer.json", "gpt2")
+        tokenizer = open_tokenizer("own", tmp_path)
+        changes = {"n_vocab": tokenizer.n_vocab, "vocab_size": -(-tokenizer.n_vocab // 64) * 64}
+    model = save(tmp_path, "chat", tokenizer.to_info(), **changes)
+    export(ExportOptions(model, str(tmp_path / "out"), gguf=kind))
+    with llama_cpp(tmp_path / "out" / f"model-{kind}.gguf") as post:
+        for text in TEXTS[1:]:
+            answer = post("/tokenize", {"content": text, "add_special": False, "parse_special": False})
+            assert answer["tokens"] == tokenizer.encode_text(text)
+        longest = 0
+        for messages in CHATS:
+            prompt = tokenizer.encode_chat(messages, add_generation_prompt=True)
+            ours = [int(ids[0]) for ids in generate(random_model(**changes), [prompt], 20, Sampling(temperature=0))]
+            ours = (ours[: ours.index(tokenizer.im_end)] if tokenizer.im_end in ours else ours)[: 64 - len(prompt)]
+            settings = {"n_predict": 20, "temperature": 0, "return_tokens": True}
+            theirs = post("/completion", {"prompt": prompt, **settings})["tokens"]
+            same = len(ours) if kind == "f32" else min(3, len(ours))
+            assert theirs[:same] == ours[:same]
+            longest = max(longest, same)
+    assert longest >= (15 if kind == "f32" else 3)

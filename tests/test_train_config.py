@@ -15,7 +15,7 @@ from common.cli import UserError, given_options, parse_options
 from setup_tokenizer import N_VOCAB
 from tests.tiny import load_checkpoint, run
 from training.adapter_config import FIELDS
-from training.config import RunConfig, make_config
+from training.config import RunConfig, default_learning_rate, make_config
 from training.options import TrainOptions
 from training.schedule import schedule
 
@@ -28,6 +28,7 @@ def facts_of(kind: str, tokens: int = 10_000_000, name: str = "mine", **more) ->
 
 
 TEXT = facts_of("text")
+SMALL_VOCABULARY = {**TEXT, "n_vocab": 4096}
 CHAT = facts_of("chat")
 MIXED = {"format": "chat", "n_vocab": N_VOCAB, "parts": [{**TEXT, "weight": 0.5}, {**CHAT, "weight": 0.5}]}
 
@@ -117,6 +118,11 @@ def test_the_fields_are_the_keys_of_a_checkpoint(straight):
         (TEXT, {}, {"batch_size": 16, "gradient_accumulation_steps": 1, "val_rows": 320, "block_size": 256}),
         (TEXT, {"n_embd": 384}, {"learning_rate": 3e-3, "min_lr": 3e-3 / 10}),
         (TEXT, {"n_embd": 512}, {"learning_rate": 6e-4}),
+        (SMALL_VOCABULARY, {}, {"learning_rate": 6e-3, "muon_learning_rate": 0.02, "min_lr": 6e-3 / 10}),
+        (SMALL_VOCABULARY, {"optimizer": "adamw"}, {"learning_rate": 3e-3}),
+        (SMALL_VOCABULARY, {"n_embd": 512}, {"learning_rate": 6e-4}),
+        (SMALL_VOCABULARY, {"learning_rate": 1e-3}, {"learning_rate": 1e-3}),
+        ({**CHAT, "n_vocab": 4096}, {}, {"learning_rate": 3e-3}),
         (TEXT, {"max_iters": 100}, {"warmup_iters": 5, "eval_interval": 25, "compile": False}),
         (TEXT, {"learning_rate": 0.0}, {"learning_rate": 0.0, "min_lr": 0.0}),
     ],
@@ -124,6 +130,12 @@ def test_the_fields_are_the_keys_of_a_checkpoint(straight):
 def test_the_defaults_follow_from_data_device_and_shape(data, given, expected):
     config = config_of(data, **given)
     assert {name: getattr(config, name) for name in expected} == expected
+
+
+def test_fine_tuning_of_text_starts_from_the_usual_rate():
+    shape = {"n_embd": 128, "n_vocab": 4096}
+    assert default_learning_rate(TrainOptions(), {"text"}, shape) == 6e-3
+    assert default_learning_rate(TrainOptions(init_from="story.pt"), {"text"}, shape) == 3e-3
 
 
 def test_without_the_fast_parts_nothing_is_compiled():

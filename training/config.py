@@ -29,6 +29,7 @@ from training.parallel import micro_batch_size
 
 DEFAULT_BATCH_SIZE = 16
 MUON_LEARNING_RATE = 0.02
+NARROW, FEW_IDS = 384, 8192  # the largest width and vocabulary with larger learning rates
 # With --init_from, a fraction of a new model's learning rates. Steps as large as those for new weights destroy what the
 # trained weights know; with much smaller steps they hardly learn (docs/fine-tuning.md has measurements).
 FINE_TUNING_RATE = 1 / 3
@@ -129,7 +130,7 @@ def make_config(
     steps = options.gradient_accumulation_steps or (8 if device.startswith("cuda") else 1)
     micro_batch_size(wanted, steps)  # raises UserError if the processes cannot share the rows
     max_iters = options.max_iters or default_iters(portions(data), shape["block_size"], wanted * steps, is_fine_tuning)
-    chosen = {**shape, **_choices(options, device, formats, shape["n_embd"], max_iters, speed_up is not None)}
+    chosen = {**shape, **_choices(options, device, formats, shape, max_iters, speed_up is not None)}
     chosen |= adapter_choices(options, shape, checkpoint, formats)
 
     # The micro-batch: the default or the largest that fits, while the sequences per iteration stay the same.
@@ -160,15 +161,20 @@ def _val_rows(options: TrainOptions, saved: Mapping[str, Any], batch_size: int) 
 
 
 def _choices(
-    options: TrainOptions, device: str, formats: set[str], n_embd: int, max_iters: int, has_fast_parts: bool
+    options: TrainOptions,
+    device: str,
+    formats: set[str],
+    shape: Mapping[str, Any],
+    max_iters: int,
+    has_fast_parts: bool,
 ) -> dict[str, Any]:
     """The value of every option that may be None, except the model's shape and the micro-batch."""
     on_cuda, is_chat = device.startswith("cuda"), bool(formats & {"chat", *PREFERENCE_FORMATS})
-    # A narrow model tolerates, and needs, larger steps. An adapter's factors are new weights added to trained ones.
+    # An adapter's factors are new weights added to trained ones.
     fraction = FINE_TUNING_RATE if options.init_from and options.lora_rank is None else 1.0
     if options.objective != "next_token":
         fraction = PREFERENCE_RATE
-    learning_rate = _or(options.learning_rate, fraction * (3e-3 if n_embd <= 384 else 6e-4))
+    learning_rate = _or(options.learning_rate, fraction * default_learning_rate(options, formats, shape))
     # On a CPU, compiling takes up to a minute, which does not pay off in a short run.
     compiling_pays_off = on_cuda or (device == "cpu" and max_iters >= 200 and has_cpp_compiler())
     return {
@@ -188,6 +194,18 @@ def _choices(
         "compile": has_fast_parts and _or(options.compile, compiling_pays_off),
         "activation_checkpointing": has_fast_parts and options.activation_checkpointing,
     }
+
+
+def default_learning_rate(options: TrainOptions, formats: set[str], shape: Mapping[str, Any]) -> float:
+    """AdamW's peak learning rate for a new model. A narrow model tolerates, and needs, larger steps.
+
+    Next to Muon it is the rate of the embeddings and of the tied head. Text with few ids needs larger steps of these
+    (docs/experiments/optimizer.md); fine-tuning and chats were only tried at the usual rate.
+    """
+    if shape["n_embd"] > NARROW:
+        return 6e-4
+    is_new_text = formats == {"text"} and options.init_from is None
+    return 6e-3 if is_new_text and shape["n_vocab"] <= FEW_IDS and options.optimizer == "muon" else 3e-3
 
 
 def _default_preset(device: str) -> str:

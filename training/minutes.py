@@ -41,8 +41,6 @@ COMPILE_FROM_S = 300.0  # on a CPU, where compiling takes up to a minute; in a s
 EVALUATION_SHARE = 1 / 3  # of the work of a training step: the forward pass alone
 # What --preset auto times first: small enough to take seconds, large enough to keep the device busy.
 REFERENCE, REFERENCE_ON_CUDA = (Shape(4, 4, 128, 256), 4), (Shape(8, 8, 512, 1024), 32)  # with rows
-# Twice the default rate, and its largest vocabulary and width; tried with up to 4,096 ids and a width of 128.
-TEXT_RATE, TEXT_RATE_IDS, TEXT_RATE_WIDTH = 6e-3, 8192, 384
 Configure = Callable[[TrainOptions], RunConfig]
 Measure = Callable[[RunConfig], float]  # a run's seconds per iteration
 
@@ -154,20 +152,12 @@ def _with_shape(
         return not any_process(not model_fits(model, device, 1 if on_cuda else DEFAULT_BATCH_SIZE))
 
     best = choose_shape(budget, candidates(options, document_size(facts)), fits)
-    rate = TEXT_RATE if suits_text_rate(options, facts, best.n_embd) else options.learning_rate
-    chosen = dataclasses.replace(options, **dataclasses.asdict(best), learning_rate=rate)
+    chosen = dataclasses.replace(options, **dataclasses.asdict(best))
     if options.batch_size is None and options.gradient_accumulation_steps is None:
         batch = _batch(rows_per_iter(budget.tokens_read(best), best.block_size), on_cuda)
         chosen = dataclasses.replace(chosen, **batch)
     tokens_per_iter = configure(_for_timing(chosen)).tokens_per_iter
     return chosen, int(flops / best.flops_per_token(n_vocab) / tokens_per_iter)
-
-
-def suits_text_rate(options: TrainOptions, facts: Mapping[str, Any], n_embd: int) -> bool:
-    """Whether TEXT_RATE is better than the default: for text with a small vocabulary and with Muon."""
-    is_text = all(part["format"] == "text" for part in data_parts(facts))
-    is_small = facts["n_vocab"] <= TEXT_RATE_IDS and n_embd <= TEXT_RATE_WIDTH
-    return is_text and is_small and options.learning_rate is None and options.optimizer == "muon"
 
 
 def _batch(rows: int, on_cuda: bool) -> dict[str, Any]:

@@ -104,7 +104,8 @@ class TrainOptions(ObjectiveOptions, AdapterOptions):
     )
     learning_rate: float | None = option(
         None,
-        "AdamW's peak learning rate (default: 3e-3 up to a width of 384, else 6e-4; a third of it with --init_from)",
+        "AdamW's peak learning rate (default: 3e-3, or 6e-3 for text with at most 8,192 ids next to Muon, and 6e-4 "
+        "above a width of 384; with --init_from a third of 3e-3 or 6e-4)",
         at_least=0,
         group="optimizer",
         metavar="LR",
