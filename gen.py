@@ -32,7 +32,7 @@ from common.device import (
 )
 from common.files import atomic_write, require_target
 from common.speedups import load_speedups
-from common.text_files import decode_text, unix_line_ends
+from common.text_files import decode_text, unix_line_endings
 from common.threads import sleep_while_waiting_if_busy
 from generation.chat import ChatSession, PromptSession
 from generation.terminal import Console, talk, wrapped
@@ -287,7 +287,7 @@ def hidden_ids(options: GenOptions, tokenizer: Tokenizer) -> tuple[int, ...]:
 def read_prompt(options: GenOptions) -> str | None:
     """The prompt that the options give, or None. Raises UserError for a file that cannot be read."""
     if options.prompt_file is None:
-        return None if options.prompt is None else unix_line_ends(options.prompt)
+        return None if options.prompt is None else unix_line_endings(options.prompt)
     try:
         if options.prompt_file == "-":
             content = sys.stdin.buffer.read()

@@ -37,7 +37,7 @@ if TYPE_CHECKING:  # at run time torch is imported only when the options are kno
     from model import GPT
 
 API_KEY_VARIABLE = "JOJO_API_KEY"
-SHORTEST_API_KEY = 8
+MIN_API_KEY_LENGTH = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,7 +109,7 @@ class ServeOptions:
 
 
 def choose_api_key(options: ServeOptions) -> str | None:
-    """The key that clients must send. Raises UserError for another host without one, and for a short key."""
+    """The key that clients must send. Raises UserError if it is short, or if other machines can connect without it."""
     key = options.api_key if options.api_key is not None else os.environ.get(API_KEY_VARIABLE)
     if options.no_auth:
         return None
@@ -119,9 +119,9 @@ def choose_api_key(options: ServeOptions) -> str | None:
                 f"--host {options.host} lets other machines in: set {API_KEY_VARIABLE} or --api_key, or add --no_auth"
             )
         return None
-    if len(key) < SHORTEST_API_KEY or not (key.isascii() and key.isprintable()) or key != key.strip():
+    if len(key) < MIN_API_KEY_LENGTH or not (key.isascii() and key.isprintable()) or key != key.strip():
         raise UserError(
-            f"the API key must have at least {SHORTEST_API_KEY} printable ASCII characters; make one with: "
+            f"the API key must have at least {MIN_API_KEY_LENGTH} printable ASCII characters; make one with: "
             "python -c 'import secrets; print(secrets.token_urlsafe())'"
         )
     return key

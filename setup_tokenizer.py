@@ -45,7 +45,7 @@ def control_ids(n_vocab: int) -> tuple[int, int, int]:
     return n_vocab - 3, n_vocab - 2, n_vocab - 1
 
 
-# The ids of each role's name after <|im_start|>; the line end after them is one more id.
+# The ids of each role's name after <|im_start|>; the newline after them is one more id.
 ROLE_IDS = {"system": (10057,), "user": (7220,), "assistant": (562, 10167)}
 ROLES = tuple(ROLE_IDS)
 
@@ -229,7 +229,7 @@ class MessageSpans(NamedTuple):
 
     role: np.ndarray  # index into ROLES, -1 for an unknown role
     start: np.ndarray  # position of <|im_start|>
-    content: np.ndarray  # position of the first id after the role and its line end
+    content: np.ndarray  # position of the first id after the role and its newline
     end: np.ndarray  # position after <|im_end|>, or where the message is cut off
     is_closed: np.ndarray  # whether it ends with <|im_end|>
 
@@ -266,14 +266,14 @@ class Tokenizer:
         for role in ROLES:
             if any(encode(role + text) != encode(role) + encode(text) for text in ("\n", "\na", "\n\n", "\n 1")):
                 raise UserError(
-                    f"the pattern of the tokenizer {name} does not separate {role!r} from the line end after it, so "
+                    f"the pattern of the tokenizer {name} does not separate {role!r} from the newline after it, so "
                     "ChatML cannot be encoded; train one with: python data/train-tokenizer.py --help"
                 )
         return dataclasses.replace(tokenizer, role_ids=tuple(tuple(encode(role)) for role in ROLES))
 
     @property
     def option(self) -> str:
-        """What --tokenizer calls it."""
+        """Its name as a value of --tokenizer."""
         return "gpt2" if self.vocabulary is None else self.name
 
     @property
@@ -326,7 +326,7 @@ class Tokenizer:
         """Where ChatML's messages are in a row of ids (N,), which may begin and end anywhere.
 
         A message without `<|im_end|>` extends to the next `<|im_start|>` or `<|endoftext|>`, or to the end of the row.
-        The line end after the role may be part of a longer token, if the content begins with white space.
+        The newline after the role may be part of a longer token, if the content begins with white space.
 
         >>> import numpy as np
         >>> spans = GPT2.message_spans(np.array(GPT2.encode_chat([{"role": "user", "content": "Hi"}])))
@@ -344,7 +344,7 @@ class Tokenizer:
         last = len(ids) - 1
         is_closed = ids[np.minimum(stop, last)] == self.im_end
         end = stop + is_closed
-        # The header is <|im_start|>, the role's ids and the id with its line end; an unknown role counts as one id.
+        # The header is <|im_start|>, the role's ids and the id with its newline; an unknown role counts as one id.
         role, header = np.full(len(start), -1), np.full(len(start), 3)
         for index, role_ids in enumerate(self.role_ids):
             has_role = np.ones(len(start), dtype=bool)

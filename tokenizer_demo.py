@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from common.cli import option, parse_options, run_script, shows_colour
+from common.cli import option, parse_options, run_script, supports_colour
 from data.vocabularies import DATA_FOLDER, open_tokenizer
 from setup_tokenizer import GPT2, Tokenizer, get_base_tokenizer, render_chat
 
@@ -57,7 +57,7 @@ def show_pieces(ids: list[int], tokenizer: Tokenizer = GPT2) -> str:
     '[Once][ upon]'
     """
     pieces = [tokenizer.token_text(token) for token in ids]
-    if not shows_colour():
+    if not supports_colour():
         return "".join(f"[{piece}]" for piece in pieces)
     backgrounds = (44, 45)  # blue and magenta alternate; control tokens are green
     return "".join(
@@ -73,7 +73,7 @@ def show_ids(ids: list[int]) -> str:
 
 
 def title(text: str) -> None:
-    print(f"\n\x1b[1m{text}\x1b[0m" if shows_colour() else f"\n{text}\n{'-' * len(text)}")
+    print(f"\n\x1b[1m{text}\x1b[0m" if supports_colour() else f"\n{text}\n{'-' * len(text)}")
 
 
 def show_text(text: str, tokenizer: Tokenizer) -> None:

@@ -161,7 +161,7 @@ def build(
         batches=Batches(rows, objective.items_per_iter, position),
         val_batches=val_batches,
         run=run,
-        measurements=Measurements(run, scaler, objective.names),
+        measurements=Measurements(run, scaler, objective.metric_names),
         sample=sample or Sampler(lambda: plan.data.tokenizer.enc),
     )
 
@@ -266,10 +266,10 @@ def train(options: TrainOptions, given: dict[str, Any]) -> int:
     if fast:
         fast.keep_freed_memory()  # before the first tensor is allocated
     planned = plan(options, given, fast)
-    return carry_out(build(planned, fast), fast) if planned else 0
+    return run_to_end(build(planned, fast), fast) if planned else 0
 
 
-def carry_out(training: Training, fast: ModuleType | None, stop_signal: Callable[[], StopSignal] = StopSignal) -> int:
+def run_to_end(training: Training, fast: ModuleType | None, stop_signal: Callable[[], StopSignal] = StopSignal) -> int:
     """Train, with everything around the loop: the run's files, signals, errors, and saving at the end."""
     config, run = training.config, training.run
     claim = run.files.claim(checkpoint_bytes(training.model))

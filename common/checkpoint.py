@@ -6,7 +6,7 @@ A checkpoint is one file written by `torch.save`:
     info      plain facts: model (GPTConfig as a dict), config (train.py's options), dataset, format ("text" or "chat"),
               data (the data set's .json; for a mixture, one entry per data set under "parts"), tokenizer, iter_num,
               tokens_seen, elapsed_s, train_loss, val_loss, ..., and adapter (see common/lora.py) if it is one
-    model     the weights in float32, by name; of an adapter only its factors
+    model     the weights in float32, by name; for an adapter, only its factors
     training  what else is needed to resume: optimizers, scaler, data position, random states; None in a weights file
     digests   the sha256 of info, model and training
 
@@ -65,7 +65,7 @@ def save_checkpoint(
 
 
 class _ErrorRecorder:
-    """A file that keeps its last write error, which torch hides by raising a RuntimeError instead."""
+    """A file that remembers its last write error, because torch replaces it with a RuntimeError."""
 
     def __init__(self, file: IO[bytes]):
         self._file = file
@@ -127,7 +127,7 @@ def read_file(path: str | os.PathLike) -> object:
     """What `torch.save` wrote, memory-mapped and not yet checked. Raises UserError for an unreadable or unsafe file."""
     path = Path(path)
     if not path.is_file():
-        raise UserError(f"{path} not found; {_what_exists(path.parent)}")
+        raise UserError(f"{path} not found; {_available_checkpoints(path.parent)}")
     try:
         # weights_only, always: unpickling anything but plain types and tensors can run code from the file.
         with warnings.catch_warnings():
@@ -161,7 +161,7 @@ def _unreadable(path: Path, error: Exception) -> str:
     return f"{path} is not a readable checkpoint ({type(error).__name__}); use another file"
 
 
-def _what_exists(folder: Path) -> str:
+def _available_checkpoints(folder: Path) -> str:
     found = find_checkpoints(folder)
     if not found:
         return "make one with: python train.py"
@@ -229,9 +229,9 @@ def find_checkpoints(folder: str | os.PathLike = "models") -> list[Path]:
 def readable_infos(
     paths: Iterable[Path], read: Callable[[Path], dict] = read_info, required: bool = False
 ) -> dict[Path, dict]:
-    """What `read` returns for each checkpoint; those that it cannot read are named on standard error.
+    """What `read` returns for each checkpoint. Unreadable ones are skipped with a message on standard error.
 
-    Raises the first UserError of `read` if one is `required` and none can be read.
+    Raises the first UserError of `read` if `required` is set and no checkpoint can be read.
     """
     infos, unreadable = dict[Path, dict](), list[UserError]()
     for path in paths:
@@ -314,7 +314,7 @@ def checkpoint_bytes(model: GPT, optimizer_floats_per_weight: int = 2) -> int:
     return n_trained * 4 * (1 + optimizer_floats_per_weight) + (1 << 20)
 
 
-def prune_kept(folder: Path, pattern: str, keep: int) -> None:
+def keep_newest_files(folder: Path, pattern: str, keep: int) -> None:
     """Remove all but the `keep` newest files in `folder` that match `pattern`."""
     paths = sorted(folder.glob(pattern), key=lambda path: (path.stat().st_mtime_ns, path.name))
     for path in paths[: max(0, len(paths) - keep)]:

@@ -47,7 +47,7 @@ def first_cause(error: BaseException) -> str:
 
 
 def run_script(main: Callable[[], int | None], needs_output: bool = True) -> None:
-    """Run a script's `main` and exit with its status. This is the one function that prints a UserError.
+    """Run a script's `main` and exit with its status. No other function prints a UserError.
 
     The exit status is what `main` returns (None counts as 0), 1 after a UserError and 130 after Ctrl-C. Any other
     exception is a bug and shows its traceback. With `needs_output=False` the script continues when its standard output
@@ -84,7 +84,7 @@ def run_script(main: Callable[[], int | None], needs_output: bool = True) -> Non
 
 @dataclasses.dataclass(frozen=True)
 class Option:
-    """What `option` says about a dataclass field; see there."""
+    """The settings of one option; `option` explains them."""
 
     help: str
     group: str | None
@@ -151,8 +151,8 @@ def parse_options(
 
     A `bool` that is False by default becomes `--name`, any other `bool` `--name/--no-name`; `X | None` parses as X.
     `description` is the script's docstring: `--help` shows its first line and, at the end, its indented command lines
-    as examples, unless `examples` lists others. With `needs_options`, a command line without any option shows the help,
-    too. A value out of range and a ValueError of `__post_init__` are usage errors: one line, exit status 2.
+    as examples, unless `examples` lists others. With `needs_options`, an empty command line also shows the help. A
+    value out of range and a ValueError of `__post_init__` are usage errors: one line, exit status 2.
 
     >>> @dataclasses.dataclass
     ... class Options:
@@ -236,7 +236,7 @@ def option_type(hint: Any) -> Any:
 
 
 class _Parser(argparse.ArgumentParser):
-    """argparse with errors of one line and a suggestion for a mistyped option."""
+    """An argparse parser with one-line errors and a suggestion for a mistyped option."""
 
     def error(self, message: str) -> NoReturn:
         message = re.sub(r"^argument (\S+?)(/\S+)?: ", r"\1 ", message)
@@ -379,8 +379,8 @@ def is_terminal() -> bool:
     return sys.stdin is not None and sys.stdin.isatty() and sys.stdout.isatty() and "RANK" not in os.environ
 
 
-def shows_colour() -> bool:
-    """Whether standard output shows ANSI colours: a terminal without NO_COLOR, or anything with FORCE_COLOR."""
+def supports_colour() -> bool:
+    """Whether to print in colour: on a terminal without NO_COLOR, or wherever FORCE_COLOR is set."""
     if os.environ.get("NO_COLOR"):
         return False
     return bool(os.environ.get("FORCE_COLOR")) or (sys.stdout.isatty() and os.environ.get("TERM") != "dumb")

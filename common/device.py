@@ -51,7 +51,7 @@ def device_option(group: str | None = "device") -> Any:
 
 def dtype_option(
     group: str | None = "device",
-    help: str = "precision of the matrix products; float32 is TF32 on CUDA (default: the device's best)",
+    help: str = "precision of matrix products; float32 means TF32 on CUDA (default: the device's best)",
 ) -> Any:
     """The option --dtype; see `choose_dtype`."""
     return option(None, help, choices=("float32", "bfloat16", "float16"), group=group)
@@ -191,8 +191,8 @@ def has_fast_bfloat16(device: str) -> bool:
 def tensor_core_dtype(device: str) -> Any:
     """The precision in which Muon multiplies on a device: bfloat16, unless the device only emulates it.
 
-    A CPU without it uses float32. CUDA devices before Ampere (Volta, Turing) have tensor cores for float16; still older
-    ones have none and use float32.
+    A CPU without it uses float32. CUDA devices before Ampere (Volta, Turing) have tensor cores for float16; older ones
+    have no tensor cores and use float32.
     """
     import torch
 
@@ -261,8 +261,8 @@ def allow_tf32() -> None:
 def without_cudnn_attention() -> Iterator[None]:
     """Keep torch from choosing cuDNN's attention on CUDA; also a decorator, for everything but training.
 
-    cuDNN builds a plan for each new shape, so each new length of a prompt would take far longer than its attention. It
-    also gives wrong results for fewer than 8 heads on some cards (PyTorch issue 193893).
+    cuDNN builds a plan for each new shape, which for each new prompt length takes far longer than the attention itself.
+    It also gives wrong results for fewer than 8 heads on some cards (PyTorch issue 193893).
     """
     import torch
 
@@ -275,7 +275,7 @@ def without_cudnn_attention() -> Iterator[None]:
 
 
 def empty_cache(device: str) -> None:
-    """Return the memory that torch keeps for later tensors to a CUDA or MPS device."""
+    """Free the device memory that torch caches for later tensors (on CUDA and MPS)."""
     import torch
 
     if device.startswith("cuda"):
@@ -285,7 +285,7 @@ def empty_cache(device: str) -> None:
 
 
 def peak_flops(device_name: str, dtype: str = "bfloat16") -> float | None:
-    """A device's peak in dense matrix products, in FLOP/s, by its name; None if it is not known.
+    """The peak FLOP/s of dense matrix products on the device of this name; None if it is not known.
 
     The two 16-bit precisions have the same peak; float32 means TF32 where the device has it.
 
@@ -310,7 +310,7 @@ _OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "ALLOC_FAILED")  # C
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an exception says that a device, or the machine itself, ran out of memory."""
+    """Whether an exception means that a device, or the machine itself, has run out of memory."""
     import torch
 
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):

@@ -45,7 +45,7 @@ def atomic_write(path: str | os.PathLike, mode: str = "wb", **open_settings: Any
         temporary.unlink(missing_ok=True)
         if (
             isinstance(error, OSError)
-            and error.filename in (None, str(temporary), temporary)  # an error that names another file is not ours
+            and error.filename in (None, str(temporary), temporary)  # other errors concern another file
             and error.errno in _WRITE_ERRORS
         ):
             raise write_error(path, error) from error
@@ -57,7 +57,7 @@ def atomic_files(folder: str | os.PathLike, name: str) -> Iterator[Path]:
     """A temporary folder for a group of files that appear in `folder` together when the block ends.
 
     Each file must be complete and on the disk by then. The files are renamed in the order in which they were last
-    changed, so write the file that vouches for the others last. After any exception `folder` is unchanged. Only one
+    changed, so write the file that describes the others last. After any exception `folder` is unchanged. Only one
     writer at a time may use a `name`: the files of an earlier writer that was killed are removed.
     """
     folder = Path(folder)
@@ -110,7 +110,7 @@ def fsync_folder(folder: Path) -> None:
 
 
 def remove_stale_temporaries(path: str | os.PathLike) -> list[Path]:
-    """Remove the temporary files that ended processes left next to `path`; returns their paths.
+    """Remove temporary files next to `path` whose writers are no longer running; returns their paths.
 
     The name of a temporary file contains its writer's process id; the file of a running process is kept.
     """

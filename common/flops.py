@@ -1,4 +1,4 @@
-"""The work of a training step, from a model's shape alone."""
+"""The FLOPs of a training step, computed from a model's shape alone."""
 
 from __future__ import annotations
 

@@ -1,12 +1,12 @@
-"""Low-rank adapters (LoRA): the weights of a trained model stay as they are, and small factors beside them learn.
+"""Low-rank adapters (LoRA): a trained model's weights are frozen, and small factors beside them are trained.
 
-    adapt(model, Adapter(rank=8))                # freezes the weights; new factors A and B train
+    adapt(model, Adapter(rank=8))                # freezes the weights; only the new factors A and B are trained
     factors = trained_weights(model)             # what an adapter's checkpoint holds
     weights = merge(base, factors, adapter, config)   # plain weights again, for generation and export
 
 A matrix W (out, in) becomes W + alpha / R * B A with A (R, in) and B (out, R) ("LoRA", Hu et al. 2021, section 4.1). B
-starts as zeros, so an adapted model starts as the base. model.py knows nothing of this: the layers get a subclass of
-their own class, as in fast/, so names and references stay as they are.
+is initialized to zero, so an adapted model starts out equal to its base. model.py knows nothing about adapters: each
+layer gets a subclass of its own class, as in fast/, so parameter names and references do not change.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Adapter:
         return self.alpha / self.rank
 
     def n_params(self, config: GPTConfig) -> int:
-        """The number of weights that train."""
+        """The number of trainable weights."""
         C = config.n_embd
         sizes = {"attn.c_attn": (C, 3 * C), "attn.c_proj": (C, C), "mlp.c_fc": (C, 4 * C), "mlp.c_proj": (4 * C, C)}
         per_block = self.rank * sum(sum(sizes[name]) for name in LAYERS[self.layers])
@@ -89,9 +89,10 @@ class _WithRows(torch.autograd.Function):
 
 
 def adapt(model: GPT, adapter: Adapter) -> None:
-    """Freeze a model's weights, and give it the adapter's factors, which train. Call it before fast/ is applied.
+    """Freeze a model's weights and add the adapter's trainable factors. Call it before fast/ is applied.
 
-    A starts normally distributed so that A x has the size of x. The factors are float32, whatever the model is.
+    A is drawn from a normal distribution, scaled so that A x is about as large as x. The factors are float32, whatever
+    the model is.
     """
     model.requires_grad_(False)
     for linear in adapted_layers(model, adapter):
@@ -117,13 +118,13 @@ def adapted_layers(model: GPT, adapter: Adapter) -> Iterator[LoRALinear]:
 
 
 def trained_weights(model: nn.Module) -> dict[str, Tensor]:
-    """The weights that train, by name: an adapter's factors, or all weights of a model without one."""
+    """The trainable weights by name: an adapter's factors, or all weights of a model without an adapter."""
     state = model.state_dict(keep_vars=True)
     return {name: weight.detach() for name, weight in state.items() if weight.requires_grad}
 
 
 def fit_base(weights: Mapping[str, Tensor], config: GPTConfig) -> dict[str, Tensor]:
-    """The base's weights for a model of `config`: the first positions, and new ids as the mean of all ids before them.
+    """The base's weights, fitted to `config`: excess positions are dropped, and new ids get the mean embedding.
 
     The same for training and for merging, so that an adapter is always added to the weights that it was trained with.
     """
@@ -141,8 +142,8 @@ def merge(
 ) -> dict[str, Tensor]:
     """The weights of a base that `fit_base` fitted, with the adapter's changes, which are new tensors in float32.
 
-    Added up in float64 and rounded once, so the result does not depend on the number of threads. Raises KeyError or
-    RuntimeError if the factors do not fit the base.
+    The sum is computed in float64 and rounded once, so the result does not depend on the number of threads. Raises
+    KeyError or RuntimeError if the factors do not fit the base.
     """
     weights, first = dict(base), config.n_vocab - N_CHAT_ROWS
     for name, A in factors.items():

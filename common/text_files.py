@@ -36,7 +36,7 @@ _MAGIC = (
 
 
 def decode_text(content: bytes, path: str | Path) -> str:
-    """The text of a file's bytes, without a byte order mark and with line feeds as line ends.
+    """The text of a file's bytes, without a byte order mark and with line feeds as line endings.
 
     Raises UserError if they are not UTF-8 text, or are binary.
     """
@@ -46,14 +46,14 @@ def decode_text(content: bytes, path: str | Path) -> str:
     if fault is not None:
         raise UserError(fault)
     try:
-        return unix_line_ends(content.decode("utf-8-sig"))  # -sig: without a byte order mark
+        return unix_line_endings(content.decode("utf-8-sig"))  # -sig: without a byte order mark
     except UnicodeDecodeError as error:
         sample = content[max(0, error.start - HEAD_BYTES // 2) :][:HEAD_BYTES]
         raise UserError(utf8_fault(path, sample, error.start, option=False)) from error
 
 
-def unix_line_ends(text: str) -> str:
-    """Text with line feeds for the line ends of Windows and of old Macs, as the prepare scripts store it."""
+def unix_line_endings(text: str) -> str:
+    """Text in which line feeds replace the line endings of Windows and old Macs, as the prepare scripts store it."""
     return text.replace("\r\n", "\n").replace("\r", "\n") if "\r" in text else text
 
 

@@ -10,7 +10,7 @@ when it starts.
         sleep_while_waiting_if_busy()
         run_script(main)
 
-The results are the same bit by bit: which thread computes what does not change.
+The results are the same bit for bit: which thread computes what does not change.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ POLICY = "OMP_WAIT_POLICY"
 USER_SETTINGS = (POLICY, "GOMP_SPINCOUNT", "KMP_BLOCKTIME", "LOCAL_RANK")  # torchrun's processes have one thread each
 SAMPLE_S = 0.2
 BUSY_CORES = 0.4  # more than this is not just background noise
-SLOWER = 3  # another busy program makes steps take at least this many times as long
+SLOWDOWN = 3  # another busy program makes steps take at least this many times as long
 
 
 def sleep_while_waiting_if_busy(
@@ -38,8 +38,8 @@ def sleep_while_waiting_if_busy(
 ) -> None:
     """Let OpenMP's threads sleep while they wait, if other programs use the processor now.
 
-    The user's own settings win. If torch is loaded already, the same command starts again in this process, with the
-    variable set. `measure` returns the number of cores that are busy, None if unknown.
+    The user's own settings take precedence. If torch is loaded already, the same command starts again in this process,
+    with the variable set. `measure` returns the number of cores that are busy, None if unknown.
     """
     if n_cores() < 2 or any(name in environment for name in USER_SETTINGS):
         return
@@ -90,13 +90,13 @@ class SlowSteps:
         self._measure, self._environment = measure, environment
         self._best_s = float("inf")
         self._n_slow = 0
-        self._has_told = False
+        self._has_warned = False
 
     def is_disturbed(self, step_s: float) -> bool:
-        """Whether to tell the user: True once, after two steps in a row SLOWER times as long as the fastest so far."""
+        """Whether to warn the user: True once, after two consecutive steps SLOWDOWN times as long as the fastest."""
         self._best_s = min(self._best_s, step_s)
-        self._n_slow = self._n_slow + 1 if step_s > SLOWER * self._best_s else 0
-        if self._n_slow < 2 or self._has_told or any(name in self._environment for name in USER_SETTINGS):
+        self._n_slow = self._n_slow + 1 if step_s > SLOWDOWN * self._best_s else 0
+        if self._n_slow < 2 or self._has_warned or any(name in self._environment for name in USER_SETTINGS):
             return False
-        self._has_told = (self._measure() or 0) >= BUSY_CORES
-        return self._has_told
+        self._has_warned = (self._measure() or 0) >= BUSY_CORES
+        return self._has_warned

@@ -6,8 +6,8 @@
 >>> parse_tokenizer_json(json.dumps(tokenizer_json(toy, {"<|endoftext|>": 258})), "toy.json") == toy
 True
 
-tokenizers merges by the list of pairs in the file, tiktoken by the ranks of the merged tokens. A file is accepted only
-if both give the same ids for every text.
+The package tokenizers merges in the order of the file's list of pairs, tiktoken by the ranks of the merged tokens. A
+file is accepted only if both give the same ids for every text.
 """
 
 from __future__ import annotations
@@ -23,10 +23,11 @@ from typing import Any
 
 from common.cli import UserError
 
-# Both patterns mean the same in tiktoken (fancy-regex) and tokenizers (Oniguruma); see `_construct_with_two_meanings`.
+# Both patterns mean the same in tiktoken (fancy-regex) and tokenizers (Oniguruma); see `_ambiguous_construct`.
 GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
 # Contractions in any case; letters together with combining marks, which many scripts need within a word, after one
-# space or sign; at most three digits; signs and the line ends after them; white space up to its last line end.
+# space or punctuation mark; at most three digits; punctuation with the line endings after it; white space up to its
+# last line ending.
 MULTILINGUAL_PATTERN = "|".join(
     (
         r"'(?:[sdmtSDMT]|[lL][lL]|[vV][eE]|[rR][eE])",
@@ -105,11 +106,11 @@ def _merged(token: bytes, ranks: Mapping[bytes, int]) -> list[bytes]:
     """The parts into which byte pair encoding splits a token, by `ranks`, which does not contain the token itself."""
     parts = [token[index : index + 1] for index in range(len(token))]
     while len(parts) > 1:
-        of_pairs = [ranks.get(left + right, len(ranks)) for left, right in itertools.pairwise(parts)]
-        lowest = min(of_pairs)
+        pair_ranks = [ranks.get(left + right, len(ranks)) for left, right in itertools.pairwise(parts)]
+        lowest = min(pair_ranks)
         if lowest == len(ranks):
             break
-        first = of_pairs.index(lowest)
+        first = pair_ranks.index(lowest)
         parts[first : first + 2] = [parts[first] + parts[first + 1]]
     return parts
 
@@ -123,7 +124,7 @@ def tokenizer_json(
     """The content of a tokenizer.json: bytes and merges as BPE, and the control tokens as single ids.
 
     Ids are those of the vocabulary and those that `control_tokens` gives. `metadata` is stored within the model, where
-    tokenizers ignores unknown entries; at the top level of the file it would refuse them. Raises ValueError for a
+    tokenizers ignores unknown entries; at the top level of the file, it would reject them. Raises ValueError for a
     token that cannot be merged.
     """
     settings = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
@@ -277,8 +278,8 @@ def _typed_merges(model: Mapping, where: str) -> dict[str, dict[tuple[str, str],
         pair = merge.split(" ") if isinstance(merge, str) else merge
         if not _is_pair(pair) or not vocab.keys() >= {*pair, "".join(pair)}:
             raise _refusal(where, f"has a merge that is not a pair of its tokens: {_short(merge)}")
-        of_token = positions.setdefault("".join(pair), {})
-        if of_token.setdefault((pair[0], pair[1]), position) != position:
+        token_merges = positions.setdefault("".join(pair), {})
+        if token_merges.setdefault((pair[0], pair[1]), position) != position:
             raise _refusal(where, f"has the same merge twice: {_short(merge)}")
     return positions
 
@@ -342,12 +343,12 @@ _CONSTRUCTS = re.compile(
 )
 
 
-def _construct_with_two_meanings(pattern: str) -> str | None:
+def _ambiguous_construct(pattern: str) -> str | None:
     r"""The first part of a pattern that Oniguruma and fancy-regex read differently, or None.
 
-    `{1,3}+` is possessive in one and repeats the repetition in the other, `^` and `$` match at every line end in one,
-    (?m) lets the dot match a line end or `^` and `$`, and `\w`, `\b` and [:alpha:] contain other characters. After
-    `\s++` no line end is left, so `\s++$` means the same.
+    `{1,3}+` is possessive in one and repeats the repetition in the other, `^` and `$` match at every line ending in
+    one, (?m) lets the dot match a line ending or `^` and `$`, and `\w`, `\b` and [:alpha:] contain other characters.
+    After `\s++` no line ending is left, so `\s++$` means the same.
     """
     for match in _CONSTRUCTS.finditer(pattern):
         if match["other"] or (match["escape"] and match["escape"] in "wWbB"):
@@ -356,7 +357,7 @@ def _construct_with_two_meanings(pattern: str) -> str | None:
 
 
 def _probe() -> str:
-    """A text with characters of every kind, in several surroundings."""
+    """A text with characters of every kind, in several contexts."""
     points = itertools.chain(range(0x3100), range(0x3100, 0xD800, 97), range(0xE000, 0x110000, 4999))
     characters = list(map(chr, points))
     return "".join(separator.join(characters) for separator in ("", " ", "\n", "a", "1", "!"))
@@ -371,7 +372,7 @@ def _check_pattern(pattern: str, where: str) -> None:
 
     if len(pattern) > _MAX_PATTERN_LENGTH:
         raise _refusal(where, f"cuts text by a pattern that is longer than {_MAX_PATTERN_LENGTH:,} characters")
-    if construct := _construct_with_two_meanings(pattern):
+    if construct := _ambiguous_construct(pattern):
         raise _refusal(where, f"cuts text by a pattern that tokenizers and tiktoken read differently ({construct})")
     text, ranks = _probe(), {bytes([byte]): byte for byte in range(_N_BYTES)}
     try:

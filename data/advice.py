@@ -23,7 +23,7 @@ from data.epochs import FINE_TUNING_ROWS, FITTING_EPOCHS, Portion, fine_tuning_i
 BLOCK_SIZE, ROWS_PER_ITER = 256, 16  # train.py's defaults on a CPU
 DEMO_BLOCK_SIZE = 512  # of `make demo`, whose model has a tokenizer of its own; a checkpoint is not opened here
 SMALL_FROM = 20_000_000  # tokens; with fewer, `tiny` is large enough and twice as fast
-FEW_EPOCHS = 2 * FITTING_EPOCHS  # with more, a model mostly repeats what it has read
+MANY_EPOCHS = 2 * FITTING_EPOCHS  # with more, a model mostly repeats what it has read
 ENOUGH_TOKENS = 50_000  # with this many, the fewest iterations are FITTING_EPOCHS epochs
 OWN_SHARE = 0.2  # share of the rows for the user's conversations when a chat model is fine-tuned on them
 
@@ -77,18 +77,18 @@ def advise(info: DatasetInfo, data_dir: str | None, models: Path) -> Advice:
     arguments = ["--dataset", info.name, *(["--preset", preset] if preset == "tiny" else [])]
     warnings = []
     base = chat_model(models, Path(data_dir) if data_dir else Path(__file__).parent, info.tokenizer_digest)
-    if epochs > FEW_EPOCHS and info.format == "chat" and info.name != "chitchat" and base:
+    if epochs > MANY_EPOCHS and info.format == "chat" and info.name != "chitchat" and base:
         added, rows = Portion(info.name, alone.tokens, OWN_SHARE), FINE_TUNING_ROWS
         block_size = DEMO_BLOCK_SIZE if info.tokenizer_digest else BLOCK_SIZE
         iters = fine_tuning_iters([added], block_size, rows)
         epochs = added.epochs(iters, block_size, rows)
         arguments = ["--dataset", mixture_of(info), "--init_from", str(base)]
-    elif epochs > FEW_EPOCHS:
-        warnings.append(warning_of_few(info, epochs))
+    elif epochs > MANY_EPOCHS:
+        warnings.append(few_tokens_warning(info, epochs))
     if (n_val := info.splits["val"].tokens) <= BLOCK_SIZE:
         warnings.append(
-            f"validation holds {n_val} tokens, less than a row of {BLOCK_SIZE}, so its loss is only a rough estimate; "
-            "add documents, or use a larger --val_fraction"
+            f"validation holds only {n_val} tokens, too few for a row of {BLOCK_SIZE}, so its loss is a rough "
+            "estimate; add documents, or use a larger --val_fraction"
         )
     folder = ["--data_dir", data_dir] if data_dir else []
     arguments += ["--max_iters", str(iters), *folder]
@@ -96,12 +96,12 @@ def advise(info: DatasetInfo, data_dir: str | None, models: Path) -> Advice:
 
 
 def mixture_of(info: DatasetInfo) -> str:
-    """A data set as a part of a mixture with chitchat."""
+    """The --dataset value that mixes a data set with chitchat."""
     return f"chitchat={1 - OWN_SHARE:g},{info.name}={OWN_SHARE:g}"
 
 
-def warning_of_few(info: DatasetInfo, epochs: float) -> str:
-    """Why so few tokens are a problem for a new model, and what to do."""
+def few_tokens_warning(info: DatasetInfo, epochs: float) -> str:
+    """A warning that there are too few tokens to train a new model, and what to do instead."""
     train = info.splits["train"]
     if info.format == "chat":
         return (

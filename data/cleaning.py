@@ -33,7 +33,7 @@ class EachMessage:
 
 
 def normalise(text: str) -> str:
-    """Unicode NFC, line ends as line feeds, no byte order mark, no white space at either end."""
+    """Text in Unicode NFC with line feeds as line endings, and no byte order mark or surrounding white space."""
     if "\r" in text:
         text = text.replace("\r\n", "\n").replace("\r", "\n")
     if not text.isascii():
@@ -45,7 +45,7 @@ _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 def replace_surrogates(text: str) -> str:
-    """Text with U+FFFD for unpaired surrogates, which JSON can spell and UTF-8 cannot, as tiktoken replaces them.
+    """Text in which U+FFFD replaces unpaired surrogates, as in tiktoken; JSON can contain them, UTF-8 cannot.
 
     Text without them is returned as it is, the same object.
     """
@@ -177,7 +177,7 @@ _NOT_PLURAL = re.compile(r"\b(?:says|is|was|as|this|does|means|goes|sings|needs|
 
 
 def _attach_quotes(text: str, mark: re.Pattern, opens: Callable[[str, str, str, int], bool]) -> str:
-    """The text with each opening mark attached to the following word, and each closing mark to the previous one."""
+    """The text with opening quotation marks attached to the next word, and closing ones to the previous word."""
     marks = list(mark.finditer(text))
     if not marks:
         return text

@@ -1,4 +1,4 @@
-"""What a preparation counts: why records were dropped, and notes about the ones that were kept.
+"""What a preparation counts: dropped records by reason, and notes about those that were kept.
 
 Every record that is read is either kept or counted under exactly one reason, so that
 

@@ -193,7 +193,7 @@ def info_bytes(info: DatasetInfo) -> bytes:
 
 
 def data_parts(data: Mapping[str, Any]) -> list[dict]:
-    """The .json of each data set in what a checkpoint stores about its data: one, or the parts of a mixture."""
+    """The .json of each data set that a checkpoint was trained on: one, or one for each part of a mixture."""
     return data.get("parts") or [dict(data)]
 
 
@@ -274,8 +274,8 @@ def short_splits(streams: Mapping[str, TokenStream], block_size: int) -> list[st
         if len(stream) < block_size + 1:
             remark = ", so the validation loss is only a rough estimate" if split == "val" else ""
             sentences.append(
-                f"{stream.paths[0].name} contains {len(stream)} tokens, less than a row of {block_size}; the rest of "
-                f"the row is padding{remark}"
+                f"{stream.paths[0].name} contains {len(stream)} tokens, too few for a row of {block_size} and its last "
+                f"target; the rest of the row is padding{remark}"
             )
     return sentences
 

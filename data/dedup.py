@@ -1,8 +1,8 @@
 """Find exact duplicates, near duplicates, and text that train and validation share.
 
 Documents are compared by the n-grams of their token ids. Near duplicates are found as in FineWeb (Penedo et al. 2024,
-section 3.4): MinHash signatures of 5-grams are cut into bands, and documents with an equal band count as near
-duplicates. With 16 bands of 8 values, that is so for 24, 61, 95 and 100 % of the pairs that share 60, 70, 80 and 90 %
+section 3.4): MinHash signatures of 5-grams are cut into bands, and documents that agree in at least one band count as
+near duplicates. With 16 bands of 8 values, this finds 24, 61, 95 and 100 % of the pairs that share 60, 70, 80 and 90 %
 of their 5-grams.
 """
 
@@ -67,7 +67,7 @@ class DigestSet:
         return self._table[self._find(digests), 0] != 0
 
     def _find(self, digests: np.ndarray) -> np.ndarray:
-        """The slot of each digest, or the empty slot where it would go."""
+        """The slot of each digest, or the empty slot where it would be stored."""
         mask = np.uint64(len(self._table) - 1)
         slots = (digests[:, -1] & mask).astype(np.intp)
         searching = np.arange(len(digests))
@@ -87,8 +87,8 @@ class DigestSet:
             self.add(part[part[:, 0] != 0])
 
 
-class Repeats:
-    """Finds the documents that were not seen before, and counts the others by reason."""
+class Deduplicator:
+    """Finds the documents that do not repeat an earlier one, and counts the others by reason."""
 
     def __init__(self, counts: Counter, near_dedup: bool):
         self._counts = counts
@@ -135,12 +135,12 @@ def ngram_hashes(
 
 
 def _is_text(ids: np.ndarray, tokenizer: Tokenizer) -> np.ndarray:
-    """Which ids of whole documents are text, rather than control tokens, roles or the line ends after these."""
+    """Which ids of whole documents are text, rather than control tokens, roles or the newlines after these."""
     messages = tokenizer.message_spans(ids)
     is_text = ids < tokenizer.endoftext
     is_text[np.flatnonzero(ids == tokenizer.im_end) + 1] = False
     longest = max(map(len, tokenizer.role_ids))
-    for offset in range(1, longest + 2):  # the ids of the role and of its line end
+    for offset in range(1, longest + 2):  # the ids of the role and of its newline
         in_header = messages.start + offset < messages.content
         is_text[messages.start[in_header] + offset] = False
     return is_text

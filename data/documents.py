@@ -33,7 +33,7 @@ _ESCAPED_SEPARATOR_LINE = re.compile(r"^\\(\\*<\|endoftext\|>)$", re.MULTILINE)
 
 
 def document_line(document: Document) -> bytes:
-    """A text as stored in the .txt, or a conversation as stored in the .jsonl, including the final line end.
+    """A text as stored in the .txt, or a conversation as stored in the .jsonl, including the final line feed.
 
     A line of a text that spells the separator is escaped with a backslash.
     """

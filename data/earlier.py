@@ -1,4 +1,4 @@
-"""What an earlier preparation left in the output folder: recognized if finished, replaced otherwise."""
+"""Files of an earlier preparation in the output folder: reused if that preparation is finished, replaced otherwise."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def digest_of_files(files: Sequence[Path]) -> str | None:
 
 
 def earlier_info(folder: Path, name: str) -> DatasetInfo | None:
-    """The description of an earlier preparation; None for a damaged one too, which will be replaced."""
+    """The description of an earlier preparation; None if there is none or if it is damaged and will be replaced."""
     try:
         return read_info(folder, name)
     except UserError:
@@ -75,7 +75,7 @@ def refuse_to_replace(files: Sequence[Path], folder: Path, name: str) -> None:
             raise UserError(f"{file} would be replaced by the prepared data; choose another --output_dir")
 
 
-def refuse_foreign_page(folder: Path, name: str, earlier: DatasetInfo | None) -> None:
+def refuse_to_replace_page(folder: Path, name: str, earlier: DatasetInfo | None) -> None:
     """Raise UserError if the report's page would replace a file that is not a report."""
     page = folder / f"{name}.md"
     if page.exists() and page.name not in _report_files(earlier):

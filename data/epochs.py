@@ -14,13 +14,13 @@ DEFAULT_ITERS = 5000
 # The published data sets have more tokens than this (DailyDialog: 1.6 million) and get DEFAULT_ITERS.
 FEW_TOKENS = 1_000_000
 FITTING_EPOCHS = 8  # with more, a model mostly memorizes a small text
-FEWEST_ITERS = 100  # with fewer steps, a new model learns nothing, however little data there is
+MIN_ITERS = 100  # with fewer steps, a new model learns nothing, however little data there is
 # A trained model is changed in smaller steps, so it needs more of them, but fewer rows in each: with the rows of a new
 # model, a few conversations would be in each step several times (docs/fine-tuning.md).
-FEWEST_FINE_TUNING_ITERS = 300
+MIN_FINE_TUNING_ITERS = 300
 FINE_TUNING_ROWS = 4
 PREFERENCE_EPOCHS = 3
-FEWEST_PREFERENCE_ITERS = 50
+MIN_PREFERENCE_ITERS = 50
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ def fitting_iters(portions: Sequence[Portion], block_size: int, rows_per_iter: i
     >>> fitting_iters([Portion("diary", 50_000)], block_size=256, rows_per_iter=16)
     100
     """
-    return max(portion.fitting_iters(block_size, rows_per_iter, FEWEST_ITERS) for portion in portions)
+    return max(portion.fitting_iters(block_size, rows_per_iter, MIN_ITERS) for portion in portions)
 
 
 def fine_tuning_iters(portions: Sequence[Portion], block_size: int, rows_per_iter: int) -> int:
@@ -58,7 +58,7 @@ def fine_tuning_iters(portions: Sequence[Portion], block_size: int, rows_per_ite
 
     The other parts are there so that the model does not forget them.
     """
-    return min(portion.fitting_iters(block_size, rows_per_iter, FEWEST_FINE_TUNING_ITERS) for portion in portions)
+    return min(portion.fitting_iters(block_size, rows_per_iter, MIN_FINE_TUNING_ITERS) for portion in portions)
 
 
 def default_iters(portions: Sequence[Portion], block_size: int, rows_per_iter: int, is_fine_tuning: bool) -> int:
@@ -69,13 +69,13 @@ def default_iters(portions: Sequence[Portion], block_size: int, rows_per_iter: i
 
 
 def preference_iters(portions: Sequence[Portion], rows_per_iter: int) -> int:
-    """The iterations for preference pairs: PREFERENCE_EPOCHS, at least FEWEST_PREFERENCE_ITERS.
+    """The iterations for preference pairs: PREFERENCE_EPOCHS, at least MIN_PREFERENCE_ITERS.
 
     >>> preference_iters([Portion("mine", 30_000, rows=2000)], rows_per_iter=16)
     380
     """
     iters = max(PREFERENCE_EPOCHS / portion.epochs(1, 1, rows_per_iter) for portion in portions)
-    return max(FEWEST_PREFERENCE_ITERS, round_up(iters))
+    return max(MIN_PREFERENCE_ITERS, round_up(iters))
 
 
 def has_few_tokens(portions: Sequence[Portion]) -> bool:

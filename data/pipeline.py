@@ -31,14 +31,14 @@ from common.device import n_cores
 from common.files import FileLock, atomic_files, make_folder, require_free_space
 from data.counts import DIVIDED, n_dropped, reasons_in_words
 from data.dataset import SPLITS, DatasetInfo, SplitInfo, info_bytes
-from data.dedup import Repeats, require_minhash
+from data.dedup import Deduplicator, require_minhash
 from data.documents import Document, text_path
 from data.earlier import (
     digest_of_files,
     earlier_info,
     finished_info,
-    refuse_foreign_page,
     refuse_to_replace,
+    refuse_to_replace_page,
     remove_leftovers,
 )
 from data.readers.files import ALL_SUFFIXES, is_text, split_suffix
@@ -52,7 +52,7 @@ from data.writing import Encoded, SplitWriter, staged_file
 from setup_tokenizer import Tokenizer
 
 DATA_FOLDER = Path(__file__).resolve().parent
-PIPELINE_VERSION = 3  # raised whenever the same input would give other files, so that finished data is prepared again
+PIPELINE_VERSION = 3  # increased whenever the same input gives different files, so that finished data is prepared again
 MAX_DEFAULT_WORKERS = 8  # the one process that reads and writes cannot feed more
 
 
@@ -125,9 +125,9 @@ class TextOptions(PrepareOptions):
 
 def files_of_input(options: PrepareOptions, suffixes: Sequence[str] = ALL_SUFFIXES) -> list[Path]:
     """The files that --input names, as the options say; see `input_files`."""
-    takes_more = isinstance(options, TextOptions)
-    more = parse_suffixes(options.suffix) if isinstance(options, TextOptions) else ()
-    return input_files(options.input, suffixes, more, options.strict, options.encoding, takes_more)
+    has_suffix_option = isinstance(options, TextOptions)
+    extra = parse_suffixes(options.suffix) if isinstance(options, TextOptions) else ()
+    return input_files(options.input, suffixes, extra, options.strict, options.encoding, has_suffix_option)
 
 
 @dataclass(frozen=True)
@@ -188,7 +188,7 @@ def prepare(
     with FileLock(folder / f".{dataset.name}.lock", f"data set {dataset.name} in {folder}"):
         earlier = earlier_info(folder, dataset.name)
         if options.report:
-            refuse_foreign_page(folder, dataset.name, earlier)
+            refuse_to_replace_page(folder, dataset.name, earlier)
         if not options.force and (finished := finished_info(folder, wanted)):
             print(f"{dataset.name} is already prepared in {folder}; --force prepares it again")
             info = _with_report(folder, finished, tokenizer) if options.report else finished
@@ -251,7 +251,7 @@ def _with_report(folder: Path, info: DatasetInfo, tokenizer: Tokenizer) -> Datas
 def _require_space(folder: Path, name: str, options: PrepareOptions, files: Sequence[Path]) -> None:
     """Raise UserError early if the output will certainly not fit.
 
-    The output is a copy of the text, and 2 bytes of ids per 4 bytes or so of text. Compressed text takes at least as
+    The output is a copy of the text, and about 2 bytes of ids per 4 bytes of text. Compressed text needs at least as
     much. It is not known how much of a file with records or an archive is text; a quarter is assumed.
     """
     if options.limit is None:
@@ -287,7 +287,7 @@ def _write_splits(
             split: stack.enter_context(SplitWriter(text_path(staging, wanted, split), options.shard_tokens))
             for split in SPLITS
         }
-        repeats = Repeats(counts, options.near_dedup)
+        deduplicator = Deduplicator(counts, options.near_dedup)
 
         def encoded(source: Iterable[Document]) -> Iterator[Encoded]:
             limited = itertools.islice(source, options.limit)
@@ -299,15 +299,15 @@ def _write_splits(
 
         if corpus.val is None:
             for batch, in_val in with_split(encoded(corpus.train), options.val_fraction):
-                new = repeats.find_new(batch)
+                new = deduplicator.find_new(batch)
                 writers["val"].write(batch.select(new & in_val))
                 writers["train"].write(batch.select(new & ~in_val))
         else:
             for batch in encoded(corpus.val):
-                writers["val"].write(batch.select(repeats.find_new(batch)))
-            repeats.begin_train()
+                writers["val"].write(batch.select(deduplicator.find_new(batch)))
+            deduplicator.begin_train()
             for batch in encoded(corpus.train):
-                writers["train"].write(batch.select(repeats.find_new(batch)))
+                writers["train"].write(batch.select(deduplicator.find_new(batch)))
     splits = {split: writer.info() for split, writer in writers.items()}
     if corpus.val is None:
         splits = _divided_by_tokens(staging, dataclasses.replace(wanted, splits=splits), options, worker, counts)
@@ -373,8 +373,8 @@ def _require_documents(
         )
     if corpus.val is not None and not n_train:
         raise UserError(
-            f"no train document of {where} is left, because all are empty or also in the validation file; give --input "
-            "a train file with other documents"
+            f"no training document of {where} is left, because all are empty or also in the validation file; give "
+            "--input a train file with other documents"
         )
     if corpus.val is not None and not n_val:
         raise UserError("the validation file has no documents; leave it out, and the train file will be divided")

@@ -9,7 +9,7 @@ prints:
     train: about 15,000 documents in preferences-train.bin
     val: about 800 documents in preferences-val.bin
 
-Streams oasst1, in which people ranked the answers: the best one of each question is chosen against every worse one. The
+Streams oasst1, in which people ranked the answers: the best answer to each question is paired with every worse one. The
 other sources are ultrafeedback (answers of many models, scored by GPT-4) and hh (Anthropic's helpful and harmless).
 Local files may be JSON, JSONL, parquet, CSV or TSV: `prompt`, `chosen` and `rejected` as text or as messages, HH's
 transcripts, UltraFeedback's completions with scores, KTO's `completion` and `label`, OASST's rankings, and the feedback

@@ -9,7 +9,7 @@ prints:
     train: 28,532 documents, 5,975,799 tokens in tales-train.bin
     val: 1,468 documents, 309,098 tokens in tales-val.bin
 
-The stories are simpler and more alike than TinyStories (data/prepare-story.py). A small model with a small vocabulary
+The stories are simpler and more uniform than TinyStories (data/prepare-story.py). A small model with a small vocabulary
 (data/train-tokenizer.py, docs/vocabulary.md) learns to tell such stories on a CPU. Then run:
 python train.py --dataset tales
 """

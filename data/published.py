@@ -92,7 +92,7 @@ def _split(folder: Path, shards: Sequence[Shard]) -> SplitInfo:
 
 
 def _val_split(folder: Path, shard: Shard) -> SplitInfo:
-    """The beginning of the validation shard. How many documents it contains is counted only for a whole shard."""
+    """The beginning of the validation shard. The number of its documents is known only for a whole shard."""
     tokens = min(shard.tokens, YARDSTICK_TOKENS + 1)
     if tokens == shard.tokens:
         return _split(folder, [shard])

@@ -1,8 +1,8 @@
-"""Divide prepared documents again by tokens, where dividing them by number gave validation too few or too many.
+"""Split prepared documents again by tokens, if splitting them by number gave validation too few or too many tokens.
 
 The files of both splits are read back from the staging folder and written again, so memory grows by 24 bytes per
-document. Documents go to validation in the order of their digests until it has its share. One that would take it beyond
-twice its share is cut, and its end goes to validation; one that cannot be cut is skipped.
+document. Documents are assigned to validation in the order of their digests until it has its share. A document that
+would exceed twice that share is cut, and its end goes to validation; a document that cannot be cut is skipped.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from data.splitting import cut_conversation, cut_text, fair_range
 from data.workers import Worker, text_bytes
 from data.writing import Encoded, SplitWriter
 
-FEWEST_CUT_TOKENS = 100  # a shorter document is not cut, unless it is the only one
+MIN_CUT_TOKENS = 100  # a shorter document is not cut, unless it is the only one
 MAX_CUTS_TRIED = 50
 
 
@@ -65,7 +65,7 @@ def redivide(
 
 
 def _distance(n_val: int, total: int, val_fraction: float) -> float:
-    """How far validation is from its share: the larger of the two quotients; infinite if a split is empty."""
+    """How far validation is from its share, as a factor of at least 1; infinite if a split is empty."""
     if not 0 < n_val < total:
         return float("inf")
     share = n_val / (total * val_fraction)
@@ -106,22 +106,22 @@ def _divide(folder: Path, info: DatasetInfo, worker: Worker, val_fraction: float
     total = int(n_tokens.sum())
     lowest, highest = fair_range(total, val_fraction)
     chosen: list[int] = []
-    held = n_tried = 0
+    n_val = n_tried = 0
     for index in np.argsort(keys, kind="stable").tolist():
         size, key = int(n_tokens[index]), int(keys[index])
-        if held >= total * val_fraction:
+        if n_val >= total * val_fraction:
             break
-        if held + size <= highest and len(chosen) + 1 < len(keys):
+        if n_val + size <= highest and len(chosen) + 1 < len(keys):
             chosen.append(key)
-            held += size
-        elif held < lowest and n_tried < MAX_CUTS_TRIED and (size >= FEWEST_CUT_TOKENS or len(keys) == 1):
+            n_val += size
+        elif n_val < lowest and n_tried < MAX_CUTS_TRIED and (size >= MIN_CUT_TOKENS or len(keys) == 1):
             n_tried += 1
             document = _find(folder, info, worker, key)
-            wanted = (total * val_fraction - held, lowest - held, highest - held)
+            wanted = (total * val_fraction - n_val, lowest - n_val, highest - n_val)
             if parts := _cut(document, size, wanted, worker):
                 tail = worker.encode([parts[1]])
-                return Division(frozenset(chosen), key, parts, held + len(tail.ids))
-    return Division(frozenset(chosen), n_val=held) if chosen else None
+                return Division(frozenset(chosen), key, parts, n_val + len(tail.ids))
+    return Division(frozenset(chosen), n_val=n_val) if chosen else None
 
 
 def _find(folder: Path, info: DatasetInfo, worker: Worker, key: int) -> Document:

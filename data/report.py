@@ -29,7 +29,7 @@ _ACTIVE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202
 
 
 def write_report(folder: Path, staging: Path, info: DatasetInfo, tokenizer: Tokenizer = GPT2) -> DatasetInfo:
-    """Write the page and its picture about the files in `folder` into `staging`; returns the extended description.
+    """Write a page and a picture about the files in `folder` into `staging`; returns the extended description.
 
     Reads only the prepared files. Raises UserError if they are damaged or the disk is full.
     """
@@ -182,7 +182,7 @@ def token_efficiency(folder: Path, info: DatasetInfo, tokenizer: Tokenizer = GPT
             f"tokenizer and {n_own:,} with {as_text(tokenizer.name)}."
         )
     if info.format == "text":
-        return f"{per_token} The base tokenizer makes the same tokens, because plain text contains no control tokens."
+        return f"{per_token} The base tokenizer gives the same tokens, because plain text contains no control tokens."
     n_documents, n_base, n_extended = count_tokens(read_prepared(folder, info, "train"))
     return (
         f"{per_token} The first {n_documents:,} train {documents_word(info)} take {n_base:,} tokens with the base "

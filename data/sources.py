@@ -1,8 +1,8 @@
 """Where each data set of the hub comes from: the one table of repositories, revisions and files.
 
 A revision is a commit, so that the same command gives the same data in ten years. The one exception is the conversion
-of DailyDialog to parquet, which the hub makes itself, on a branch of its own. Where a data set has several sources, the
-next one is tried if the one before cannot be downloaded. FineWeb is not pinned yet.
+of DailyDialog to parquet, which the hub makes itself, on a branch of its own. If a data set has several sources, they
+are tried one after another until one can be downloaded. FineWeb is not pinned yet.
 `python testing_tools/check_sources.py` asks the hub whether all of these files are still there.
 """
 
@@ -47,8 +47,8 @@ def origin_and_licence(
 ) -> tuple[str, str]:
     """The source and the licence that are recorded with a data set made from a data set of the hub or local files.
 
-    The source of local files is their names; with `source`, they come from that data set. `licence` replaces its
-    licence. Without both it is not stated.
+    The source of local files is their names; with `source`, they come from that data set. `licence` replaces the
+    licence of `source`; without either, the licence is "not stated".
     """
     origin = [source.hub.repository] if source else []
     names = [", ".join(file.name for file in files)] if files else []

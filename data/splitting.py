@@ -19,7 +19,7 @@ from data.writing import Encoded
 
 EXACT_SPLIT_DOCUMENTS = 50  # with more expected validation documents, a random share is close enough to the fraction
 EXACT_SPLIT_BYTES = 64 << 20
-FEWEST_EXCHANGES = 10  # a conversation with fewer questions is never cut
+MIN_EXCHANGES = 10  # a conversation with fewer questions is never cut
 
 
 def with_split(batches: Iterator[Encoded], val_fraction: float) -> Iterator[tuple[Encoded, np.ndarray]]:
@@ -29,19 +29,19 @@ def with_split(batches: Iterator[Encoded], val_fraction: float) -> Iterator[tupl
     is read completely before it is divided; validation then gets exactly its share, at least one document.
     """
     threshold = int(val_fraction * 2**64)
-    held, documents, held_bytes = [], 0, 0
+    buffered, documents, buffered_bytes = [], 0, 0
     for batch in batches:
-        held.append(batch)
+        buffered.append(batch)
         documents += len(batch.digests)
-        held_bytes += int(batch.text_bytes.sum())
-        if documents * val_fraction >= EXACT_SPLIT_DOCUMENTS or held_bytes >= EXACT_SPLIT_BYTES:
+        buffered_bytes += int(batch.text_bytes.sum())
+        if documents * val_fraction >= EXACT_SPLIT_DOCUMENTS or buffered_bytes >= EXACT_SPLIT_BYTES:
             break
     else:
-        keys = np.unique(np.concatenate([batch.digests[:, 0] for batch in held])) if held else np.zeros(0)
+        keys = np.unique(np.concatenate([batch.digests[:, 0] for batch in buffered])) if buffered else np.zeros(0)
         if len(keys) > 1:
             n_val = min(max(1, round(val_fraction * len(keys))), len(keys) - 1)
             threshold = int(keys[n_val])
-    for batch in itertools.chain(held, batches):
+    for batch in itertools.chain(buffered, batches):
         yield batch, batch.digests[:, 0] < np.uint64(threshold)
 
 
@@ -65,7 +65,7 @@ def split_by_opening(
     n_val = min(max(1, round(val_fraction * len(groups))), len(groups) - 1)
     chosen = set(openings[:n_val])
     if not is_fair(sum(sizes[:n_val]), sum(sizes), val_fraction):
-        by_size = {openings[index] for index in choose(sizes, val_fraction)}
+        by_size = {openings[index] for index in choose_by_size(sizes, val_fraction)}
         chosen = by_size or chosen
     train = [messages for opening, group in groups.items() if opening not in chosen for messages in group]
     val = [messages for opening, group in groups.items() if opening in chosen for messages in group]
@@ -81,30 +81,30 @@ def _digest(text: str, seed: int) -> bytes:
 
 
 def fair_range(total: int, val_fraction: float) -> tuple[float, float]:
-    """The fewest and the most tokens of `total` that validation may hold: half and twice its share, and never all."""
+    """The smallest and the largest number of validation tokens: half and twice the share of `total`, and never all."""
     return total * val_fraction / 2, total * min(2 * val_fraction, (1 + val_fraction) / 2)
 
 
 def is_fair(n_val: int, total: int, val_fraction: float) -> bool:
-    """Whether validation holds between half and twice its share of the tokens, and train the rest."""
+    """Whether validation has between half and twice its share of the tokens, and train is not empty."""
     lowest, highest = total * val_fraction / 2, total * 2 * val_fraction
     return 0 < n_val < total and lowest <= n_val <= highest
 
 
-def choose(sizes: Sequence[int], val_fraction: float) -> list[int]:
-    """The indices of the validation documents by size, the first ones that fit; empty if none do.
+def choose_by_size(sizes: Sequence[int], val_fraction: float) -> list[int]:
+    """The indices of the first documents whose sizes fit into validation's share; empty if none do.
 
     A document that would take validation beyond its range is skipped.
     """
     total = sum(sizes)
     highest = fair_range(total, val_fraction)[1]
-    chosen, held = [], 0
+    chosen, n_val = [], 0
     for index, size in enumerate(sizes):
-        if held >= total * val_fraction:
+        if n_val >= total * val_fraction:
             break
-        if held + size <= highest:
+        if n_val + size <= highest:
             chosen.append(index)
-            held += size
+            n_val += size
     return chosen
 
 
@@ -148,7 +148,7 @@ def cut_conversation(messages: Sequence[dict], sizes: Sequence[int], tail: int) 
     `sizes` are the tokens of each message. Both parts contain an answer.
     """
     questions = [index for index, message in enumerate(messages) if message["role"] == "user"]
-    if len(questions) < FEWEST_EXCHANGES:
+    if len(questions) < MIN_EXCHANGES:
         return None
     ends = np.cumsum(np.array(sizes)[::-1])[::-1]  # tokens from each message to the end
     answers = [

@@ -22,7 +22,7 @@ from data.readers.recognize import Recognized, read_documents
 
 MEASURED_BYTES = 8_000_000  # of text, on which memory and bytes per token are measured
 PART_CHARACTERS = 1 << 18
-# What tokenizers 0.23.3 holds while it learns, for each different piece of text: 3.1 KB for pieces of 32 bytes
+# The memory that tokenizers 0.23.3 needs for each distinct piece of text while it learns: 3.1 KB for pieces of 32 bytes
 # (Japanese and Chinese manual pages), 1.2 KB for pieces of 10 bytes (German and French ones). With 800 MB for them, the
 # whole process stays below 1 GB.
 MEMORY_PER_PIECE, MEMORY_PER_PIECE_BYTE = 300, 90
@@ -41,7 +41,7 @@ def cleaned_texts(found: Sequence[Recognized], skipped: Skipped) -> Iterator[str
 
 @dataclass(frozen=True)
 class Survey:
-    """How much text there is, and about MEASURED_BYTES of it, spread over all."""
+    """How much text there is, and a sample of about MEASURED_BYTES, spread evenly over it."""
 
     n_texts: int
     n_bytes: int
@@ -97,8 +97,8 @@ def _known_size(found: Sequence[Recognized]) -> int | None:
 def bytes_that_fit(sample: Sequence[str], pattern: str, memory_bytes: float = MEMORY_BYTES) -> int:
     """How many bytes of text like the sample the trainer can learn from in `memory_bytes`.
 
-    The trainer holds every different piece once. Their number grows as a power of the text (Heaps' law); the exponent
-    is that between half of the sample and all of it. It falls as texts get longer, so the result is on the safe side.
+    The trainer keeps every distinct piece once. Their number grows as a power of the text (Heaps' law); the exponent is
+    that between half of the sample and all of it. It falls as texts get longer, so the result is on the safe side.
     """
     whole_bytes, whole_memory = _memory_of(sample, pattern)
     half_bytes, half_memory = _memory_of(sample[::2], pattern)
@@ -110,7 +110,7 @@ def bytes_that_fit(sample: Sequence[str], pattern: str, memory_bytes: float = ME
 
 
 def _memory_of(texts: Sequence[str], pattern: str) -> tuple[int, int]:
-    """(bytes of the texts, bytes that the trainer needs for their different pieces)."""
+    """(bytes of the texts, bytes that the trainer needs for their distinct pieces)."""
     import regex  # tiktoken depends on it
 
     pieces = {piece for text in texts for piece in regex.findall(pattern, text)}
@@ -122,7 +122,7 @@ def _memory_of(texts: Sequence[str], pattern: str) -> tuple[int, int]:
 
 
 class ChosenTexts:
-    """The texts to learn from: all of them, or about `max_bytes` spread evenly over all if they have more.
+    """The texts to learn from: all of them, or, if they have more than `max_bytes`, about that many, spread evenly.
 
     Iterating counts the texts that are chosen.
     """
@@ -151,7 +151,7 @@ class ChosenTexts:
     def report(self, reason: str) -> None:
         """Print how much was chosen, unless it was everything. Raises UserError if it was nothing."""
         if not self.n_texts:
-            raise UserError(f"--max_bytes {self.max_bytes} is smaller than each of the texts; use a larger number")
+            raise UserError(f"--max_bytes {self.max_bytes} is smaller than every text; use a larger number")
         if self.n_texts < self.surveyed.n_texts:
             print(
                 f"learned from a sample: {self.n_texts:,} texts spread over all of it, {self.n_bytes:,} bytes, "
@@ -160,7 +160,7 @@ class ChosenTexts:
 
 
 def _parts(text: str) -> Iterator[str]:
-    """A text, or a very long one in parts that end at line ends, because the trainer holds many texts at once."""
+    """A text; a very long one in parts that end with a line, because the trainer keeps many texts in memory."""
     start = 0
     while len(text) - start > PART_CHARACTERS:
         end = text.rfind("\n", start, start + PART_CHARACTERS) + 1 or start + PART_CHARACTERS

@@ -65,8 +65,7 @@ class TrainTokenizerOptions:
     )
     max_bytes: int | None = option(
         None,
-        "learn from at most N bytes of text, in documents spread over all of it (default: as much as needs less than "
-        "1 GB of memory)",
+        "learn from at most N bytes, spread evenly over the input (default: as much as fits into 1 GB of memory)",
         at_least=1,
         metavar="N",
         group="data",
@@ -112,7 +111,7 @@ def train_tokenizer(options: TrainTokenizerOptions) -> Path:
     path = tokenizer_path(folder, options.name)
     refuse_to_replace(path, options)
     suffixes = parse_suffixes(options.suffix)
-    files = input_files(options.input, ALL_SUFFIXES, suffixes, encoding=options.encoding, takes_more=True)
+    files = input_files(options.input, ALL_SUFFIXES, suffixes, encoding=options.encoding, has_suffix_option=True)
     found = recognize_files(files, options.input, options.field)
     surveyed, pattern = survey(found), PATTERNS[options.pattern]
     max_bytes = options.max_bytes or bytes_that_fit(surveyed.sample, pattern)
@@ -134,8 +133,8 @@ def train_tokenizer(options: TrainTokenizerOptions) -> Path:
         **measure(vocabulary, surveyed.sample),
         "longest_tokens": longest_tokens(vocabulary),
     }
-    write(path, vocabulary, facts)
-    show(path, vocabulary, facts)
+    write_tokenizer(path, vocabulary, facts)
+    print_summary(path, vocabulary, facts)
     return path
 
 
@@ -244,7 +243,7 @@ def longest_tokens(vocabulary: Vocabulary) -> list[str]:
     return [token.decode("utf-8", "backslashreplace") for token in tokens]
 
 
-def write(path: Path, vocabulary: Vocabulary, facts: Mapping[str, Any]) -> None:
+def write_tokenizer(path: Path, vocabulary: Vocabulary, facts: Mapping[str, Any]) -> None:
     """Write the tokenizer.json, with the control tokens as the last ids."""
     controls = {token: len(vocabulary.tokens) + index for index, token in enumerate(CONTROL_TOKENS)}
     content = tokenizer_json(vocabulary, controls, facts)
@@ -254,7 +253,7 @@ def write(path: Path, vocabulary: Vocabulary, facts: Mapping[str, Any]) -> None:
         file.write("\n")
 
 
-def show(path: Path, vocabulary: Vocabulary, facts: Mapping[str, Any]) -> None:
+def print_summary(path: Path, vocabulary: Vocabulary, facts: Mapping[str, Any]) -> None:
     """Print what the tokenizer is and how to use it."""
     n_ids = len(vocabulary.tokens) + len(CONTROL_TOKENS)
     print(

@@ -1,4 +1,4 @@
-"""Write a split's .bin and text files into a staging folder, from which they are moved once all are complete."""
+"""Write a split's .bin and text files into a staging folder, from which they are moved when all are complete."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from data.dataset import FileInfo, SplitInfo
 
 @dataclasses.dataclass
 class Encoded:
-    """A batch of cleaned documents; `ids` are those of all documents, one after another."""
+    """A batch of cleaned documents; `ids` holds the ids of all documents, one after another."""
 
     digests: np.ndarray  # (documents, 2) uint64
     ids: np.ndarray  # uint16

@@ -71,7 +71,7 @@ class BenchmarkModel:
         return [sum((next(scores) for _ in range(count)), 0.0) for count in counts]
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
-        """For each (context, settings): what the model writes, up to one of the texts in `until`."""
+        """For each (context, settings): the text that the model generates, up to one of the texts in `until`."""
         groups: dict[str, list[int]] = {}
         for index, request in enumerate(requests):
             groups.setdefault(repr(sorted(request.args[1].items())), []).append(index)
@@ -168,7 +168,7 @@ class BenchmarkModel:
         return [answer + text.finish() for answer, text in zip(answers, texts, strict=True)]
 
     def _known(self, ids: Sequence[int]) -> list[int]:
-        """Those of the ids that the model has; one that was imported may lack ChatML's."""
+        """The ids without those that the model lacks: an imported model may lack ChatML's."""
         return [token for token in ids if token < self.gpt.config.n_vocab]
 
 
@@ -219,7 +219,7 @@ def open_tasks(names: Sequence[str], tasks_path: str | None) -> Any:
 def run_tasks(
     model: BenchmarkModel, names: Sequence[str], tasks_path: str | None = None, limit: int | None = None
 ) -> dict[str, Any]:
-    """What lm-eval's `simple_evaluate` returns for the tasks; `limit` is the number of questions of each.
+    """Evaluate the tasks; returns lm-eval's `simple_evaluate` results. `limit` is the number of questions per task.
 
     Raises UserError for an unknown task, and if a task's data cannot be downloaded.
     """
@@ -229,7 +229,7 @@ def run_tasks(
     from lm_eval.api.model import LM
 
     class Adapter(BenchmarkModel, LM):
-        """The model with what lm-eval's base class adds."""
+        """The model as a subclass of lm-eval's LM, as `simple_evaluate` requires."""
 
         def __init__(self) -> None:
             LM.__init__(self)
@@ -237,17 +237,17 @@ def run_tasks(
 
     manager = open_tasks(names, tasks_path)
     try:
-        found = simple_evaluate(Adapter(), tasks=list(names), limit=limit, task_manager=manager, log_samples=False)
+        results = simple_evaluate(Adapter(), tasks=list(names), limit=limit, task_manager=manager, log_samples=False)
     except (OSError, HTTPError, DatasetsError) as error:
         remedy = "connect to the network once, so that the hub's cache has it, or use local tasks (--tasks_path)"
         raise not_downloaded(f"the data of {', '.join(names)}", error, remedy) from error
-    return found or {}
+    return results or {}
 
 
-def metrics_of(found: Mapping[str, Any]) -> list[tuple[str, str, float, float | None]]:
-    """(task, metric, value, standard error) of what `run_tasks` returned, in its order."""
+def metrics_of(results: Mapping[str, Any]) -> list[tuple[str, str, float, float | None]]:
+    """The rows (task, metric, value, standard error) of the results of `run_tasks`, in the same order."""
     rows = []
-    for task, values in found["results"].items():
+    for task, values in results["results"].items():
         for key, value in values.items():
             metric, _, filtered = key.partition(",")
             if metric.endswith("_stderr") or not isinstance(value, float | int) or not filtered:

@@ -11,7 +11,7 @@ import numpy as np
 from evaluation.splits import Split
 
 RESAMPLES = 2000
-FEWEST_UNITS = 10  # with fewer documents or blocks, the interval would be too narrow
+MIN_UNITS = 10  # with fewer documents or blocks, the interval would be too narrow
 NATS_PER_TOKEN, BITS_PER_BYTE = "nats per token", "bits per byte"
 
 
@@ -59,7 +59,7 @@ def margin(split: Split, scope: str, losses: np.ndarray) -> float | None:
     own = losses[counts].astype(np.float64)
     _, unit = np.unique(split.unit[counts], return_inverse=True)
     n_units = int(unit.max(initial=-1)) + 1
-    if n_units < FEWEST_UNITS:
+    if n_units < MIN_UNITS:
         return None
     deviations = np.bincount(unit, weights=own - own.mean())
     return float(1.96 * np.sqrt((deviations**2).sum() * n_units / (n_units - 1)) / len(own))
@@ -71,7 +71,7 @@ def _per_token(scope: str, first: Scored, second: Scored) -> tuple[np.ndarray, n
     counts = split.counted[scope][0]
     difference = second.losses[counts].astype(np.float64) - first.losses[counts]
     _, unit = np.unique(split.unit[counts], return_inverse=True)
-    if int(unit.max(initial=-1)) + 1 < FEWEST_UNITS:
+    if int(unit.max(initial=-1)) + 1 < MIN_UNITS:
         return None
     return np.bincount(unit, weights=difference), np.bincount(unit)
 
@@ -89,13 +89,13 @@ def _per_byte(scope: str, first: Scored, second: Scored) -> tuple[np.ndarray, np
     in_scope = split.counted[scope][0]
     sizes = np.bincount(split.unit[in_scope], split.bytes_at[in_scope], minlength=n_units)
     is_counted = sizes > 0
-    if is_counted.sum() < FEWEST_UNITS:
+    if is_counted.sum() < MIN_UNITS:
         return None
     return (bits[1] - bits[0])[is_counted], sizes[is_counted]
 
 
 def compare(models: Sequence[Scored]) -> list[dict]:
-    """Every checkpoint but the first against the first, in each scope."""
+    """Compare every checkpoint but the first with the first, in each scope."""
     baseline = models[0]
     return [
         {"checkpoint": other.checkpoint, "baseline": baseline.checkpoint, "scope": scope, "bootstrap": bootstrap}
@@ -106,7 +106,7 @@ def compare(models: Sequence[Scored]) -> list[dict]:
 
 
 def verdict(models: Sequence[Scored]) -> dict | None:
-    """The best checkpoint against the second best, in the split's main scope; None for a single checkpoint."""
+    """Compare the best checkpoint with the second best, in the split's main scope; None for a single checkpoint."""
     if len(models) < 2:
         return None
     scope = models[0].split.main_scope

@@ -72,7 +72,7 @@ def digits_of(numbers: dict) -> tuple[int, int, int]:
 
 
 def decimals(interval: list[float]) -> int:
-    """How many decimals to print of a difference: enough for two digits of its uncertainty, half the interval.
+    """The number of decimals of a difference: enough for two digits of its uncertainty, which is half the interval.
 
     >>> decimals([-1.06, -0.82]), decimals([0.001, 0.002])
     (2, 5)

@@ -1,4 +1,4 @@
-"""The text of token ids in the ids of another tokenizer, so that models with different vocabularies can be compared."""
+"""Re-encode token ids with another tokenizer, so that models with different vocabularies can be compared."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ import numpy as np
 from setup_tokenizer import ROLES, Tokenizer
 
 
-def encode_again(
+def reencode(
     ids: np.ndarray, is_trained: np.ndarray, is_chat: bool, old: Tokenizer, new: Tokenizer
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Ids (N,) and which of them are trained, (N,) bool, in another tokenizer: (M,) each.
+    """Convert ids (N,), and flags (N,) that say which ones are trained, to another tokenizer; returns both as (M,).
 
     The first id is an `<|endoftext|>`, as after a document. A last document without its `<|endoftext|>` has none in the
     result either.

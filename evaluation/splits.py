@@ -14,11 +14,11 @@ import numpy as np
 
 from common.cli import UserError
 from data.token_stream import TokenStream
-from evaluation.reencoding import encode_again
+from evaluation.reencoding import reencode
 from setup_tokenizer import Tokenizer
 from training.targets import assistant_targets
 
-FEWEST_DOCUMENTS = 50  # with fewer, the bootstrap resamples blocks of tokens instead of documents
+MIN_DOCUMENTS = 50  # with fewer, the bootstrap resamples blocks of tokens instead of documents
 BLOCK_TOKENS = 256
 
 
@@ -42,7 +42,7 @@ class Split:
 
     @property
     def main_scope(self) -> str:
-        """What decides between two models: what the assistant says in chat, everything in text."""
+        """The scope that decides which model is better: the assistant's messages in chat, all tokens in text."""
         return next(iter(self.counted))
 
 
@@ -51,16 +51,15 @@ def read_split(
 ) -> Split:
     """The first `limit` tokens of a split (None: all), ready to be scored; for chat, only whole conversations.
 
-    With a `tokenizer` other than the stream's, their text is encoded again. Raises UserError if nothing is left to
-    score.
+    With a `tokenizer` other than the stream's, the text is re-encoded. Raises UserError if nothing is left to score.
     """
     tokenizer = tokenizer or stream.tokenizer
     first = 0 if not is_chat and stream.read(0, 1)[0] == stream.tokenizer.endoftext and len(stream) > 1 else -1
-    most = len(stream) - (first + 1)
-    end = first + 1 + min(limit or most, most)
+    available = len(stream) - (first + 1)
+    end = first + 1 + min(limit or available, available)
     ids, is_trained, is_whole = stream.read(first, end), stream.is_trained(first, end), end == len(stream)
     if tokenizer != stream.tokenizer:
-        ids, is_trained = encode_again(ids, is_trained, is_chat, stream.tokenizer, tokenizer)
+        ids, is_trained = reencode(ids, is_trained, is_chat, stream.tokenizer, tokenizer)
     if is_chat:
         ids, spans = _whole_conversations(ids, tokenizer.endoftext, is_whole)
     else:
@@ -95,7 +94,7 @@ def _whole_conversations(
 def _units(ids: np.ndarray, endoftext: int, documents_name: str) -> tuple[np.ndarray, str]:
     """The index of each position's document, or of its block if there are few documents; and the name of the units."""
     document = np.cumsum(ids == endoftext) - (ids == endoftext)
-    if document[-1] >= FEWEST_DOCUMENTS:
+    if document[-1] >= MIN_DOCUMENTS:
         return document, documents_name
     return np.arange(len(ids)) // BLOCK_TOKENS, f"blocks of {BLOCK_TOKENS} tokens"
 

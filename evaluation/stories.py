@@ -79,12 +79,12 @@ def ngrams(ids: Sequence[int], n: int) -> list[tuple[int, ...]]:
 
 
 def distinct(texts: Iterable[Sequence[int]], n: int) -> float:
-    """The number of distinct n-grams divided by that of all n-grams: distinct-n, Li et al. 2016.
+    """The number of distinct n-grams divided by the number of all n-grams: distinct-n, Li et al. 2016.
 
     "A Diversity-Promoting Objective Function for Neural Conversation Models", section 5.
     """
-    found = [gram for text in texts for gram in ngrams(text, n)]
-    return len(set(found)) / max(1, len(found))
+    grams = [gram for text in texts for gram in ngrams(text, n)]
+    return len(set(grams)) / max(1, len(grams))
 
 
 def repetition(texts: Iterable[Sequence[int]], n: int = 4) -> float:
@@ -96,10 +96,10 @@ def repetition(texts: Iterable[Sequence[int]], n: int = 4) -> float:
     return sum(shares) / max(1, len(shares))
 
 
-def found_in(
+def ngrams_found_in(
     stream: TokenStream, wanted: set[tuple[int, ...]], n: int, scan_tokens: int = SCAN_TOKENS
 ) -> set[tuple[int, ...]]:
-    """Which of the `wanted` n-grams occur in a stream, read `scan_tokens` ids at a time.
+    """The `wanted` n-grams that occur in a stream, which is read `scan_tokens` ids at a time.
 
     Every position of the stream is looked up by its hash. A hit is compared id by id, so a collision does not count.
     """
@@ -129,13 +129,13 @@ def judge_stories(stories: list[list[int]], streams: dict[str, TokenStream], tok
     """How varied the stories are, and how much of them occurs in the training data, compared with real text.
 
     The real text is the same number of documents from all over the validation split, each cut to STORY_TOKENS ids.
-    Stories in the ids of a `tokenizer` other than the data's are encoded again.
+    Stories in the ids of a `tokenizer` other than the data's are re-encoded.
     """
     if tokenizer != streams["train"].tokenizer:
         stories = [streams["train"].tokenizer.encode_text(tokenizer.enc.decode(story)) for story in stories]
     real = real_texts(streams["val"], len(stories))
     grams = [[gram for text in texts for gram in ngrams(text, N_COPIED)] for texts in (stories, real)]
-    known = found_in(streams["train"], {gram for group in grams for gram in group}, N_COPIED)
+    known = ngrams_found_in(streams["train"], {gram for group in grams for gram in group}, N_COPIED)
     copied, copied_real = (sum(gram in known for gram in group) / max(1, len(group)) for group in grams)
     return {
         "tokens": sum(map(len, stories)),

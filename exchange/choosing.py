@@ -21,7 +21,7 @@ from exchange.loading import read_info, split_pair
 from model import GPTConfig
 
 TINY_TOKENS = 500_000  # of chat data, about 120 iterations of `make demo`: too few for sensible replies
-MOST_NAMED = 8
+MAX_NAMED = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,7 +113,7 @@ def chat_models(folder: str | os.PathLike = "models") -> list[FoundModel]:
     found = find_models(folder)
     chat = sorted((model for model in found if model.info.get("format") == "chat"), key=lambda model: model.rank)
     if not chat:
-        existing = f" (found: {', '.join(str(model.path) for model in found[:MOST_NAMED])})" if found else ""
+        existing = f" (found: {', '.join(str(model.path) for model in found[:MAX_NAMED])})" if found else ""
         raise UserError(
             f"no checkpoint in {folder} was trained on chat data{existing}; train one in minutes with: make demo"
         )
@@ -159,11 +159,11 @@ def names(models: Sequence[FoundModel]) -> str:
     >>> names([FoundModel(Path("models/chat900.pt"), {}), FoundModel(Path("models/chat300.pt"), {})])
     'chat900, chat300'
     """
-    more = [f"and {len(models) - MOST_NAMED} more"] if len(models) > MOST_NAMED else []
-    return ", ".join([*(model.name for model in models[:MOST_NAMED]), *more])
+    more = [f"and {len(models) - MAX_NAMED} more"] if len(models) > MAX_NAMED else []
+    return ", ".join([*(model.name for model in models[:MAX_NAMED]), *more])
 
 
-def holds_text(info: Mapping[str, Any]) -> bool:
+def was_trained_on_text(info: Mapping[str, Any]) -> bool:
     """Whether a model was trained on plain text, possibly mixed with conversations."""
     return any(part.get("format") == "text" for part in data_parts(info.get("data") or {}))
 
@@ -172,7 +172,7 @@ def format_note(path: str, info: Mapping[str, Any], chat: bool) -> str | None:
     """What to expect of a chat with a text model, or of a text prompt for a chat model; None if the two fit."""
     if chat and info.get("format") != "chat":
         return f"{path} was trained on {info.get('dataset', 'text')}, not on chat data, so do not expect replies"
-    if not chat and info.get("format") == "chat" and not holds_text(info):
+    if not chat and info.get("format") == "chat" and not was_trained_on_text(info):
         return f"{path} was trained on chat data; talk to it with --chat (control tokens are hidden here)"
     return None
 

@@ -21,7 +21,7 @@ from generation.sampling import Sampling, draw
 from model import GPT, KVCache
 
 GRAPH_CONTEXT = 256  # a graph is captured for each multiple of this context, so that short contexts stay cheap
-MOST_DRAWS = 8  # graphs of draws that are kept, one for each setting and number of rows
+MAX_DRAWS = 8  # graphs of draws that are kept, one for each setting and number of rows
 
 
 class Graph(Protocol):
@@ -72,7 +72,7 @@ class CapturedDecode:
             return draw(logits, sampling, uniform)
         key = (sampling, logits.shape, logits.device)
         if key not in self._draws:
-            if len(self._draws) == MOST_DRAWS:
+            if len(self._draws) == MAX_DRAWS:
                 self._draws.clear()
             self._draws[key] = _DrawGraph(logits, sampling, uniform, self.capture)
         return self._draws[key].replay(logits, uniform)

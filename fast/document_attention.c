@@ -99,10 +99,10 @@ static void to_weights(float *scores, long visible, long room, float scale, floa
 /* The largest of `count` numbers; the memory behind them, up to a multiple of LANES, is overwritten. */
 static float largest(float *numbers, long count) {
     for (long rest = count; rest % LANES; rest++) numbers[rest] = -INFINITY;
-    lanes found = SAME(-INFINITY);
-    for (long first = 0; first < count; first += LANES) found = LARGER(found, LOAD(numbers + first));
+    lanes maxima = SAME(-INFINITY);
+    for (long first = 0; first < count; first += LANES) maxima = LARGER(maxima, LOAD(numbers + first));
     float each[LANES], most = -INFINITY;
-    STORE(each, found);
+    STORE(each, maxima);
     for (long lane = 0; lane < LANES; lane++) most = each[lane] > most ? each[lane] : most;
     return most;
 }
@@ -196,7 +196,7 @@ static void attend_backward(
 }
 
 /* Whether heads of this size are supported. */
-int attends_with(long size) { return size % WIDTH == 0; }
+int supports_head_size(long size) { return size % WIDTH == 0; }
 
 /* y (rows, tokens, heads, size) and logsumexp (rows, heads, tokens), the logarithm of each softmax's sum. The query at
  * position t of a row sees first_keys[t] to t; first_keys (rows, tokens) is the start of t's document. */

@@ -44,7 +44,7 @@ def _library() -> Any:
 
 def supports(head_size: int) -> bool:
     """Whether there is a kernel for heads of this size; the first call loads it."""
-    return _library() is not None and bool(_library().attends_with(ctypes.c_long(head_size)))
+    return _library() is not None and bool(_library().supports_head_size(ctypes.c_long(head_size)))
 
 
 def first_keys(documents: Tensor) -> Tensor:
@@ -101,7 +101,7 @@ def _empty_outputs(qkv: Tensor, first_keys: Tensor, n_head: int) -> tuple[Tensor
 
 @torch.library.custom_op("jojo::document_attention_backward", mutates_args=(), schema=BACKWARD)
 def backward(y_grad: Tensor, qkv: Tensor, first_keys: Tensor, y: Tensor, logsumexp: Tensor) -> Tensor:
-    """The gradient of qkv (B, T, 3 C), from the gradient of y and what `forward` was given and has returned."""
+    """The gradient of qkv (B, T, 3 C), from the gradient of y and the arguments and results of `forward`."""
     y_grad, *rest = (tensor.contiguous() for tensor in (y_grad, qkv, first_keys, y, logsumexp))
     qkv_grad = _empty_gradient(y_grad, *rest)
     _call("document_attention_backward", logsumexp.shape[1], rest[0], y_grad, *rest[1:], qkv_grad)

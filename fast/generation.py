@@ -55,7 +55,7 @@ def speed_up_generation(
     elif not on_cpu:
         return SpeedUps("plain layers")
     elif has_kernel(RowLinear, dtype, tolerance=0.02) and (
-        dtype == torch.float32 or streams <= RowLinear(weight, None).most_rows
+        dtype == torch.float32 or streams <= RowLinear(weight, None).max_rows
     ):  # float32 is not packed, so nothing is faster for more rows
         layer, description = RowLinear, "a kernel for few rows"
     elif dtype == torch.bfloat16 and has_kernel(PackedLinear, dtype, tolerance=0.02):
@@ -96,7 +96,7 @@ class PackedBlock(nn.Module):
         self.c_attn, self.attn_proj, self.c_fc, self.mlp_proj = (layer(one.weight, one.bias) for one in linears)
         size = block.attn.c_proj.in_features // self.n_head
         kernels = build()
-        self.has_kernel = kernels is not None and bool(kernels.serves_heads(size))
+        self.has_kernel = kernels is not None and bool(kernels.supports_head_size(size))
 
     def forward(self, x: Tensor, cache: KVCache | None = None, mask: Tensor | None = None) -> Tensor:
         B, T, C = x.shape
@@ -116,7 +116,7 @@ class PackedBlock(nn.Module):
         return self.mlp_proj.added_to(x, self.c_fc.with_gelu(normed(x, self.ln_2))).view(B, T, C)
 
     def _has_kernel_for(self, cache: KVCache) -> bool:
-        """Whether the kernel can attend for rows one after another with their new token at the same position."""
+        """Whether the kernel supports this cache: consecutive rows whose new tokens have the same position."""
         return self.has_kernel and isinstance(cache.positions, slice)
 
 

@@ -45,21 +45,21 @@ class FewRowsLinear(nn.Module):
 
     def __init__(self, few_rows: RowProduct | TorchInt8Product, bias: Tensor | None):
         super().__init__()
-        self.few_rows, self.most_rows, self.bias = few_rows, few_rows.most_rows, bias
+        self.few_rows, self.max_rows, self.bias = few_rows, few_rows.max_rows, bias
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.few_rows(x) if len(x) <= self.most_rows else self.many_rows(x)
+        return self.few_rows(x) if len(x) <= self.max_rows else self.many_rows(x)
 
     def many_rows(self, x: Tensor) -> Tensor:
         raise NotImplementedError
 
     def with_gelu(self, x: Tensor) -> Tensor:
         """GELU (tanh) of the output."""
-        return self.few_rows(x, gelu=True) if len(x) <= self.most_rows else gelu(self.many_rows(x))
+        return self.few_rows(x, gelu=True) if len(x) <= self.max_rows else gelu(self.many_rows(x))
 
     def added_to(self, residual: Tensor, x: Tensor) -> Tensor:
         """The residual and the output, added."""
-        return self.few_rows(x, residual) if len(x) <= self.most_rows else self.many_rows(x).add_(residual)
+        return self.few_rows(x, residual) if len(x) <= self.max_rows else self.many_rows(x).add_(residual)
 
 
 class RowLinear(FewRowsLinear):
@@ -97,7 +97,7 @@ class Int8Linear(FewRowsLinear):
 class TorchInt8Product:
     """RowProduct for 8-bit weights with torch's kernel, which takes twice as long."""
 
-    most_rows = TORCH_INT8_ROWS
+    max_rows = TORCH_INT8_ROWS
 
     def __init__(self, weight: Tensor, scale: Tensor, bias: Tensor | None):
         self.weight, self.scale, self.bias = weight, scale, bias

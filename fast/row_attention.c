@@ -7,7 +7,7 @@
 
 #include "lanes.h"
 
-#define LARGEST_HEAD 256
+#define MAX_HEAD_SIZE 256
 
 static inline __attribute__((always_inline)) void fetch(const char *numbers, const long bytes) {
     for (long line = 0; line < bytes; line += 64) __builtin_prefetch(numbers + line, 0, 2);
@@ -24,7 +24,7 @@ static inline __attribute__((always_inline)) void attend(
     const int is_bfloat16, float *weights
 ) {
     const long bytes = (is_bfloat16 ? 2 : 4) * size;
-    float query[LARGEST_HEAD], largest = -INFINITY, scale = 1 / sqrtf(size);
+    float query[MAX_HEAD_SIZE], largest = -INFINITY, scale = 1 / sqrtf(size);
     for (long position = 0; position < size; position++) query[position] = element(q, position, is_bfloat16) * scale;
     for (long token = 0; token < length; token++) {
         lanes sum = ZERO;
@@ -37,7 +37,7 @@ static inline __attribute__((always_inline)) void attend(
     for (long token = 0; token < length; token += LANES)
         STORE(weights + token, exponentials(ADD(LOAD(weights + token), SAME(-largest))));
     memset(weights + length, 0, LANES * sizeof(float));
-    lanes total = ZERO, sums[LARGEST_HEAD / LANES];
+    lanes total = ZERO, sums[MAX_HEAD_SIZE / LANES];
     for (long token = 0; token < length; token += LANES) total = ADD(total, LOAD(weights + token));
     for (long part = 0; part < size / LANES; part++) sums[part] = ZERO;
     for (long token = 0; token < length; token++) {
@@ -55,7 +55,7 @@ static inline __attribute__((always_inline)) void attend(
 }
 
 /* Whether heads of this size are supported. */
-int serves_heads(long size) { return size % LANES == 0 && size <= LARGEST_HEAD; }
+int supports_head_size(long size) { return size % LANES == 0 && size <= MAX_HEAD_SIZE; }
 
 /* The tokens of one step, each in its own row of a cache of `cache_rows` rows. Token number n is in row rows[n] at
  * positions[n]; where these are NULL, in row first_row + n at `longest`, which is the largest position in any case. */

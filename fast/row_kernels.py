@@ -57,15 +57,15 @@ def _build(processor: str) -> ctypes.CDLL | None:
     library.row_product.argtypes = [ctypes.POINTER(Layer), *[ctypes.c_void_p] * 3, ctypes.c_long, ctypes.c_int]
     library.row_product.restype = None
     library.gelu_in_place.argtypes, library.gelu_in_place.restype = [ctypes.c_void_p, ctypes.c_long], None
-    library.most_rows.argtypes = [ctypes.POINTER(Layer)]
-    library.most_rows.restype = ctypes.c_long
+    library.max_rows.argtypes = [ctypes.POINTER(Layer)]
+    library.max_rows.restype = ctypes.c_long
     library.row_attention.argtypes = [ctypes.POINTER(Step), *[ctypes.c_void_p] * 3]
     library.row_attention.restype = None
-    library.serves_heads.argtypes = [ctypes.c_long]
+    library.supports_head_size.argtypes = [ctypes.c_long]
     return library
 
 
-def _built(processor: str) -> ctypes.CDLL:
+def _require_kernels(processor: str) -> ctypes.CDLL:
     """The compiled SOURCES. Raises NotImplementedError if they cannot be built."""
     library = build(processor)
     if library is None:
@@ -74,7 +74,7 @@ def _built(processor: str) -> ctypes.CDLL:
 
 
 class RowProduct:
-    """x @ weight.T * scale + bias, (N, M), summed in float32, for x (N, K) of up to `most_rows` rows.
+    """x @ weight.T * scale + bias, (N, M), summed in float32, for x (N, K) of up to `max_rows` rows.
 
     Optionally with GELU (tanh) applied and a residual (N, M) added before the result is rounded.
 
@@ -86,7 +86,7 @@ class RowProduct:
     def __init__(
         self, weight: Tensor, scale: Tensor | None = None, bias: Tensor | None = None, processor: str = "native"
     ):
-        library = _built(processor)
+        library = _require_kernels(processor)
         self.tensors = [None if one is None else one.contiguous() for one in (weight, scale, bias)]  # kept alive
         pointers = (None if one is None else one.data_ptr() for one in self.tensors)
         self.dtype, self.outputs = weight.dtype if scale is None else scale.dtype, weight.shape[0]
@@ -94,7 +94,7 @@ class RowProduct:
             raise NotImplementedError(f"no kernel for {self.dtype}")
         kind, is_bfloat16 = KINDS.index(weight.dtype), self.dtype == torch.bfloat16
         self.layer = ctypes.byref(Layer(*pointers, *weight.shape, kind, is_bfloat16))
-        self.function, self.most_rows = library.row_product, library.most_rows(self.layer)
+        self.function, self.max_rows = library.row_product, library.max_rows(self.layer)
 
     def __call__(self, x: Tensor, residual: Tensor | None = None, gelu: bool = False) -> Tensor:
         x = x.to(self.dtype).contiguous()  # autocast may have changed the precision, which the kernel could not see
@@ -124,11 +124,11 @@ def attend(
     longest: int = 0,
     processor: str = "native",
 ) -> Tensor:
-    """Attention of one new token per row, (N, C): qkv (N, 3 C) is stored at `positions` and attends up to there.
+    """Attention (N, C) of one new token per row: stores its keys and values at `positions`, and attends up to there.
 
-    keys_values (2, B, H, block_size, D) is a layer's part of a KVCache. `positions` and `rows` are slices, for N rows
-    one after another at the same position, or tensors (N,), with the largest position as `longest`. All are float32 or
-    all bfloat16, contiguous and on the CPU.
+    qkv is (N, 3 C); keys_values (2, B, H, block_size, D) is a layer's part of a KVCache. `positions` and `rows` are
+    slices, for N consecutive rows at the same position, or tensors (N,), with the largest position as `longest`. All
+    are float32 or all bfloat16, contiguous and on the CPU.
     """
     qkv = qkv.to(keys_values.dtype)  # as in RowProduct
     _, cache_rows, heads, room, size = keys_values.shape
@@ -140,5 +140,5 @@ def attend(
         *(len(qkv), first_row, positions.start if isinstance(positions, slice) else longest),
         *(cache_rows, heads, size, room, qkv.dtype == torch.bfloat16),
     )
-    _built(processor).row_attention(ctypes.byref(step), qkv.data_ptr(), keys_values.data_ptr(), y.data_ptr())
+    _require_kernels(processor).row_attention(ctypes.byref(step), qkv.data_ptr(), keys_values.data_ptr(), y.data_ptr())
     return y

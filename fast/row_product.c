@@ -33,7 +33,7 @@ static inline __attribute__((always_inline)) float weight_at(const char *weight,
 
 /* The products of one output's weights with each of `rows` inputs, which are float32 with `inputs` per row. */
 static inline __attribute__((always_inline)) void products(
-    const char *weight, const enum kind kind, const float *x, const int rows, long inputs, float *found
+    const char *weight, const enum kind kind, const float *x, const int rows, long inputs, float *out
 ) {
     const long bytes = bytes_of(kind);
     lanes sums[FEW][4]; /* the compiler keeps no array of variable size in registers */
@@ -52,14 +52,14 @@ static inline __attribute__((always_inline)) void products(
     for (int row = 0; row < rows; row++) {
         float total = SUM(ADD(ADD(sums[row][0], sums[row][1]), ADD(sums[row][2], sums[row][3])));
         for (long rest = index; rest < inputs; rest++) total += weight_at(weight, kind, rest) * x[row * inputs + rest];
-        found[row] = total;
+        out[row] = total;
     }
 }
 
-/* The products of GROUP outputs' weights with each of `rows` inputs: found (GROUP, MANY). Each loaded input is multiplied
+/* The products of GROUP outputs' weights with each of `rows` inputs: out (GROUP, MANY). Each loaded input is multiplied
  * with all of these weights; with those of a single output, loading the inputs would take longer than multiplying. */
 static inline __attribute__((always_inline)) void group_products(
-    const char *weight, const enum kind kind, const float *x, const int rows, long inputs, float *found
+    const char *weight, const enum kind kind, const float *x, const int rows, long inputs, float *out
 ) {
     lanes sums[GROUP][FEW];
     for (int output = 0; output < GROUP; output++)
@@ -80,14 +80,14 @@ static inline __attribute__((always_inline)) void group_products(
             float total = SUM(sums[output][row]);
             for (long rest = index; rest < inputs; rest++)
                 total += weight_at(weight, kind, output * inputs + rest) * x[row * inputs + rest];
-            found[output * MANY + row] = total;
+            out[output * MANY + row] = total;
         }
 }
 
-/* The same for float32 and all rows at once: found (outputs, MANY) are the products of `outputs` outputs' weights with
+/* The same for float32 and all rows at once: out (outputs, MANY) are the products of `outputs` outputs' weights with
  * columns (inputs, MANY), which has a column for each row of x. No sum has to be added up over lanes. */
 static inline __attribute__((always_inline)) void column_products(
-    const float *weights, const float *columns, const int outputs, const int vectors, long inputs, float *found
+    const float *weights, const float *columns, const int outputs, const int vectors, long inputs, float *out
 ) {
     lanes sums[COLUMNS(1)][MANY / LANES];
     for (int output = 0; output < outputs; output++)
@@ -102,7 +102,7 @@ static inline __attribute__((always_inline)) void column_products(
                     SAME(weights[output * inputs + index]), LOAD(columns + index * MANY + part * LANES), sums[output][part]);
     }
     for (int output = 0; output < outputs; output++)
-        for (int part = 0; part < vectors; part++) STORE(found + output * MANY + part * LANES, sums[output][part]);
+        for (int part = 0; part < vectors; part++) STORE(out + output * MANY + part * LANES, sums[output][part]);
 }
 
 /* A layer: weight (outputs, inputs); scale and bias (outputs) or NULL. These, the inputs and the outputs are all bfloat16
@@ -218,9 +218,10 @@ static int is_tiled(const struct layer *layer) {
     return layer->is_bfloat16 && layer->outputs >= SIDE && layer->inputs % DEPTH == 0 && has_tiles();
 }
 
-/* The most rows that `row_product` accepts for a layer; with more, other products are faster. Those for 8-bit weights
- * widen every weight first, and those for bfloat16 need AVX512, so without it this one is faster for longer. */
-long most_rows(const struct layer *layer) {
+/* The largest number of rows that `row_product` accepts for a layer; with more, other products are faster. Those for
+ * 8-bit weights widen every weight first, and those for bfloat16 need AVX512; without it, this one is faster for more
+ * rows. */
+long max_rows(const struct layer *layer) {
 #ifdef __AVX512F__
     return is_tiled(layer) ? 16 : layer->kind == BFLOAT16 ? FEW : MANY;
 #else
@@ -231,9 +232,9 @@ long most_rows(const struct layer *layer) {
 /* The kind and the number of rows as constants for the compiler, so that sums stay in registers. */
 #define OF_KIND(function, rows) \
     switch (kind) { \
-        case BFLOAT16: function(weight, BFLOAT16, x, rows, inputs, found); break; \
-        case INT8: function(weight, INT8, x, rows, inputs, found); break; \
-        default: function(weight, FLOAT32, x, rows, inputs, found); \
+        case BFLOAT16: function(weight, BFLOAT16, x, rows, inputs, out); break; \
+        case INT8: function(weight, INT8, x, rows, inputs, out); break; \
+        default: function(weight, FLOAT32, x, rows, inputs, out); \
     }
 #define OF_ROWS(function) \
     switch (rows) { \
@@ -244,25 +245,25 @@ long most_rows(const struct layer *layer) {
     }
 
 /* `products` for up to FEW rows. */
-static void few_products(const char *weight, enum kind kind, const float *x, long rows, long inputs, float *found) {
+static void few_products(const char *weight, enum kind kind, const float *x, long rows, long inputs, float *out) {
     OF_ROWS(products)
 }
 
 /* `group_products` for up to FEW rows. */
 static void few_group_products(
-    const char *weight, enum kind kind, const float *x, long rows, long inputs, float *found
+    const char *weight, enum kind kind, const float *x, long rows, long inputs, float *out
 ) {
     OF_ROWS(group_products)
 }
 
-/* Finishes one output of each row from its product `found` and stores it. */
+/* Finishes one output of each row from its product `out` and stores it. */
 static inline void store(
-    const struct layer *layer, const float *found, const void *residual, void *y, long rows, long output, int has_gelu
+    const struct layer *layer, const float *out, const void *residual, void *y, long rows, long output, int has_gelu
 ) {
     const int is_bfloat16 = layer->is_bfloat16;
     for (long row = 0; row < rows; row++) {
         long index = row * layer->outputs + output;
-        float value = found[row];
+        float value = out[row];
         if (layer->scale) value *= element(layer->scale, output, is_bfloat16);
         if (layer->bias) value += element(layer->bias, output, is_bfloat16);
         if (has_gelu) value = gelu(value);
@@ -274,11 +275,11 @@ static inline void store(
 
 /* `column_products` with constants for the compiler, for COLUMNS(vectors) outputs or for one. */
 static void many_products(
-    const float *weights, const float *columns, long outputs, int vectors, long inputs, float *found
+    const float *weights, const float *columns, long outputs, int vectors, long inputs, float *out
 ) {
-    if (outputs == 1) column_products(weights, columns, 1, MANY / LANES, inputs, found);
-    else if (vectors == 1) column_products(weights, columns, COLUMNS(1), 1, inputs, found);
-    else column_products(weights, columns, COLUMNS(2), MANY / LANES, inputs, found);
+    if (outputs == 1) column_products(weights, columns, 1, MANY / LANES, inputs, out);
+    else if (vectors == 1) column_products(weights, columns, COLUMNS(1), 1, inputs, out);
+    else column_products(weights, columns, COLUMNS(2), MANY / LANES, inputs, out);
 }
 
 /* row_product for FEW to MANY rows of a layer in float32. */
@@ -298,10 +299,10 @@ static void column_product(
         for (long part = 0; part < groups + outputs % group; part++) { /* groups of outputs, then single ones */
             const long count = part < groups ? group : 1;
             const long output = part < groups ? part * group : groups * group + part - groups;
-            float found[COLUMNS(1)][MANY];
-            many_products((const float *)layer->weight + output * inputs, columns, count, vectors, inputs, found[0]);
+            float out[COLUMNS(1)][MANY];
+            many_products((const float *)layer->weight + output * inputs, columns, count, vectors, inputs, out[0]);
             for (long number = 0; number < count; number++)
-                store(layer, found[number], residual, y, rows, output + number, has_gelu);
+                store(layer, out[number], residual, y, rows, output + number, has_gelu);
         }
     }
     free(columns);
@@ -315,7 +316,7 @@ void gelu_in_place(float *numbers, long count) {
     for (long index = count / LANES * LANES; index < count; index++) numbers[index] = gelu(numbers[index]);
 }
 
-/* x (rows, inputs), rows 1 to most_rows; y and residual, which may be NULL, (rows, outputs). */
+/* x (rows, inputs), rows 1 to max_rows; y and residual, which may be NULL, (rows, outputs). */
 void row_product(const struct layer *layer, const void *x, const void *residual, void *y, long rows, int has_gelu) {
     const long outputs = layer->outputs, inputs = layer->inputs;
     if (rows > FEW && is_tiled(layer)) {
@@ -334,9 +335,9 @@ void row_product(const struct layer *layer, const void *x, const void *residual,
     if (rows <= FEW) { /* without the loop over groups of rows, which costs a single row 7 % */
 #pragma omp parallel for schedule(static)
         for (long output = 0; output < outputs; output++) {
-            float found[FEW];
-            few_products(layer->weight + output * row_bytes, layer->kind, numbers, rows, inputs, found);
-            store(layer, found, residual, y, rows, output, has_gelu);
+            float out[FEW];
+            few_products(layer->weight + output * row_bytes, layer->kind, numbers, rows, inputs, out);
+            store(layer, out, residual, y, rows, output, has_gelu);
         }
         return;
     }
@@ -346,14 +347,14 @@ void row_product(const struct layer *layer, const void *x, const void *residual,
         const int is_group = part < groups;
         const long output = is_group ? part * GROUP : groups * GROUP + part - groups;
         const char *weight = layer->weight + output * row_bytes;
-        float found[GROUP][MANY];
+        float out[GROUP][MANY];
         for (long first = 0; first < rows; first += FEW) { /* the weights are in the cache after the first rows */
             const long count = rows - first < FEW ? rows - first : FEW;
             const float *these = numbers + first * inputs;
-            if (is_group) few_group_products(weight, layer->kind, these, count, inputs, found[0] + first);
-            else few_products(weight, layer->kind, these, count, inputs, found[0] + first);
+            if (is_group) few_group_products(weight, layer->kind, these, count, inputs, out[0] + first);
+            else few_products(weight, layer->kind, these, count, inputs, out[0] + first);
         }
         for (int number = 0; number < (is_group ? GROUP : 1); number++)
-            store(layer, found[number], residual, y, rows, output + number, has_gelu);
+            store(layer, out[number], residual, y, rows, output + number, has_gelu);
     }
 }

@@ -121,7 +121,7 @@ class _HeadLoss(torch.autograd.Function):
         ctx: Any, hidden: Tensor, weight: Tensor, n_targets: Tensor, head: TiedHead, wants_gradient: bool
     ) -> Tensor:
         low_weight, buffer = head.low_weight, head.logits
-        assert low_weight is not None and buffer is not None, "a TiedHead serves one step"
+        assert low_weight is not None and buffer is not None, "a TiedHead is for a single step"
         counts, dtype = head.counts[:, None], buffer.dtype
         loss = torch.zeros((), device=hidden.device)
         hidden_grad, weight_grad = torch.zeros_like(hidden) if wants_gradient else None, None

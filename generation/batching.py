@@ -5,8 +5,8 @@ engine.submit([Stream(Request(prompt, max_tokens=100), print)])
 while engine.step():
     ...
 
-The batch is chosen anew for each step ("Orca", Yu et al. 2022, section 3.1). Between the steps prompts are prefilled in
-pieces ("Sarathi", Agrawal et al. 2023, section 4), so that running texts continue meanwhile.
+The batch is put together anew for each step ("Orca", Yu et al. 2022, section 3.1). Between the steps prompts are
+prefilled in chunks ("Sarathi", Agrawal et al. 2023, section 4), so that running texts are not held up.
 """
 
 from __future__ import annotations
@@ -22,19 +22,20 @@ from torch import Tensor
 
 from common.device import without_cudnn_attention
 from generation.decoding import common_prefix
-from generation.row_cache import DecodeRows, RowCache, decode_rows, prefill_piece
+from generation.row_cache import DecodeRows, RowCache, decode_rows, prefill_chunk
 from generation.sampling import Sampling, draw
 from generation.stream import Stream, TokenLogprob
 from model import GPT
 
-PIECE_TOKENS = 128  # of a prompt per prefill pass; fixed, so that rounding does not depend on the other requests
-# The time for prefilling between two decode steps, in decode steps: first tokens come soon, and other texts continue.
+CHUNK_TOKENS = 128  # of a prompt per prefill pass; fixed, so that rounding does not depend on the other requests
+# The time for prefilling between two decode steps, as a multiple of a decode step: a compromise between an early first
+# token and the speed of the other texts.
 PREFILL_SHARE = 2.2
 PREFILL_ALONE_S = 0.25  # the time for prefilling while nothing is decoded
 
 
 class QueueFull(Exception):
-    """More texts wait than `max_waiting`."""
+    """More than `max_waiting` texts are waiting."""
 
 
 class BatchEngine:
@@ -46,12 +47,12 @@ class BatchEngine:
         max_rows: int = 16,
         max_waiting: int = 64,
         decode: DecodeRows = decode_rows,
-        piece_tokens: int = PIECE_TOKENS,
+        chunk_tokens: int = CHUNK_TOKENS,
         keep_prefixes: bool = True,
         clock: Callable[[], float] = time.perf_counter,
     ):
         self.model, self.max_waiting, self.decode = model, max_waiting, decode
-        self.piece_tokens, self.keep_prefixes, self.clock = piece_tokens, keep_prefixes, clock
+        self.chunk_tokens, self.keep_prefixes, self.clock = chunk_tokens, keep_prefixes, clock
         self.block_size, self.n_vocab = model.config.block_size, model.config.n_vocab
         weight = model.ln_f.weight
         self.device = weight.device
@@ -73,7 +74,7 @@ class BatchEngine:
         return len(self.prefilling) + len(self.decoding)
 
     def submit(self, streams: Sequence[Stream]) -> None:
-        """Queue texts, first come, first served. Raises QueueFull, and queues none of them, if too many wait."""
+        """Queue texts, first come, first served. Raises QueueFull, and queues none of them, if too many are waiting."""
         with self._lock:
             free = self.max_rows - self.rows_in_use
             if len(self.waiting) + len(streams) > self.max_waiting + max(0, free):
@@ -91,7 +92,7 @@ class BatchEngine:
         return bool(self.waiting or self.prefilling or self.decoding)
 
     def fail(self, message: str) -> None:
-        """End every text with an error, and forget what the cache holds; called in the thread that calls `step`."""
+        """End every text with an error and clear the cache; call it in the thread that calls `step`."""
         with self._lock:
             streams = [*self.prefilling, *self.decoding, *self.waiting]
             self.waiting.clear()
@@ -127,7 +128,7 @@ class BatchEngine:
                 self.prefilling.append(stream)
 
     def _choose_row(self, context: list[int]) -> int:
-        """The free row that holds the conversation so far, or else the least recently used one."""
+        """The free row that already contains the conversation so far, or else the least recently used free row."""
         taken = {stream.row for stream in (*self.prefilling, *self.decoding)}
         free = [row for row in range(self.max_rows) if row not in taken]
         shared = {row: common_prefix(self.cache.tokens[row], context) for row in free}
@@ -141,12 +142,12 @@ class BatchEngine:
     def _prefill(self) -> None:
         started = self.clock()
         while self.prefilling:
-            self._prefill_piece(self.prefilling[0])
+            self._prefill_chunk(self.prefilling[0])
             allowed_s = PREFILL_SHARE * self.decode_s if self.decoding else PREFILL_ALONE_S
             if self.clock() - started >= allowed_s:
                 return
 
-    def _prefill_piece(self, stream: Stream) -> None:
+    def _prefill_chunk(self, stream: Stream) -> None:
         request, tokens = stream.request, self.cache.tokens
         if stream.cached_tokens is None:
             if request.prompt_logprobs or not self.keep_prefixes:
@@ -154,8 +155,8 @@ class BatchEngine:
             else:
                 stream.cached_tokens = self.cache.share_prefix(stream.row, stream.context)
         start = len(tokens[stream.row])
-        ids = stream.context[start : start + self.piece_tokens]
-        hidden = prefill_piece(self.model, self.cache, stream.row, ids)
+        ids = stream.context[start : start + self.chunk_tokens]
+        hidden = prefill_chunk(self.model, self.cache, stream.row, ids)
         if request.prompt_logprobs and not stream.n_tokens:
             self._keep_prompt_logprobs(stream, start, hidden)
         if len(tokens[stream.row]) < len(stream.context):
@@ -169,7 +170,7 @@ class BatchEngine:
         self._draw([stream], self.model.logits(hidden[-1:]))
 
     def _keep_prompt_logprobs(self, stream: Stream, start: int, hidden: Tensor) -> None:
-        """Record the log probability of each prompt token that follows a position of this piece."""
+        """Record the log probability of each prompt token that follows a position of this chunk."""
         following = stream.context[start + 1 : start + 1 + len(hidden)]
         if following:
             logits = self.model.logits(hidden[: len(following)])
@@ -232,7 +233,7 @@ class BatchEngine:
 def draw_each(streams: Sequence[Stream], logits: Tensor) -> list[int]:
     """One id per row of logits (N, V), each by its own text's settings and generator.
 
-    Rows with equal settings are drawn together, which gives the same ids sooner: each has its own random number.
+    Rows with equal settings are drawn together, which is faster and gives the same ids: each has its own random number.
     """
     changed = [stream.changed_logits(row) for stream, row in zip(streams, logits, strict=True)]
     tokens = [0] * len(streams)

@@ -1,4 +1,4 @@
-"""Prompt and chat sessions without a terminal: the history, what fits the window, and the slash commands.
+"""Prompt and chat sessions, independent of the terminal: the history, what fits the window, and slash commands.
 
     session = ChatSession(engine, system="You are kind.")
     print("".join(session.reply("Hello!")))
@@ -15,7 +15,7 @@ from typing import ClassVar, Protocol
 
 from common.cli import UserError
 from common.files import atomic_write
-from common.text_files import decode_text, unix_line_ends
+from common.text_files import decode_text, unix_line_endings
 from generation.window import fit_window, room_for_reply
 from setup_tokenizer import GPT2, Tokenizer, check_messages
 
@@ -37,12 +37,12 @@ class Engine(Protocol):
 
 
 class Models(Protocol):
-    """The models that a session can change between."""
+    """The models that a session can switch between."""
 
     description: str  # of the current one, in one line
 
     def listing(self) -> str:
-        """All models, one per line, with a mark on the current one."""
+        """All models, one per line, with the current one marked."""
 
     def load(self, name: str) -> Engine:
         """Make another model the current one. Raises UserError, and changes nothing, for a name that does not exist."""
@@ -78,7 +78,7 @@ class PromptSession:
 
     def reply(self, text: str) -> Pieces:
         """The continuation of `text`, in pieces. Raises UserError for a text that does not fit."""
-        text = unix_line_ends(text)
+        text = unix_line_endings(text)
         ids = [self.engine.tokenizer.endoftext, *self.engine.tokenizer.encode_text(text)]
         if len(ids) > self.engine.block_size:
             raise UserError(f"the prompt has {len(ids) - 1} tokens and the window {self.engine.block_size}; shorten it")
@@ -169,7 +169,7 @@ class ChatSession(PromptSession):
     ):
         super().__init__(engine, max_tokens, notify, models)
         self.messages: list[dict] = []
-        self._said_that_it_forgets = False
+        self._has_warned_that_window_is_full = False
         if system:
             self.set_system(system)
 
@@ -188,7 +188,7 @@ class ChatSession(PromptSession):
 
         Raises UserError, and changes nothing, for a text that does not fit the window.
         """
-        messages = [*self.messages, {"role": "user", "content": unix_line_ends(text)}]
+        messages = [*self.messages, {"role": "user", "content": unix_line_endings(text)}]
         ids = self._window(messages)
         self.messages = messages
         return self._answer(ids)
@@ -204,9 +204,9 @@ class ChatSession(PromptSession):
     def _window(self, messages: list[dict]) -> list[int]:
         """The ids of `messages` that the model sees, without the oldest whole exchanges that do not fit."""
         ids, n_dropped = fit_window(messages, self.engine.block_size - self.room_for_reply, self.engine.tokenizer)
-        if n_dropped and not self._said_that_it_forgets:
+        if n_dropped and not self._has_warned_that_window_is_full:
             self.notify("the window is full: from now on the model no longer sees the oldest exchanges")
-            self._said_that_it_forgets = True
+            self._has_warned_that_window_is_full = True
         return ids
 
     def retry(self) -> Pieces:
@@ -229,7 +229,7 @@ class ChatSession(PromptSession):
 
     def set_system(self, text: str) -> None:
         """Set the system message. Raises UserError if it leaves no room for a chat."""
-        message = {"role": "system", "content": unix_line_ends(text)}
+        message = {"role": "system", "content": unix_line_endings(text)}
         n_tokens = len(chat_ids([message, {"role": "user", "content": ""}], self.engine.tokenizer))
         capacity = self.engine.block_size - self.room_for_reply
         if n_tokens >= capacity:
@@ -255,11 +255,11 @@ class ChatSession(PromptSession):
     def load(self, path: str) -> None:
         """Continue a chat that `save` wrote. Raises UserError, and changes nothing, for any other file."""
         self.messages = read_chat(path)
-        self._said_that_it_forgets = False
+        self._has_warned_that_window_is_full = False
 
     def _reset(self, argument: str) -> str:
         self.messages = self.system
-        self._said_that_it_forgets = False
+        self._has_warned_that_window_is_full = False
         return "the chat starts over"
 
     def _system(self, argument: str) -> str:
@@ -280,7 +280,7 @@ class ChatSession(PromptSession):
         return f"loaded {len(self.messages)} messages from {argument}"
 
     def _model(self, argument: str) -> str:
-        self._said_that_it_forgets &= not argument  # another model may have another window
+        self._has_warned_that_window_is_full &= not argument  # another model may have another window
         return super()._model(argument)
 
     def _undo(self, argument: str) -> str:
@@ -314,4 +314,4 @@ def read_chat(path: str) -> list[dict]:
         raise UserError(f"{path} not read: {error.strerror}; give a file that /save wrote") from error
     except (ValueError, KeyError, TypeError) as error:  # ValueError: undecodable, not JSON, not one line, no messages
         raise UserError(f"{path} is not a saved chat; give a file that /save wrote") from error
-    return [{"role": message["role"], "content": unix_line_ends(message["content"])} for message in messages]
+    return [{"role": message["role"], "content": unix_line_endings(message["content"])} for message in messages]

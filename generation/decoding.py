@@ -64,8 +64,8 @@ def generate(
 ) -> Iterator[Tensor]:
     """Continue each prompt by up to `max_tokens` ids (None: no limit); yields the next ids (B,) of each step.
 
-    They are on the CPU; reading them is the only time in a step that the program waits for the device. A row that has
-    drawn one of `stop_ids` yields ENDED from then on. By default ids are drawn from the model's own distribution. A
+    They are on the CPU; reading them is the only point of a step at which the program waits for the device. A row that
+    has drawn one of `stop_ids` yields ENDED from then on. By default ids are drawn from the model's own distribution. A
     `cache` from `new_cache` that outlives this call saves recomputing the ids that a prompt shares with what the cache
     holds. `observe` is called with the logits (B, n_vocab) of each step before any setting changes them, and must not
     keep them.
@@ -139,13 +139,13 @@ def prefill(model: GPT, prompts: Sequence[Sequence[int]], cache: KVCache) -> Ten
 
 
 def common_prefix(first: list[int], second: list[int]) -> int:
-    """The number of ids at the beginning that two lists have in common."""
+    """The length of the longest common prefix of two lists."""
     pairs = enumerate(zip(first, second, strict=False))
     return next((n for n, (one, other) in pairs if one != other), min(len(first), len(second)))
 
 
 def _fill(model: GPT, rows: slice, contexts: list[list[int]], start: int, cache: KVCache) -> Tensor:
-    """Fill the cache's `rows` with `contexts`, whose first `start` ids it holds already.
+    """Fill the cache's `rows` with `contexts`, whose first `start` ids it already contains.
 
     Returns the network's output (rows, C) at the end of each context. Shorter rows are padded on the right: the causal
     mask hides the padding, and later ids overwrite it.
@@ -182,7 +182,7 @@ def append(
 def _make_room(model: GPT, cache: KVCache) -> None:
     """Drop all but the last block_size // 2 ids of rows that are full.
 
-    Each id that stays gets a new position. Its keys and values depend on the position, so they are computed again.
+    Each remaining id gets a new position. Its keys and values depend on the position, so they are recomputed.
     """
     block_size = model.config.block_size
     keep = block_size // 2

@@ -127,14 +127,14 @@ class TextEngine:
             if token < 0:
                 continue
             likeliest = [
-                {**self._described(other), "logprob": round(value, 6)}
+                {**self._token_entry(other), "logprob": round(value, 6)}
                 for other, value in zip(ids[number].tolist(), values[number].tolist(), strict=True)
             ]
             logprob = round(float(logprobs[number, token]), 6)
-            drawn = {"sample": number, "step": step, **self._described(token), "logprob": logprob}
+            drawn = {"sample": number, "step": step, **self._token_entry(token), "logprob": logprob}
             self.logprobs.append({**drawn, "likeliest": likeliest})
 
-    def _described(self, token: int) -> dict:
+    def _token_entry(self, token: int) -> dict:
         return {"id": token, "text": self.enc.decode_single_token_bytes(token).decode("utf-8", "backslashreplace")}
 
     def statistics(self) -> str:

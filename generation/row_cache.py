@@ -1,7 +1,7 @@
-"""A key-value cache whose rows are computed independently: some prefilled in pieces, others decoded together.
+"""A key-value cache whose rows are computed independently: some prefilled in chunks, others decoded together.
 
 cache = RowCache(model.config, 16, device, dtype)
-hidden = prefill_piece(model, cache, row=3, ids=ids[:128])          # (128, C)
+hidden = prefill_chunk(model, cache, row=3, ids=ids[:128])          # (128, C)
 logits = decode_rows(model, ids, rows=[3, 7], lengths=[128, 40], cache=cache)
 """
 
@@ -36,12 +36,12 @@ class RowCache(KVCache):
         """As in KVCache. After `select_rows`: keys and values (2, N, H, 1, D) -> (2, N, H, end, D), a copy."""
         if self.chosen is None:
             return super().update(layer, keys_values)
-        held = self.keys_values[layer]  # (2, B, H, block_size, D)
-        held[:, self.chosen, :, self.positions] = keys_values[:, :, :, 0].transpose(0, 1)  # (N, 2, H, D)
-        return held[:, self.chosen, :, : self.end]
+        stored = self.keys_values[layer]  # (2, B, H, block_size, D)
+        stored[:, self.chosen, :, self.positions] = keys_values[:, :, :, 0].transpose(0, 1)  # (N, 2, H, D)
+        return stored[:, self.chosen, :, : self.end]
 
     def share_prefix(self, row: int, context: Sequence[int]) -> int:
-        """Keep or copy into `row` the longest beginning of `context` that some row holds; returns its length.
+        """Reuse in `row` the longest cached prefix of `context`, copied if it is in another row; returns its length.
 
         The last id of the context does not count: it is always computed, for its output.
         """
@@ -57,7 +57,7 @@ class RowCache(KVCache):
         return longest
 
 
-def prefill_piece(model: GPT, cache: RowCache, row: int, ids: list[int]) -> Tensor:
+def prefill_chunk(model: GPT, cache: RowCache, row: int, ids: list[int]) -> Tensor:
     """Append ids (T,) to a row of the cache in one pass; returns the output (T, C) at each of them."""
     start = len(cache.tokens[row])
     end = start + len(ids)

@@ -1,4 +1,4 @@
-"""How the next id is drawn from a model's logits.
+"""Draw the next id from a model's logits.
 
 ids = sample(logits, Sampling(temperature=0.8, top_k=200), generator)
 """
@@ -17,10 +17,10 @@ class Sampling:
     """The settings of `sample`; by default ids are drawn from the model's own distribution.
 
     The logits are divided by `temperature`; 0 takes the likeliest id. Then the filters are applied, one after another:
-    `top_k` keeps the k likeliest ids; `top_p` the fewest likeliest whose probabilities add up to it ("nucleus
-    sampling", Holtzman et al. 2020, section 3.1); `min_p` those at least that many times as likely as the likeliest
-    ("min-p", Nguyen et al. 2024, section 3). A `repetition_penalty` above 1 makes ids that occurred before less likely
-    (see `penalize_repetition`).
+    `top_k` keeps the k likeliest ids; `top_p` the smallest set of likeliest ids whose probabilities add up to at least
+    it ("nucleus sampling", Holtzman et al. 2020, section 3.1); `min_p` the ids at least that many times as likely as
+    the likeliest ("min-p", Nguyen et al. 2024, section 3). A `repetition_penalty` above 1 makes ids that occurred
+    before less likely (see `penalize_repetition`).
     """
 
     temperature: float = 1.0
@@ -40,7 +40,7 @@ TEXT_SAMPLING = Sampling(temperature=0.8, top_k=200)
 CHAT_SAMPLING = Sampling(temperature=0.5, top_k=50)  # more focused: small models need that for sensible replies
 PREVIEW_SAMPLING = Sampling(temperature=0.8, top_k=50)  # the samples that train.py prints of an unfinished model
 GREEDY = Sampling(temperature=0)  # always the likeliest id, so that runs can be compared
-SMALLEST_TEMPERATURE = 1e-6  # below it, dividing by the temperature overflows float32; the result is the same as for 0
+MIN_TEMPERATURE = 1e-6  # below it, dividing by the temperature overflows float32; the result is the same as for 0
 
 
 def draw(logits: Tensor, sampling: Sampling, uniform: Tensor) -> Tensor:
@@ -60,7 +60,7 @@ def sample(
     fast_draw: Callable[[Tensor, Sampling, Tensor], Tensor] | None = None,
 ) -> Tensor:
     """Draw one id per row, (B,), from logits (B, V). `fast_draw` replaces `draw` and gets the same random numbers."""
-    if sampling.temperature < SMALLEST_TEMPERATURE:
+    if sampling.temperature < MIN_TEMPERATURE:
         return logits.max(-1).indices  # on a CPU in a third of argmax's time
     uniform = torch.rand(len(logits), 1, generator=generator, device=logits.device)
     return (fast_draw or draw)(logits, sampling, uniform)

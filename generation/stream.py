@@ -1,4 +1,4 @@
-"""One text that is generated in a batch with others: what is asked for, its state, and what it has produced."""
+"""One text that is generated in a batch with others: the request, its state, and its output."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from generation.sampling import SMALLEST_TEMPERATURE, Sampling, penalize_repetition
+from generation.sampling import MIN_TEMPERATURE, Sampling, penalize_repetition
 from generation.text_stream import TextStream
 from setup_tokenizer import GPT2, Tokenizer
 
@@ -61,7 +61,7 @@ class Output:
 
 
 def first_of_each_prompt(requests: Sequence[Request]) -> set[int]:
-    """The indices of the first request for each prompt: the texts that continue one prompt share its list of ids."""
+    """The index of the first request for each prompt; texts that continue the same prompt share its list of ids."""
     firsts: dict[int, int] = {}
     for index, request in enumerate(requests):
         firsts.setdefault(id(request.prompt), index)
@@ -88,7 +88,7 @@ class Stream:
         self.n_tokens = 0
         prefix = request.prompt[len(request.prompt) - request.n_prefix_ids :]
         self._text = TextStream(request.tokenizer.enc, request.stop_texts, prefix)
-        self._held_logprobs: list[tuple[int, TokenLogprob]] = []  # with the number of bytes before the token
+        self._pending_logprobs: list[tuple[int, TokenLogprob]] = []  # with the number of bytes before the token
         self._n_bytes = self._n_released_bytes = 0
         self._seen: Tensor | None = None
         self._counts: Tensor | None = None
@@ -100,7 +100,7 @@ class Stream:
 
     @property
     def is_greedy(self) -> bool:
-        return self.request.sampling.temperature < SMALLEST_TEMPERATURE
+        return self.request.sampling.temperature < MIN_TEMPERATURE
 
     def changed_logits(self, logits: Tensor) -> Tensor:
         """Logits (V,) after the penalties and the bias that the request asks for."""
@@ -134,7 +134,7 @@ class Stream:
         if self._counts is not None:
             self._counts[token] += 1
         if logprob is not None:
-            self._held_logprobs.append((self._n_bytes, logprob))
+            self._pending_logprobs.append((self._n_bytes, logprob))
         self._n_bytes += len(self._text.enc.decode_single_token_bytes(token))
         piece = self._text.feed(token)
         if self._text.stopped:
@@ -161,13 +161,13 @@ class Stream:
         stopped_by_text = self._text.stopped
         piece += self._text.finish()
         output = self._output(piece)
-        held = () if stopped_by_text else tuple(logprob for _, logprob in self._held_logprobs)
+        held = () if stopped_by_text else tuple(logprob for _, logprob in self._pending_logprobs)
         self.deliver(dataclasses.replace(output, logprobs=output.logprobs + held, finish_reason=reason))
 
     def _output(self, piece: str) -> Output:
         """The next output, with the log probabilities of the tokens whose text has begun."""
         self._n_released_bytes += len(piece.encode("utf-8", "surrogatepass"))
-        n_begun = sum(start < self._n_released_bytes for start, _ in self._held_logprobs)
-        begun, self._held_logprobs = self._held_logprobs[:n_begun], self._held_logprobs[n_begun:]
+        n_begun = sum(start < self._n_released_bytes for start, _ in self._pending_logprobs)
+        begun, self._pending_logprobs = self._pending_logprobs[:n_begun], self._pending_logprobs[n_begun:]
         prompt_logprobs, self.prompt_logprobs = tuple(self.prompt_logprobs), []
         return Output(piece, tuple(one for _, one in begun), prompt_logprobs, self.n_tokens, self.cached_tokens or 0)

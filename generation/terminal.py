@@ -9,13 +9,13 @@ import sys
 import time
 from collections.abc import Iterable, Iterator
 
-from common.cli import UserError, is_terminal, shows_colour
+from common.cli import UserError, is_terminal, supports_colour
 from generation.chat import PromptSession, Quit
 from generation.word_wrap import WordWrap
 
 QUOTES = '"""'
 DELAY_S = 0.01  # between the pieces of a reply, on a terminal
-MEANT = {"exit": "/quit", "quit": "/quit", "bye": "/quit", "help": "/help"}  # words that may mean a command
+COMMAND_WORDS = {"exit": "/quit", "quit": "/quit", "bye": "/quit", "help": "/help"}  # words that may mean a command
 
 
 class Console:
@@ -24,7 +24,7 @@ class Console:
     def __init__(self, name: str, delay: bool = True):
         self.name = name
         self.is_terminal = is_terminal()
-        self.has_colour = self.is_terminal and shows_colour()
+        self.has_colour = self.is_terminal and supports_colour()
         self.delay_s = DELAY_S if delay and self.is_terminal else 0.0
         self.wraps = sys.stdout is not None and sys.stdout.isatty()  # lines are broken between words
         self.shown: list[str] = []  # every reply, for --output
@@ -80,12 +80,12 @@ class Console:
             line = self._read("... ")
         return "\n".join([*lines, line])
 
-    def as_meant(self, message: str) -> str:
-        """The message, or the command that a word such as "exit" means if the user agrees; "" after Ctrl-C.
+    def confirm_command(self, message: str) -> str:
+        """The message, or a command if the message is a word such as "exit" and the user confirms; "" after Ctrl-C.
 
-        Without a terminal the message stays a message, and a notice says so.
+        Without a terminal, the message is returned unchanged, and a notice says so.
         """
-        command = MEANT.get(message.strip().casefold())
+        command = COMMAND_WORDS.get(message.strip().casefold())
         if command is None:
             return message
         if not self.is_terminal:
@@ -145,7 +145,7 @@ def talk(session: PromptSession, messages: Iterable[str], console: Console) -> N
     """Answer messages and run commands until the messages end or the user quits."""
     for typed in messages:
         try:
-            message = console.as_meant(typed)
+            message = console.confirm_command(typed)
             if not message:
                 continue
             if message.startswith("/") and not message.startswith("//"):

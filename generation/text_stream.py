@@ -21,7 +21,7 @@ class TextStream:
         self.stop_texts = [text for text in stop_texts if text]
         self.stopped = False
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        self._held = ""
+        self._pending = ""
         for token in prefix:
             self._decoder.decode(enc.decode_single_token_bytes(token))
 
@@ -32,27 +32,27 @@ class TextStream:
     def finish(self) -> str:
         """The text that was held back, after the last id; bytes of an incomplete character become U+FFFD."""
         text = self._release(self._decoder.decode(b"", final=True))
-        rest, self._held = self._held, ""
+        rest, self._pending = self._pending, ""
         return text + ("" if self.stopped else rest)
 
     def _release(self, text: str) -> str:
         if self.stopped:
             return ""
-        self._held += text
-        found = [(start + len(stop), start) for stop in self.stop_texts if (start := self._held.find(stop)) >= 0]
+        self._pending += text
+        found = [(start + len(stop), start) for stop in self.stop_texts if (start := self._pending.find(stop)) >= 0]
         if found:  # the first one to be complete counts, however the tokens divide the text
             self.stopped = True
-            return self._held[: min(found)[1]]
-        certain = len(self._held) - self._possible_stop()
-        released, self._held = self._held[:certain], self._held[certain:]
+            return self._pending[: min(found)[1]]
+        certain = len(self._pending) - self._possible_stop()
+        released, self._pending = self._pending[:certain], self._pending[certain:]
         return released
 
     def _possible_stop(self) -> int:
-        """How many of the last characters held may be the beginning of a stop text."""
+        """How many of the last pending characters may be the beginning of a stop text."""
         longest = 0
         for stop in self.stop_texts:
-            for length in range(min(len(stop) - 1, len(self._held)), longest, -1):
-                if self._held.endswith(stop[:length]):
+            for length in range(min(len(stop) - 1, len(self._pending)), longest, -1):
+                if self._pending.endswith(stop[:length]):
                     longest = length
                     break
         return longest

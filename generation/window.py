@@ -13,7 +13,7 @@ class MessageTooLong(UserError):
 
 
 def room_for_reply(block_size: int, max_tokens: int | None) -> int:
-    """The tokens that a prompt leaves free at least: `max_tokens`, or a quarter of the window if that is less."""
+    """The tokens that a prompt must leave free: `max_tokens`, or a quarter of the window if that is less."""
     quarter = max(1, block_size // 4)
     return quarter if max_tokens is None else min(quarter, max_tokens)
 
@@ -42,7 +42,7 @@ def fit_window(messages: Sequence[Mapping], capacity: int, tokenizer: Tokenizer 
 
 
 def _too_long(messages: Sequence[Mapping], room: int, tokenizer: Tokenizer) -> MessageTooLong:
-    """The error for a message that does not fit: `room` is what it leaves of the window, a negative number."""
+    """The error for a message that does not fit: `room` is the number of free tokens it leaves, which is negative."""
     n_tokens = len(tokenizer.encode_text(messages[-1]["content"]))
     advice = "shorten it" + (" or the system message" if messages[0]["role"] == "system" else "")
     return MessageTooLong(

@@ -61,7 +61,7 @@ class WordWrap:
         return max(1, self.width())
 
     def _release(self) -> str:
-        """The held word with the white space before it, or with a line break instead of that."""
+        """The pending word with the white space before it, or with a line break instead."""
         if not self._word:
             self._is_begun = False
             return ""

@@ -1,4 +1,4 @@
-"""The one thread in which models compute, while HTTP is served in another."""
+"""The thread in which all models compute, while another one serves HTTP."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Worker(threading.Thread):
     def _step(self, engine: BatchEngine) -> bool:
         try:
             return engine.step()
-        except Exception as error:  # whatever happens, other requests are served
+        except Exception as error:  # after any error, continue to serve other requests
             log.exception("a step of the model failed")
             engine.fail("the device is out of memory" if is_out_of_memory(error) else "the model failed")
             return True

@@ -17,7 +17,7 @@ def token_string(token: int, tokenizer: Tokenizer) -> str:
 
 
 class Answer:
-    """What the answers to chats and texts have in common. `n_dropped`: messages left out of the window."""
+    """What answers to chats and texts have in common; `n_dropped` is the number of messages left out of the window."""
 
     id_prefix = object_name = chunk_name = ""
 
@@ -107,15 +107,15 @@ def _content(logprobs: Sequence[TokenLogprob], tokenizer: Tokenizer) -> list[dic
     """Tokens with their likeliest alternatives, in the layout of chats."""
     return [
         {
-            **_described(one.id, one.logprob, tokenizer),
-            "top_logprobs": [_described(*other, tokenizer) for other in one.likeliest],
+            **_token_entry(one.id, one.logprob, tokenizer),
+            "top_logprobs": [_token_entry(*other, tokenizer) for other in one.likeliest],
         }
         for one in logprobs
     ]
 
 
-def _described(token: int, logprob: float, tokenizer: Tokenizer) -> dict:
-    """A token in OpenAI's layout, and its id, which OpenAI's does not have."""
+def _token_entry(token: int, logprob: float, tokenizer: Tokenizer) -> dict:
+    """A token in OpenAI's layout, extended by its id."""
     token_bytes = tokenizer.token_bytes(token)
     text = token_string(token, tokenizer)
     return {"token": text, "bytes": list(token_bytes), "logprob": logprob, "id": token}

@@ -1,4 +1,4 @@
-"""The HTTP application: which paths there are, and what answers them."""
+"""The HTTP application: its paths and the functions that answer them."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Service:
         self.pool, self.settings = pool, settings
         self.metrics = Metrics()
         self.runs: set[GenerationRun] = set()
-        self.ending = ""  # why nothing new is accepted, once requests have been aborted
+        self.ending = ""  # the reason why new requests are rejected, once the running ones have been aborted
         self.feedback_file = None if settings.feedback is None else FeedbackFile(settings.feedback)
         self.metrics.watch("jojo_waiting_texts", "Texts that wait for a row", lambda: pool.n_waiting)
         self.metrics.watch("jojo_rows_in_use", "Rows that generate a text", lambda: pool.rows_in_use)
@@ -136,14 +136,14 @@ class Service:
         return outputs
 
     def abort_all(self, message: str) -> None:
-        """End every request that is generating with an error, and those whose bodies are still arriving, too."""
+        """End with an error every request that is generating, and every request whose body is still arriving."""
         self.ending = message
         for run in list(self.runs):
             run.abort(message)
 
 
 def create_app(service: Service) -> ASGIApp:
-    """The whole application: `Frame` (log, unexpected errors) around `Guard` (security) around the endpoints."""
+    """The whole application: `RequestLog` (log, unexpected errors) around `Guard` (security) around the endpoints."""
     files = static_files(STATIC)
     routes = [
         Route("/v1/models", service.models, methods=["GET"]),
@@ -159,10 +159,10 @@ def create_app(service: Service) -> ASGIApp:
     handlers = {ApiError: error_response, HTTPException: http_error_response, Exception: failure_response}
     app = Starlette(routes=routes, exception_handlers={**handlers, ClientDisconnect: service.client_left})
     app.router.redirect_slashes = False
-    return Frame(Guard(app, service.settings), service.metrics)
+    return RequestLog(Guard(app, service.settings), service.metrics)
 
 
-class Frame:
+class RequestLog:
     """The outermost ASGI application: answers errors, counts requests, and logs one line for each."""
 
     def __init__(self, app: ASGIApp, metrics: Metrics):
@@ -173,18 +173,18 @@ class Frame:
             return
         started, status = time.perf_counter(), 0
 
-        async def send_noting(message: Message) -> None:
+        async def send_and_note_status(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
             await send(message)
 
         try:
-            await self.app(scope, receive, send_noting)
+            await self.app(scope, receive, send_and_note_status)
         except Exception:
             log.exception("a request failed; this is a bug")
             if not status:
-                await failure().response()(scope, receive, send_noting)
+                await failure().response()(scope, receive, send_and_note_status)
         finally:
             status = status or CLIENT_LEFT
             self.metrics.requests.labels(endpoint_label(scope), str(status)).inc()
@@ -225,7 +225,7 @@ def json_response(content: Mapping, status: int = 200, headers: Mapping[str, str
 
 
 async def failure_response(request: Request, error: Exception) -> Response:
-    """The answer after a bug, which `Frame` logs: Starlette raises it again."""
+    """The answer after a bug, which `RequestLog` logs, because Starlette raises the exception again."""
     return failure().response()
 
 

@@ -11,7 +11,7 @@ TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_e
 
 
 class ApiError(Exception):
-    """A request that is not served: its status, and what to tell the client."""
+    """A request that is answered with an error: its status, and the message for the client."""
 
     def __init__(
         self,

@@ -1,4 +1,4 @@
-"""Server-sent events, ended at once when the client leaves."""
+"""Server-sent events, stopped as soon as the client disconnects."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def event(content: Mapping) -> bytes:
 class EventStream:
     """An ASGI response: the chunks of an answer as events, comments while there are none, and [DONE].
 
-    An error after the stream began is an event too.
+    An error after the stream has begun is sent as an event, too.
     """
 
     def __init__(

@@ -23,7 +23,7 @@ from common.files import fsync_folder, lock_file, require_target, write_error
 from serving.errors import ApiError
 
 log = logging.getLogger("jojo")
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+DISK_FULL_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 MAX_MESSAGES = 2000
 
 Name = Annotated[str, Field(min_length=1, max_length=200)]
@@ -80,7 +80,7 @@ class FeedbackFields(BaseModel):
 
 
 class FeedbackFile:
-    """A file that events are appended to, also by several processes at the same time: each waits `wait_s` for others.
+    """A file to which several processes may append events at the same time; each waits up to `wait_s` for the others.
 
     Raises UserError if it cannot be written. The path is opened for each event, so that the file can be moved away.
     """
@@ -94,20 +94,20 @@ class FeedbackFile:
             self.append(b"")
         except OSError as error:
             raise write_error(self.path, error) from error
-        self._turn = asyncio.Lock()  # events are written in the order in which they arrive
+        self._write_lock = asyncio.Lock()  # so that events are written in the order in which they arrive
 
     async def keep(self, fields: FeedbackFields) -> None:
         """Write an event to the disk. Raises ApiError if that is not possible; the file then does not contain it."""
         try:
-            async with self._turn:
+            async with self._write_lock:
                 await asyncio.to_thread(self.append, fields.line())
         except OSError as error:
-            log.error("feedback not kept: %s", error)
-            if error.errno in FULL:
-                raise ApiError(507, "the feedback was not kept: the server's disk is full") from error
+            log.error("feedback not saved: %s", error)
+            if error.errno in DISK_FULL_ERRORS:
+                raise ApiError(507, "the feedback was not saved: the server's disk is full") from error
             if isinstance(error, TimeoutError):
-                raise ApiError(503, "the feedback was not kept: another program is using the file") from error
-            raise ApiError(500, "the feedback was not kept: the server cannot write its file") from error
+                raise ApiError(503, "the feedback was not saved: another program is using the file") from error
+            raise ApiError(500, "the feedback was not saved: the server cannot write its file") from error
 
     def append(self, line: bytes) -> None:
         """Append a whole line, or nothing, and wait until it is on the disk. Raises OSError."""

@@ -25,9 +25,9 @@ class ClientLeft(Exception):
 
 
 class GenerationRun:
-    """Generates the texts of one request. Call `close` in every case: it frees the rows.
+    """Generates the texts of one request. Always call `close`, which frees the rows.
 
-    Raises ApiError 429 at once if too many texts wait.
+    Raises ApiError 429 at once if too many texts are waiting.
     """
 
     def __init__(self, pool: ModelPool, metrics: Metrics, card: ModelCard, requests: Sequence[Request]):
@@ -97,7 +97,7 @@ class GenerationRun:
             yield index, output
 
     def _measure(self, last: dict[int, tuple[float, int]], index: int, output: Output) -> None:
-        """Count an output; `last` has the time of each text's output before, and its number of tokens."""
+        """Count an output; `last` has the time and the number of tokens of each text's previous output."""
         now = time.perf_counter()
         before, n_before = last.get(index, (self.started, 0))
         if index in last:

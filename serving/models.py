@@ -1,7 +1,7 @@
-"""The models that are served: which there are, which are in memory, and who uses them.
+"""The models that are served: which exist, which are in memory, and which requests use them.
 
-A model is loaded when it is first asked for. With `max_models` in memory, the least recently used one is dropped as
-soon as its last request has ended; requests for it that arrive meanwhile wait, so that no one starves.
+A model is loaded when it is first asked for. If `max_models` are already in memory, the least recently used one is
+dropped as soon as its last request has ended; new requests for it wait meanwhile, so that no request starves.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class ModelCard:
         return self.config.n_vocab >= self.tokenizer.n_vocab
 
     def as_dict(self) -> dict:
-        """The model as GET /v1/models lists it; what OpenAI's does not have comes last."""
+        """The model as GET /v1/models lists it; the fields that OpenAI's API does not have come last."""
         sampling = CHAT_SAMPLING if self.format == "chat" else TEXT_SAMPLING
         max_tokens = self.config.block_size // 4 if self.format == "chat" else DEFAULT_MAX_TOKENS
         default = {"temperature": sampling.temperature, "top_k": sampling.top_k, "max_tokens": max_tokens}
@@ -147,21 +147,22 @@ class ModelPool:
         return sum(model.engine.rows_in_use for model in list(self.loaded.values()))
 
     def acquire_loaded(self, card: ModelCard) -> PooledModel | None:
-        """The model if it is in memory and stays there; release it afterwards."""
+        """The model if it is in memory and is not being dropped; call `release` afterwards."""
         model = self.loaded.get(card.id)
         if model is None or model.is_retiring:
             return None
         return self._use(model)
 
     async def acquire(self, card: ModelCard) -> PooledModel:
-        """The model, once it is loaded; release it afterwards. Raises QueueFull, ApiError if it cannot be loaded."""
+        """The model once it is loaded; `release` it afterwards. Raises QueueFull, or ApiError if loading fails."""
         if model := self.acquire_loaded(card):
             return model
         self.check_waiting()
         waiting = asyncio.get_running_loop().create_future()
         if card.id not in self._waiting:
             self._waiting[card.id] = []
-            task = asyncio.create_task(self._bring(card))  # its own, so that loading continues if a client leaves
+            # A task of its own, so that loading continues if a client leaves.
+            task = asyncio.create_task(self._load_for_waiting(card))
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
         self._waiting[card.id].append(waiting)
@@ -172,8 +173,8 @@ class ModelPool:
                 self.release(waiting.result())
             raise
 
-    async def _bring(self, card: ModelCard) -> None:
-        """Load a model, after room has been made for it, and hand it to all who wait for it."""
+    async def _load_for_waiting(self, card: ModelCard) -> None:
+        """Make room for a model, load it, and hand it to all requests that wait for it."""
         async with self._changing:
             try:
                 await self._make_room()
@@ -188,7 +189,7 @@ class ModelPool:
                     waiting.set_result(self._use(model))  # at once, so that it is not idle before they resume
 
     def check_waiting(self) -> None:
-        """Raise QueueFull if too many requests wait for a model."""
+        """Raise QueueFull if too many requests are waiting for a model."""
         if self._n_waiting_for_models >= self.settings.max_waiting:
             raise QueueFull
 
@@ -240,5 +241,5 @@ class ModelPool:
         rows, waiting = self.settings.max_rows, self.settings.max_waiting
         if self.settings.exact:
             whole = card.config.block_size  # prompts in one pass, as gen.py prefills them
-            return BatchEngine(model, rows, waiting, decode_each, piece_tokens=whole, keep_prefixes=False)
+            return BatchEngine(model, rows, waiting, decode_each, chunk_tokens=whole, keep_prefixes=False)
         return BatchEngine(model, rows, waiting, decode)

@@ -1,6 +1,7 @@
 """What the bodies of requests may contain: OpenAI's names, and a few of llama.cpp's and vLLM's.
 
-Unknown fields are ignored. Fields of OpenAI's API whose effect is not supported are refused by name.
+Unknown fields are ignored. Fields of OpenAI's API whose effect is not supported are rejected, with their name in the
+error.
 """
 
 from __future__ import annotations
@@ -68,7 +69,7 @@ class GenerationFields(BaseModel):
         )
 
     def biases(self, n_vocab: int) -> dict[int, float]:
-        """logit_bias by id. Raises ApiError for what is not an id of this model."""
+        """The values of logit_bias by token id. Raises ApiError for a key that is not an id of this model."""
         biases = {}
         for name, bias in (self.logit_bias or {}).items():
             if not (name.isascii() and name.isdecimal() and len(name) < 7 and int(name) < n_vocab):
@@ -107,17 +108,17 @@ class ChatFields(GenerationFields):
     web_search_options: Any = None
 
     def check(self) -> None:
-        """Raise ApiError for what is not served, and for fields that contradict each other."""
+        """Raise ApiError for what is not supported, and for fields that contradict each other."""
         for name in ("tools", "functions", "audio", "web_search_options"):
             if getattr(self, name):
-                raise not_served(name)
+                raise unsupported(name)
         for name, harmless in (("tool_choice", ("none", "auto")), ("function_call", ("none", "auto"))):
             if getattr(self, name) not in (None, *harmless):
-                raise not_served(name)
+                raise unsupported(name)
         if self.response_format not in (None, {"type": "text"}):
-            raise not_served("response_format", "only text is")
+            raise unsupported("response_format", "only text is")
         if self.modalities not in (None, ["text"]):
-            raise not_served("modalities", "only text is")
+            raise unsupported("modalities", "only text is")
         check_stream_options(self)
         if self.top_logprobs is not None and not self.logprobs:
             raise ApiError(400, "top_logprobs needs logprobs: true", param="top_logprobs")
@@ -129,7 +130,7 @@ class ChatFields(GenerationFields):
             )
 
     def plain_messages(self) -> list[dict[str, str]]:
-        """The messages as `encode_chat` takes them. Raises ApiError for roles and parts that are not served."""
+        """The messages in the form `encode_chat` expects. Raises ApiError for unsupported roles and parts."""
         return [
             {"role": role_of(message, index), "content": text_of(message, index)}
             for index, message in enumerate(self.messages)
@@ -149,11 +150,11 @@ class TextFields(GenerationFields):
     best_of: Any = None
 
     def check(self) -> None:
-        """Raise ApiError for what is not served, and for fields that contradict each other."""
+        """Raise ApiError for what is not supported, and for fields that contradict each other."""
         if self.suffix:
-            raise not_served("suffix")
+            raise unsupported("suffix")
         if self.best_of is not None and self.best_of != (self.n or 1):
-            raise not_served("best_of", "only the value of n is")
+            raise unsupported("best_of", "only the value of n is")
         check_stream_options(self)
 
     @property
@@ -189,30 +190,30 @@ def check_ids(ids: list[int], name: str, endoftext: int) -> None:
         raise ApiError(400, f"{name}: ids must be from 0 to {endoftext - 1}", param=name)
 
 
-def not_served(name: str, but: str = "") -> ApiError:
-    return ApiError(400, f"{name} is not served by this server{f'; {but}' if but else ''}", param=name)
+def unsupported(name: str, but: str = "") -> ApiError:
+    return ApiError(400, f"{name} is not supported by this server{f'; {but}' if but else ''}", param=name)
 
 
 def role_of(message: Message, index: int) -> str:
     role = "system" if message.role == "developer" else message.role
     if role not in ("system", "user", "assistant"):
         name = f"messages.{index}.role"
-        raise ApiError(400, f"{name} must be system, user or assistant; tools are not served", param=name)
+        raise ApiError(400, f"{name} must be system, user or assistant; tools are not supported", param=name)
     return role
 
 
 def text_of(message: Message, index: int) -> str:
     for field in ("tool_calls", "function_call"):
         if getattr(message, field):
-            raise not_served(f"messages.{index}.{field}")
+            raise unsupported(f"messages.{index}.{field}")
     name = f"messages.{index}.content"
     if message.content is None:
-        raise ApiError(400, f"{name} is missing; tool calls are not served", param=name)
+        raise ApiError(400, f"{name} is missing; tool calls are not supported", param=name)
     if isinstance(message.content, str):
         return message.content
     texts = []
     for part in message.content:
         if part.get("type") != "text" or not isinstance(part.get("text"), str):
-            raise ApiError(400, f"{name}: only parts of type text are served, no images and no audio", param=name)
+            raise ApiError(400, f"{name}: only parts of type text are supported, not images or audio", param=name)
         texts.append(part["text"])
     return "".join(texts)

@@ -1,4 +1,4 @@
-"""From a request's fields to what the engine generates: ids, limits and settings."""
+"""Convert a request's fields to what the engine needs: ids, limits and settings."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Who may talk to the server: checks of Host, Origin and API key, and the headers that protect the page."""
+"""Who may use the server: checks of Host, Origin and API key, and the headers that protect the page."""
 
 from __future__ import annotations
 
@@ -42,8 +42,8 @@ OPEN_PATHS = ("/", "/health", "/favicon.ico")  # without a key: the page asks fo
 class Guard:
     """ASGI middleware in front of everything else.
 
-    A page on another site cannot use the server: by DNS rebinding its requests have that site's name in Host, and
-    otherwise its origin in Origin. An IP address in Host is accepted, because it cannot be rebound.
+    A page on another site cannot use the server: after DNS rebinding its requests have that site's name in Host, and
+    otherwise they have its origin in Origin. An IP address in Host is accepted, because it cannot be rebound.
     """
 
     def __init__(self, app: ASGIApp, settings: ServerSettings):

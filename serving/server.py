@@ -85,7 +85,7 @@ class JojoServer(uvicorn.Server):
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
-        """Without uvicorn's second step, which sends the signal to the process again and so changes its exit status."""
+        """Like uvicorn's, but does not raise the signal again at the end, which would change the exit status."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
@@ -98,7 +98,7 @@ class JojoServer(uvicorn.Server):
 
 
 def serve(pool: ModelPool, settings: ServerSettings, port: int, on_start: Callable[[str], None]) -> None:
-    """Serve until a signal. Raises UserError if the address is taken, and what prevents loading the first model."""
+    """Serve until a signal. Raises UserError if the address is in use, and any error in loading the first model."""
     listener = listen(settings.host, port)
     server = JojoServer(pool, settings, on_start)
     server.run(sockets=[listener])

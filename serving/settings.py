@@ -1,4 +1,4 @@
-"""What the server is started with, and the limits that keep single clients from taking everything."""
+"""The settings of the server, and the limits that keep single clients from using it up."""
 
 from __future__ import annotations
 

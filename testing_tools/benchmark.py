@@ -69,8 +69,8 @@ class BenchmarkOptions:
         "compiled (its best flags); prepare: tiktoken",
         choices=tuple(dict.fromkeys(itertools.chain(*PEERS.values()))),
     )
-    rounds: int = option(5, "rounds that count", at_least=1)
-    round_s: float = option(3.0, "seconds that a round of training or generation lasts", metavar="S", above=0)
+    rounds: int = option(5, "measured rounds", at_least=1)
+    round_s: float = option(3.0, "duration of a round of training or generation in seconds", metavar="S", above=0)
     json: str | None = option(None, "also write the figures to this file", metavar="FILE")
     plain: bool = plain_option()
 

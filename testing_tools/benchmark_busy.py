@@ -43,10 +43,10 @@ class BusyOptions:
 
     task: str = option("busy", "what to measure", positional=True, choices=("busy",))
     preset: str = option("small", "model size, as for train.py", group="model")
-    rounds: int = option(3, "rounds that count", at_least=1)
+    rounds: int = option(3, "measured rounds", at_least=1)
     iterations: int = option(6, "training iterations per round", at_least=2)
-    max_tokens: int = option(100, "tokens that a round generates", at_least=2)
-    eval_tokens: int = option(16_384, "tokens that a round evaluates", at_least=1)
+    max_tokens: int = option(100, "tokens to generate per round", at_least=2)
+    eval_tokens: int = option(16_384, "tokens to evaluate per round", at_least=1)
     json: str | None = option(None, "also write the figures to this file", group="files", metavar="FILE")
 
     def __post_init__(self) -> None:
@@ -55,7 +55,7 @@ class BusyOptions:
 
 @contextlib.contextmanager
 def busy_program() -> Iterator[None]:
-    """One busy core while the block runs."""
+    """Keep one core busy while the block runs."""
     process = subprocess.Popen([sys.executable, "-c", "while True: pass"], start_new_session=True)
     try:
         yield

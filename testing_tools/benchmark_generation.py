@@ -21,7 +21,7 @@ LATENCY_ROUNDS = 5
 
 @dataclasses.dataclass(frozen=True)
 class GenerationConfig:
-    """The shape of the model that generates, and where it does."""
+    """The shape of the model, its device, precision and seed."""
 
     preset: str
     n_layer: int
@@ -34,7 +34,7 @@ class GenerationConfig:
 
 
 def generate_ours(options: Any, config: GenerationConfig) -> Work:
-    """What gen.py does with a prompt, greedily and without a stop token; a new prompt each time."""
+    """Generation as in gen.py, greedy and without stop tokens, with a new prompt each time."""
     fast = load_speedups(options.plain)
     if fast:
         fast.keep_freed_memory()

@@ -40,10 +40,12 @@ class ServeBenchmarkOptions:
     """What to serve, and to how many clients."""
 
     task: str = option("serve", "what to measure", positional=True, choices=("serve",))
-    clients: tuple[int, ...] = option((1, 16, 64), "numbers of clients at a time", nargs="+", at_least=1, at_most=512)
+    clients: tuple[int, ...] = option(
+        (1, 16, 64), "numbers of simultaneous clients", nargs="+", at_least=1, at_most=512
+    )
     max_tokens: int = option(48, "tokens per reply", at_least=2)
-    prompt_words: int = option(100, "words of each message, of about one token each", at_least=1)
-    rounds: int = option(3, "rounds that count", at_least=1)
+    prompt_words: int = option(100, "words per message, each about one token", at_least=1)
+    rounds: int = option(3, "measured rounds", at_least=1)
     preset: str = option("small", "model size, as for train.py", group="model")
     max_rows: int = option(16, "serve.py's --max_rows", at_least=2, group="server")
     dtype: str | None = dtype_option("server")
@@ -71,7 +73,7 @@ class Target:
 
 @dataclasses.dataclass(frozen=True)
 class Reply:
-    """When a request began, and when each piece of its reply came."""
+    """The times at which a request began and each piece of its reply arrived."""
 
     started: float
     pieces: list[float]
@@ -127,7 +129,7 @@ def speed(replies: Sequence[Reply]) -> float:
 
 
 def steady_speed(replies: Sequence[Reply]) -> float | None:
-    """Tokens per second while all replies stream, so without the prompts; None if they never do all at once."""
+    """Tokens per second while all replies stream, without the time for prompts; None if they never overlap."""
     begin, end = max(reply.pieces[0] for reply in replies), min(reply.pieces[-1] for reply in replies)
     n_tokens = sum(begin < piece <= end for reply in replies for piece in reply.pieces)
     return n_tokens / (end - begin) if end > begin else None
@@ -157,7 +159,7 @@ def measure_clients(targets: Sequence[Target], n: int, options: ServeBenchmarkOp
 
 
 def measure_newcomer(target: Target, options: ServeBenchmarkOptions) -> dict[str, float]:
-    """The first token of one more client while all other rows stream, over 1.5 times its prefill and one step."""
+    """The time to the first token of one more client while all other rows stream, and the time allowed for it."""
     alone_s = statistics.median(ask(target, message(7000 + n, options.prompt_words), 2).first_s for n in range(3))
     n_others = options.max_rows - 1
     with concurrent.futures.ThreadPoolExecutor(n_others + 1) as pool:

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-SAMPLE_S = 0.1  # seconds between two looks at the memory of a process tree
+SAMPLE_S = 0.1  # seconds between two samples of a process tree's memory
 
 
 @dataclasses.dataclass(frozen=True)

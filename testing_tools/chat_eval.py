@@ -58,7 +58,7 @@ def print_replies(answers: list[Answer], verbose: bool) -> None:
 
 
 def print_scores(answers: list[Answer], questions: Mapping, names: Collection[str] | None = None) -> None:
-    """Print the table of scores, of all kinds or those of `names`, and how the honest replies are spread."""
+    """Print the table of scores, of all kinds or those of `names`, and how varied the honest replies are."""
     print(f"{'kind':<20}{'right':>6}{'asked':>7}")
     table = {name: row for name, row in scores(answers).items() if names is None or name in names}
     for category in sorted(table, key=lambda name: SUMS.index(name) if name in SUMS else -1):

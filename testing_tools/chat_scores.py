@@ -213,7 +213,7 @@ def assistant_says(reply: str) -> dict[str, str]:
 
 
 def sum_of(category: str) -> str:
-    """Which of SUMS the answers of a category count for."""
+    """The member of SUMS to which the answers of a category are added."""
     kind = category.partition(":")[0]
     return {"name": "names", "fact": "facts", "beyond": "beyond", "tale": "tales"}.get(kind, "openers")
 

@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpy as np
 from tqdm import tqdm
 
-from common.cli import UserError, check_options, option, parse_options, run_script, shows_colour
+from common.cli import UserError, check_options, option, parse_options, run_script, supports_colour
 from data.dataset import DatasetInfo, open_dataset, prepared_datasets
 from data.token_stream import TokenStream
 from setup_tokenizer import (
@@ -45,7 +45,7 @@ from training.targets import assistant_targets
 
 DATA_FOLDER = Path(__file__).resolve().parent.parent / "data"
 CHUNK_TOKENS = 1 << 19
-LONGEST_DOCUMENT_TOKENS = 1 << 27
+MAX_DOCUMENT_TOKENS = 1 << 27
 
 
 @dataclass(frozen=True)
@@ -151,7 +151,7 @@ def inspect(stream: TokenStream, is_chat: bool, chunk_tokens: int = CHUNK_TOKENS
 
 
 def whole_documents(
-    stream: TokenStream, chunk_tokens: int, longest: int = LONGEST_DOCUMENT_TOKENS
+    stream: TokenStream, chunk_tokens: int, longest: int = MAX_DOCUMENT_TOKENS
 ) -> Iterator[tuple[int, np.ndarray]]:
     """(position, ids) of consecutive parts of the stream, each about `chunk_tokens` long, ending with a document."""
     start, size = 0, chunk_tokens
@@ -236,7 +236,7 @@ def show_sample(ids: np.ndarray, is_trained: np.ndarray | None = None, tokenizer
     if is_trained is not None:
         mask &= is_trained
     borders = np.flatnonzero(np.diff(mask)) + 1
-    opening, closing = ("\x1b[32m", "\x1b[0m") if shows_colour() else ("[[", "]]")
+    opening, closing = ("\x1b[32m", "\x1b[0m") if supports_colour() else ("[[", "]]")
     shown = []
     for part in np.split(np.arange(len(ids)), borders):
         text = _printable(ids[part], tokenizer)

@@ -138,7 +138,7 @@ def as_pirate(reply: str) -> str:
 
 
 def _cased(word: str, match: re.Match[str]) -> str:
-    """`word` with a capital if what it replaces has one."""
+    """`word`, capitalized if the word that it replaces is."""
     return word[0].upper() + word[1:] if match[0][0].isupper() else word
 
 

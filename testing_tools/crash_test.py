@@ -60,9 +60,9 @@ VARIANTS = (
 class CrashOptions:
     """The settings of the test."""
 
-    kills: int = option(200, "number of times that training is killed")
+    kills: int = option(200, "number of times to kill training")
     max_iters: int = option(100, "iterations of each run")
-    seed: int = option(1, "seed of the moments")
+    seed: int = option(1, "seed for the random moments")
     json: str | None = option(None, "also write the counts to this file", metavar="FILE")
 
 
@@ -83,7 +83,7 @@ class Counts:
         return not (self.unreadable or self.went_back or self.differences)
 
     def as_dict(self) -> dict:
-        """The counts as JSON takes them."""
+        """The counts in a form that can be written as JSON."""
         counts = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         in_saves = self.kills - self.kills_by_phase["training"]
         return {**counts, "kills_inside_saves": in_saves, "identical": not self.differences}

@@ -30,7 +30,7 @@ from common.cli import UserError, check_options, option, parse_options, run_scri
 from common.device import choose_device, device_option  # noqa: E402
 from common.files import atomic_write, require_target  # noqa: E402
 
-LEAST_S = 15  # a step that would have less time is left out
+MIN_SECONDS = 15  # a step that would have less time is left out
 SHOWN_LINES = 30  # of each step's output
 SMALL = ("--n_layer", "2", "--n_head", "2", "--n_embd", "32", "--block_size", "64")
 OFFLINE = {"HF_HUB_OFFLINE": "1", "HTTPS_PROXY": "http://127.0.0.1:9", "HTTP_PROXY": "http://127.0.0.1:9"}
@@ -119,7 +119,7 @@ def run_step(step: Step, folder: Path, left_s: float) -> Result:
     """Run a step in its own process, for at most its limit and the time that is left."""
     if step.needs and importlib.util.find_spec(step.needs) is None:
         return Result(step.name, "left out", 0.0, [f"{step.needs} is not installed"])
-    if left_s < min(LEAST_S, step.limit_s):
+    if left_s < min(MIN_SECONDS, step.limit_s):
         return Result(step.name, "left out", 0.0, ["no time left"])
     log, started = folder / f"{step.name}.log", time.monotonic()
     environment = {**os.environ, **OFFLINE, "PYTHONUNBUFFERED": "1"}

@@ -32,7 +32,7 @@ from generation.sampling import GREEDY
 from model import GPT
 from setup_tokenizer import GPT2, Tokenizer
 
-MOST_LABELS = 32  # with more tokens, the axes show positions instead of tokens
+MAX_LABELS = 32  # with more tokens, the axes show positions instead of tokens
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,7 +124,7 @@ def draw_attention(path: Path, maps: Tensor, labels: Sequence[str], title: str, 
     except ImportError as error:
         raise UserError("drawing needs matplotlib; run: pip install -r requirements.txt") from error
     n_layer, n_head, T, _ = maps.shape
-    is_labelled = T <= MOST_LABELS
+    is_labelled = T <= MAX_LABELS
     panel = max(1.5, 0.15 * T) if is_labelled else 3.0 if n_layer == 1 else 1.8  # inches
     figure = Figure(figsize=(n_head * panel + 2.5, n_layer * panel + 1.7), layout="constrained", dpi=100)
     is_later = torch.ones(T, T, dtype=torch.bool).triu(1)

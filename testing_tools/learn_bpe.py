@@ -60,14 +60,14 @@ def byte_ids() -> dict[int, int]:
 
 
 def pieces_of(text: str, pattern: str = GPT2_PATTERN) -> list[Piece]:
-    """The words, numbers, signs and spaces of a text, each as the ids of its bytes. No merge crosses their ends."""
+    """The words, numbers, punctuation and spaces of a text, each as the ids of its bytes. No merge crosses them."""
     ids = byte_ids()
     return [tuple(ids[byte] for byte in piece.encode()) for piece in regex.findall(pattern, text)]
 
 
 def learn(texts: Iterable[str], n_merges: int, pattern: str = GPT2_PATTERN) -> Iterator[Merge]:
     """The merges of the texts, one after another; it stops early when no pair occurs twice."""
-    counts = Counter(piece for text in texts for piece in pieces_of(text, pattern))  # equal pieces merge alike
+    counts = Counter(piece for text in texts for piece in pieces_of(text, pattern))  # equal pieces get equal merges
     for new in range(256, 256 + n_merges):
         pair_counts: Counter[Pair] = Counter()
         for piece, count in counts.items():

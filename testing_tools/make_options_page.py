@@ -86,7 +86,7 @@ def default_and_help(field: dataclasses.Field, spec: Option) -> tuple[str, str]:
 
 
 def accepted_values(spec: Option, kind: Any) -> str:
-    """What one option takes, in words."""
+    """The values that an option accepts, in words."""
     if kind is bool:
         return "flag"
     if spec.choices:

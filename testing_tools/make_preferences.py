@@ -73,13 +73,13 @@ def main() -> None:
         prompts = training_prompts(options.data_dir, options.seed)
         corrections = short_corrections(answer, tokenizer, prompts, options.samples, options.first_sentence)
     output = options.output or f"{options.style}.jsonl"
-    found = take(corrections, count)
+    taken = take(corrections, count)
     with atomic_write(output, "w", encoding="utf-8") as file:
-        file.writelines(json.dumps(each, ensure_ascii=False) + "\n" for each in found)
-    for each in found[:5]:
-        asked, said = (message["content"] for message in each["messages"][-2:])
-        print(f"{asked}\n  - {said}\n  + {each['correction']}")
-    print(f"{len(found)} corrections in {output}")
+        file.writelines(json.dumps(each, ensure_ascii=False) + "\n" for each in taken)
+    for each in taken[:5]:
+        prompt, reply = (message["content"] for message in each["messages"][-2:])
+        print(f"{prompt}\n  - {reply}\n  + {each['correction']}")
+    print(f"{len(taken)} corrections in {output}")
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from common.cli import UserError, option, parse_options, run_script
 from common.files import atomic_write
 from training.metrics import read_metrics
 
-MOST_SMOOTHING = 0.9  # weight of the past in the moving average of a long log; a short log is not smoothed
+MAX_SMOOTHING = 0.9  # weight of the past in the moving average of a long log; a short log is not smoothed
 # The key in a record, the label of the axis, and how many of the record's units make one of the axis'.
 X_AXES = {
     "iter": ("iter_num", "iteration", 1),
@@ -56,7 +56,7 @@ def smooth(values: Sequence[float]) -> list[float]:
     >>> smooth([3.0, 2.0])
     [3.0, 2.0]
     """
-    past = min(MOST_SMOOTHING, 1 - 1 / max(1, len(values) / 50))
+    past = min(MAX_SMOOTHING, 1 - 1 / max(1, len(values) / 50))
     average, smoothed = 0.0, []
     for n, value in enumerate(values, 1):
         average = past * average + (1 - past) * value

@@ -20,7 +20,7 @@ import setup_tokenizer
 
 
 def write_dataset(folder: Path, name: str, kind: str, n_tokens: int, seed: int, n_shards: int = 1) -> None:
-    """A prepared data set of random ids in the project's layout, `kind` text or chat, its val split a quarter of it."""
+    """Write a prepared data set of random ids; `kind` is text or chat, and the val split has n_tokens / 4 ids."""
     rng = np.random.default_rng(seed)
     splits: dict[str, dict[str, Any]] = {}
     for split, size in (("train", n_tokens), ("val", n_tokens // 4)):

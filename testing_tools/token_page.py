@@ -142,7 +142,7 @@ def losses_page(
 
 
 def _legend() -> str:
-    """The colours of whole losses, with the probabilities that they stand for."""
+    """The colours of whole losses, with the probabilities that they correspond to."""
     steps = [TOP_LOSS * step / 8 for step in range(9)]
     labels = [f"{loss:g}{'+' if loss == TOP_LOSS else ''}<br>{_short_percent(math.exp(-loss))}" for loss in steps]
     return " ".join(f'<span style="{style(loss)}">{label}</span>' for loss, label in zip(steps, labels, strict=True))

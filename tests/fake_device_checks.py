@@ -207,8 +207,8 @@ def serving(device: str = "cuda:0") -> None:
     """A prompt's piece and a decode step of chosen rows."""
     gpt = generating_model(device)
     cache = generation.row_cache.RowCache(gpt.config, 4, torch.device(device), torch.bfloat16)
-    hidden = generation.row_cache.prefill_piece(gpt, cache, 3, [1, 2, 3])
-    hidden = generation.row_cache.prefill_piece(gpt, cache, 3, [4, 5])
+    hidden = generation.row_cache.prefill_chunk(gpt, cache, 3, [1, 2, 3])
+    hidden = generation.row_cache.prefill_chunk(gpt, cache, 3, [4, 5])
     ids = torch.zeros(2, dtype=torch.long, device=device)
     logits = generation.row_cache.decode_rows(gpt, ids, [3, 1], [5, 0], cache)
     assert hidden.device == logits.device

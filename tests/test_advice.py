@@ -46,7 +46,7 @@ def test_few_data_are_warned_of_with_what_to_do(tmp_path):
     few, short = advise(info_of(2_500, n_val=60), None, tmp_path).warnings
     assert few.startswith("2,500 tokens are few: the model reads them 160 times and mostly") and "--init_from" in few
     assert short == (
-        "validation holds 60 tokens, less than a row of 256, so its loss is only a rough estimate; add documents, or "
+        "validation holds only 60 tokens, too few for a row of 256, so its loss is a rough estimate; add documents, or "
         "use a larger --val_fraction"
     )
     (few,) = advise(info_of(1_500, "chat"), None, tmp_path).warnings

@@ -22,8 +22,8 @@ from common.checkpoint import (
     build_model,
     copy_checkpoint,
     digest,
+    keep_newest_files,
     load_weights,
-    prune_kept,
     random_states,
     save_checkpoint,
     set_random_states,
@@ -332,9 +332,9 @@ def test_the_youngest_are_kept(tmp_path):
     for age, name in enumerate(["x-iter3.pt", "x-iter1.pt", "x-iter2.pt", "other.pt"]):
         (tmp_path / name).touch()
         os.utime(tmp_path / name, ns=(0, 10**9 * age))
-    prune_kept(tmp_path, "x-iter*.pt", 5)
+    keep_newest_files(tmp_path, "x-iter*.pt", 5)
     assert len(list(tmp_path.iterdir())) == 4
-    prune_kept(tmp_path, "x-iter*.pt", 2)
+    keep_newest_files(tmp_path, "x-iter*.pt", 2)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["other.pt", "x-iter1.pt", "x-iter2.pt"]
 
 

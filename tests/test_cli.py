@@ -258,16 +258,16 @@ def test_colour_is_for_terminals_and_no_color_wins(monkeypatch):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setattr("sys.stdout.isatty", lambda: False)
-    assert not cli.shows_colour()
+    assert not cli.supports_colour()
     monkeypatch.setenv("FORCE_COLOR", "1")
-    assert cli.shows_colour()
+    assert cli.supports_colour()
     monkeypatch.setenv("NO_COLOR", "1")
-    assert not cli.shows_colour()
+    assert not cli.supports_colour()
     monkeypatch.delenv("FORCE_COLOR")
     monkeypatch.setattr("sys.stdout.isatty", lambda: True)
-    assert not cli.shows_colour()
+    assert not cli.supports_colour()
     monkeypatch.delenv("NO_COLOR")
-    assert cli.shows_colour()
+    assert cli.supports_colour()
 
 
 # --- standard output that cannot be written ---

@@ -189,7 +189,7 @@ def test_a_split_shorter_than_a_row_is_mentioned_and_one_token_is_refused(data):
     streams, _ = open_dataset(data, "text")
     assert short_splits(streams, 149) == []
     (sentence,) = short_splits(streams, 150)
-    assert sentence.startswith("text-val.bin contains 150 tokens, less than a row of 150; the rest of the row is padd")
+    assert sentence.startswith("text-val.bin contains 150 tokens, too few for a row of 150 and its last target; the")
     assert "validation loss" in sentence
     put(data, "val", np.array([7], "<u2").tobytes())
     with pytest.raises(UserError, match=r"text-val.bin contains a single token, so there is nothing to predict; add"):

@@ -24,12 +24,12 @@ from tests.tiny import differences, load_checkpoint, pair_records, prepare_pairs
 from tests.tiny_gpt import tiny_gpt
 from training.metrics import read_metrics
 from training.pair_rows import PairRows
-from training.preferences import Preferences, dpo_losses
+from training.preferences import DPO, dpo_losses
 from training.step import forward_backward
 
 pytestmark = pytest.mark.usefixtures("one_thread", "quick_disk")
 
-DPO = {"dataset": "pairs", "objective": "dpo", "batch_size": 4, "block_size": 64, "learning_rate": 3e-3}
+RUN_OPTIONS = {"dataset": "pairs", "objective": "dpo", "batch_size": 4, "block_size": 64, "learning_rate": 3e-3}
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +46,7 @@ def pairs(tmp_path_factory) -> Path:
 def start(pairs: Path, out_dir: Path, **changes) -> int:
     """A new run of DPO from the model."""
     shape = dict.fromkeys(("n_layer", "n_head", "n_embd"))
-    return run(pairs, out_dir, **{**shape, **DPO, "init_from": str(pairs / "talks4.pt"), **changes})
+    return run(pairs, out_dir, **{**shape, **RUN_OPTIONS, "init_from": str(pairs / "talks4.pt"), **changes})
 
 
 # --- the oracle: one answer at a time, without padding, in float64 ---
@@ -92,7 +92,7 @@ def models(dtype: torch.dtype = torch.float64):
     return tiny_gpt(1, **shape).to(dtype), tiny_gpt(2, **shape).to(dtype)
 
 
-def objective_of(folder: Path, reference, **changes) -> tuple[Preferences, dict]:
+def objective_of(folder: Path, reference, **changes) -> tuple[DPO, dict]:
     """The objective with the pairs in a folder, after setting the reference log probabilities of training."""
     config = config_of(dataset="pairs", block_size=64, dtype="float32")
     config = dataclasses.replace(config, objective="dpo", **changes)
@@ -101,7 +101,7 @@ def objective_of(folder: Path, reference, **changes) -> tuple[Preferences, dict]
         each.length = 64
     values = [[brute_force_log_prob(reference, [*p[:-2], p[at]]).item() for at in (-2, -1)] for p in _prepared()]
     rows["train"].reference = np.array(values[:30], dtype=np.float32)
-    return Preferences(config, rows), rows
+    return DPO(config, rows), rows
 
 
 def _prepared() -> list[list[dict]]:

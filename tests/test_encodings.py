@@ -12,7 +12,7 @@ import pytest
 import zstandard
 
 from common.cli import UserError
-from common.text_files import decode_text, unix_line_ends
+from common.text_files import decode_text, unix_line_endings
 from data.pipeline import PrepareOptions
 from data.readers.files import read_blocks
 from data.readers.inputs import check_encoding, input_files
@@ -123,7 +123,7 @@ def test_the_wrong_encoding_is_refused_and_unknown_names_are_usage_errors(tmp_pa
 
 def test_marks_and_line_ends_are_removed():
     assert decode_text(b"\xef\xbb\xbfa\r\nb\rc\n", "a.txt") == "a\nb\nc\n"
-    assert unix_line_ends("a\r\r\nb") == "a\n\nb"
+    assert unix_line_endings("a\r\r\nb") == "a\n\nb"
 
 
 def test_a_zstandard_file_with_a_long_window_is_read(tmp_path):

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 from common.cli import UserError
 from fast import row_kernels, speed_up_generation
-from fast.cuda_graphs import MOST_DRAWS, CapturedDecode
+from fast.cuda_graphs import MAX_DRAWS, CapturedDecode
 from fast.generation import WholeHeadGPT
 from fast.packed_linear import Int8Linear, PackedLinear, RowLinear, is_exact, quantize_rows
 from fast.row_kernels import RowProduct, attend, gelu
@@ -83,12 +83,12 @@ def test_a_row_product_with_tiles_multiplies_up_to_16_rows(shape, rows):
 def test_a_row_product_takes_more_than_4_rows_unless_other_products_are_faster():
     bias = torch.zeros(16)
     shapes = [((15, 32), bias[:15].bfloat16()), ((16, 33), bias.bfloat16())]
-    most_rows = [RowProduct(torch.ones(shape).bfloat16(), bias=one).most_rows for shape, one in shapes]
-    assert most_rows == ([4, 4] if "avx512f" in FLAGS else [16, 16]), "no tiles: oneDNN with AVX512"
-    assert RowProduct(torch.ones(16, 32), bias=bias).most_rows == 16, "float32 is fastest here everywhere"
-    assert RowProduct(torch.ones(16, 32).bfloat16(), processor="haswell").most_rows == 16
+    max_rows = [RowProduct(torch.ones(shape).bfloat16(), bias=one).max_rows for shape, one in shapes]
+    assert max_rows == ([4, 4] if "avx512f" in FLAGS else [16, 16]), "no tiles: oneDNN with AVX512"
+    assert RowProduct(torch.ones(16, 32), bias=bias).max_rows == 16, "float32 is fastest here everywhere"
+    assert RowProduct(torch.ones(16, 32).bfloat16(), processor="haswell").max_rows == 16
     int8, scale = torch.ones(16, 32, dtype=torch.int8), torch.ones(16)
-    assert RowProduct(int8, scale).most_rows == 16, "otherwise every weight is widened"
+    assert RowProduct(int8, scale).max_rows == 16, "otherwise every weight is widened"
 
 
 def check_row_product(processor, shape, rows, dtype):
@@ -98,7 +98,7 @@ def check_row_product(processor, shape, rows, dtype):
     x, residual, scale, bias = (one.to(dtype) for one in (x, residual, scale, bias))
     int8 = torch.randint(-127, 128, shape, dtype=torch.int8, generator=generator)
     product = RowProduct(int8, scale, bias, processor)
-    assert rows <= product.most_rows
+    assert rows <= product.max_rows
     tolerance = {"rtol": 1e-5, "atol": 1e-4} if dtype == torch.float32 else {"rtol": 2**-8, "atol": 1e-4}
     expected = (x.double() @ int8.double().T) * scale.double() + bias.double()
     before = x.clone()
@@ -110,7 +110,7 @@ def check_row_product(processor, shape, rows, dtype):
     assert found.dtype == dtype and x.equal(before)
     weight = torch.randn(shape, generator=generator).to(dtype)
     expected = x.double() @ weight.double().T
-    if rows <= (unscaled := RowProduct(weight, processor=processor)).most_rows:
+    if rows <= (unscaled := RowProduct(weight, processor=processor)).max_rows:
         torch.testing.assert_close(unscaled(x).double(), expected, **tolerance)
 
 
@@ -364,11 +364,11 @@ def test_the_graphs_of_draws_do_not_accumulate():
         return StandInGraph(step, result), result
 
     captured, logits = CapturedDecode(capture=capture), torch.randn(1, 90, generator=seeded())
-    settings = [Sampling(temperature=0.1 * number) for number in range(1, MOST_DRAWS + 2)]
+    settings = [Sampling(temperature=0.1 * number) for number in range(1, MAX_DRAWS + 2)]
     for sampling in (*settings, settings[-1]):
         uniform = torch.rand(1, 1, generator=seeded())
         assert captured.draw(logits, sampling, uniform).equal(draw(logits, sampling, uniform))
-    assert len(captures) == MOST_DRAWS + 1 and len(captured._draws) == 1
+    assert len(captures) == MAX_DRAWS + 1 and len(captured._draws) == 1
 
 
 def flat_gpt():

@@ -199,7 +199,7 @@ def test_a_full_disk_is_a_sentence_and_leaves_no_half_line(tmp_path):
     """
     done = subprocess.run([sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert done.stdout == "507 the feedback was not kept: the server's disk is full\n"
+    assert done.stdout == "507 the feedback was not saved: the server's disk is full\n"
     lines = (tmp_path / "feedback.jsonl").read_bytes().split(b"\n")
     assert len(lines) == 3 and lines[2] == b"" and all(json.loads(line)["id"] == "reply-1" for line in lines[:2])
 

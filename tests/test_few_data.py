@@ -41,7 +41,7 @@ def test_splits_shorter_than_a_row_train_and_are_evaluated(short, tmp_path, caps
     assert run(short, tmp_path / "models", dataset=dataset, block_size=BLOCK_SIZE, loss_on=None) == 0
     printed = capsys.readouterr().out
     for name, size in (("text", 15), ("chat", 30)):
-        sentence = f"note: {name}-val.bin contains {size} tokens, less than a row of 64; the rest of the row is padding"
+        sentence = f"note: {name}-val.bin contains {size} tokens, too few for a row of 64 and its last target; the rest"
         assert (sentence in printed) == (name in dataset)
     (path,) = (tmp_path / "models").glob("*10.pt")
     assert math.isfinite(load_checkpoint(path)["info"]["val_loss"])

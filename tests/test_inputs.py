@@ -35,7 +35,7 @@ def names(files) -> list[str]:
 
 def test_files_of_unknown_kind_are_left_out_and_printed(folder, capsys):
     path = folder(a__txt="Text", b__png=b"\x89PNG\0", c__py="x = 1\n", d__py="y = 2\n", e__txt="", Makefile="all:\n")
-    assert names(input_files([path], takes_more=True)) == ["a.txt"]
+    assert names(input_files([path], has_suffix_option=True)) == ["a.txt"]
     printed = capsys.readouterr().out
     assert "4 files of unknown kind (2 .py, 1 .png, Makefile); read them as text with --suffix .py\n" in printed or (
         "4 files of unknown kind (2 .py, Makefile, 1 .png); read them as text with --suffix .py\n" in printed
@@ -43,7 +43,7 @@ def test_files_of_unknown_kind_are_left_out_and_printed(folder, capsys):
     assert "1 empty file (e.txt)" in printed
     with pytest.raises(UserError, match=r"4 files of unknown kind .* which --strict refuses"):
         input_files([path], strict=True)
-    assert names(input_files([path], more=parse_suffixes(["py"]))) == ["a.txt", "c.py", "d.py"]
+    assert names(input_files([path], extra_suffixes=parse_suffixes(["py"]))) == ["a.txt", "c.py", "d.py"]
 
 
 def test_a_folder_of_code_names_the_option_that_reads_it(folder):
@@ -51,10 +51,10 @@ def test_a_folder_of_code_names_the_option_that_reads_it(folder):
     with pytest.raises(
         UserError, match=r"but 2 files of unknown kind \(2 \.py\).*; read them as text with --suffix \.py"
     ):
-        input_files([path], takes_more=True)
+        input_files([path], has_suffix_option=True)
     with pytest.raises(UserError, match=r"main\.py is of unknown kind.*--suffix \.py"):
-        input_files([path / "main.py"], takes_more=True)
-    assert names(input_files([path / "main.py"], more=(".py",))) == ["main.py"]
+        input_files([path / "main.py"], has_suffix_option=True)
+    assert names(input_files([path / "main.py"], extra_suffixes=(".py",))) == ["main.py"]
 
 
 def test_a_clone_of_the_hub_is_read_without_its_descriptions(folder, capsys):

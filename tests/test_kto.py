@@ -21,7 +21,7 @@ from setup_tokenizer import GPT2
 from tests.test_dpo import brute_force_log_prob, models, require_close_gradients
 from tests.test_train_config import config_of
 from tests.tiny import differences, label_records, load_checkpoint, prepare, prepare_labels, prepare_pairs, run
-from training.kto import Labels, kto_losses, reference_point
+from training.kto import KTO, kto_losses, reference_point
 from training.label_rows import LabelRows
 from training.metrics import read_metrics
 from training.options import TrainOptions
@@ -29,7 +29,7 @@ from training.step import forward_backward
 
 pytestmark = pytest.mark.usefixtures("one_thread", "quick_disk")
 
-KTO = {"dataset": "labels", "objective": "kto", "batch_size": 8, "block_size": 64, "learning_rate": 3e-3}
+RUN_OPTIONS = {"dataset": "labels", "objective": "kto", "batch_size": 8, "block_size": 64, "learning_rate": 3e-3}
 N_TRAIN = 30
 # Of the labels of training, 10 are good and 20 bad: with these weights both kinds weigh the same, and 1 on average.
 GOOD_WEIGHT, BAD_WEIGHT = 1.5, 0.75
@@ -48,7 +48,7 @@ def labels(tmp_path_factory) -> Path:
 def start(labels: Path, out_dir: Path, **changes) -> int:
     """A new run of KTO from the model."""
     shape = dict.fromkeys(("n_layer", "n_head", "n_embd"))
-    return run(labels, out_dir, **{**shape, **KTO, "init_from": str(labels / "text4.pt"), **changes})
+    return run(labels, out_dir, **{**shape, **RUN_OPTIONS, "init_from": str(labels / "text4.pt"), **changes})
 
 
 def rows_of(labels: Path, block_size: int = 64) -> LabelRows:
@@ -117,7 +117,7 @@ def test_loss_and_gradients_equal_those_of_single_answers_without_padding(labels
         load_speedups(plain=False).speed_up_training(gpt)
     items = [(*rows.pair(number), rows.reference[number], rows.labels[number]) for number in range(6)]
     batch = [np.stack(column) for column in zip(*items, strict=True)]
-    found = forward_backward(gpt, config, Labels(config, {"train": rows}), batch)
+    found = forward_backward(gpt, config, KTO(config, {"train": rows}), batch)
     assert abs(float(found[0]) - expected.mean().item()) < 1e-5
     require_close_gradients(gpt, gradients)
 
@@ -250,7 +250,7 @@ def test_what_does_not_fit_is_a_sentence(labels, tmp_path, changes, sentence):
 )
 def test_wrong_values_are_refused_before_anything_is_read(options, message):
     with pytest.raises(ValueError, match=message):
-        TrainOptions(**{**KTO, "init_from": "models/none.pt", **options})
+        TrainOptions(**{**RUN_OPTIONS, "init_from": "models/none.pt", **options})
 
 
 def test_evaluate_refuses_labels_in_a_sentence(labels):

@@ -183,7 +183,7 @@ def test_a_run_is_chosen_from_real_steps_and_is_that_of_the_same_numbers(tmp_pat
     line = r"^auto: 1 layers x 32, block size 16, 152 iterations of 32 tokens, .* \(measured [\d,.]+ tokens/s\)$"
     assert re.search(line, capsys.readouterr().out, re.MULTILINE)
     training = train.build(planned, None, lambda *arguments: False, lambda *arguments: None)
-    assert train.carry_out(training, None, lambda: StopAfter(5)) == 130
+    assert train.run_to_end(training, None, lambda: StopAfter(5)) == 130
 
     by_hand = {"n_layer": 1, "n_head": 1, "n_embd": 32, "max_iters": 152}
     assert run(data, tmp_path / "hand", plain=True, stop_after=5, **by_hand) == 130

@@ -15,7 +15,7 @@ from torch import nn
 from model import GPT, PRESETS
 from tests.fake_job import fake_job
 from training import muon
-from training.muon import Muon, multiplications, orthogonalised_, owners_of, same_shapes
+from training.muon import Muon, group_by_shape, n_multiplications, orthogonalised_, owners_of
 
 SHAPES = [(24, 8), (8, 8), (8, 32), (24, 8), (32, 8), (8, 8), (24, 8)]
 
@@ -39,7 +39,7 @@ def take_steps(optimizer: torch.optim.Optimizer, numbers: range) -> None:
 @pytest.mark.parametrize("together", [1, 2, 16])
 @pytest.mark.parametrize("settings", [{}, {"nesterov": False}, {"momentum": 0.5, "weight_decay": 0.3, "ns_steps": 3}])
 def test_it_takes_the_steps_of_torchs_muon(monkeypatch, together, settings):
-    monkeypatch.setattr(muon, "TOGETHER", together)
+    monkeypatch.setattr(muon, "MATRICES_AT_ONCE", together)
     ours, theirs = matrices(), matrices()
     before = copy.deepcopy(theirs)
     optimizers = Muon(ours, torch.bfloat16, **settings), torch.optim.Muon(theirs, **settings)
@@ -102,8 +102,8 @@ def test_the_singular_values_become_nearly_one_and_the_directions_stay(shape):
 
 
 def test_only_matrices_of_one_shape_go_together(monkeypatch):
-    monkeypatch.setattr(muon, "TOGETHER", 2)
-    parts = [[tuple(weight.shape) for weight in weights] for weights in same_shapes(matrices())]
+    monkeypatch.setattr(muon, "MATRICES_AT_ONCE", 2)
+    parts = [[tuple(weight.shape) for weight in weights] for weights in group_by_shape(matrices())]
     assert parts == [[(24, 8)] * 2, [(24, 8)], [(8, 8)] * 2, [(8, 32)], [(32, 8)]]
 
 
@@ -161,15 +161,15 @@ def test_processes_share_the_matrices_and_the_weights_are_the_same_bit_for_bit(t
     counts = [process.communicate(timeout=120)[0] for process in processes]
     assert [process.returncode for process in processes] == [0, 0]
     made = list(map(int, counts))
-    assert sum(made) == 3 * len(list(same_shapes(matrices()))) and min(made) > 0, "each group in one process"
+    assert sum(made) == 3 * len(list(group_by_shape(matrices()))) and min(made) > 0, "each group in one process"
 
 
 def test_the_work_is_shared_evenly():
     with torch.device("meta"):
         gpt = GPT(PRESETS["gpt2"])
     weights = [weight for name, weight in gpt.named_parameters() if weight.dim() == 2 and name.startswith("h.")]
-    groups = list(same_shapes(weights))
-    costs = [len(alike) * multiplications(alike[0]) for alike in groups]
+    groups = list(group_by_shape(weights))
+    costs = [len(alike) * n_multiplications(alike[0]) for alike in groups]
     for size, share in ((1, 1), (2, 1.1), (4, 1.1), (8, 1.5)):
         with fake_job(size=size):
             owners = owners_of(groups)

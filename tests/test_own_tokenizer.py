@@ -21,7 +21,7 @@ from data.encoding import encode_documents
 from data.pipeline import Corpus, Dataset, PrepareOptions, prepare
 from data.vocabularies import name_of, open_tokenizer
 from evaluate import EvaluateOptions, measure
-from evaluation.reencoding import encode_again
+from evaluation.reencoding import reencode
 from evaluation.splits import read_split
 from exchange.loading import load_checkpoint as load_any
 from exchange.loading import load_model
@@ -222,8 +222,8 @@ def test_conversations_are_encoded_again_message_by_message(folder, tales):
     stream = open_dataset(folder, "talk")[0]["val"]
     ids = stream.read(-1, len(stream))
     is_trained = np.ones(len(ids), dtype=bool)
-    own, _ = encode_again(ids, is_trained, True, tales, GPT2)
-    back, flags = encode_again(own, np.ones(len(own), dtype=bool), True, GPT2, tales)
+    own, _ = reencode(ids, is_trained, True, tales, GPT2)
+    back, flags = reencode(own, np.ones(len(own), dtype=bool), True, GPT2, tales)
     assert back.tolist() == ids.tolist() and flags.all()
     mine, theirs = (read_split("talk", stream, True, tokenizer=each) for each in (tales, GPT2))
     assert mine.counted["all"][1] == theirs.counted["all"][1]
@@ -331,5 +331,5 @@ def test_a_pattern_that_joins_a_role_and_its_line_end_is_refused(folder):
     from common.tokenizer_json import Vocabulary
 
     tokens = (*(bytes([byte]) for byte in range(256)), b"r\n")
-    with pytest.raises(UserError, match="does not separate 'user' from the line end"):
+    with pytest.raises(UserError, match="does not separate 'user' from the newline"):
         Tokenizer.from_vocabulary("joined", Vocabulary(r"[\s\S]+", tokens))

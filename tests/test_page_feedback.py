@@ -82,13 +82,13 @@ def test_a_reply_is_said_better_by_keyboard(visit):
         assert event["correction"] == "Ahoy!" and event["messages"] == [HI, SAID] and "rating" not in event
         assert event["token_ids"] == IDS
         assert pressed(page, "Say it better") and button(page, "Good").count() == 0  # on a person's own words
-        assert "said better by you" in replies(page).last.inner_text()
+        assert "written by you" in replies(page).last.inner_text()
         send(page, "And?")  # the chat continues from there
         assert server.requests[-1]["messages"][1]["content"] == "Ahoy!"
         first = replies(page).first
         first.hover()
         first.get_by_role("button", name="Previous version").click()
-        assert first.locator(".better").inner_text() == "Said better: Ahoy!"
+        assert first.locator(".better").inner_text() == "Your version: Ahoy!"
         button(first, "Bad").click()
         button(first, "Say it better").click()
         page.get_by_label("Say it better").fill("Ahoy, matey!")
@@ -198,6 +198,6 @@ def test_payloads_in_corrections_stay_text(visit):
         page.keyboard.press("Enter")
         assert text_of_last(page) == PAYLOAD * 2
         page.get_by_role("button", name="Previous version").click()
-        assert page.locator(".better").inner_text() == f"Said better: {PAYLOAD * 2}"
+        assert page.locator(".better").inner_text() == f"Your version: {PAYLOAD * 2}"
         assert json.loads(json.dumps(wait_for_events(page, server, 1)))[0]["correction"] == PAYLOAD * 2
         assert_harmless(page)

@@ -59,7 +59,7 @@ def test_look_inside_and_take_another_token(visit):
             ["␣<b>never</b>", "0.25%"],
             ["7", "0.034%"],
         ]
-        dialog.get_by_role("button", name="loudly, 8.2%, take this one instead").click()
+        dialog.get_by_role("button", name="loudly, 8.2%, use this one instead").click()
         wait_for_end(page)
         button(page, "Look inside").click()
         assert text_of_last(page) == "Hello there, loudly" + server.continuation
@@ -80,11 +80,11 @@ def test_a_character_of_several_tokens(visit):
     with ChatStandIn() as server:
         page = visit(server)
         page.evaluate("""async () => {
-          const { newReply, takeInstead, showTokens } = await import("/static/reply.js");
+          const { newReply, replaceToken, showTokens } = await import("/static/reply.js");
           const token = (id, bytes) => ({ id, text: "\\ufffd", bytes, logprob: -1, top: [] });
           const reply = newReply("m", { tokens: [token(1, [0xf0, 0x9f]), token(2, [0x98, 0x80])] });
           window.found = [reply.text, reply.tokens.map((t) => t.shown)];
-          const other = newReply("m", { tokens: takeInstead(reply, 1, token(3, [0x98, 0x82])) });
+          const other = newReply("m", { tokens: replaceToken(reply, 1, token(3, [0x98, 0x82])) });
           window.found.push(other.text);
         }""")
         assert page.evaluate("window.found") == ["😀", ["", "😀"], "😂"]
@@ -102,7 +102,7 @@ def test_a_text_model_completes_text(visit):
         button(page, "Look inside").click()
         tokens = page.locator("#document").get_by_role("group").get_by_role("button")
         tokens.nth(1).click()
-        page.get_by_role("button", name="7, 0.034%, take this one instead").click()
+        page.get_by_role("button", name="7, 0.034%, use this one instead").click()
         until(page, "document.querySelector('#document')?.innerText.includes('all was well')")
         assert server.requests[1]["prefix_ids"] == [token_id(" there"), token_id("7")]
         button(page, "Continue this text").click()

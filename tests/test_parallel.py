@@ -304,7 +304,7 @@ def test_each_process_has_its_share_and_together_they_have_all():
     rows, shares = np.arange(24).reshape(12, 2), []
     for rank in range(3):
         with fake_job(rank, size=3):
-            shares.append(parallel.share(rows))
+            shares.append(parallel.own_share(rows))
     assert np.concatenate(shares).tolist() == rows.tolist()
     with fake_job(size=3):
         assert parallel.micro_batch_size(8, 3) == 8

@@ -224,7 +224,7 @@ def test_a_finished_preparation_is_recognised(tmp_path, capsys):
         (["", " \n"], None, "are empty"),
         (["one", "one"], None, "too few to divide"),
         (["one", "two"], [], "validation file has no document"),
-        (["one"], ["one"], "no train document of .* is left"),
+        (["one"], ["one"], "no training document of .* is left"),
     ],
 )
 def test_too_few_documents(tmp_path, documents, val, sentence):

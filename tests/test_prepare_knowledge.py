@@ -304,7 +304,7 @@ def test_single_requests_that_fail_do_not_end_the_run(run, tmp_path):
 def test_a_model_that_is_of_no_use_is_noticed_early(run):
     with ModelServer(lambda body, n_before: USELESS["refusals"]) as server:
         done = run(server, "--model", "writer", "--documents", "50")
-    assert "50 of 50 answers are of no use (50 answers left out: refusals)" in done.error
+    assert "50 of 50 answers are unusable (50 answers left out: refusals)" in done.error
     assert len(server.asked) == 50
 
 
@@ -386,4 +386,4 @@ def test_jojos_own_server_is_asked_like_every_other(run, tmp_path):
     answers = [json.loads(line) for line in (tmp_path / "out" / "knowledge-answers.jsonl").open()]
     assert answers and all(answer["prompt_tokens"] > 50 and answer["completion_tokens"] <= 4 for answer in answers)
     assert {answer["finish_reason"] for answer in answers} <= {"length", "stop"}
-    assert "are of no use" in done.error, "a model of random weights writes nothing of use"
+    assert "are unusable" in done.error, "a model of random weights writes nothing of use"

@@ -16,7 +16,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
 PAGES = [README, *sorted((ROOT / "docs").rglob("*.md"))]
-MOST_README_LINES = 200
+MAX_README_LINES = 200
 # Files that Python examples of the docs open: what the pages say about them, made small.
 FILES_OF_EXAMPLES = {
     "dolly-subset.jsonl": '{"instruction": "Why?", "response": "' + "Because. " * 40 + '"}\n',
@@ -75,7 +75,7 @@ COMMANDS = {" ".join(words): words for page in PAGES for words in python_command
 
 def test_the_readme_is_short_and_has_a_picture_and_commands():
     lines = text_of(README).splitlines()
-    assert len(lines) <= MOST_README_LINES
+    assert len(lines) <= MAX_README_LINES
     assert any(line.startswith("![") for line in lines[:20])
     assert len(python_commands(README)) >= 15
 

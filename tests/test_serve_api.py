@@ -343,7 +343,7 @@ def test_errors_of_the_client_library(client, server, chat):
         chat(model="gpt-4")
     with pytest.raises(openai.BadRequestError):
         chat(temperature=5)
-    with pytest.raises(openai.BadRequestError, match="not served"):
+    with pytest.raises(openai.BadRequestError, match="not supported"):
         chat(tools=[{"type": "function", "function": {"name": "f"}}])
     for method, path, status in (
         ("GET", "/v1/nothing", 404),

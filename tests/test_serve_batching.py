@@ -15,7 +15,7 @@ from fast import speed_up_generation
 from fast.row_kernels import attend, build
 from generation.batching import BatchEngine, QueueFull, draw_each, token_logprobs
 from generation.decoding import generate, prefill
-from generation.row_cache import RowCache, decode_each, decode_rows, prefill_piece
+from generation.row_cache import RowCache, decode_each, decode_rows, prefill_chunk
 from generation.sampling import Sampling
 from generation.stream import Request, Stream
 from generation.window import MessageTooLong, fit_window
@@ -125,7 +125,7 @@ def keep_logprobs(logprobs: list[torch.Tensor]):
 
 def test_in_exact_mode_numbers_are_equal_to_the_bit(model):
     requests = [Request(prompt, 20, WARM, seed=n, top_logprobs=2) for n, prompt in enumerate(random_prompts(6, 40, 4))]
-    exact = {"decode": decode_each, "piece_tokens": 64, "keep_prefixes": False}
+    exact = {"decode": decode_each, "chunk_tokens": 64, "keep_prefixes": False}
     together = run(BatchEngine(model, 4, **exact), *requests)
     for number, request in enumerate(requests):
         by_itself = run(BatchEngine(model, 1, **exact), request)
@@ -172,7 +172,7 @@ def test_several_texts_of_one_prompt_compute_it_once(model):
 def test_long_prompts_are_prefilled_in_pieces_while_others_continue():
     model = tiny_model(0)
     ticks = iter(range(10**6)).__next__  # each look at the clock takes a second
-    engine = BatchEngine(model, max_rows=2, piece_tokens=16, clock=ticks)
+    engine = BatchEngine(model, max_rows=2, chunk_tokens=16, clock=ticks)
     running, long = Texts(Request([1, 2, 3], 60, GREEDY)), Texts(Request(list(range(100)), 3, GREEDY, top_logprobs=0))
     engine.submit(running.streams)
     for _ in range(3):
@@ -360,7 +360,7 @@ def test_the_packed_layers_decode_any_rows_like_the_plain_ones(rows, dtype, tole
         cache = RowCache(model.config, 8, torch.device("cpu"), dtype)
         with torch.inference_mode():
             for row in rows:
-                prefill_piece(model, cache, row, list(range(9 * (row + 1))))
+                prefill_chunk(model, cache, row, list(range(9 * (row + 1))))
             lengths = [len(cache.tokens[row]) for row in rows]
             found.append(decode_rows(model, torch.arange(len(rows)), rows, lengths, cache))
     torch.testing.assert_close(found[1], found[0], rtol=tolerance, atol=tolerance)

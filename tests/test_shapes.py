@@ -18,11 +18,11 @@ from training.shapes import (
     Budget,
     Shape,
     choose_shape,
-    evaluations,
+    effective_tokens,
     iters_within,
+    n_evaluations,
     round_down,
     rows_per_iter,
-    worth,
 )
 
 FLOPS = [10.0 ** (11 + step / 8) for step in range(65)]  # from a second on a slow core to a day on a GPU
@@ -93,9 +93,9 @@ def test_what_does_not_fit_into_memory_is_not_chosen():
 
 
 def test_repeated_tokens_are_worth_less_and_ever_less():
-    values = [worth(epochs * 1000, 1000) for epochs in range(1, 100)]
+    values = [effective_tokens(epochs * 1000, 1000) for epochs in range(1, 100)]
     gains = [b - a for a, b in itertools.pairwise(values)]
-    assert values[0] == 1000 and worth(500, 1000) == 500
+    assert values[0] == 1000 and effective_tokens(500, 1000) == 500
     assert 1000 > gains[0] > 900 and all(a > b > 0 for a, b in itertools.pairwise(gains))
     assert values[-1] < 16_000  # 1 + 15 times the data, however often they are read
 
@@ -114,7 +114,7 @@ def test_iterations_and_evaluations_fit_into_the_time(eval_interval):
     previous = 0
     for seconds in range(60, 6000, 37):
         iters = iters_within(seconds, iter_s=0.5, eval_s=3.0, eval_interval=eval_interval)
-        total = 0.5 * iters + 3.0 * evaluations(iters, eval_interval)
+        total = 0.5 * iters + 3.0 * n_evaluations(iters, eval_interval)
         assert 0.7 * seconds < total <= seconds and iters >= previous
         previous = iters
 

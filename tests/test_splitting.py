@@ -21,7 +21,7 @@ from common.cli import UserError
 from data.dataset import read_info
 from data.documents import read_prepared
 from data.pipeline import Corpus, Dataset, PrepareOptions, prepare
-from data.splitting import choose, cut_conversation, cut_text, is_fair, split_by_opening
+from data.splitting import choose_by_size, cut_conversation, cut_text, is_fair, split_by_opening
 
 ROOT = Path(__file__).resolve().parent.parent
 WORDS = ["quiet", "bread", "north", "river", "letter", "cloud", "seven", "garden", "lamp", "stone", "copper"]
@@ -203,8 +203,8 @@ def test_a_text_is_cut_at_the_best_boundary_and_never_in_a_word(text, parts):
 
 
 def test_sizes_are_chosen_in_order_and_passed_over_if_too_large():
-    assert choose([500, 40, 30, 400, 30], 0.1) == [1, 2, 4]
-    assert choose([500, 500], 0.05) == []
+    assert choose_by_size([500, 40, 30, 400, 30], 0.1) == [1, 2, 4]
+    assert choose_by_size([500, 500], 0.05) == []
     assert is_fair(50, 1000, 0.05) and not is_fair(101, 1000, 0.05) and not is_fair(24, 1000, 0.05)
 
 

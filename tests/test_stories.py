@@ -22,9 +22,9 @@ def test_copied_runs_are_found_wherever_they_are(tmp_path):
     absent.add((*ids[5:12].tolist(), 49 - int(ids[12])))
     everything = set(stories.ngrams(ids.tolist(), 8))
     assert present <= everything and not absent & everything
-    assert stories.found_in(stream, present | absent, 8, scan_tokens=100) == present
-    assert stories.found_in(stream, everything, 8, scan_tokens=100) == everything
-    assert stories.found_in(stream, set(), 8, scan_tokens=100) == set()
+    assert stories.ngrams_found_in(stream, present | absent, 8, scan_tokens=100) == present
+    assert stories.ngrams_found_in(stream, everything, 8, scan_tokens=100) == everything
+    assert stories.ngrams_found_in(stream, set(), 8, scan_tokens=100) == set()
 
 
 def test_variety_and_repetition_are_the_published_counts():

@@ -19,7 +19,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 TUTORIAL = ROOT / "docs" / "tutorial.md"
-MOST_PICTURE_BYTES = 150_000
+MAX_PICTURE_BYTES = 150_000
 SHAPE = "--n_layer 3 --n_head 2 --n_embd 16 --block_size 64 --batch_size 2 --eval_interval 4 --log_interval 1"
 
 # Patterns in the tutorial's commands, and what the test runs instead.
@@ -196,6 +196,6 @@ def test_its_scripts_and_pictures_exist():
     shown = {link for link in re.findall(r"\]\(([^)#]+)[^)]*\)", tutorial()) if link.endswith(".png")}
     assert shown
     for link in shown:
-        assert (TUTORIAL.parent / link).stat().st_size < MOST_PICTURE_BYTES
+        assert (TUTORIAL.parent / link).stat().st_size < MAX_PICTURE_BYTES
     pictures = {path.name for path in (TUTORIAL.parent / "pictures").glob("tutorial-*.png")}
     assert pictures == {Path(link).name for link in shown}

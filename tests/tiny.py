@@ -119,7 +119,7 @@ def run(
         return 0
     training = train.build(planned, fast, draw, sample)
     adjust(training)
-    return train.carry_out(training, fast, StopSignal if stop_after is None else lambda: StopAfter(stop_after))
+    return train.run_to_end(training, fast, StopSignal if stop_after is None else lambda: StopAfter(stop_after))
 
 
 class StopAfter(StopSignal):

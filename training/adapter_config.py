@@ -20,8 +20,8 @@ FIELDS = ("lora_rank", "lora_alpha", "lora_layers", "lora_chat_rows", "lora_base
 def with_adamw(options: TrainOptions, given: Mapping[str, Any]) -> TrainOptions:
     """The options with AdamW as the optimizer, if an adapter trains. Raises UserError for what does not fit an adapter.
 
-    Muon gives the updates of a matrix the same size in all directions, which suits a matrix between activations. A
-    factor is only half of one.
+    Muon gives the update of a matrix the same size in all directions, which suits a matrix that maps activations to
+    activations. A factor is only half of such a matrix.
     """
     if options.lora_rank is None:
         return options

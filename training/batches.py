@@ -14,7 +14,7 @@ from model import IGNORED
 
 
 class Rows(Protocol):
-    """Rows in epochs: TextRows, ChatRows, MixedRows or PairRows. A row has ids, targets and perhaps more columns."""
+    """Rows in epochs: TextRows, ChatRows, MixedRows or PairRows. A row is a tuple of ids, targets and perhaps more."""
 
     def start_epoch(self, epoch: int) -> int: ...
 
@@ -66,7 +66,7 @@ class Batches:
             yield [np.stack(column) for column in zip(*made, strict=True)], {"epoch": epoch, "row": row}
 
     def next(self) -> list[np.ndarray]:
-        """The next rows as columns: ids and targets, (n_rows, block_size) in int64, and what else a row has."""
+        """The next rows, stacked by column: ids and targets, (n_rows, block_size) in int64, and any other columns."""
         item = self._ready.get()
         if isinstance(item, BaseException):
             raise item

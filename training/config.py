@@ -30,8 +30,8 @@ from training.parallel import micro_batch_size
 DEFAULT_BATCH_SIZE = 16
 MUON_LEARNING_RATE = 0.02
 NARROW, FEW_IDS = 384, 8192  # the largest width and vocabulary with larger learning rates
-# With --init_from, a fraction of a new model's learning rates: steps as large as those that form new weights destroy
-# what trained ones know, and with much smaller ones they hardly learn (docs/fine-tuning.md has measurements).
+# With --init_from, a fraction of a new model's learning rates. Steps as large as those for new weights destroy what the
+# trained weights know; with much smaller steps they hardly learn (docs/fine-tuning.md has measurements).
 FINE_TUNING_RATE = 1 / 3
 
 
@@ -176,7 +176,7 @@ def _choices(
         fraction = PREFERENCE_RATE
     learning_rate = _or(options.learning_rate, fraction * default_learning_rate(options, formats, shape))
     # On a CPU, compiling takes up to a minute, which does not pay off in a short run.
-    pays_off = on_cuda or (device == "cpu" and max_iters >= 200 and has_cpp_compiler())
+    compiling_pays_off = on_cuda or (device == "cpu" and max_iters >= 200 and has_cpp_compiler())
     return {
         "max_iters": max_iters,
         "preset": options.preset or _default_preset(device),
@@ -191,7 +191,7 @@ def _choices(
         "eval_interval": options.eval_interval or max(1, min(250, max_iters // 4)),
         "device": device,
         "dtype": choose_dtype(options.dtype, device),
-        "compile": has_fast_parts and _or(options.compile, pays_off),
+        "compile": has_fast_parts and _or(options.compile, compiling_pays_off),
         "activation_checkpointing": has_fast_parts and options.activation_checkpointing,
     }
 

@@ -38,7 +38,7 @@ class TrainingData:
         return [sentence for each in streams for sentence in short_splits(each, block_size)]
 
     def require_tokenizer_of(self, info: Mapping[str, Any], path: str) -> None:
-        """Raise UserError if the model in `path`, whose facts are `info`, has another tokenizer than the data."""
+        """Raise UserError if the model in `path`, described by `info`, has a different tokenizer from the data."""
         found = Tokenizer.from_info(info, path)
         if found != self.tokenizer:
             name = next(iter(self.parts))

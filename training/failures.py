@@ -1,4 +1,4 @@
-"""What to do if the training loop fails: save the last complete step, then tell the user how to continue."""
+"""Handle errors in the training loop: save the last complete step, then tell the user how to continue."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A model whose weights are frozen, with an adapter's factors that train."""
+"""A model with frozen weights and an adapter's trainable factors."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from model import GPT, GPTConfig
 
 
 def frozen_model(config: GPTConfig, weights: Mapping[str, Tensor], dtype: str, path: str) -> GPT:
-    """A model on the CPU with copies of the base's weights, which do not train."""
+    """A model on the CPU with copies of the base's weights, in which the blocks' matrices have `dtype`."""
     model = build_model(path, {"info": {"model": dataclasses.asdict(config)}, "model": fit_base(weights, config)})
-    lower_matrices(model, dtype)
+    cast_matrices(model, dtype)
     return model
 
 
-def lower_matrices(model: GPT, dtype: str) -> None:
-    """Keep the blocks' matrices in `dtype`, and copies of all other weights in float32.
+def cast_matrices(model: GPT, dtype: str) -> None:
+    """Convert the blocks' matrices to `dtype`, and all other weights to float32; all of them are copied.
 
     Under autocast the products are in this precision anyway, so frozen weights give the same results with half the
-    memory. The small steps of weights that train would be lost.
+    memory. Trainable weights need float32, because `dtype` would round their small updates away.
     """
     for name, weight in model.named_parameters():
         is_matrix = weight.dim() == 2 and name.startswith("h.")
@@ -49,7 +49,7 @@ def trial_model(config: GPTConfig, adapter: Adapter | None, device: str, dtype: 
             return GPT(config)
     with torch.device("meta"):
         model = GPT(config)
-    lower_matrices(model, dtype)
+    cast_matrices(model, dtype)
     model.to_empty(device=device)
     adapt(model, adapter)
     return model

@@ -43,17 +43,18 @@ def make_model(config: GPTConfig, checkpoint: dict | None = None, path: str = ""
 
 @torch.no_grad()
 def init_for_copying(model: GPT) -> None:
-    """Give a new model embeddings with which it learns in a fraction of the steps to copy from its context.
+    """Give a new model embeddings that let it learn to copy from its context in a fraction of the steps.
 
     Copying needs a head that looks one token back ("In-context Learning and Induction Heads", Olsson et al. 2022).
-    Positions that start as sinusoids, which are similar for neighbours, make that head easy to learn. A spread of 0.02
-    is right for the published widths. In a narrow model, a token whose embedding starts with it can never win at the
-    tied head unless it is frequent, so the embeddings of narrow models start longer.
+    Position embeddings that are initialized to sinusoids, which are similar for neighbours, make that head easy to
+    learn. A standard deviation of 0.02 suits the published widths. In a narrow model, a token whose embedding starts
+    that short never gets the largest logit of the tied head unless it is frequent, so narrow models start with longer
+    embeddings.
     """
     config = model.config
     std = PUBLISHED_STD * max(1.0, PUBLISHED_WIDTH / config.n_embd)
     model.wte.weight.mul_(std / PUBLISHED_STD)
-    # sqrt(2): a sinusoid's mean square is 1/2, so the positions get the spread of the tokens.
+    # sqrt(2): a sinusoid's mean square is 1/2, so the positions get the same standard deviation as the tokens.
     model.wpe.weight.copy_(std * math.sqrt(2) * sinusoids(config.block_size, config.n_embd))
 
 

@@ -1,8 +1,9 @@
 """KTO: learning from single answers that someone labelled good or bad.
 
-A good answer's reward is to rise above a reference point, and a bad one's to fall below it. The reference point is how
-far the model has moved from the reference in general, so that nothing is gained by making all answers likelier, or all
-less likely ("KTO: Model Alignment as Prospect Theoretic Optimization", Ethayarajh et al. 2024).
+Training raises the reward of good answers above a reference point and lowers that of bad answers below it. The
+reference point is how far the model has moved from the reference in general, so that nothing is gained by making all
+answers likelier, or all less likely ("KTO: Model Alignment as Prospect Theoretic Optimization", Ethayarajh et al.
+2024).
 
 Shapes: N labelled answers, T time (tokens); the axis of 2 is (the answer, an answer to another prompt).
 """
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 
 from common.device import autocast
 from model import IGNORED
-from training.preferences import Preferences, answer_log_probs, drift_per_token
+from training.preferences import DPO, answer_log_probs, drift_per_token
 from training.step import Batch, arrays_to_device
 
 
@@ -28,7 +29,7 @@ def kto_losses(log_ratios: Tensor, signs: Tensor, reference_point: Tensor, beta:
 
 
 def reference_point(log_ratios: Tensor, is_real: Tensor) -> Tensor:
-    """The estimate () of the Kullback-Leibler divergence from the reference, in nats per answer, not below 0.
+    """An estimate () of the Kullback-Leibler divergence from the reference, in nats per answer, at least 0.
 
     It is the mean log ratio of answers to other prompts (section 4.1 of the paper), `log_ratios` (N,), over those that
     are real and not padding.
@@ -36,14 +37,14 @@ def reference_point(log_ratios: Tensor, is_real: Tensor) -> Tensor:
     return ((log_ratios * is_real).sum() / is_real.sum().clamp(min=1)).clamp(min=0)
 
 
-class Labels(Preferences):
-    """KTO as an objective of train.py; see `training.objectives.NextToken` for what each method does.
+class KTO(DPO):
+    """KTO as an objective of train.py; see `training.step.Objective` for its methods.
 
     An item is a labelled answer with its two rows.
     """
 
     def numbers(self, model: nn.Module, batch: Batch) -> Tensor:
-        """The loss of each answer and what `names` lists, (N, 1 + names).
+        """The loss of each answer and the metrics of `metric_names`, (N, 1 + metrics).
 
         The reward margin is an answer's reward, weighted and with the sign of its label, so that its mean is the good
         answers' mean reward minus the bad ones'. The accuracy counts answers on their side of the reference point.

@@ -14,11 +14,11 @@ from training.pair_rows import PairRows, locate_pairs
 
 
 class LabelRows(PairRows):
-    """Labelled answers in a new order each epoch, as rows (2, length): the answer's, then another prompt's answer.
+    """Labelled answers in a new order each epoch, as rows (2, length): the answer, then an answer to another prompt.
 
     `labels` (answers,) are positive for good and negative for bad answers. Their absolute values are weights, of mean
     1, that give good and bad answers the same total weight, as the paper advises. A second row that is too long is cut,
-    which leaves the estimate a little less to go by. Raises UserError if no answer fits into block_size.
+    which makes the estimate slightly less precise. Raises UserError if no answer fits into block_size.
     """
 
     noun = "labelled answer"
@@ -26,7 +26,7 @@ class LabelRows(PairRows):
     def __init__(self, stream: TokenStream, block_size: int, seed: int):
         super().__init__(stream, block_size, seed)
         own = self._located
-        is_good = own[:, 1] == own[:, 2]  # its message follows the prompt; before a bad one is the empty message
+        is_good = own[:, 1] == own[:, 2]  # a good answer follows the prompt, a bad one the empty message
         n_good, n_bad = int(is_good.sum()), int((~is_good).sum())
         n_labels = (n_good > 0) + (n_bad > 0)
         weights = [len(own) / (n_labels * max(1, count)) for count in (n_good, n_bad)]

@@ -14,7 +14,7 @@ from training.run import Run
 
 
 class Measurements:
-    """The steps whose loss and gradient norm have not been read yet: reading waits for the device.
+    """The loss and gradient norm of steps that have not been read yet, because reading waits for the device.
 
     `every_step` says that each step is read before it changes the weights. On a CPU that costs nothing, and float16
     must know whether the step overflowed. Elsewhere the program would wait for the device at every step, so steps are
@@ -25,17 +25,17 @@ class Measurements:
         self.run, self.scaler, self.names = run, scaler, names
         self.every_step = run.config.device == "cpu" or run.config.dtype == "float16"
         self.pending: list[tuple[int, float, Tensor]] = []
-        self.others: dict[str, float] = {}  # of the step that was read last: what `names` lists
+        self.others: dict[str, float] = {}  # the metrics of the step that was read last, by `names`
 
     def add(self, iter_num: int, learning_rate: float, numbers: Tensor, grad_norm: Tensor) -> None:
-        """Keep a step's loss with the numbers of `names`, and its gradient norm, on the device until they are read."""
+        """Keep a step's loss with its other metrics, and its gradient norm, on the device until they are read."""
         self.pending.append((iter_num, learning_rate, torch.cat([grad_norm[None], numbers])))
 
     def read(self) -> tuple[float, float]:
         """Read all pending steps; returns the last one's loss and gradient norm.
 
         Raises UserError at the first that is not finite. Under float16 the gradient norm may overflow as long as the
-        scaler can scale less.
+        scaler can still lower its factor.
         """
         values = torch.stack([numbers for _, _, numbers in self.pending]).tolist()
         for (iter_num, learning_rate, _), (grad_norm, loss, *others) in zip(self.pending, values, strict=True):

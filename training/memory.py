@@ -1,4 +1,4 @@
-"""The memory of a training step: the micro-batch that fits, and what to say if none does."""
+"""The memory of a training step: the micro-batch that fits, and the errors if none does."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from training.parallel import local_world_size, micro_batch_size, reduce, world_
 MICRO_BATCH_TOKENS = 1 << 16  # of the default micro-batch on CUDA; smaller ones keep the device waiting for the host
 HEADROOM = 0.9  # fraction of the free memory that a step may fill
 # A step takes at least these fractions of `step_bytes`, in bfloat16.
-LEAST_SHARE, LEAST_SHARE_COMPILED = 0.5, 0.25
+MIN_SHARE, MIN_SHARE_COMPILED = 0.5, 0.25
 
 
 def move_model(model: GPT, device: str) -> GPT:
@@ -30,10 +30,10 @@ def move_model(model: GPT, device: str) -> GPT:
     except Exception as error:
         if not is_out_of_memory(error):
             raise
-        raise _no_room_error(model.config, device) from error
+        raise _weights_too_large_error(model.config, device) from error
 
 
-def _no_room_error(config: GPTConfig, device: str) -> UserError:
+def _weights_too_large_error(config: GPTConfig, device: str) -> UserError:
     return UserError(
         f"the model's {4 * _n_weights(config) / 2**30:.1f} GiB of weights do not fit on {device}; choose a smaller "
         "--preset or another --device"
@@ -106,8 +106,8 @@ def find_micro_batch(
     """(batch_size, gradient_accumulation_steps), unchanged or with a micro-batch that fits and the same product.
 
     `requested` is the option: a number is kept, "auto" finds the largest micro-batch that fits, and None, on CUDA, the
-    largest that fits and has at most MICRO_BATCH_TOKENS (without `may_grow` at most `batch_size` rows). `speed_up` is
-    applied to the model that is tried. On a CPU, raises UserError if a step cannot fit.
+    largest that fits and has at most MICRO_BATCH_TOKENS (without `may_grow`, at most `batch_size` rows). `speed_up` is
+    applied to the trial model. On a CPU, raises UserError if a step cannot fit.
     """
     unchanged = batch_size, gradient_accumulation_steps
     if requested != "auto" and step.device == "cpu":
@@ -138,7 +138,7 @@ def find_micro_batch(
 
 
 def sizes_to_try(device: str, requested: int | str | None, most: int, sequences: int) -> list[int]:
-    """The micro-batches of a process that makes `sequences` per iteration, largest first; none if its size is given.
+    """The micro-batch sizes to try, largest first, for a process with `sequences` per iteration; none if one is given.
 
     By default, sizes are tried only on CUDA, up to `most` rows.
     """
@@ -152,14 +152,14 @@ def sizes_to_try(device: str, requested: int | str | None, most: int, sequences:
 def check_memory(step: StepMemory, batch_size: int, steps: int) -> None:
     """Raise UserError if a step cannot fit into a CPU's memory, and print a warning if it might not.
 
-    Linux grants memory that it does not have and later kills the process that uses it, without a message.
+    Linux grants more memory than it has, and later kills the process that uses it without a message.
     """
     available = available_memory_bytes()
     if available is None:
         return
     size = micro_batch_size(batch_size, steps)
     most = step.bytes(size)
-    least = most * (LEAST_SHARE_COMPILED if step.compile else LEAST_SHARE)
+    least = most * (MIN_SHARE_COMPILED if step.compile else MIN_SHARE)
     if least > available / local_world_size():
         raise out_of_memory_error(size, batch_size * steps // size)
     if most > available / local_world_size():
@@ -182,13 +182,13 @@ def largest_by_estimate(step: StepMemory, sizes: list[int]) -> int | None:
 
 
 def largest_by_trying(step: StepMemory, sizes: list[int], speed_up: SpeedUp | None = None) -> int:
-    """The first of `sizes` with which a step of a throwaway model runs through on the device, else 1."""
+    """The first of `sizes` with which a step of a throwaway model completes on the device, else 1."""
     try:
         model = trial_model(step.model, step.adapter, step.device, step.dtype).train()
     except Exception as error:
         if not is_out_of_memory(error):
             raise
-        raise _no_room_error(step.model, step.device) from error
+        raise _weights_too_large_error(step.model, step.device) from error
     if speed_up:
         speed_up(model, step.activation_checkpointing)
     return next((size for size in sizes if fits(model, functools.partial(try_step, model, step, size), step.device)), 1)
@@ -204,15 +204,15 @@ def try_step(model: GPT, step: StepMemory, batch_size: int) -> None:
 
 
 def fits(model: GPT, run_step: Callable[[], None], device: str) -> bool:
-    """Whether a step runs through while the other memory that training needs is occupied."""
-    held = []
+    """Whether a step completes while the rest of the memory that training needs is allocated."""
+    reserved = []
     try:
         free = torch.cuda.mem_get_info(device)[0] if device.startswith("cuda") else 0
-        held.append(torch.empty(int((1 - HEADROOM) * free), device=device, dtype=torch.uint8))
+        reserved.append(torch.empty(int((1 - HEADROOM) * free), device=device, dtype=torch.uint8))
         # Two optimizer states and, with several processes, the buckets in which gradients are averaged.
         n_copies = 2 + (world_size() > 1)
         trained = [weight for weight in model.parameters() if weight.requires_grad]
-        held += [torch.empty_like(weight) for weight in trained for _ in range(n_copies)]
+        reserved += [torch.empty_like(weight) for weight in trained for _ in range(n_copies)]
         run_step()
         return True
     except Exception as error:
@@ -220,9 +220,9 @@ def fits(model: GPT, run_step: Callable[[], None], device: str) -> bool:
             raise
         return False
     finally:
-        held.clear()  # otherwise the next try would find less free memory
+        reserved.clear()  # otherwise the next try would find less free memory
         model.zero_grad(set_to_none=True)
-        gc.collect()  # the exception's traceback held the step's tensors
+        gc.collect()  # the exception's traceback kept the step's tensors alive
         empty_cache(device)
 
 

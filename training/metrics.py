@@ -18,8 +18,8 @@ PART_LOSS = "val_loss/"  # followed by the name of a mixture's part, the key of 
 class MetricsLog:
     """Appends records, each a dict with "iter_num", to a file that starts with `records`.
 
-    Records that cannot be written because the disk is full are kept and written as soon as there is space, so a log has
-    no gaps. `board` gets the same records.
+    Records that cannot be written because the disk is full are buffered and written as soon as there is space, so the
+    log has no gaps. `board` gets the same records.
     """
 
     def __init__(self, path: Path, records: Iterable[dict] = (), board: TensorBoard | None = None):

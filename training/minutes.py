@@ -1,4 +1,4 @@
-"""--minutes: how many iterations fit into a time on this machine, and with --preset auto also which shape and batch.
+"""--minutes: how many iterations fit into that time on this machine; with --preset auto, also which shape and batch.
 
     options = fit_minutes(options, device, facts, configure, measure)
 
@@ -17,7 +17,7 @@ from typing import Any
 from common.cli import UserError
 from common.numbers import duration_in_words, significant
 from data.dataset import data_parts
-from data.epochs import FEWEST_FINE_TUNING_ITERS, FEWEST_ITERS, FITTING_EPOCHS, Portion
+from data.epochs import FITTING_EPOCHS, MIN_FINE_TUNING_ITERS, MIN_ITERS, Portion
 from training.config import DEFAULT_BATCH_SIZE, RunConfig
 from training.initialization import model_config
 from training.memory import model_fits
@@ -29,14 +29,14 @@ from training.shapes import (
     Budget,
     Shape,
     choose_shape,
-    evaluations,
     fitting_block_size,
     iters_within,
+    n_evaluations,
     rows_per_iter,
 )
 
 START_S = 15.0  # to load torch, and to save at the end
-LEAST_SHARE = 0.5  # of the time is left for training, however long starting takes
+MIN_SHARE = 0.5  # at least this fraction of the time is for training, however long starting takes
 COMPILE_FROM_S = 300.0  # on a CPU, where compiling takes up to a minute; in a shorter run it does not pay off
 EVALUATION_SHARE = 1 / 3  # of the work of a training step: the forward pass alone
 # What --preset auto times first: small enough to take seconds, large enough to keep the device busy.
@@ -55,9 +55,9 @@ def fit_minutes(
 ) -> TrainOptions:
     """The options with what --minutes and --preset auto choose; unchanged without them. Prints the choice.
 
-    `facts` are those of the run's data (see `mixture_facts`), `configure` makes a configuration, and `measure` tells
-    how long an iteration takes with it. Options on the command line win. Raises UserError for options that cannot be
-    combined.
+    `facts` are those of the run's data (see `mixture_facts`), `configure` makes a configuration, and `measure` returns
+    the seconds per iteration with it. Options on the command line take precedence. Raises UserError for options that
+    cannot be combined.
     """
     if options.minutes is None and options.preset != "auto":
         return options
@@ -74,10 +74,10 @@ def fit_minutes(
     begun_s = START_S + reduce("max", clock() - start)[0]  # the same in all processes, so that all choose the same
     rows = config.batch_size * config.gradient_accumulation_steps
     eval_s = EVALUATION_SHARE * iter_s * config.val_rows / rows
-    within = iters_within(max(LEAST_SHARE * time_s, time_s - begun_s), iter_s, eval_s, options.eval_interval)
+    within = iters_within(max(MIN_SHARE * time_s, time_s - begun_s), iter_s, eval_s, options.eval_interval)
     limit = most_iters(portions(facts), config.block_size, rows, options.init_from is not None)
     iters = min(within, limit)
-    n_evals = evaluations(iters, options.eval_interval)
+    n_evals = n_evaluations(iters, options.eval_interval)
     print(_describe(options, config, iters, iter_s, begun_s + iters * iter_s + n_evals * eval_s))
     if limit < within:
         print(
@@ -109,8 +109,8 @@ def most_iters(parts: list[Portion], block_size: int, rows: int, is_fine_tuning:
     """
     iters = [FITTING_EPOCHS / part.epochs(1, block_size, rows) for part in parts]
     if is_fine_tuning:
-        return max(FEWEST_FINE_TUNING_ITERS, math.ceil(min(iters)))
-    return max(FEWEST_ITERS, math.ceil(max(iters)))
+        return max(MIN_FINE_TUNING_ITERS, math.ceil(min(iters)))
+    return max(MIN_ITERS, math.ceil(max(iters)))
 
 
 def _for_timing(options: TrainOptions) -> TrainOptions:
@@ -138,7 +138,7 @@ def _with_shape(
     measure: Measure,
     time_s: float,
 ) -> tuple[TrainOptions, int]:
-    """The options with the shape and the batch that suit the time, and a first guess of the iterations."""
+    """The options with the shape and the batch that suit the time, and a first estimate of the iterations."""
     on_cuda, n_vocab = device.startswith("cuda"), facts["n_vocab"]
     shape, rows = REFERENCE_ON_CUDA if on_cuda else REFERENCE
     reference = {**dataclasses.asdict(shape), "batch_size": rows, "gradient_accumulation_steps": world_size()}

@@ -1,8 +1,8 @@
 """Mixtures of data sets: what `--dataset story=0.7,chat=0.3` means, and rows drawn from its parts by weight.
 
 A weight is a share of the training rows, each block_size tokens long; weights are divided by their sum. Rows are drawn
-in rounds, as short as they can be with a whole number of rows from each part. The order within a round depends on the
-seed and the round's number. Each part has its own epochs, as if it were the only one.
+in rounds; a round is as short as possible with a whole number of rows from each part. The order within a round depends
+on the seed and the round's number. Each part has its own epochs, as if it were the only one.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import numpy as np
 from data.dataset import PREFERENCE_FORMATS, data_parts
 from data.epochs import Portion
 
-LONGEST_ROUND = 1 << 20  # rows
+MAX_ROUND = 1 << 20  # rows
 
 
 def parse_mixture(dataset: str) -> dict[str, Fraction]:
@@ -43,7 +43,7 @@ def parse_mixture(dataset: str) -> dict[str, Fraction]:
             raise ValueError(f"--dataset: {name} occurs twice in {dataset!r}; give it one weight")
         weights[name] = weight
     shares = {name: weight / sum(weights.values()) for name, weight in weights.items()}
-    if _round_rows(shares.values()) > LONGEST_ROUND:
+    if _round_rows(shares.values()) > MAX_ROUND:
         raise ValueError(f"--dataset: the weights in {dataset!r} have too many digits; round them, to 0.001 or so")
     return shares
 

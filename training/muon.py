@@ -7,8 +7,8 @@ is torch's, and so is the default that adjusts the learning rate to a matrix's s
 torch's (bfloat16), except on processors that only emulate it (see common.device.tensor_core_dtype): on a CPU with AVX2
 bfloat16 takes 20 to 40 times as long as float32.
 
-Under DistributedDataParallel all processes have the same gradients. Each multiplies a share of the matrices and sends
-their updates to the others, which is exact: the same products with the same results, computed once instead of by all.
+Under DistributedDataParallel all processes have the same gradients. Each process computes the updates of some of the
+matrices and sends them to the others. The results are exactly the same, but each is computed only once.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from common.device import tensor_core_dtype
 from training.parallel import rank, world_size
 from training.sharding import full_tensor, is_sharded, shard_like
 
-TOGETHER = 4  # matrices multiplied at a time; more would take memory and gain nothing
+MATRICES_AT_ONCE = 4  # matrices multiplied at a time; more would take memory and gain nothing
 
 
 class Muon(torch.optim.Muon):
@@ -43,22 +43,22 @@ class Muon(torch.optim.Muon):
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         for group in self.param_groups:
             weights = [weight for weight in group["params"] if weight.grad is not None]
-            groups = list(same_shapes(weights))
+            groups = list(group_by_shape(weights))
             if world_size() == 1 or any(map(is_sharded, weights)):
-                for alike in groups:
-                    self.apply(alike, self._updates(alike, group), group)
+                for matrices in groups:
+                    self.apply(matrices, self._updates(matrices, group), group)
             else:
                 self._share(groups, group)
 
     def _share(self, groups: list[list[Tensor]], group: dict) -> None:
         """Multiply this process's groups of weights, exchange the updates, and apply them."""
         sent = []
-        for alike, owner in zip(groups, owners_of(groups), strict=True):
-            updates = self._updates(alike, group, is_own=owner == rank())
-            sent.append((alike, updates, dist.broadcast(updates.view(torch.uint8), owner, async_op=True)))
-        for alike, updates, exchange in sent:
+        for matrices, owner in zip(groups, owners_of(groups), strict=True):
+            updates = self._updates(matrices, group, is_own=owner == rank())
+            sent.append((matrices, updates, dist.broadcast(updates.view(torch.uint8), owner, async_op=True)))
+        for matrices, updates, exchange in sent:
             exchange.wait()
-            self.apply(alike, updates, group)
+            self.apply(matrices, updates, group)
 
     def _updates(self, weights: list[Tensor], group: dict, is_own: bool = True) -> Tensor:
         """The orthogonalized updates (n, rows, columns), or memory for those that another process computes."""
@@ -68,7 +68,7 @@ class Muon(torch.optim.Muon):
         for update, weight in zip(updates, weights, strict=True):
             direction = self._direction(weight, group)  # in every process, so that all have the momentum
             if is_own:
-                update.copy_(full_tensor(in_range(direction, dtype, group["eps"]).to(dtype)))
+                update.copy_(full_tensor(scaled_into_range(direction, dtype, group["eps"]).to(dtype)))
         if not is_own:
             return updates
         return self.orthogonalised(updates, group)
@@ -95,14 +95,14 @@ class Muon(torch.optim.Muon):
         return gradient.lerp(momentum, group["momentum"]) if group["nesterov"] else momentum
 
 
-def same_shapes(weights: list[Tensor]) -> Iterator[list[Tensor]]:
-    """Groups of weights with the same shape, at most TOGETHER in each."""
+def group_by_shape(weights: list[Tensor]) -> Iterator[list[Tensor]]:
+    """Groups of weights with the same shape, at most MATRICES_AT_ONCE in each."""
     by_shape: dict[torch.Size, list[Tensor]] = {}
     for weight in weights:
         by_shape.setdefault(weight.shape, []).append(weight)
-    for alike in by_shape.values():
-        for first in range(0, len(alike), TOGETHER):
-            yield alike[first : first + TOGETHER]
+    for matrices in by_shape.values():
+        for first in range(0, len(matrices), MATRICES_AT_ONCE):
+            yield matrices[first : first + MATRICES_AT_ONCE]
 
 
 def orthogonalised_(matrices: Tensor, coefficients: tuple[float, float, float], steps: int, eps: float) -> Tensor:
@@ -120,25 +120,25 @@ def orthogonalised_(matrices: Tensor, coefficients: tuple[float, float, float], 
     return x.mT.contiguous() if is_tall else x  # in the weights' memory layout, which adds four times as fast
 
 
-def in_range(matrix: Tensor, dtype: torch.dtype, eps: float) -> Tensor:
-    """A matrix that `dtype` can hold: float16 is too small for a gradient, so there it is divided by its norm."""
+def scaled_into_range(matrix: Tensor, dtype: torch.dtype, eps: float) -> Tensor:
+    """A matrix in the range of `dtype`: for float16, which is too small for a gradient, it is divided by its norm."""
     if dtype != torch.float16:
         return matrix
     return matrix / torch.linalg.vector_norm(matrix).clamp(min=eps)
 
 
 def owners_of(groups: list[list[Tensor]]) -> list[int]:
-    """The process that multiplies each group of weights: the largest groups first, each to the one with least work."""
+    """The rank that multiplies each group of weights: the largest groups first, each to the rank with least work."""
     work = [0] * world_size()
     owners = [0] * len(groups)
-    costs = [len(alike) * multiplications(alike[0]) for alike in groups]
+    costs = [len(matrices) * n_multiplications(matrices[0]) for matrices in groups]
     for number in sorted(range(len(groups)), key=lambda number: -costs[number]):
         owners[number] = min(range(len(work)), key=work.__getitem__)
         work[owners[number]] += costs[number]
     return owners
 
 
-def multiplications(weight: Tensor) -> int:
-    """The multiplications of a Newton-Schulz step: two products with the matrix itself and one of its square."""
+def n_multiplications(weight: Tensor) -> int:
+    """How many multiplications a Newton-Schulz step takes: two products with the matrix, and one of its square."""
     short, long = sorted(weight.shape)
     return short * short * (2 * long + short)

@@ -25,14 +25,14 @@ class ObjectiveOptions:
     )
     beta: float = option(
         0.1,
-        "dpo, kto: how closely the model is kept to the one that it started from; smaller numbers let it move further",
+        "dpo, kto: how strongly the model is held to the one that it started from; smaller numbers let it move further",
         above=0,
         group="objective",
         metavar="X",
     )
     label_smoothing: float = option(
         0.0,
-        "dpo: the fraction of the pairs whose answers are assumed to be the wrong way round",
+        "dpo: the fraction of the pairs whose chosen and rejected answers are assumed to be swapped",
         at_least=0,
         below=0.5,
         group="objective",

@@ -12,10 +12,10 @@ from model import GPT, IGNORED
 from training.batches import Rows
 from training.config import RunConfig
 from training.datasets import TrainingData, make_rows
-from training.kto import Labels
+from training.kto import KTO
 from training.label_rows import LabelRows
 from training.pair_rows import PairRows
-from training.preferences import Preferences
+from training.preferences import DPO
 from training.reference import open_pairs
 from training.step import Batch, Objective, evaluate, micro_batches, model_inputs
 
@@ -23,7 +23,7 @@ from training.step import Batch, Objective, evaluate, micro_batches, model_input
 class NextToken:
     """The cross entropy of each target."""
 
-    names: tuple[str, ...] = ()
+    metric_names: tuple[str, ...] = ()
 
     def __init__(self, config: RunConfig, data: TrainingData | None = None):
         self.config, self.data = config, data
@@ -53,7 +53,7 @@ class NextToken:
 def evaluate_parts(
     objective: Objective, model: GPT, val_batches: Mapping[str, Sequence[Batch]]
 ) -> tuple[dict[str, float], dict[str, float]]:
-    """The validation loss of each data set, and the numbers of `names`, which only a single data set has."""
+    """The validation loss of each data set, and the objective's other metrics (only for a single data set)."""
     losses: dict[str, float] = {}
     others: dict[str, float] = {}
     for name, batches in val_batches.items():
@@ -73,6 +73,6 @@ def make_objective(
     assert checkpoint is not None
     if config.objective == "kto":
         labels, digest = open_pairs(config, data, model, checkpoint, LabelRows)
-        return Labels(config, labels), digest
+        return KTO(config, labels), digest
     pairs, digest = open_pairs(config, data, model, checkpoint, PairRows)
-    return Preferences(config, pairs), digest
+    return DPO(config, pairs), digest

@@ -25,8 +25,8 @@ def make_optimizers(model: GPT, config: RunConfig) -> list[torch.optim.Optimizer
 
     A token that hardly ever occurs has tiny gradients that all point the same way. Adam would enlarge them to full
     steps, and rare tokens would drift together until nothing tells them apart ("Better Embeddings with Coupled Adam",
-    Stollenwerk and Stollenwerk 2025). The embeddings therefore have a larger eps. It keeps gradients small that are
-    much smaller than that of a single occurrence, 1 / tokens_per_iter.
+    Stollenwerk and Stollenwerk 2025). The embeddings therefore have a larger eps. With it, gradients much smaller than
+    that of a single occurrence, 1 / tokens_per_iter, lead to small steps.
     """
     if config.lora_rank is not None:
         return [_adapter_optimizer(model, config)]
@@ -61,7 +61,7 @@ def _adapter_optimizer(model: GPT, config: RunConfig) -> torch.optim.Optimizer:
 
 
 def init_optimizer_states(optimizers: list[torch.optim.Optimizer]) -> None:
-    """Allocate the optimizers' states, all zeros, in a step that changes no weight.
+    """Allocate the optimizers' states as zeros, by a step that changes no weight.
 
     If the first real step allocated them, they would be scattered between its gradients, and nothing large would fit
     into the gaps that the gradients leave.

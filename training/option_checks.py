@@ -1,4 +1,4 @@
-"""Combinations of train.py's options and data that are refused."""
+"""Check that train.py's options fit each other and the data."""
 
 from __future__ import annotations
 

@@ -2,7 +2,7 @@
 
 A prepared pair is one conversation that ends with the chosen and the rejected answer. It becomes two rows, the prompt
 with either answer. Attention is causal and positions count from the start of a row, so the padding after an answer
-changes nothing. Nothing is packed or cut: a pair of which one row would not fit into block_size is left out.
+changes nothing. Nothing is packed or cut: a pair is left out if either row would not fit into block_size.
 """
 
 from __future__ import annotations

@@ -30,10 +30,10 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-# Longer than anything that the first process does while the others wait, above all writing a checkpoint.
-PATIENCE = datetime.timedelta(minutes=30)
-# Words in the errors that NCCL and gloo raise when another process is gone.
-LOST_WORDS = ("Connection closed", "Connection reset", "Broken pipe", "Timed out", "gloo", "NCCL", "Socket")
+# Longer than anything that the first process does while the others wait, in particular writing a checkpoint.
+TIMEOUT = datetime.timedelta(minutes=30)
+# Phrases in the errors that NCCL and gloo raise when another process is gone.
+LOST_PROCESS_PHRASES = ("Connection closed", "Connection reset", "Broken pipe", "Timed out", "gloo", "NCCL", "Socket")
 
 
 # --- who this process is ---
@@ -113,16 +113,16 @@ def join_job() -> Iterator[None]:
         return
     if missing := [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]:
         raise UserError(f"WORLD_SIZE is set but {missing[0]} is not; start several processes with torchrun")
-    store, rank, size = next(iter(dist.rendezvous("env://", timeout=PATIENCE)))
+    store, rank, size = next(iter(dist.rendezvous("env://", timeout=TIMEOUT)))
     # After a restart torchrun's store still holds the addresses of the dead processes (PyTorch issue 135712).
     store = dist.PrefixStore(f"restart {n_restarts()}", store)
     with_nccl = torch.cuda.is_available() and dist.is_nccl_available()
     backend = "cpu:gloo,cuda:nccl" if with_nccl else "gloo"
-    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=PATIENCE)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=TIMEOUT)
     with contextlib.ExitStack() as stack:
         if rank:
-            silence = stack.enter_context(open(os.devnull, "w"))  # noqa: PTH123
-            stack.enter_context(contextlib.redirect_stdout(silence))
+            devnull = stack.enter_context(open(os.devnull, "w"))  # noqa: PTH123
+            stack.enter_context(contextlib.redirect_stdout(devnull))
         try:
             yield
         except UserError as error:
@@ -168,8 +168,8 @@ def any_process(condition: bool) -> bool:
     return bool(reduce("max", condition)[0])
 
 
-def mean(value: Tensor) -> Tensor:
-    """The mean of a tensor over the processes, in place."""
+def average_(value: Tensor) -> Tensor:
+    """Average a tensor over the processes, in place; returns it."""
     if world_size() > 1:
         dist.all_reduce(value)
         value /= world_size()
@@ -212,17 +212,17 @@ def on_first(function: Callable[[], T]) -> T | None:
     return result
 
 
-# --- sharing an iteration's rows ---
+# --- dividing an iteration's rows ---
 
 
-def share(rows: np.ndarray) -> np.ndarray:
+def own_share(rows: np.ndarray) -> np.ndarray:
     """This process's part of an iteration's rows."""
     n_rows = len(rows) // world_size()
     return rows[rank() * n_rows : (rank() + 1) * n_rows]
 
 
-def own_turns(n: int) -> Iterator[tuple[int, bool]]:
-    """The indices below `n` that are this process's, and whether each counts.
+def own_indices(n: int) -> Iterator[tuple[int, bool]]:
+    """The indices below `n` that this process handles, and whether each counts.
 
     All processes get the same number, because a sharded forward pass needs every process: a process without an index
     left repeats one, which does not count.
@@ -256,7 +256,7 @@ def average_gradients(model: nn.Module, device: str) -> nn.Module:
 
 @contextlib.contextmanager
 def synchronizing(model: nn.Module, is_last: bool) -> Iterator[None]:
-    """The context of one micro-step: gradients are averaged only in the last one, and added up locally before that."""
+    """The context of one micro-step: gradients are accumulated locally, and averaged only in the last one."""
     if isinstance(model, nn.parallel.DistributedDataParallel) and not is_last:
         with model.no_sync():
             yield
@@ -275,7 +275,7 @@ def seed_dropout(*numbers: int) -> None:
 
 def lost_process_error(error: BaseException, checkpoint: object | None) -> UserError | None:
     """The UserError for an error that only says that another process is gone; None for any other error."""
-    is_lost = isinstance(error, dist.DistError) or any(word in str(error) for word in LOST_WORDS)
+    is_lost = isinstance(error, dist.DistError) or any(phrase in str(error) for phrase in LOST_PROCESS_PHRASES)
     if world_size() == 1 or not (isinstance(error, RuntimeError) and is_lost):
         return None
     command = f"--resume {checkpoint}" if checkpoint else "the same command"

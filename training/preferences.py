@@ -21,7 +21,7 @@ from model import IGNORED
 from training.batches import Rows, fixed_batches
 from training.config import RunConfig
 from training.pair_rows import PairRows
-from training.parallel import own_turns, reduce
+from training.parallel import own_indices, reduce
 from training.step import Batch, arrays_to_device, micro_batches
 
 
@@ -40,8 +40,8 @@ def dpo_losses(
     """The loss (P,) of each pair and the margin (P,) by which its chosen answer's reward is larger.
 
     `log_probs` and `reference` (P, 2) are the answers' log probabilities by the model and by the reference. With
-    `label_smoothing` 0 the loss is equation 7 of Rafailov et al. (2023). Otherwise it expects that this fraction of
-    the labels is the wrong way round ("A note on DPO with noisy preferences", Mitchell 2023, equation 3).
+    `label_smoothing` 0 the loss is equation 7 of Rafailov et al. (2023). Otherwise it assumes that this fraction of the
+    labels is swapped ("A note on DPO with noisy preferences", Mitchell 2023, equation 3).
     """
     rewards = beta * (log_probs - reference)  # (P, 2)
     margins = rewards[:, 0] - rewards[:, 1]
@@ -59,10 +59,10 @@ def drift_per_token(log_ratios: Tensor) -> Tensor:
     return log_ratios.exp() - 1 - log_ratios
 
 
-class Preferences:
-    """DPO as an objective of train.py; see `training.objectives.NextToken` for what each method does."""
+class DPO:
+    """DPO as an objective of train.py; see `training.step.Objective` for its methods."""
 
-    names: tuple[str, ...] = ("reward_margin", "accuracy", "drift")
+    metric_names: tuple[str, ...] = ("reward_margin", "accuracy", "drift")
 
     def __init__(self, config: RunConfig, rows: Mapping[str, PairRows]):
         self.config, self._rows = config, rows
@@ -87,7 +87,7 @@ class Preferences:
         return sums[0], sums.detach()
 
     def numbers(self, model: nn.Module, batch: Batch) -> Tensor:
-        """The loss of each pair and what `names` lists, (P, 1 + names). The drift is the mean over both answers."""
+        """Each pair's loss and the metrics of `metric_names`, (P, 1 + metrics); the drift is that of both answers."""
         config = self.config
         ids, targets, reference = arrays_to_device(config, batch)  # (P, 2, T), (P, 2, T), (P, 2)
         with autocast(config.device, config.dtype):
@@ -104,8 +104,8 @@ class Preferences:
     @torch.no_grad()
     def evaluate(self, model: nn.Module, batches: Sequence[Batch]) -> tuple[float, dict[str, float]]:
         model.eval()
-        sums, n_pairs = np.zeros(1 + len(self.names)), 0
-        for number, is_own in own_turns(len(batches)):
+        sums, n_pairs = np.zeros(1 + len(self.metric_names)), 0
+        for number, is_own in own_indices(len(batches)):
             batch = batches[number]
             numbers = self.numbers(model, batch).double().cpu().numpy()
             is_real = (batch[1] != IGNORED).any(axis=(1, 2)) & is_own  # the last batch is padded
@@ -114,4 +114,4 @@ class Preferences:
         *totals, count = reduce("sum", *sums.tolist(), n_pairs)
         model.train()
         loss, *others = (total / max(1, count) for total in totals)
-        return loss, dict(zip(self.names, others, strict=True))
+        return loss, dict(zip(self.metric_names, others, strict=True))

@@ -103,7 +103,7 @@ class Clock:
         self, model: GPT, config: RunConfig, facts: dict, tokens_per_iter: int, iter_num: int, n_devices: int = 1
     ):
         self.config, self.facts, self.tokens_per_iter = config, facts, tokens_per_iter
-        # A frozen weight has no gradient, which would take two of its six operations per token.
+        # A frozen weight needs no gradient, which accounts for two of a weight's six operations per token.
         n_frozen = sum(weight.numel() for weight in model.parameters() if not weight.requires_grad)
         n_looked_up = 0 if model.wpe.weight.requires_grad else model.wpe.weight.numel()
         flops_per_token = model.flops_per_token() - 2 * (n_frozen - n_looked_up)

@@ -1,8 +1,8 @@
 """The log probabilities of a run's answers by the reference model, computed once and kept in a file.
 
-The file, <data set>-reference-<digest>.npz in the folder of the run, has an array (pairs, 2) per split. Its digest is
-that of the reference's weights, of the data, and of what else decides the numbers; so runs that differ only in beta or
-in the learning rate share a file, and a run with another model or other data never takes a wrong one.
+The file, <data set>-reference-<digest>.npz in the folder of the run, has an array (pairs, 2) per split. Its digest
+covers the reference's weights, the data, and whatever else decides the numbers. So runs that differ only in beta or in
+the learning rate share a file, and a run with another model or other data never uses a wrong one.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from model import GPT
 from training.config import RunConfig
 from training.datasets import TrainingData
 from training.pair_rows import PairRows
-from training.parallel import broadcast, on_first, own_turns, reduce
+from training.parallel import broadcast, on_first, own_indices, reduce
 from training.preferences import answer_log_probs
 from training.step import arrays_to_device
 
@@ -81,11 +81,11 @@ def reference_digest(config: RunConfig, data: TrainingData, checkpoint: Mapping[
 
 @torch.no_grad()
 def log_probs_of(model: GPT, rows: PairRows, config: RunConfig) -> np.ndarray:
-    """The log probabilities (pairs, 2) in float32 of all answers, in the run's precision; the processes share them."""
+    """The log probabilities (pairs, 2) of all answers, in the run's precision; the processes share the work."""
     size = config.batch_size // 2
     values = np.zeros((len(rows), 2))
     model.eval()
-    for number, is_own in own_turns(math.ceil(len(rows) / size)):
+    for number, is_own in own_indices(math.ceil(len(rows) / size)):
         first = number * size
         pairs = np.arange(first, first + size) % len(rows)  # the last batch is filled with the first pairs
         columns = [np.stack(column) for column in zip(*(rows.pair(int(pair)) for pair in pairs), strict=True)]

@@ -1,4 +1,4 @@
-"""What --resume takes from a checkpoint, what it may change, and when it refuses."""
+"""What --resume takes from a checkpoint, what it may change, and what it rejects."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def _newest_run(options: TrainOptions) -> Path:
 def _runs(options: TrainOptions) -> list[tuple[Path, Mapping[str, Any]]]:
     """The checkpoints of --dataset's runs in --out_dir, newest first, and the info of each.
 
-    Those that cannot be read are named on standard error. Raises UserError if none of them can be read.
+    Unreadable ones are skipped with a message on standard error. Raises UserError if none of them can be read.
     """
     name = mixture_name(options.dataset)
     paths = [path for path in find_checkpoints(options.out_dir) if re.fullmatch(re.escape(name) + r"\d+", path.stem)]

@@ -131,8 +131,8 @@ class ChatRows:
         shuffled = rng.permutation(len(self._pieces))
         longest_first = shuffled[np.argsort(-self._lengths[shuffled], kind="stable")]
         rows = pack_best_fit(longest_first.tolist(), self._lengths, self.block_size + 1)
-        # In a row, too, the order is random. With few conversations the rows are nearly the same in every epoch, and
-        # each answer would be learned at one position only.
+        # The order within a row is random, too: with few conversations the rows are nearly the same in every epoch, and
+        # each answer would be learned at only one position.
         rank = np.argsort(shuffled).tolist()
         shuffled_rows = [sorted(rows[index], key=rank.__getitem__) for index in rng.permutation(len(rows))]
         if not self._has_target.all():
@@ -184,7 +184,7 @@ class ChatRows:
 
 
 def header_length(tokenizer: Tokenizer) -> int:
-    """The ids before an answer: `<|im_start|>`, those of the role "assistant", and the line end."""
+    """The ids before an answer: `<|im_start|>`, those of the role "assistant", and the newline."""
     return len(tokenizer.role_ids[ROLES.index("assistant")]) + 2
 
 
@@ -196,7 +196,7 @@ def first_spoken_ids(ids: np.ndarray, tokenizer: Tokenizer = GPT2) -> np.ndarray
     """
     header = header_length(tokenizer)
     starts = np.flatnonzero(ids[:-header] == tokenizer.im_start)
-    is_assistant = ids[starts + header - 1] < tokenizer.endoftext  # the id with the line end
+    is_assistant = ids[starts + header - 1] < tokenizer.endoftext  # the id with the newline
     for offset, role_id in enumerate(tokenizer.role_ids[ROLES.index("assistant")], 1):
         is_assistant &= ids[starts + offset] == role_id
     spoken = starts[is_assistant] + header
@@ -204,7 +204,7 @@ def first_spoken_ids(ids: np.ndarray, tokenizer: Tokenizer = GPT2) -> np.ndarray
 
 
 def pack_best_fit(items: list[int], lengths: np.ndarray, capacity: int) -> list[list[int]]:
-    """Items packed into rows of `capacity`: each goes where it leaves the least space (best fit; Johnson 1973)."""
+    """Pack items into rows of `capacity`, each where it leaves the least space (best fit; Johnson 1973)."""
     rows: list[list[int]] = []
     by_space: list[list[int]] = [[] for _ in range(capacity + 1)]  # rows with exactly that much space left
     spaces: list[int] = []  # the amounts of space that occur, sorted

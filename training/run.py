@@ -1,4 +1,4 @@
-"""The state of a run between two steps: what a checkpoint stores of it, and how a resumed run restores it."""
+"""The state of a run between two steps: what a checkpoint stores, and how a resumed run restores it."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from common.checkpoint import copy_checkpoint, prune_kept, read_info, save_checkpoint
+from common.checkpoint import copy_checkpoint, keep_newest_files, read_info, save_checkpoint
 from common.cli import UserError
 from common.files import FileLock, remove_stale_temporaries, require_free_space, write_error
 from model import GPT
@@ -43,7 +43,7 @@ class RunFiles:
 
     @contextlib.contextmanager
     def claim(self, checkpoint_bytes: int) -> Iterator[None]:
-        """Create the folder, lock the run, check the free space, remove what dead runs left, and open the metrics log.
+        """Create the folder, lock the run, check the free space, clean up after killed runs, and open the metrics log.
 
         Raises UserError if another run has these files, or if the folder cannot be written or has too little space.
         """
@@ -110,7 +110,7 @@ class RunFiles:
         print(f"{self.path} belongs to another run (--resume would continue it): kept as {aside}.pt")
 
     def _inherit_best(self) -> None:
-        """Copy the best checkpoint of a run that continues under another name."""
+        """Copy the best checkpoint of the resumed run, if this run continues it under another name."""
         best = self._source().with_name(f"{self._resumed_name()}-best.pt")
         if best.is_file() and best.resolve() != self._file("-best.pt").resolve():
             copy_checkpoint(best, self._file("-best.pt"))
@@ -154,7 +154,7 @@ class RunFiles:
         for path in paths[1:-1]:
             copy_checkpoint(paths[0], path)
         if keep:
-            prune_kept(self.folder, f"{self.config.name}-iter*.pt", self.config.keep)
+            keep_newest_files(self.folder, f"{self.config.name}-iter*.pt", self.config.keep)
         if paths[0] != self.path:
             copy_checkpoint(paths[0], self.path)
 
@@ -169,7 +169,7 @@ class RunFiles:
 
 
 def _is_untrained(path: Path) -> bool:
-    """Whether a checkpoint was made before the first step, so that nothing is lost with it."""
+    """Whether a checkpoint was made before the first step, so that overwriting it loses nothing."""
     try:
         return read_info(path).get("iter_num") == 0
     except UserError:  # unreadable: it may still be valuable, so do not overwrite it

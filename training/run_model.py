@@ -1,4 +1,4 @@
-"""The model of a run: new weights, those of a checkpoint, or a frozen base with an adapter's factors that train."""
+"""The model of a run: new weights, those of a checkpoint, or a frozen base with an adapter's trainable factors."""
 
 from __future__ import annotations
 

@@ -14,9 +14,10 @@ def schedule(iter_num: float, config: RunConfig) -> float:
 
     `iter_num` is a whole number in train.py, where all iterations have the same number of tokens.
 
-    "wsd" (warm-up, stable, decay) keeps the peak until a fifth of the iterations is left and then falls with the square
-    root of the fraction of these that is done ("MiniCPM", Hu et al. 2024, section 4; the root: Haegele et al. 2024,
-    section 3). "cosine" falls along half a cosine wave ("SGDR", Loshchilov and Hutter 2017, section 3, no restarts).
+    "wsd" (warm-up, stable, decay) keeps the peak until a fifth of the iterations is left, and then falls with the
+    square root of the completed fraction of that fifth ("MiniCPM", Hu et al. 2024, section 4; the root: Haegele et al.
+    2024, section 3). "cosine" falls along half a cosine wave ("SGDR", Loshchilov and Hutter 2017, section 3, no
+    restarts).
     """
     if iter_num < config.warmup_iters:
         return (iter_num + 1) / config.warmup_iters

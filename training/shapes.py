@@ -21,7 +21,7 @@ from model import padded_vocab_size
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-    """What the rule chooses of a model. `block_size` is the longest that suits the width."""
+    """The part of a model's configuration that the rule chooses. `block_size` is the longest that suits the width."""
 
     n_layer: int
     n_head: int
@@ -80,7 +80,7 @@ class Budget:
 def choose_shape(budget: Budget, shapes: Sequence[Shape], fits: Callable[[Shape], bool] = lambda shape: True) -> Shape:
     """The shape with the lowest expected loss among those that suit the budget and fit into memory.
 
-    If there is no such shape, the one with the least work.
+    If there is no such shape, the one with the fewest FLOPs per token.
     """
     suitable = [shape for shape in shapes if budget.suits(shape) and fits(shape)]
     if not suitable:
@@ -90,13 +90,13 @@ def choose_shape(budget: Budget, shapes: Sequence[Shape], fits: Callable[[Shape]
 
 def expected_loss(weights: float, tokens: float, budget: Budget) -> float:
     """What the rule minimizes: the loss above the lowest one possible, in arbitrary units."""
-    return weights**-EXPONENT + (worth(tokens, budget.unique_tokens) / TOKENS_PER_WEIGHT) ** -EXPONENT
+    return weights**-EXPONENT + (effective_tokens(tokens, budget.unique_tokens) / TOKENS_PER_WEIGHT) ** -EXPONENT
 
 
-def worth(tokens: float, unique_tokens: float) -> float:
-    """How many tokens that are read only once teach as much.
+def effective_tokens(tokens: float, unique_tokens: float) -> float:
+    """How many tokens, each read only once, would teach as much as `tokens` read from `unique_tokens`.
 
-    >>> worth(1000, 1000), round(worth(4000, 1000))
+    >>> effective_tokens(1000, 1000), round(effective_tokens(4000, 1000))
     (1000.0, 3719)
     """
     repeated = max(0.0, tokens / unique_tokens - 1)
@@ -110,7 +110,7 @@ BLOCK_SIZES = (256, 512, 1024)
 # stories and chats), and half a million for 10 billion (GPT-2).
 KNOWN_TOKENS, KNOWN_TOKENS_PER_ITER, BATCH_EXPONENT = 6.4e6, 4096, 2 / 3
 TOKENS_PER_ITER = (2048, 1 << 19)  # fewest and most
-MOST_EVAL_INTERVAL = 250  # of train.py's default
+MAX_EVAL_INTERVAL = 250  # of train.py's default
 
 
 def fitting_block_size(document_tokens: float) -> int:
@@ -139,19 +139,19 @@ def iters_within(seconds: float, iter_s: float, eval_s: float, eval_interval: in
     Training gets at least half of the time.
     """
     if eval_interval is None:
-        iters = min((seconds - 6 * eval_s) / iter_s, (seconds - 2 * eval_s) / (iter_s + eval_s / MOST_EVAL_INTERVAL))
+        iters = min((seconds - 6 * eval_s) / iter_s, (seconds - 2 * eval_s) / (iter_s + eval_s / MAX_EVAL_INTERVAL))
     else:
         iters = (seconds - 2 * eval_s) / (iter_s + eval_s / eval_interval)
     return max(1, round_down(int(max(iters, 0.5 * seconds / iter_s))))
 
 
-def evaluations(iters: int, eval_interval: int | None = None) -> int:
-    """How often a run is evaluated: at the start, at the end, and by default 3 times between, or every 250 iterations.
+def n_evaluations(iters: int, eval_interval: int | None = None) -> int:
+    """How often a run is evaluated: at the start, at the end, and by default 3 times between or every 250 iterations.
 
-    >>> evaluations(100), evaluations(2000), evaluations(100, 10)
+    >>> n_evaluations(100), n_evaluations(2000), n_evaluations(100, 10)
     (5, 9, 11)
     """
-    return 1 + math.ceil(iters / (eval_interval or min(MOST_EVAL_INTERVAL, max(1, iters // 4))))
+    return 1 + math.ceil(iters / (eval_interval or min(MAX_EVAL_INTERVAL, max(1, iters // 4))))
 
 
 def round_down(number: int) -> int:

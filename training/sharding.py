@@ -24,7 +24,7 @@ def is_sharded_run(config: RunConfig) -> bool:
 
 
 def shard_model(model: GPT, device: str) -> GPT:
-    """Keep in each process a shard of every weight of a model on the CPU, on the process's device.
+    """Shard a model that is on the CPU: each process keeps a part of every weight on its own device.
 
     A block's weights are whole on the device only while the block runs. The embedding, which the loss needs again,
     stays whole from the forward pass to the end of the backward pass.
@@ -53,7 +53,7 @@ def full_tensor(tensor: Tensor) -> Tensor:
 
 
 def gather_full(state: Any) -> Any:
-    """Nested dicts and lists with every sharded tensor whole, in the first process; None for it in the others.
+    """Nested dicts and lists in which every sharded tensor is whole in the first process, and None in the others.
 
     All processes must call this with the same structure.
     """

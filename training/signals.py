@@ -1,4 +1,4 @@
-"""Stopping a run between two steps, when a signal asks for it."""
+"""Stop a run between two steps when it receives a signal."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ from training.memory import out_of_memory_error
 from training.optimizers import init_optimizer_states, make_optimizers
 from training.parallel import any_process, micro_batch_size, reduce, world_size
 
-FEWEST_STEPS, LEAST_S = 3, 2.0  # that are timed, after a first one
+MIN_STEPS, MIN_SECONDS = 3, 2.0  # steps and seconds that are timed, after a warm-up step
 
 
 def iteration_s(
@@ -63,7 +63,7 @@ def _time_steps(
     init_optimizer_states(optimizers)
     times: list[tuple[float, float]] = []
     first = clock()
-    while len(times) <= FEWEST_STEPS or clock() - first < LEAST_S:
+    while len(times) <= MIN_STEPS or clock() - first < MIN_SECONDS:
         start = clock()
         forward_backward()
         middle = clock()

@@ -15,7 +15,7 @@ from common.device import autocast, without_cudnn_attention
 from model import GPT, IGNORED
 from training.batches import Rows
 from training.config import RunConfig
-from training.parallel import mean, own_turns, reduce, share, synchronizing, world_size
+from training.parallel import average_, own_indices, own_share, reduce, synchronizing, world_size
 from training.sharding import full_tensor
 from training.targets import document_numbers, document_positions
 
@@ -25,7 +25,7 @@ Batch = Sequence[np.ndarray]  # the columns of rows: ids, targets and, for pairs
 class Objective(Protocol):
     """What differs between the objectives: rows, loss, evaluation, and what is logged."""
 
-    names: tuple[str, ...]  # of the numbers that are logged with the loss
+    metric_names: tuple[str, ...]  # of the numbers that are logged with the loss
     items_per_iter: int  # rows, or pairs of rows
     tokens_per_iter: int
 
@@ -36,16 +36,16 @@ class Objective(Protocol):
         """A batch divided into micro-batches."""
 
     def count(self, batch: Batch) -> int:
-        """How many items of an iteration's batch the loss is a mean over: targets, pairs or labelled answers."""
+        """The number of items over which an iteration's loss is averaged: targets, pairs or labelled answers."""
 
     def loss(self, model: nn.Module, batch: Batch, count: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """The sum of a micro-batch's losses divided by `count`, by default its own count.
 
-        Returns it for the backward pass and, detached, with the numbers of `names` after it: (1 + names,).
+        Returns it for the backward pass and, detached, followed by the metrics of `metric_names`: (1 + metrics,).
         """
 
     def evaluate(self, model: Any, batches: Sequence[Batch]) -> tuple[float, dict[str, float]]:
-        """The mean loss over validation batches, which the processes share, and the numbers of `names`."""
+        """The mean loss over validation batches, which the processes share, and the metrics of `metric_names`."""
 
 
 def micro_batches(batch: Batch, size: int) -> list[Batch]:
@@ -78,8 +78,8 @@ def forward_backward(
     batch: Batch,
     scaler: torch.amp.GradScaler | None = None,
 ) -> Tensor:
-    """Add the gradients of an iteration's batch to the weights, in micro-batches; returns the loss and what the
-    objective logs with it, (1 + names,).
+    """Add the gradients of an iteration's batch to the weights, in micro-batches; returns the loss and the
+    objective's other metrics, (1 + metrics,).
 
     The loss is the mean over all targets, or pairs, of the iteration. Each process takes its share of the rows, and
     gradients and losses are averaged.
@@ -89,14 +89,14 @@ def forward_backward(
     count = torch.full(
         (), objective.count(batch) / world_size(), device=config.device
     )  # torch.tensor would wait for the device
-    total = torch.zeros(1 + len(objective.names), device=config.device)
-    parts = objective.micro_batches([share(column) for column in batch])
+    total = torch.zeros(1 + len(objective.metric_names), device=config.device)
+    parts = objective.micro_batches([own_share(column) for column in batch])
     for number, micro_batch in enumerate(parts, 1):
         with synchronizing(model, is_last=number == len(parts)):
             loss, numbers = objective.loss(model, micro_batch, count)
             (scaler.scale(loss) if scaler else loss).backward()
         total += numbers
-    return mean(total)
+    return average_(total)
 
 
 def clip_gradients(
@@ -117,7 +117,7 @@ def evaluate(model: GPT, batches: Sequence[tuple[np.ndarray, np.ndarray]], confi
     """The mean loss in nats per target over batches of (ids, targets), which the processes share."""
     model.eval()
     losses, counts = [], []
-    for number, is_own in own_turns(len(batches)):
+    for number, is_own in own_indices(len(batches)):
         ids, targets = batches[number]
         counts.append(int((targets != IGNORED).sum()) if is_own else 0)
         inputs = model_inputs(config, ids, targets)

@@ -12,7 +12,7 @@ ROWS_PER_LONG_ROW = 16  # one in this many rows counts its positions from the st
 def assistant_targets(ids: np.ndarray, tokenizer: Tokenizer = GPT2) -> np.ndarray:
     """Which of the ids (N,) the assistant says: the contents of its messages and the `<|im_end|>` after each.
 
-    True at position i means that id i is a target. It is False for `<|im_start|>`, for the role with its line end, and
+    True at position i means that id i is a target. It is False for `<|im_start|>`, for the role with its newline, and
     for everything that other roles say.
     """
     ids = np.asarray(ids)

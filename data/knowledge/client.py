@@ -1,8 +1,8 @@
-"""The client of a server with the OpenAI API: one answer to one request, with retries after temporary errors.
+"""A client for servers with the OpenAI API: one answer per request, with retries after temporary errors.
 
 Ollama, llama.cpp, vLLM, hosted services and Jojo's own serve.py have this API. Errors that may be temporary (too many
-requests, a failing or silent server, a broken connection, broken JSON) are retried. The waits double with each retry,
-are random within a factor of two so that clients do not return all at once, and are never shorter than the server's
+requests, a failing or silent server, a broken connection, broken JSON) are retried. The wait doubles with each retry,
+is randomized within a factor of two so that clients do not all return at once, and is never shorter than the server's
 Retry-After. Errors that concern every request (a wrong key, an unknown model, no credit) raise UserError.
 """
 
@@ -29,7 +29,7 @@ TRANSIENT = {408, 409, 425, 429}  # and every 5xx
 FOR_EVERY_REQUEST = {401, 402, 403, 404, 405}
 NO_CREDIT = ("insufficient_quota", "billing", "insufficient balance", "exceeded your current quota")
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
-LONGEST_RETRY_AFTER_S = 3600.0
+MAX_RETRY_AFTER_S = 3600.0
 
 
 class RequestFailed(Exception):
@@ -41,7 +41,7 @@ class Stopped(Exception):
 
 
 class _Transient(Exception):
-    """An error that may be temporary, and how long the server asks to wait."""
+    """An error that may be temporary, and how long the server asks clients to wait."""
 
     def __init__(self, message: str, wait_s: float = 0.0):
         super().__init__(message)
@@ -57,7 +57,7 @@ class Retries:
     longest_wait_s: float = 60.0
 
     def wait_s(self, n_failed: int, asked_s: float, draw: Callable[[], float]) -> float:
-        """The wait after `n_failed` tries: random in [half, whole] of a doubling time, at least what was asked for."""
+        """The wait after `n_failed` tries: between half and all of a time that doubles, but at least `asked_s`."""
         whole = min(self.longest_wait_s, self.first_wait_s * 2 ** (n_failed - 1))
         return max(asked_s, whole * (0.5 + 0.5 * draw()))
 
@@ -154,14 +154,16 @@ class Client:
             raise UserError(f"{self.api_url} answered {said}; {remedy(status, self.model)}")
         if status in TRANSIENT or status >= 500:
             wait_s = retry_after_s(response.headers)
-            if wait_s > LONGEST_RETRY_AFTER_S:
+            if wait_s > MAX_RETRY_AFTER_S:
                 raise UserError(
-                    f"{self.api_url} asks to wait {wait_s / 3600:.1f} hours ({said}); "
+                    f"{self.api_url} asks clients to wait {wait_s / 3600:.1f} hours ({said}); "
                     "run the same command again after that to continue"
                 )
             raise _Transient(said, wait_s)
         if 300 <= status < 400:
-            raise UserError(f"{self.api_url} redirects to {response.headers.get('location')}; give that --api_url")
+            raise UserError(
+                f"{self.api_url} redirects to {response.headers.get('location')}; use that address as --api_url"
+            )
         raise RequestFailed(said)
 
 
@@ -176,7 +178,7 @@ def require_http() -> None:
 
 
 def http_client(client: Client, concurrency: int) -> httpx2.AsyncClient:
-    """The connections to the server; proxies of the environment are not used for a server on this machine."""
+    """The connections to the server; the environment's proxies are not used for a server on this machine."""
     import httpx2
 
     headers = {"Authorization": f"Bearer {client.api_key}"} if client.api_key else {}

@@ -1,7 +1,7 @@
 """Collecting answers: rounds of requests until there are enough documents.
 
-Each round sends as many requests as documents are still missing, several at a time, and then judges the answers in the
-order of the plan. So which requests are sent depends on the answers, but not on `concurrency` or on how fast the
+Each round sends one request for every document that is still missing, several at a time, and then judges the answers in
+the order of the plan. So which requests are sent depends on the answers, but not on `concurrency` or on how fast the
 answers arrived.
 """
 
@@ -88,7 +88,7 @@ class Collector:
         if n_kept + n_left_out >= MIN_JUDGED and n_kept < MIN_KEPT_SHARE * (n_kept + n_left_out):
             (reason, count), *_ = self.selection.counts.most_common(1)
             raise UserError(
-                f"{n_left_out:,} of {n_kept + n_left_out:,} answers are of no use ({count:,} {reason}); "
+                f"{n_left_out:,} of {n_kept + n_left_out:,} answers are unusable ({count:,} {reason}); "
                 f"look at {self.journal.path}, then change --model, --prompts or --max_tokens"
             )
 

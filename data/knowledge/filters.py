@@ -92,7 +92,7 @@ def document_of(request: Request, answer: Answer) -> Document | None:
 
 
 def reason_against(document: Document | None, answer: Answer, any_language: bool = False) -> str:
-    """Why an answer is left out whatever the others are, or "" if it is not."""
+    """Why an answer is left out, apart from repetition, or "" if it is not."""
     text = without_wrapping(answer.content)
     start = " ".join(text[:400].lower().split())
     if answer.refusal or answer.finish_reason == "content_filter" or REFUSAL.search(start):

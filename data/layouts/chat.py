@@ -37,7 +37,7 @@ class Layout:
     """How one kind of chat record is recognized, and what its turns are: mappings of role and content.
 
     `turns` returns the turns of each conversation of a record, of which there is usually one. It is None for layouts
-    that `conversations` treats on their own.
+    that `conversations` handles separately.
     """
 
     name: str
@@ -76,9 +76,9 @@ def conversations(
 
     A field that is null counts as absent. Roles become system, user and assistant, and a conversation ends with the
     assistant's last message. Whatever cannot be used, including records of an unknown layout, is counted by reason in
-    `skipped`. `language` selects OASST trees, of which the best-ranked path is used, or every path. OASST's message
-    rows are all in memory before their trees are walked. `me` is the person whose messages become the assistant's in
-    the export of a messenger; raises UserError for such an export without it.
+    `skipped`. `language` selects OASST trees; of each, the best-ranked path is used, or every path with
+    `oasst_all_paths`. OASST's message rows are all in memory before their trees are walked. `me` is the person whose
+    messages become the assistant's in the export of a messenger; raises UserError for such an export without it.
     """
     skipped = Counter() if skipped is None else skipped
     oasst_rows: list[Mapping] = []

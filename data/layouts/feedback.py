@@ -17,7 +17,7 @@ _JUDGEMENTS = ("rating", "correction", "preferred_over")
 
 
 def latest_events(records: Iterable[Mapping], skipped: Counter) -> Iterator[Mapping]:
-    """All records, but of feedback events with the same `id` only the last one, after the other records.
+    """All records, except that of the feedback events with one `id` only the last is returned, after the other records.
 
     Earlier events, and those that a person has withdrawn (rating "none"), are counted in `skipped`. The events are in
     memory until the last record.

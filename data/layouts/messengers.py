@@ -118,7 +118,7 @@ def _silence_s(earlier: Said, later: Said) -> float:
 
 
 def _usable(turns: list[dict], skipped: Counter) -> Iterator[list[Message]]:
-    while turns and turns[0]["role"] == "assistant":  # nobody has asked anything yet
+    while turns and turns[0]["role"] == "assistant":  # nobody has written to the assistant yet
         turns = turns[1:]
     if messages := usable_messages(turns, skipped) if turns else None:
         yield messages

@@ -1,4 +1,4 @@
-"""Turns of any layout made into messages with our roles, or counted as unusable by reason."""
+"""Convert turns of any layout to messages with our roles, or count them as unusable by reason."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ def _fault(role: str | None, content: str | None) -> str | None:
 
 
 def _parsed(turn: Any) -> tuple[str | None, str | None, bool]:
-    """(role, content, is a target) of a turn: one of our roles, "tool" or None; content is None if it is not text."""
+    """(role, content, is a target) of a turn. The role is ours, "tool", or None; content that is not text is None."""
     if type(turn) is not dict and not isinstance(turn, Mapping):
         return None, None, True
     role = known_role(_role_name(turn))

@@ -48,7 +48,7 @@ def split_suffix(path: str | Path) -> tuple[str, str | None]:
 def is_text(path: str | Path) -> bool:
     """Whether a file contains text rather than records or pages, by its name; compressed or not.
 
-    A file of any other kind has been accepted by --suffix, as text.
+    A file of any other kind was accepted as text by --suffix.
     """
     return split_suffix(path)[0] not in (*RECORD_SUFFIXES, *PAGE_SUFFIXES, *ARCHIVE_SUFFIXES, *SHARD_SUFFIXES)
 
@@ -113,8 +113,8 @@ def _zstd_blocks(path: Path) -> Iterator[bytes]:
 def text_blocks(path: str | Path) -> Iterator[bytes]:
     """A text file's bytes in blocks, as `read_blocks`. Raises UserError for a file that is certainly not UTF-8 text.
 
-    Signs are UTF-16's byte order mark, the first bytes of other formats such as PDF, and NUL bytes. Text without any
-    of them may still not be UTF-8.
+    It looks for UTF-16's byte order mark, the first bytes of other formats such as PDF, and NUL bytes. Text without any
+    of these may still not be UTF-8.
     """
     offset = 0
     for block in read_blocks(path):
@@ -150,7 +150,7 @@ def not_found(path: str | Path) -> UserError:
 
 
 def not_utf8(path: str | Path, offset: int, content: bytes | None = None) -> UserError:
-    """The UserError for a byte that is not UTF-8. `content` is that of a text which is not a file of its own."""
+    """The UserError for a byte that is not UTF-8. `content` holds the bytes of a text that is not a file by itself."""
     start, blocks = 0, read_blocks(path) if content is None else iter([content])
     for block in blocks:
         if offset < start + len(block):

@@ -1,4 +1,4 @@
-"""The files that --input names; of a folder, those of a known kind, without what is not data.
+"""The files that --input names; in a folder, those of a known kind that contain data.
 
 files = input_files(["books", "notes.txt"])
 """
@@ -43,29 +43,30 @@ _SHOWN_NAMES = 5
 def input_files(
     paths: Iterable[str | Path],
     suffixes: Sequence[str] = ALL_SUFFIXES,
-    more: Sequence[str] = (),
+    extra_suffixes: Sequence[str] = (),
     strict: bool = False,
     encoding: str | None = None,
-    takes_more: bool = False,
+    has_suffix_option: bool = False,
 ) -> list[Path]:
     """The files that --input names; a folder means all files of a known kind in it, sorted.
 
-    `more` are the suffixes that --suffix adds, if the script has that option (`takes_more`). Of a folder, hidden files,
-    empty files, files of unknown kind, and descriptions such as the README.md of a data set of the hub are left out,
-    which is printed. With `encoding`, the files are copies in UTF-8. Raises UserError for a path that does not exist,
-    a named file of unknown kind, with `strict` also one in a folder, and a folder without any file to read.
+    `extra_suffixes` are those that --suffix adds; `has_suffix_option` says whether the script has that option. In a
+    folder, hidden files, empty files, files of unknown kind, and descriptions such as the README.md of a data set of
+    the hub are left out; what is left out is printed. With `encoding`, the files are copies in UTF-8. Raises UserError
+    for a path that does not exist, a named file of unknown kind, with `strict` also one in a folder, and a folder
+    without any file to read.
     """
-    wanted = (*suffixes, *more)
+    wanted = (*suffixes, *extra_suffixes)
     files: list[Path] = []
     for path in map(Path, paths):
         if path.is_dir():
-            files += _files_of_folder(path, wanted, strict, takes_more)
+            files += _files_of_folder(path, wanted, strict, has_suffix_option)
         elif not path.exists():
             raise not_found(path)
         elif split_suffix(path)[0] not in wanted:
             raise UserError(
                 f"{path} is of unknown kind; --input reads {known_kinds(wanted)}"
-                + (_suffix_advice([path]) if takes_more else "")
+                + (_suffix_advice([path]) if has_suffix_option else "")
             )
         else:
             files.append(path)
@@ -101,7 +102,7 @@ def check_encoding(name: str) -> None:
 # --- folders ---
 
 
-def _files_of_folder(folder: Path, suffixes: Sequence[str], strict: bool, takes_more: bool) -> list[Path]:
+def _files_of_folder(folder: Path, suffixes: Sequence[str], strict: bool, has_suffix_option: bool) -> list[Path]:
     """The files of a folder that are read; prints what is left out."""
     hidden: dict[str, None] = {}
     unknown: list[Path] = []
@@ -116,7 +117,7 @@ def _files_of_folder(folder: Path, suffixes: Sequence[str], strict: bool, takes_
     described = [file for file in candidates if _is_description(file, has_records)]
     empty = [file for file in candidates if file not in described and not file.stat().st_size]
     found = [file for file in candidates if file not in described and file not in empty]
-    advice = _suffix_advice(unknown) if takes_more else ""
+    advice = _suffix_advice(unknown) if has_suffix_option else ""
     if strict and unknown:
         raise UserError(
             f"{folder} contains {_count(unknown)} of unknown kind ({_kinds_of(unknown)}), which --strict refuses; move "
@@ -198,7 +199,7 @@ def _shown(words: list[str]) -> str:
 
 
 def _copies_in_utf8(files: Sequence[Path], encoding: str) -> Iterator[Path]:
-    """Each file, or if it contains text its copy in UTF-8, which is removed at the end of the program."""
+    """Each file, or its copy in UTF-8 if it contains text; the copies are removed when the program ends."""
     folder = Path(tempfile.mkdtemp(prefix="jojo-utf8-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     for number, file in enumerate(files):

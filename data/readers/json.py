@@ -57,7 +57,7 @@ def read_json(path: str | Path) -> Iterator[dict]:
 
 
 def _spans_lines(first: str, second: str) -> bool:
-    """Whether a JSON text is one list or has values that span lines, judged by its first two lines that are not blank.
+    """Whether a JSON text is one list or has values that span lines, judged by its first two non-blank lines.
 
     That is the case if neither line is JSON. If only one of them is broken, it is a faulty line of JSON Lines.
     """

@@ -24,9 +24,9 @@ from data.readers.records import field_names, read_records, text_fields
 from data.readers.shards import NotShard, read_shard_documents, shard_tokens
 from data.readers.text import read_text_documents, text_layout
 
-# Records of these layouts are chat even if they have the field with the text, too.
+# Records of these layouts are chat even if they also have the text field.
 CERTAIN_LAYOUTS = ("messages", "sharegpt", "oasst trees", "oasst messages", "alpaca", "dolly", "preference data")
-FIRST_RECORDS = 1000  # these decide what a file contains, and whether most of its records are unusable
+FIRST_RECORDS = 1000  # they decide what a file contains and whether most of its records are unusable
 
 
 class UnknownContent(UserError):
@@ -92,7 +92,7 @@ def recognize_files(
 
 def _kind_and_layout(path: Path, field: str, divide_within_lines: bool, me: str | None) -> tuple[str, str]:
     if split_suffix(path)[0] in PAGE_SUFFIXES:
-        return "text", {".srt": "subtitles", ".epub": "a book, a document per chapter"}.get(
+        return "text", {".srt": "subtitles", ".epub": "a book, one document per chapter"}.get(
             split_suffix(path)[0], "a web page"
         )
     if split_suffix(path)[0] in SHARD_SUFFIXES:

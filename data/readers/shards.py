@@ -2,7 +2,7 @@
 
 A shard is a header of 256 little-endian int32 (the magic number, the version 1, the number of tokens) and the ids as
 uint16. `<|endoftext|>` comes before each document, and a document may continue in the next shard. Joined, shards are
-the same sequence as our .bin files, where it comes after each document: only the very first and last id differ.
+the same sequence as our .bin files, where `<|endoftext|>` comes after each document: only the first and last id differ.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ def check_shard(path: Path) -> Shard:
 
 
 def read_shard_documents(path: Path, read_tokens: int = READ_TOKENS) -> Iterator[str]:
-    """The texts of a shard, decoded. One that continues in the next shard ends with this one.
+    """The texts of a shard, decoded. A text that continues in the next shard is cut at the end of this one.
 
     Bytes that are not UTF-8, where a shard cuts a character, become U+FFFD; a document of more than MAX_TEXT_TOKENS is
     divided.

@@ -22,7 +22,7 @@ PLAIN_DOCUMENT_BYTES = 64 << 10
 # No document grows beyond this: a longer stretch without <|endoftext|> is cut like a text that has none.
 MAX_DOCUMENT_BYTES = 16 << 20
 
-# The lookbehind for the line's start comes after the token, so that the search runs at the speed of finding the token.
+# The lookbehind for the start of the line comes after the token, so that the search is as fast as finding the token.
 _SEPARATOR_LINE = re.compile(rb"<\|endoftext\|>(?:(?<=\n.{13})|(?<=\A.{13}))[ \t\r]*(?:\n|\Z)")
 _SEPARATOR = re.compile(re.escape(ENDOFTEXT))
 
@@ -31,9 +31,9 @@ def read_text_documents(path: str | Path, divide_within_lines: bool = False) -> 
     """The documents of a text file, which lines `<|endoftext|>` separate.
 
     Within a line `<|endoftext|>` is text, because a document may mention it; `divide_within_lines` is for dumps that
-    put it anywhere. A file without separators is one document up to 64 KB; a longer one is cut at blank lines (or
-    else at a line end, a space, a character) into documents of at most 64 KB. Line ends around a document are
-    removed. Raises UserError for a file that is missing, empty, damaged or not UTF-8 (with the byte offset).
+    put it anywhere. A file without separators is one document up to 64 KB; a longer one is cut at blank lines (or else
+    at a line ending, a space, a character) into documents of at most 64 KB. Line endings around a document are removed.
+    Raises UserError for a file that is missing, empty, damaged or not UTF-8 (with the byte offset).
     """
     for offset, raw in raw_documents(text_blocks(path), divide_within_lines):
         try:
@@ -61,7 +61,7 @@ def raw_documents(blocks: Iterable[bytes], divide_within_lines: bool = False) ->
         if not offset and not rest and block.startswith(UTF8_BOM):
             block, offset = block[len(UTF8_BOM) :], len(UTF8_BOM)
         rest += block
-        # A line is judged when it is complete: when its line feed was read, or at the end of the file.
+        # A line is examined only when it is complete: once its line feed has been read, or at the end of the file.
         end = len(rest) if divide_within_lines or not block else _end_of_last(b"\n", rest, 0, len(rest))
         start = 0
         for match in separator.finditer(rest, 0, end):

@@ -6,8 +6,8 @@ import { announce, byId, element, iconButton } from "./dom.js";
 import { announceReply, copyButton, ReplyView, userMessage } from "./message.js";
 import { editor } from "./editor.js";
 import { correct, eventOf, feedbackButtons, sendEvent } from "./feedback.js";
-import { fillPicker, findModel, whereNoModel } from "./models.js";
-import { generate, newId, newReply, takeInstead } from "./reply.js";
+import { fillPicker, findModel, noModelNotice } from "./models.js";
+import { generate, newId, newReply, replaceToken } from "./reply.js";
 import { askedMessages, askedNow, newChat, saveChat, shownReply, titleOf } from "./store.js";
 
 export class ChatPage {
@@ -37,7 +37,7 @@ export class ChatPage {
     this.models = models;
     const usable = fillPicker(this.picker, models, "chat", this.chat.model);
     this.composer.setEnabled(usable);
-    byId("chat-notice").replaceChildren(...(usable ? [] : [whereNoModel(models, "chat")]));
+    byId("chat-notice").replaceChildren(...(usable ? [] : [noModelNotice(models, "chat")]));
     this.#showWindow();
   }
 
@@ -101,7 +101,7 @@ export class ChatPage {
     }
     const view = new ReplyView(shownReply(message), {
       actions: (reply) => this.#actions(message, reply),
-      onTake: (reply, index, alternative) => this.#take(message, reply, index, alternative),
+      onReplace: (reply, index, alternative) => this.#take(message, reply, index, alternative),
       onRetry: (reply) => this.#run(message, reply),
     });
     view.node.dataset.id = message.id;
@@ -130,7 +130,7 @@ export class ChatPage {
     return buttons;
   }
 
-  /** The buttons that judge a reply. On a person's own words there is only the one that changes them. */
+  /** The buttons that judge a reply. For a reply that the person wrote, there is only the button that edits it. */
   #feedback(message, reply) {
     const judged = message.versions.find((one) => one.id === reply.corrects) ?? reply;
     const onImprove = () => this.#improve(message, judged);
@@ -190,7 +190,7 @@ export class ChatPage {
   }
 
   #take(message, reply, index, alternative) {
-    return this.#newVersion(message, newReply(reply.model, { tokens: takeInstead(reply, index, alternative) }));
+    return this.#newVersion(message, newReply(reply.model, { tokens: replaceToken(reply, index, alternative) }));
   }
 
   /** Drop the messages after this one. If the person wrote one of them, ask first, and return false on a no. */

@@ -6,8 +6,8 @@ import { byId, element, iconButton } from "./dom.js";
 import { editor } from "./editor.js";
 import { correct, eventOf, feedbackButtons, preferenceEvent, sendEvent, wordButton } from "./feedback.js";
 import { announceReply, copyButton, ReplyView, userMessage } from "./message.js";
-import { fillPicker, findModel, whereNoModel } from "./models.js";
-import { generate, newReply, takeInstead } from "./reply.js";
+import { fillPicker, findModel, noModelNotice } from "./models.js";
+import { generate, newReply, replaceToken } from "./reply.js";
 
 export class ComparePage {
   constructor() {
@@ -28,7 +28,7 @@ export class ComparePage {
     fillPicker(right, models, null);
     if (!hadChoice && models.length > 1) right.value = models.find((model) => model.id !== left.value).id;
     this.composer.setEnabled(usable);
-    byId("compare-notice").replaceChildren(...(usable ? [] : [whereNoModel(models, "chat")]));
+    byId("compare-notice").replaceChildren(...(usable ? [] : [noModelNotice(models, "chat")]));
   }
 
   focus() {
@@ -78,7 +78,7 @@ export class ComparePage {
         copyButton(() => reply.text),
         iconButton("repeat", "Regenerate", () => run(newReply(model.id))),
       ],
-      onTake: (reply, index, alternative) => run(newReply(model.id, { tokens: takeInstead(reply, index, alternative) })),
+      onReplace: (reply, index, alternative) => run(newReply(model.id, { tokens: replaceToken(reply, index, alternative) })),
       onRetry: run,
     }));
     view.node.setAttribute("aria-label", `Reply of ${model.id}`);

@@ -3,8 +3,8 @@
 import { Composer } from "./composer.js";
 import { byId, element, iconButton } from "./dom.js";
 import { announceReply, copyButton, ReplyView } from "./message.js";
-import { fillPicker, findModel, whereNoModel } from "./models.js";
-import { generate, newReply, takeInstead } from "./reply.js";
+import { fillPicker, findModel, noModelNotice } from "./models.js";
+import { generate, newReply, replaceToken } from "./reply.js";
 
 export class CompletePage {
   constructor() {
@@ -20,7 +20,7 @@ export class CompletePage {
     this.models = models;
     const usable = fillPicker(this.picker, models, "text");
     this.composer.setEnabled(usable);
-    byId("complete-notice").replaceChildren(...(usable ? [] : [whereNoModel(models, "text")]));
+    byId("complete-notice").replaceChildren(...(usable ? [] : [noModelNotice(models, "text")]));
   }
 
   focus() {
@@ -41,7 +41,7 @@ export class CompletePage {
     byId("complete-welcome").hidden = true;
     const view = new ReplyView(newReply(this.picker.value), {
       actions: (reply) => this.#actions(reply),
-      onTake: (reply, index, alternative) => this.#run(newReply(reply.model, { tokens: takeInstead(reply, index, alternative) })),
+      onReplace: (reply, index, alternative) => this.#run(newReply(reply.model, { tokens: replaceToken(reply, index, alternative) })),
       onRetry: (reply) => this.#run(reply),
     });
     this.view = view;

@@ -45,7 +45,7 @@ export function eventOf(reply, before) {
   return { id: reply.id, time, ...originOf(reply), messages, rating: isJudged(reply) ? rating : "none", correction };
 }
 
-/** That a person prefers the reply `better` to `worse`, or no longer does. Both answer the messages `before`. */
+/** The event that a person prefers the reply `better` to `worse`, or no longer does. Both answer the messages `before`. */
 export function preferenceEvent(id, better, worse, before, isWithdrawn) {
   const messages = [...before, { role: "assistant", content: better.text }];
   const event = { id, time: new Date().toISOString(), ...originOf(better), messages };

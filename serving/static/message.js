@@ -18,12 +18,12 @@ export function userMessage(text, actions = []) {
 }
 
 /**
- * The article of a reply. `actions(reply)` returns its buttons once it has ended; `onTake(reply, index, alternative)`
- * is called when a person takes another token; `onRetry(reply)` after an error.
+ * The article of a reply. `actions(reply)` returns its buttons once it has ended; `onReplace(reply, index, alternative)`
+ * is called when a person chooses another token; `onRetry(reply)` after an error.
  */
 export class ReplyView {
-  constructor(reply, { actions = () => [], onTake, onRetry }) {
-    Object.assign(this, { reply, actions, onTake, onRetry });
+  constructor(reply, { actions = () => [], onReplace, onRetry }) {
+    Object.assign(this, { reply, actions, onReplace, onRetry });
     this.body = element("div", { class: "text", dir: "auto" });
     this.state = element("div", { class: "state" });
     this.numbers = element("span", { class: "numbers" });
@@ -54,7 +54,7 @@ export class ReplyView {
     this.#showState();
     const correction = reply.feedback?.correction;
     this.better.hidden = !correction;
-    this.better.textContent = correction ? `Said better: ${correction}` : "";
+    this.better.textContent = correction ? `Your version: ${correction}` : "";
     const running = reply.finish === null;
     this.node.classList.toggle("running", running);
     this.node.setAttribute("aria-busy", running);
@@ -78,7 +78,7 @@ export class ReplyView {
 
   #showTokens() {
     if (!this.tokens) {
-      this.tokens = new TokenView(this.body, (index, alternative) => this.onTake(this.reply, index, alternative));
+      this.tokens = new TokenView(this.body, (index, alternative) => this.onReplace(this.reply, index, alternative));
     }
     this.tokens.update(this.reply.tokens);
   }

@@ -25,8 +25,8 @@ export function fillPicker(picker, models, format, wanted = null) {
   return usable.length > 0;
 }
 
-/** What to do if the server has no model of a kind. */
-export function whereNoModel(models, format) {
+/** A notice that the server has no model of a kind, and what to do. */
+export function noModelNotice(models, format) {
   const example = format === "chat" ? "models/chitchat1150.pt" : "models/story5000.pt";
   const other = format === "chat" ? "The server has only text models: use the page “Complete”," : "The server has only chat models: use the page “Chat”,";
   const start = models.length > 0 ? `${other} or` : "The server has no model:";

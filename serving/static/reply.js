@@ -32,7 +32,7 @@ export function newReply(model, { tokens = [], text = null } = {}) {
   };
 }
 
-/** Copies of the tokens with `shown` computed again from their bytes. */
+/** Copies of the tokens with `shown` recomputed from their bytes. */
 export function showTokens(tokens) {
   const decoder = new TextDecoder();
   return tokens.map((token) => ({ ...token, shown: decoder.decode(bytesOf(token), { stream: true }) }));
@@ -125,14 +125,14 @@ export async function generate(reply, model, input, signal, onUpdate) {
 }
 
 /** The tokens up to `index`, with that one replaced by one of its alternatives. */
-export function takeInstead(reply, index, alternative) {
+export function replaceToken(reply, index, alternative) {
   const { top } = reply.tokens[index];
   return [...reply.tokens.slice(0, index), { ...alternative, top }];
 }
 
 /** One line of numbers: tokens, tokens per second, why it ended. */
 export function describe(reply) {
-  const parts = [reply.corrects ? "said better by you" : reply.model];
+  const parts = [reply.corrects ? "written by you" : reply.model];
   const n = reply.tokens.length || reply.usage?.completion_tokens || reply.nGenerated;
   if (n) parts.push(n === 1 ? "1 token" : `${n.toLocaleString("en")} tokens`);
   if (reply.tokensPerSecond) parts.push(`${reply.tokensPerSecond.toLocaleString("en", { maximumSignificantDigits: 3 })} tokens/s`);

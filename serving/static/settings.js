@@ -79,7 +79,7 @@ export function setUpSettings(currentModel) {
   byId("reset-settings").addEventListener("click", () => {
     values = {};
     keep();
-    announce("All settings have their defaults again.");
+    announce("All settings are back to their defaults.");
   });
   byId("close-settings").addEventListener("click", () => dialog.close());
   form.addEventListener("submit", (event) => {

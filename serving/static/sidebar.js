@@ -119,7 +119,7 @@ export class Sidebar {
     else {
       const { read, skipped, noRoom } = importChats(await file.text());
       const parts = [`${read} ${read === 1 ? "chat" : "chats"} imported.`];
-      if (skipped > 0) parts.push(`${skipped} ${skipped === 1 ? "line" : "lines"} skipped: not a conversation with messages of user and assistant.`);
+      if (skipped > 0) parts.push(`${skipped} ${skipped === 1 ? "line" : "lines"} skipped: not a conversation between user and assistant.`);
       if (noRoom > 0) parts.push(`The browser had no room for ${noRoom}.`);
       say(parts.join(" "));
     }

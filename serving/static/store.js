@@ -70,7 +70,7 @@ const round = (number) => (number === null ? null : Math.round(number * 1000) / 
 const pack = ({ id, text, logprob, bytes, top }) => [id, text, round(logprob), bytes ?? 0, top ? top.map(pack) : 0];
 const unpack = ([id, text, logprob, bytes, top]) => ({ id, text, logprob, ...(bytes && { bytes }), ...(top && { top: top.map(unpack) }) });
 
-/** Write under a key. If the browser has no room, make some by dropping tokens; false if that is not enough. */
+/** Write under a key. If the browser's storage is full, drop tokens to make room; false if that is not enough. */
 function write(key, text) {
   for (;;) {
     try {

@@ -40,12 +40,12 @@ function spoken(text) {
 
 /**
  * The tokens of a reply in `node`: one stop for the Tab key, in which the arrow keys move from token to token.
- * `onTake(index, alternative)` is called when a person takes another token instead.
+ * `onReplace(index, alternative)` is called when a person chooses another token instead.
  */
 export class TokenView {
-  constructor(node, onTake) {
+  constructor(node, onReplace) {
     this.node = node;
-    this.onTake = onTake;
+    this.onReplace = onReplace;
     this.tokens = [];
     node.replaceChildren();
     node.setAttribute("role", "group");
@@ -98,14 +98,14 @@ export class TokenView {
     if (!span) return;
     const index = [...this.node.children].indexOf(span);
     this.focus(index);
-    showAlternatives(span, this.tokens[index], (alternative) => this.onTake(index, alternative));
+    showAlternatives(span, this.tokens[index], (alternative) => this.onReplace(index, alternative));
   }
 }
 
 const same = (one, other) => (Number.isInteger(one.id) && Number.isInteger(other.id) ? one.id === other.id : one.text === other.text);
 
 /** The list of a token's alternatives, next to the token. */
-function showAlternatives(span, token, onTake) {
+function showAlternatives(span, token, onReplace) {
   const popup = byId("alternatives");
   const listed = [...(token.top ?? [])];
   if (!listed.some((one) => same(one, token))) listed.push(token); // drawn from further down
@@ -124,9 +124,9 @@ function showAlternatives(span, token, onTake) {
     bar.firstChild.style.width = `${100 * (probability(alternative) ?? 0)}%`;
     const onclick = () => {
       close();
-      if (!isChosen) onTake(alternative);
+      if (!isChosen) onReplace(alternative);
     };
-    const label = `${spoken(alternative.text)}, ${percent(alternative)}, ${isChosen ? "the token that was drawn" : "take this one instead"}`;
+    const label = `${spoken(alternative.text)}, ${percent(alternative)}, ${isChosen ? "the token that was drawn" : "use this one instead"}`;
     return element(
       "button",
       { type: "button", class: "alternative", "aria-label": label, "aria-current": isChosen && "true", onclick },
@@ -135,7 +135,7 @@ function showAlternatives(span, token, onTake) {
       element("span", { class: "alternative-percent" }, percent(alternative)),
     );
   });
-  const hint = token.top ? "Choose a token to take it instead; the reply continues from there." : "The alternatives of this token were not kept.";
+  const hint = token.top ? "Choose a token to use it instead; the reply continues from there." : "The alternatives of this token were not kept.";
   popup.replaceChildren(element("p", { class: "help" }, hint), ...buttons);
   popup.hidden = false;
   placeBelow(popup, span);
