@@ -257,7 +257,7 @@ def test_an_input_without_text_is_refused(tmp_path, content, named):
 
 
 def test_a_sample_without_any_text_is_refused(stories):
-    with pytest.raises(UserError, match="smaller than each of the texts"):
+    with pytest.raises(UserError, match="smaller than every text"):
         trained(stories, max_bytes=10)
 
 
