@@ -169,7 +169,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _take_feedback(self, event: dict) -> None:
         status = self.stand_in.feedback_faults.pop(0) if self.stand_in.feedback_faults else None
         if status is not None:
-            self._send_error(status, "The feedback was not kept: the <b>disk</b> is full.")
+            self._send_error(status, "The feedback was not saved: the <b>disk</b> is full.")
             return
         self.stand_in.feedback.append(event)
         self._send_json(200, {"object": "feedback", "id": event["id"]})

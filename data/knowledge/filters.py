@@ -7,6 +7,7 @@ not depend on the order in which the answers arrived.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import re
 from collections import Counter
 
@@ -56,7 +57,7 @@ class Selection:
         self.any_language = any_language
         self.counts: Counter[str] = Counter()
         self.kept: list[Request] = []
-        self._seen: set[int] = set()
+        self._seen: set[bytes] = set()
         self._near = NearDuplicates()
 
     def add(self, request: Request, answer: Answer) -> bool:
@@ -71,10 +72,11 @@ class Selection:
 
     def _repetition(self, document: Document | None) -> str:
         assert document is not None
-        words = tuple(re.findall(r"\w+", text_of(document).casefold()))
-        if hash(words) in self._seen:
+        words = " ".join(re.findall(r"\w+", text_of(document).casefold()))
+        digest = hashlib.blake2b(words.encode(), digest_size=16).digest()
+        if digest in self._seen:
             return "repeats"
-        self._seen.add(hash(words))
+        self._seen.add(digest)
         ids = encode_documents([document])
         if self._near.find(band_keys(ids, np.array([len(ids)])), np.ones(1, dtype=bool))[0]:
             return "near repeats"
