@@ -147,6 +147,7 @@ VARIANTS = {
     "adamw": Variant({"optimizer": "adamw"}, muon=None),
     "adamw, 6e-3": Variant({"optimizer": "adamw", "learning_rate": 6e-3}, muon=None),
     "adamw, published": Variant({"optimizer": "adamw"}, muon=None, prepare=published_embeddings),
+    "adamw, 6e-4": Variant({"optimizer": "adamw", "learning_rate": 6e-4}, muon=None),
     "adamw, 1.5e-3": Variant({"optimizer": "adamw", "learning_rate": 1.5e-3}, muon=None),
     "muon": Variant(),
     "muon, 6e-3": Variant({"learning_rate": 6e-3}),  # of the embeddings, and with them of the tied head
