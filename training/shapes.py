@@ -109,7 +109,7 @@ BLOCK_SIZES = (256, 512, 1024)
 # The tokens of an iteration grow with those of the run, fitted to what worked: 4,096 for 6.4 million (small models of
 # stories and chats), and half a million for 10 billion (GPT-2).
 KNOWN_TOKENS, KNOWN_TOKENS_PER_ITER, BATCH_EXPONENT = 6.4e6, 4096, 2 / 3
-TOKENS_PER_ITER = (2048, 1 << 19)  # fewest and most
+TOKENS_PER_ITER = (1024, 1 << 19)  # fewest and most
 MAX_EVAL_INTERVAL = 250  # of train.py's default
 
 
@@ -126,7 +126,7 @@ def rows_per_iter(tokens: float, block_size: int) -> int:
     """The rows of an iteration in a run that reads `tokens`: a power of two.
 
     >>> [rows_per_iter(tokens, 256) for tokens in (100_000, 6_400_000, 1e8)]
-    [8, 16, 128]
+    [4, 16, 128]
     """
     fewest, most = TOKENS_PER_ITER
     wanted = KNOWN_TOKENS_PER_ITER * (tokens / KNOWN_TOKENS) ** BATCH_EXPONENT
