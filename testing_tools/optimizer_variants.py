@@ -169,6 +169,7 @@ VARIANTS = {
     "normuon": Variant(muon=NorMuon),
     "normuon, 0.04": Variant({"muon_learning_rate": 0.04}, muon=NorMuon),
     "hyperball": Variant({"muon_weight_decay": 0.0}, muon=HyperballMuon),
+    "hyperball, 0.1": Variant({"muon_weight_decay": 0.0, "muon_learning_rate": 0.1}, muon=HyperballMuon),
     "to zero": Variant({"min_lr": 0.0}),
     "averaged": Variant(average_share=0.05),
 }
