@@ -31,7 +31,7 @@ def digest_of_files(files: Sequence[Path]) -> str | None:
 
 
 def earlier_info(folder: Path, name: str) -> DatasetInfo | None:
-    """The description of an earlier preparation; None if there is none or if it is damaged and will be replaced."""
+    """The description of an earlier preparation, or None if it is missing or damaged and will be replaced."""
     try:
         return read_info(folder, name)
     except UserError:

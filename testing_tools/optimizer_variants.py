@@ -162,9 +162,6 @@ VARIANTS = {
     "wide matrices": Variant(prepare=wide_matrices),
     "published embeddings": Variant(prepare=published_embeddings),
     "published, 6e-3": Variant({"learning_rate": 6e-3}, prepare=published_embeddings),
-    "published, 6e-3, growing batch": Variant(
-        {"learning_rate": 6e-3}, prepare=published_embeddings, rows_share=growing
-    ),
     "bfloat16 residual": Variant(prepare=low_precision_residual),
     "normuon": Variant(muon=NorMuon),
     "normuon, 0.04": Variant({"muon_learning_rate": 0.04}, muon=NorMuon),

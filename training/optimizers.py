@@ -25,7 +25,7 @@ def make_optimizers(model: GPT, config: RunConfig) -> list[torch.optim.Optimizer
 
     A token that hardly ever occurs has tiny gradients that all point the same way. Adam would enlarge them to full
     steps, and rare tokens would drift together until nothing tells them apart ("Better Embeddings with Coupled Adam",
-    Stollenwerk and Stollenwerk 2025). The embeddings therefore have a larger eps. With it, gradients much smaller than
+    Stollenwerk and Stollenwerk 2025). So the embeddings have a larger eps. With it, gradients much smaller than
     that of a single occurrence, 1 / tokens_per_iter, lead to small steps.
     """
     if config.lora_rank is not None:
