@@ -1,4 +1,5 @@
-/* Causal attention within documents, forward and backward, in float32. Only the scores that a query may see are computed.
+/* Causal attention within documents, forward and backward. Only the scores that a query may see are computed. In float32
+ * the kernel is in this file, in bfloat16 in document_tiles.c.
  *
  * As in "FlashAttention" (Dao et al. 2022) the weights are not stored: the backward pass computes them again, from the
  * logarithm of each query's sum of exponentials. A row's documents are independent, and so are its heads. A (row, head)
@@ -10,15 +11,12 @@
 #include <omp.h>
 #include <string.h>
 
+#include "document_attention.h"
 #include "lanes.h"
 
 #define QUERIES 24 /* of a document, whose weights exist at the same time; a multiple of TALLEST */
 #define TALLEST 6  /* rows of a tile of a product: its 6 x 2 sums fill the registers */
 #define WIDTH (2 * LANES)
-
-struct shape {
-    long rows, tokens, heads, size, threads; /* `size` of a head */
-};
 
 /* `number` rounded up to a multiple of WIDTH. */
 static inline long padded(long number) { return (number + WIDTH - 1) / WIDTH * WIDTH; }
@@ -113,11 +111,8 @@ struct scratch {
     float *keys, *key_columns, *values, *value_columns, *key_grads, *value_grads, *weights, *score_grads;
 };
 
-/* How many floats that is. */
-long scratch_size(const struct shape *shape) { return padded(shape->tokens) * (6 * shape->size + 2 * QUERIES); }
-
-static struct scratch scratch_of_thread(const struct shape *shape, float *memory) {
-    float *start = memory + omp_get_thread_num() * scratch_size(shape);
+static struct scratch scratch_in(const struct shape *shape, char *memory) {
+    float *start = (float *)memory;
     const long part = padded(shape->tokens) * shape->size;
     float *weights = start + 6 * part, *score_grads = weights + padded(shape->tokens) * QUERIES;
     return (struct scratch){start, start + part, start + 2 * part, start + 3 * part, start + 4 * part, start + 5 * part,
@@ -196,37 +191,57 @@ static void attend_backward(
 }
 
 /* Whether heads of this size are supported. */
-int supports_head_size(long size) { return size % WIDTH == 0; }
+int supports_head_size(long size, int is_bfloat16) { return is_bfloat16 ? supports_tiles(size) : size % WIDTH == 0; }
 
-/* y (rows, tokens, heads, size) and logsumexp (rows, heads, tokens), the logarithm of each softmax's sum. The query at
- * position t of a row sees first_keys[t] to t; first_keys (rows, tokens) is the start of t's document. */
+/* How much memory each thread needs. */
+long memory_bytes(const struct shape *shape) {
+    if (shape->is_bfloat16) return tile_memory_bytes(shape);
+    return padded(shape->tokens) * (6 * shape->size + 2 * QUERIES) * sizeof(float);
+}
+
+/* y (rows, tokens, heads, size) and logsumexp (rows, heads, tokens) in float32, the logarithm of each softmax's sum. The
+ * query at position t of a row sees first_keys[t] to t; first_keys (rows, tokens) is the start of t's document. */
 void document_attention(
-    const struct shape *shape, const float *qkv, const int *first_keys, float *y, float *logsumexp, float *memory
+    const struct shape *shape, const char *qkv, const int *first_keys, char *y, float *logsumexp, char *memory
 ) {
     const long tokens = shape->tokens, heads = shape->heads, size = shape->size, width = heads * size;
+    const long bytes = shape->is_bfloat16 ? sizeof(uint16_t) : sizeof(float);
 #pragma omp parallel for schedule(dynamic) num_threads(shape->threads)
-    for (long pair = 0; pair < shape->rows * heads; pair++)
+    for (long pair = 0; pair < shape->rows * heads; pair++) {
+        char *own_memory = memory + omp_get_thread_num() * memory_bytes(shape);
         for (long start = 0, end; start < tokens; start = end) {
             const long row = pair / heads, token = row * tokens + start, head = pair % heads * size;
+            const void *q = qkv + bytes * (token * 3 * width + head);
+            void *own_y = y + bytes * (token * width + head);
+            float *sums = logsumexp + pair * tokens + start;
             end = document_end(first_keys + row * tokens, start, tokens);
-            attend(shape, end - start, qkv + token * 3 * width + head, y + token * width + head,
-                   logsumexp + pair * tokens + start, scratch_of_thread(shape, memory));
+            if (shape->is_bfloat16) attend_in_tiles(shape, end - start, q, own_y, sums, own_memory);
+            else attend(shape, end - start, q, own_y, sums, scratch_in(shape, own_memory));
         }
+    }
 }
 
 /* qkv_grad, from the gradient of y and what `document_attention` was given and has returned. */
 void document_attention_backward(
-    const struct shape *shape, const float *qkv, const float *y_grad, const int *first_keys, const float *y,
-    const float *logsumexp, float *qkv_grad, float *memory
+    const struct shape *shape, const char *qkv, const char *y_grad, const int *first_keys, const char *y,
+    const float *logsumexp, char *qkv_grad, char *memory
 ) {
     const long tokens = shape->tokens, heads = shape->heads, size = shape->size, width = heads * size;
+    const long bytes = shape->is_bfloat16 ? sizeof(uint16_t) : sizeof(float);
 #pragma omp parallel for schedule(dynamic) num_threads(shape->threads)
-    for (long pair = 0; pair < shape->rows * heads; pair++)
+    for (long pair = 0; pair < shape->rows * heads; pair++) {
+        char *own_memory = memory + omp_get_thread_num() * memory_bytes(shape);
         for (long start = 0, end; start < tokens; start = end) {
             const long row = pair / heads, token = row * tokens + start, head = pair % heads * size;
-            const long in_qkv = token * 3 * width + head, in_y = token * width + head;
+            const long in_qkv = bytes * (token * 3 * width + head), in_y = bytes * (token * width + head);
+            const void *q = qkv + in_qkv, *own_y_grad = y_grad + in_y, *own_y = y + in_y;
+            const float *sums = logsumexp + pair * tokens + start;
+            void *q_grad = qkv_grad + in_qkv;
             end = document_end(first_keys + row * tokens, start, tokens);
-            attend_backward(shape, end - start, qkv + in_qkv, y_grad + in_y, y + in_y, logsumexp + pair * tokens + start,
-                            qkv_grad + in_qkv, scratch_of_thread(shape, memory));
+            if (shape->is_bfloat16)
+                attend_in_tiles_backward(shape, end - start, q, own_y_grad, own_y, sums, q_grad, own_memory);
+            else
+                attend_backward(shape, end - start, q, own_y_grad, own_y, sums, q_grad, scratch_in(shape, own_memory));
         }
+    }
 }

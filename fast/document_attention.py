@@ -1,12 +1,12 @@
-"""Attention within documents for training in float32 on a CPU: a kernel in C that skips what a query may not see.
+"""Attention within documents for training on a CPU: kernels in C that skip what a query may not see.
 
-    if supports(head_size):
+    if supports(head_size, torch.float32):
         y = document_attention(qkv, first_keys(documents), n_head)
 
 Replaces: F.scaled_dot_product_attention in Attention.forward, with the document mask or the causal mask.
 Gains: see docs/performance.md, "What each fast part gains".
-Skipped: in low precision, with dropout, for few tokens, without a C compiler, on processors without AVX2, and if the
-head size is not a multiple of 16 (32 with AVX512).
+Skipped: with dropout, for few tokens, and without a C compiler. Float32 needs AVX2 and heads whose size is a multiple of
+16 (32 with AVX512); bfloat16 needs AMX, on Linux, and a multiple of 32.
 
 Shapes: B batch, T time, C n_embd, H heads.
 """
@@ -26,25 +26,31 @@ MASK_DTYPE = torch.int32  # of first_keys; no other mask has it
 
 
 class Shape(ctypes.Structure):
-    """`struct shape` of document_attention.c."""
+    """`struct shape` of document_attention.h."""
 
-    _fields_ = tuple((name, ctypes.c_long) for name in ("rows", "tokens", "heads", "size", "threads"))
+    _fields_ = (
+        *((name, ctypes.c_long) for name in ("rows", "tokens", "heads", "size", "threads")),
+        ("is_bfloat16", ctypes.c_int),
+    )
 
 
 @functools.cache
 def _library() -> Any:
-    """The compiled kernel, or None where it cannot be built."""
-    library = build_library(("document_attention.c",), "native")
+    """The compiled kernels, or None where they cannot be built."""
+    library = build_library(("document_attention.c", "document_tiles.c"), "native")
     if library is not None:
-        library.scratch_size.restype = ctypes.c_long
+        library.supports_head_size.argtypes = [ctypes.c_long, ctypes.c_int]
+        library.memory_bytes.restype = ctypes.c_long
         for function, n_tensors in ((library.document_attention, 5), (library.document_attention_backward, 7)):
             function.argtypes, function.restype = [ctypes.POINTER(Shape), *[ctypes.c_void_p] * n_tensors], None
     return library
 
 
-def supports(head_size: int) -> bool:
-    """Whether there is a kernel for heads of this size; the first call loads it."""
-    return _library() is not None and bool(_library().supports_head_size(ctypes.c_long(head_size)))
+def supports(head_size: int, dtype: torch.dtype) -> bool:
+    """Whether there is a kernel for heads of this size in this precision; the first call loads it."""
+    if dtype not in (torch.float32, torch.bfloat16) or _library() is None:
+        return False
+    return bool(_library().supports_head_size(head_size, dtype == torch.bfloat16))
 
 
 def first_keys(documents: Tensor) -> Tensor:
@@ -62,7 +68,10 @@ def first_keys(documents: Tensor) -> Tensor:
 
 
 def document_attention(qkv: Tensor, first_keys: Tensor, n_head: int) -> Tensor:
-    """Attention (B, T, C) for qkv (B, T, 3 C) in float32: position t attends to first_keys[:, t] (B, T) up to t."""
+    """Attention (B, T, C) for qkv (B, T, 3 C): position t attends to first_keys[:, t] (B, T) up to t.
+
+    In float32, or in bfloat16, where the scores, the softmax and all sums are in float32.
+    """
     return _Attention.apply(qkv, first_keys, n_head)
 
 
@@ -86,7 +95,7 @@ BACKWARD = "(Tensor y_grad, Tensor qkv, Tensor first_keys, Tensor y, Tensor logs
 
 @torch.library.custom_op("jojo::document_attention", mutates_args=(), schema=FORWARD)
 def forward(qkv: Tensor, first_keys: Tensor, n_head: int) -> tuple[Tensor, Tensor]:
-    """The output (B, T, C) of `document_attention`, and the logarithm of each softmax's sum (B, H, T)."""
+    """The output (B, T, C) of `document_attention`, and the logarithm of each softmax's sum (B, H, T) in float32."""
     qkv, first_keys = qkv.contiguous(), first_keys.contiguous()
     y, logsumexp = _empty_outputs(qkv, first_keys, n_head)
     _call("document_attention", n_head, qkv, first_keys, y, logsumexp)
@@ -96,7 +105,7 @@ def forward(qkv: Tensor, first_keys: Tensor, n_head: int) -> tuple[Tensor, Tenso
 @forward.register_fake
 def _empty_outputs(qkv: Tensor, first_keys: Tensor, n_head: int) -> tuple[Tensor, Tensor]:
     B, T, three_c = qkv.shape
-    return qkv.new_empty(B, T, three_c // 3), qkv.new_empty(B, n_head, T)
+    return qkv.new_empty(B, T, three_c // 3), qkv.new_empty(B, n_head, T, dtype=torch.float32)
 
 
 @torch.library.custom_op("jojo::document_attention_backward", mutates_args=(), schema=BACKWARD)
@@ -114,9 +123,14 @@ def _empty_gradient(y_grad: Tensor, qkv: Tensor, first_keys: Tensor, y: Tensor, 
 
 
 def _call(name: str, n_head: int, qkv: Tensor, *others: Tensor) -> None:
-    """Call a function of the kernel with the shape of qkv (B, T, 3 C), the tensors, and memory for its threads."""
+    """Call a function of the kernels with the shape of qkv (B, T, 3 C), the tensors, and memory for the threads.
+
+    Raises NotImplementedError if there is no kernel for them.
+    """
     B, T, three_c = qkv.shape
-    threads = torch.get_num_threads()
-    shape = ctypes.byref(Shape(B, T, n_head, three_c // 3 // n_head, threads))
-    scratch = torch.empty(threads * _library().scratch_size(shape))
-    getattr(_library(), name)(shape, *(tensor.data_ptr() for tensor in (qkv, *others, scratch)))
+    size, threads = three_c // 3 // n_head, torch.get_num_threads()
+    if not supports(size, qkv.dtype):  # which also asks the system for AMX
+        raise NotImplementedError(f"no kernel for attention with heads of {size} in {qkv.dtype}")
+    shape = ctypes.byref(Shape(B, T, n_head, size, threads, qkv.dtype == torch.bfloat16))
+    memory = torch.empty(threads * _library().memory_bytes(shape), dtype=torch.uint8)
+    getattr(_library(), name)(shape, *(tensor.data_ptr() for tensor in (qkv, *others, memory)))

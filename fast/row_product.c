@@ -7,6 +7,7 @@
 #include <stdlib.h>
 
 #include "lanes.h"
+#include "tiles.h"
 
 #define AHEAD 8192       /* bytes between what is used and what is prefetched into the L2 cache */
 #define STEP (4 * LANES) /* weights per iteration: four sums hide the latency of each addition */
@@ -114,18 +115,8 @@ struct layer {
     int kind, is_bfloat16;
 };
 
-#if defined(__AMX_TILE__) && defined(__AMX_BF16__) && defined(__AVX512BF16__) && defined(__linux__)
-#include <sys/syscall.h>
-#include <unistd.h>
-#define SIDE 16        /* outputs, and rows of x, in a tile */
-#define DEPTH 32       /* inputs in a tile */
+#ifdef HAS_TILES
 #define ADD_TILE(sums, weights, x) { _tile_loadd(4, weights, 64); _tile_loadd(5, x, 64); _tile_dpbf16ps(sums, 4, 5); }
-
-/* Whether the system lets this process use the tiles; Linux has to be asked for them. */
-static int has_tiles(void) {
-    const long arch_req_xcomp_perm = 0x1023, xfeature_xtiledata = 18;
-    return syscall(SYS_arch_prctl, arch_req_xcomp_perm, xfeature_xtiledata) == 0;
-}
 
 /* Sums (16 outputs, 16 rows) of the outputs' weights with x in AMX's layout (inputs / 2, 16 rows, 2).
  *
@@ -168,8 +159,6 @@ static void tile_product(
 ) {
     const long outputs = layer->outputs, inputs = layer->inputs, pairs = inputs / 2;
     const uint16_t *scale = layer->scale, *bias = layer->bias;
-    const struct { uint8_t palette, start_row, reserved[14]; uint16_t row_bytes[16]; uint8_t rows[16]; } shape = {
-        .palette = 1, .row_bytes = {64, 64, 64, 64, 64, 64}, .rows = {SIDE, SIDE, SIDE, SIDE, SIDE, SIDE}};
     const __m512i column = _mm512_mullo_epi32(
         _mm512_set1_epi32(SIDE), _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0));
     uint32_t tiles[pairs * SIDE] __attribute__((aligned(64)));
@@ -180,7 +169,7 @@ static void tile_product(
             for (long row = 0; row < SIDE; row++)
                 tiles[pair * SIDE + row] = row < rows ? ((const uint32_t *)x)[row * pairs + pair] : 0;
         float sums[4][SIDE][SIDE] __attribute__((aligned(64)));
-        _tile_loadconfig(&shape);
+        use_tiles();
 #pragma omp for schedule(static)
         for (long group = 0; group < (outputs + SIDE - 1) / SIDE; group++) {
             /* The last group starts early enough to be whole; outputs that two groups compute are the same. */
@@ -208,14 +197,11 @@ static void tile_product(
     }
 }
 #else
-#define SIDE 16
-#define DEPTH 32
-#define has_tiles() 0
 #define tile_product(layer, x, residual, y, rows, has_gelu) (void)0
 #endif
 
 static int is_tiled(const struct layer *layer) {
-    return layer->is_bfloat16 && layer->outputs >= SIDE && layer->inputs % DEPTH == 0 && has_tiles();
+    return layer->is_bfloat16 && layer->outputs >= SIDE && layer->inputs % DEPTH == 0 && may_use_tiles();
 }
 
 /* The largest number of rows that `row_product` accepts for a layer; with more, other products are faster. Those for

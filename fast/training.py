@@ -1,7 +1,7 @@
 """Training steps that take less time and memory.
 
 Replaces: GPT.forward with targets (fast/tied_head.py), GPT.document_mask (fast/document_masks.py), on a CPU attention
-(in float32 fast/document_attention.py) and in compiled steps the backward passes of Linear and attention
+(fast/document_attention.py) and in compiled steps the backward passes of Linear and attention
 (fast/cpu_backward.py) and GELU's formula.
 Gains: see docs/performance.md, "What each fast part gains".
 Skipped: with --plain, and for everything but the training loss: logits and generation run the plain code.
@@ -139,17 +139,17 @@ class FastGPT(GPT):
         return None, head.loss(self.transform(head.embed(idx), positions=positions, mask=mask), n_targets)
 
     def has_attention_kernel(self, idx: Tensor) -> bool:
-        """Whether attention for ids (B, T) runs in the kernel of fast/document_attention.py."""
-        config, in_float32 = self.config, compute_dtype(self.wte.weight) == torch.float32
-        if idx.device.type != "cpu" or not in_float32 or (self.training and config.dropout) or idx.numel() < FEW_TOKENS:
+        """Whether attention for ids (B, T) runs in a kernel of fast/document_attention.py."""
+        config = self.config
+        if idx.device.type != "cpu" or (self.training and config.dropout) or idx.numel() < FEW_TOKENS:
             return False
-        return supports(config.n_embd // config.n_head)
+        return supports(config.n_embd // config.n_head, compute_dtype(self.wte.weight))
 
     def document_mask(self, documents: Tensor) -> Tensor:
         """The mask in the form of the fastest attention.
 
-        On a CPU in float32 the first key of each query, in compiled training on CUDA a BlockMask, and otherwise numbers
-        that are added to the scores.
+        For the kernels on a CPU the first key of each query, in compiled training on CUDA a BlockMask, and otherwise
+        numbers that are added to the scores.
         """
         if self.has_attention_kernel(documents):
             return first_keys(documents)

@@ -12,7 +12,7 @@ import pytest
 from fast import c_library
 from fast.c_library import build_library, cache_folder
 
-KERNEL = ("document_attention.c",)
+KERNEL = ("row_attention.c",)
 GCC = shutil.which("gcc")
 needs_kernel = pytest.mark.skipif(build_library(KERNEL, "native") is None, reason="no C compiler, or no AVX2")
 needs_gcc = pytest.mark.skipif(GCC is None, reason="no gcc")

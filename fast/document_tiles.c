@@ -1,0 +1,304 @@
+/* Attention within a document in bfloat16, in products of AMX tiles. Sums and the softmax are in float32.
+ *
+ * A product a b takes b by pairs of its rows: the numbers of two rows alternate, so that a pair is 32 bits. `_pairs` are
+ * the rows of a matrix in this layout. `_columns` is the layout of its transpose, whose pairs are neighbours in a row.
+ *
+ * The forward pass computes the scores of 32 queries at a time as (queries, keys). The backward pass computes those of 32
+ * keys as (keys, queries), which is the layout of the left matrix in the products for their gradients. All sizes are
+ * multiples of 32, and what lies beyond the document's end is 0.
+ */
+#include <math.h>
+#include <string.h>
+
+#include "document_attention.h"
+#include "lanes.h"
+#include "tiles.h"
+
+#define BLOCK (2 * SIDE) /* rows and columns of a product that are computed at a time, in four tiles */
+#define QUERIES 64       /* whose scores with a block of keys exist at the same time in the backward pass */
+
+#ifdef HAS_TILES
+
+int supports_tiles(long size) { return size % BLOCK == 0 && may_use_tiles(); }
+
+static inline long padded(long number) { return (number + BLOCK - 1) / BLOCK * BLOCK; }
+
+long tile_memory_bytes(const struct shape *shape) {
+    const long blocks = BLOCK * (QUERIES * (2 * sizeof(float) + 6) + shape->size * 2 * sizeof(float));
+    return padded(shape->tokens) * (20 * shape->size + 2 * sizeof(float)) + blocks;
+}
+
+/* The next `count` elements of `bytes` each of the memory that `next` points to. */
+static void *part_of(char **next, long count, long bytes) {
+    char *start = *next;
+    *next += count * bytes;
+    return start;
+}
+
+/* c (rows, columns) = a b, or c += a b, for a (rows, inner) and b (inner / 2, columns) in pairs. `_row` is the number of
+ * elements from one row to the next. */
+static void product(
+    const uint16_t *a, long a_row, const uint32_t *b, long b_row, float *c, long c_row, long rows, long columns, long inner,
+    int adds
+) {
+    const long a_bytes = a_row * sizeof *a, b_bytes = b_row * sizeof *b, c_bytes = c_row * sizeof *c;
+    for (long i = 0; i < rows; i += BLOCK)
+        for (long j = 0; j < columns; j += BLOCK) {
+            float *upper = c + i * c_row + j, *lower = upper + SIDE * c_row;
+            if (adds) {
+                _tile_loadd(0, upper, c_bytes);
+                _tile_loadd(1, upper + SIDE, c_bytes);
+                _tile_loadd(2, lower, c_bytes);
+                _tile_loadd(3, lower + SIDE, c_bytes);
+            } else {
+                _tile_zero(0);
+                _tile_zero(1);
+                _tile_zero(2);
+                _tile_zero(3);
+            }
+            for (long k = 0; k < inner; k += DEPTH) {
+                const uint16_t *left = a + i * a_row + k;
+                const uint32_t *right = b + k / 2 * b_row + j;
+                _tile_loadd(4, left, a_bytes);
+                _tile_loadd(5, left + SIDE * a_row, a_bytes);
+                _tile_loadd(6, right, b_bytes);
+                _tile_loadd(7, right + SIDE, b_bytes);
+                _tile_dpbf16ps(0, 4, 6);
+                _tile_dpbf16ps(1, 4, 7);
+                _tile_dpbf16ps(2, 5, 6);
+                _tile_dpbf16ps(3, 5, 7);
+            }
+            _tile_stored(0, upper, c_bytes);
+            _tile_stored(1, upper + SIDE, c_bytes);
+            _tile_stored(2, lower, c_bytes);
+            _tile_stored(3, lower + SIDE, c_bytes);
+        }
+}
+
+/* Copy `length` rows of `size` numbers, which are `step` apart, to `rows` (room, size). */
+static void pack_rows(const uint16_t *from, long step, long length, long room, long size, uint16_t *rows) {
+    for (long token = 0; token < length; token++) memcpy(rows + token * size, from + token * step, size * sizeof *rows);
+    memset(rows + length * size, 0, (room - length) * size * sizeof *rows);
+}
+
+/* The transpose of 16 rows of 16 elements of 32 bits. */
+static inline void transpose_tile(const void *from, long from_row, void *to, long to_row) {
+    __m512i rows[SIDE], mixed[SIDE];
+    for (int i = 0; i < SIDE; i++) rows[i] = _mm512_loadu_si512((const uint32_t *)from + i * from_row);
+    for (int i = 0; i < SIDE; i += 2) { /* pairs of elements of neighbouring rows */
+        mixed[i] = _mm512_unpacklo_epi32(rows[i], rows[i + 1]);
+        mixed[i + 1] = _mm512_unpackhi_epi32(rows[i], rows[i + 1]);
+    }
+    for (int i = 0; i < SIDE; i += 4) /* four elements of a column, in each quarter of a vector */
+        for (int half = 0; half < 2; half++) {
+            rows[i + 2 * half] = _mm512_unpacklo_epi64(mixed[i + half], mixed[i + half + 2]);
+            rows[i + 2 * half + 1] = _mm512_unpackhi_epi64(mixed[i + half], mixed[i + half + 2]);
+        }
+    for (int i = 0; i < 4; i++) /* quarters 0 and 2, or 1 and 3, of eight rows */
+        for (int half = 0; half < 2; half++) {
+            const __m512i upper = rows[8 * half + i], lower = rows[8 * half + i + 4];
+            mixed[8 * half + i] = _mm512_shuffle_i32x4(upper, lower, 0x88);
+            mixed[8 * half + i + 4] = _mm512_shuffle_i32x4(upper, lower, 0xdd);
+        }
+    for (int i = 0; i < 8; i++) {
+        _mm512_storeu_si512((uint32_t *)to + i * to_row, _mm512_shuffle_i32x4(mixed[i], mixed[i + 8], 0x88));
+        _mm512_storeu_si512((uint32_t *)to + (i + 8) * to_row, _mm512_shuffle_i32x4(mixed[i], mixed[i + 8], 0xdd));
+    }
+}
+
+/* The transpose (width, height) of a matrix (height, width) of 32-bit elements. */
+static void transpose(const void *from, long height, long width, void *to) {
+    for (long i = 0; i < height; i += SIDE)
+        for (long j = 0; j < width; j += SIDE)
+            transpose_tile((const uint32_t *)from + i * width + j, width, (uint32_t *)to + j * height + i, height);
+}
+
+/* The rows of two matrices, 16 numbers each, with their numbers alternating. */
+static inline __m512i alternating(__m512i first_then_second) {
+    const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8,
+                                           23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+    return _mm512_permutexvar_epi16(order, first_then_second);
+}
+
+/* `pairs` (room / 2, size) of `rows` (room, size). */
+static void to_pairs(const uint16_t *rows, long room, long size, uint32_t *pairs) {
+    for (long row = 0; row < room; row += 2)
+        for (long column = 0; column < size; column += LANES) {
+            const uint16_t *here = rows + row * size + column;
+            const __m256i upper = _mm256_loadu_si256((const __m256i *)here);
+            const __m256i lower = _mm256_loadu_si256((const __m256i *)(here + size));
+            const __m512i both = _mm512_inserti64x4(_mm512_castsi256_si512(upper), lower, 1);
+            _mm512_storeu_si512(pairs + row / 2 * size + column, alternating(both));
+        }
+}
+
+static inline void store_bfloat16(uint16_t *to, lanes numbers) {
+    _mm256_storeu_si256((__m256i *)to, (__m256i)_mm512_cvtneps_pbh(numbers));
+}
+
+/* The lanes from 0 to `count` - 1. */
+static inline __mmask16 first_lanes(long count) { return count >= LANES ? 0xffff : count <= 0 ? 0 : (1u << count) - 1; }
+
+/* weights = exp(scale (scores - their largest)) for `visible` scores, and 0 up to `room`. Returns the logarithm of the sum
+ * of the unshifted exponentials, and in `sum` that of the shifted ones. */
+static float to_weights(const float *scores, long visible, long room, float scale, uint16_t *weights, float *sum) {
+    lanes maxima = SAME(-INFINITY), sums = ZERO;
+    for (long key = 0; key < visible; key += LANES)
+        maxima = LARGER(maxima, _mm512_mask_loadu_ps(SAME(-INFINITY), first_lanes(visible - key), scores + key));
+    const float most = _mm512_reduce_max_ps(maxima) * scale;
+    for (long key = 0; key < visible; key += LANES) {
+        const lanes powers = exponentials(ADD_PRODUCT(LOAD(scores + key), SAME(scale), SAME(-most)));
+        const lanes seen = _mm512_maskz_mov_ps(first_lanes(visible - key), powers);
+        sums = ADD(sums, seen);
+        store_bfloat16(weights + key, seen);
+    }
+    const long end = (visible + LANES - 1) / LANES * LANES;
+    memset(weights + end, 0, (room - end) * sizeof *weights);
+    *sum = SUM(sums);
+    return most + logf(*sum);
+}
+
+void attend_in_tiles(
+    const struct shape *shape, long length, const uint16_t *q, uint16_t *y, float *logsumexp, char *memory
+) {
+    const long size = shape->size, width = shape->heads * size, step = 3 * width, room = padded(length);
+    const float scale = 1 / sqrtf(size);
+    uint16_t *queries = part_of(&memory, room * size, 2), *rows = part_of(&memory, room * size, 2);
+    uint32_t *key_columns = part_of(&memory, room * size / 2, 4), *value_pairs = part_of(&memory, room * size / 2, 4);
+    float *scores = part_of(&memory, BLOCK * room, 4), *outputs = part_of(&memory, BLOCK * size, 4);
+    uint16_t *weights = part_of(&memory, BLOCK * room, 2);
+    pack_rows(q, step, length, room, size, queries);
+    pack_rows(q + width, step, length, room, size, rows);
+    transpose(rows, room, size / 2, key_columns);
+    pack_rows(q + 2 * width, step, length, room, size, rows);
+    to_pairs(rows, room, size, value_pairs);
+    use_tiles();
+    for (long first = 0; first < length; first += BLOCK) {
+        const long count = first + BLOCK < length ? BLOCK : length - first, seen = first + BLOCK;
+        float sums[BLOCK];
+        product(queries + first * size, size, key_columns, room, scores, room, BLOCK, seen, size, 0);
+        for (long i = 0; i < count; i++)
+            logsumexp[first + i] =
+                to_weights(scores + i * room, first + i + 1, seen, scale, weights + i * room, sums + i);
+        product(weights, room, value_pairs, size, outputs, size, BLOCK, size, seen, 0);
+        for (long i = 0; i < count; i++)
+            for (long d = 0; d < size; d += LANES)
+                store_bfloat16(y + (first + i) * width + d, MULTIPLY(LOAD(outputs + i * size + d), SAME(1 / sums[i])));
+    }
+    _tile_release();
+}
+
+/* Memory of the backward pass for a block of keys and QUERIES queries. */
+struct block {
+    float *scores, *weight_grads;              /* (BLOCK, QUERIES) */
+    uint16_t *weights, *score_grads;           /* (BLOCK, QUERIES) */
+    uint32_t *score_grad_pairs;                /* (BLOCK / 2, QUERIES) */
+};
+
+/* From scores and the gradients of the weights: the weights, and the gradients of the scores, for `count` keys, of which
+ * the first one is `ahead` positions after the first query. */
+static void to_score_grads(
+    struct block block, long count, long ahead, long queries, float scale, const float *logsumexp, const float *means
+) {
+    for (long i = 0; i < BLOCK; i += 2)
+        for (long query = 0; query < queries; query += LANES) {
+            const lanes shift = MULTIPLY(LOAD(logsumexp + query), SAME(-1)), mean = LOAD(means + query);
+            lanes weights[2], grads[2];
+            for (long next = 0; next < 2; next++) {
+                const long here = (i + next) * QUERIES + query;
+                const __mmask16 sees = i + next < count ? ~first_lanes(ahead + i + next - query) : 0;
+                const lanes powers = exponentials(ADD_PRODUCT(LOAD(block.scores + here), SAME(scale), shift));
+                const lanes difference = _mm512_sub_ps(LOAD(block.weight_grads + here), mean);
+                weights[next] = _mm512_maskz_mov_ps(sees, powers);
+                grads[next] = _mm512_maskz_mul_ps(sees, MULTIPLY(powers, SAME(scale)), difference);
+                store_bfloat16(block.weights + here, weights[next]);
+                store_bfloat16(block.score_grads + here, grads[next]);
+            }
+            const __m512i both = (__m512i)_mm512_cvtne2ps_pbh(grads[1], grads[0]);
+            _mm512_storeu_si512(block.score_grad_pairs + i / 2 * QUERIES + query, alternating(both));
+        }
+}
+
+void attend_in_tiles_backward(
+    const struct shape *shape, long length, const uint16_t *q, const uint16_t *y_grad, const uint16_t *y,
+    const float *logsumexp, uint16_t *q_grad, char *memory
+) {
+    const long size = shape->size, width = shape->heads * size, step = 3 * width, room = padded(length);
+    const float scale = 1 / sqrtf(size);
+    uint16_t *keys = part_of(&memory, room * size, 2), *values = part_of(&memory, room * size, 2);
+    uint16_t *key_transpose = part_of(&memory, room * size, 2), *rows = part_of(&memory, room * size, 2);
+    uint32_t *pairs = (uint32_t *)rows; /* the same memory, needed later */
+    uint32_t *query_columns = part_of(&memory, room * size / 2, 4), *query_pairs = part_of(&memory, room * size / 2, 4);
+    uint32_t *y_grad_columns = part_of(&memory, room * size / 2, 4), *y_grad_pairs = part_of(&memory, room * size / 2, 4);
+    float *query_grads = part_of(&memory, room * size, 4);
+    float *shifts = part_of(&memory, room, 4), *means = part_of(&memory, room, 4);
+    float *key_grads = part_of(&memory, BLOCK * size, 4), *value_grads = part_of(&memory, BLOCK * size, 4);
+    struct block block = {.scores = part_of(&memory, BLOCK * QUERIES, 4)};
+    block.weight_grads = part_of(&memory, BLOCK * QUERIES, 4);
+    block.weights = part_of(&memory, BLOCK * QUERIES, 2);
+    block.score_grads = part_of(&memory, BLOCK * QUERIES, 2);
+    block.score_grad_pairs = part_of(&memory, BLOCK / 2 * QUERIES, 4);
+    pack_rows(q, step, length, room, size, rows);
+    transpose(rows, room, size / 2, query_columns);
+    to_pairs(rows, room, size, query_pairs);
+    pack_rows(y_grad, width, length, room, size, rows);
+    transpose(rows, room, size / 2, y_grad_columns);
+    to_pairs(rows, room, size, y_grad_pairs);
+    pack_rows(q + width, step, length, room, size, keys);
+    to_pairs(keys, room, size, pairs);
+    transpose(pairs, room / 2, size, key_transpose);
+    pack_rows(q + 2 * width, step, length, room, size, values);
+    memset(query_grads, 0, room * size * sizeof *query_grads);
+    memset(shifts, 0, room * sizeof *shifts);
+    memset(means, 0, room * sizeof *means);
+    memcpy(shifts, logsumexp, length * sizeof *shifts);
+    for (long token = 0; token < length; token++) {
+        lanes sum = ZERO;
+        for (long d = token * width; d < token * width + size; d += LANES)
+            sum = ADD_PRODUCT(FROM_BFLOAT16(y_grad + d), FROM_BFLOAT16(y + d), sum);
+        means[token] = SUM(sum);
+    }
+    use_tiles();
+    for (long first = 0; first < length; first += BLOCK) {
+        const long count = first + BLOCK < length ? BLOCK : length - first;
+        for (long start = first; start < room; start += QUERIES) { /* the queries that see some of these keys */
+            const long queries = start + QUERIES < room ? QUERIES : room - start, is_later = start > first;
+            product(keys + first * size, size, query_columns + start, room, block.scores, QUERIES, BLOCK, queries, size, 0);
+            product(values + first * size, size, y_grad_columns + start, room, block.weight_grads, QUERIES, BLOCK, queries,
+                    size, 0);
+            to_score_grads(block, count, first - start, queries, scale, shifts + start, means + start);
+            product(block.weights, QUERIES, y_grad_pairs + start / 2 * size, size, value_grads, size, BLOCK, size, queries,
+                    is_later);
+            product(block.score_grads, QUERIES, query_pairs + start / 2 * size, size, key_grads, size, BLOCK, size, queries,
+                    is_later);
+            product(key_transpose + first, room, block.score_grad_pairs, QUERIES, query_grads + start, room, size, queries,
+                    BLOCK, 1);
+        }
+        for (long i = 0; i < count; i++)
+            for (long d = 0; d < size; d += LANES) {
+                uint16_t *here = q_grad + (first + i) * step + d;
+                store_bfloat16(here + width, LOAD(key_grads + i * size + d));
+                store_bfloat16(here + 2 * width, LOAD(value_grads + i * size + d));
+            }
+    }
+    _tile_release();
+    for (long first = 0; first < length; first += SIDE)
+        for (long d = 0; d < size; d += SIDE) {
+            float grads[SIDE][SIDE];
+            transpose_tile(query_grads + d * room + first, room, grads, SIDE);
+            for (long i = 0; i < SIDE && first + i < length; i++)
+                store_bfloat16(q_grad + (first + i) * step + d, LOAD(grads[i]));
+        }
+}
+
+#else
+int supports_tiles(long size) { return 0; }
+long tile_memory_bytes(const struct shape *shape) { return 0; }
+void attend_in_tiles(
+    const struct shape *shape, long length, const uint16_t *q, uint16_t *y, float *logsumexp, char *memory
+) {}
+void attend_in_tiles_backward(
+    const struct shape *shape, long length, const uint16_t *q, const uint16_t *y_grad, const uint16_t *y,
+    const float *logsumexp, uint16_t *q_grad, char *memory
+) {}
+#endif
