@@ -15,7 +15,9 @@ from model import Attention
 from tests.tiny_gpt import assert_same, gradients, plain_and_fast, seeded
 
 SIZE = 32  # of a head; supported with AVX2, with AVX512 and with AMX
-needs_kernel = pytest.mark.skipif(not supports(SIZE, torch.float32), reason="no C compiler, or a processor without AVX2")
+needs_kernel = pytest.mark.skipif(
+    not supports(SIZE, torch.float32), reason="no C compiler, or a processor without AVX2"
+)
 needs_tiles = pytest.mark.skipif(not supports(SIZE, torch.bfloat16), reason="no C compiler, or a processor without AMX")
 each_kernel = pytest.mark.parametrize(
     "dtype", [pytest.param(torch.float32, marks=needs_kernel), pytest.param(torch.bfloat16, marks=needs_tiles)]
