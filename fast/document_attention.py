@@ -5,8 +5,8 @@
 
 Replaces: F.scaled_dot_product_attention in Attention.forward, with the document mask or the causal mask.
 Gains: see docs/performance.md, "What each fast part gains".
-Skipped: with dropout, for few tokens, and without a C compiler. Float32 needs AVX2 and a head size that is a multiple of
-16 (32 with AVX512); bfloat16 needs AMX, on Linux, and a multiple of 32.
+Skipped: with dropout, for few tokens, and without a C compiler. Float32 needs AVX2 and a head size that is a multiple
+of 16 (32 with AVX512); bfloat16 needs AMX, on Linux, and a multiple of 32.
 
 Shapes: B batch, T time, C n_embd, H heads.
 """
