@@ -45,21 +45,28 @@ class _Linear(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (y_grad,) = grads
         x, weight = ctx.saved_tensors
-        n_out, n_in = weight.shape
-        rows, row_grads = x.to(y_grad.dtype).flatten(0, -2), y_grad.flatten(0, -2)  # (N, n_in), (N, n_out)
-        if n_in < n_out:
-            weight_grad = (copied(rows.T) @ row_grads).T
-        elif n_in > n_out:
-            weight_grad = copied(row_grads.T) @ rows
-        else:  # too small to gain
-            weight_grad = row_grads.T @ rows
-        x_grad = (row_grads @ weight.to(y_grad.dtype)).view_as(x).to(x.dtype)
-        bias_grad = row_grads.sum(0, dtype=weight.dtype) if ctx.has_bias else None
-        return x_grad, weight_grad.to(weight.dtype).contiguous(), bias_grad
+        weight_grad, bias_grad = linear_gradients(x, weight, y_grad, ctx.has_bias)
+        return (y_grad @ weight.to(y_grad.dtype)).to(x.dtype), weight_grad, bias_grad
+
+
+def linear_gradients(x: Tensor, weight: Tensor, y_grad: Tensor, has_bias: bool) -> tuple[Tensor, Tensor | None]:
+    """The gradients of a linear layer's weight and bias, for its input x (..., n_in) and the gradient of its output."""
+    n_out, n_in = weight.shape
+    rows, row_grads = x.to(y_grad.dtype).flatten(0, -2), y_grad.flatten(0, -2)  # (N, n_in), (N, n_out)
+    if n_in < n_out:
+        weight_grad = (copied(rows.T) @ row_grads).T
+    elif n_in > n_out:
+        weight_grad = copied(row_grads.T) @ rows
+    else:  # too small to gain
+        weight_grad = row_grads.T @ rows
+    bias_grad = row_grads.sum(0, dtype=weight.dtype) if has_bias else None
+    return weight_grad.to(weight.dtype).contiguous(), bias_grad
 
 
 def copied(matrix: Tensor) -> Tensor:
-    """A row-major copy of a matrix; unlike `contiguous`, the compiler does not treat it as a view."""
+    """A row-major copy of a matrix. The compiler would treat the one that `contiguous` makes as a view."""
+    if not torch.compiler.is_compiling():
+        return matrix.contiguous()
     return torch.ops.prims.inductor_force_stride_order(matrix, (matrix.shape[1], 1))
 
 

@@ -30,6 +30,8 @@ from fast import cpu_backward
 from fast.allocator import give_back_freed_memory
 from fast.document_attention import MASK_DTYPE, document_attention, first_keys, supports
 from fast.document_masks import BlockMask, block_mask, compute_dtype, dense_mask, flex_attention
+from fast.gelu import gelu_linear
+from fast.gelu import supports as has_gelu_kernel
 from fast.tied_head import TiedHead, fused_losses_and_gradient_, transposed
 from model import GPT, IGNORED, MLP, Attention, Block, KVCache
 
@@ -194,17 +196,20 @@ class FastAttention(Attention):
 
 
 class FastMLP(MLP):
-    """An MLP whose GELU costs a third when it is compiled.
+    """An MLP with faster forms of GELU: on a CPU a kernel, and in compiled code a formula that costs a third.
 
     (1 + tanh(z)) / 2 is sigmoid(2 z), and compiled code computes the sigmoid's exponential in a third of tanh's time.
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        if not torch.compiler.is_compiling():
-            return super().forward(x)
         z = self.c_fc(x)
-        z = z * torch.sigmoid(math.sqrt(8 / math.pi) * z * (1 + 0.044715 * z * z))
-        return F.dropout(self.c_proj(z), self.dropout, self.training)
+        if type(self.c_proj) is FastLinear and has_gelu_kernel(z):
+            y = gelu_linear(z, self.c_proj.weight, self.c_proj.bias)
+        elif torch.compiler.is_compiling():
+            y = self.c_proj(z * torch.sigmoid(math.sqrt(8 / math.pi) * z * (1 + 0.044715 * z * z)))
+        else:
+            y = self.c_proj(F.gelu(z, approximate="tanh"))
+        return F.dropout(y, self.dropout, self.training)
 
 
 class FastLinear(nn.Linear):

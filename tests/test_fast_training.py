@@ -235,7 +235,7 @@ def test_a_compiled_step_keeps_no_cheap_activation_and_has_the_plain_gradients(k
         kept_bytes.clear()
         found.append(loss_and_gradients(fast, ids)[1])
         totals.append(sum(kept_bytes))
-    assert totals[1] < 0.8 * totals[0], totals
+    assert totals[1] < 0.9 * totals[0], totals
     for expected, *others in zip(*found, strict=True):
         for gradient in others:
             torch.testing.assert_close(gradient, expected, atol=1e-6, rtol=1e-4)

@@ -11,6 +11,7 @@ import pytest
 
 import train
 from common.cli import UserError
+from common.device import has_cpp_compiler
 from model import PRESETS
 from tests.test_train_config import facts_of
 from tests.tiny import OPTIONS, StopAfter, losses, prepare, run
@@ -106,15 +107,16 @@ def test_the_time_until_training_starts_counts():
     assert late.max_iters > 0.4 * fast.max_iters  # half of the time, less the evaluations
 
 
-def test_short_runs_are_timed_as_they_run_without_compiling():
-    machine = Machine(1e10)
-    config = machine.config(preset="small", minutes=1)
-    assert config.max_iters < 200 and not config.compile and not any(each.compile for each in machine.timed)
-    assert not Machine(1e12).config(preset="small", minutes=4).compile  # 200 iterations, but a minute is a lot of them
-    assert Machine(1e12).config(preset="small", minutes=4, compile=True).compile
-    machine = Machine(1e12)
-    config = machine.config(preset="small", minutes=5)
-    assert config.max_iters > 200 and [each.compile for each in machine.timed] == [False, config.compile]
+def test_the_chosen_run_is_timed_as_it_runs_compiled_if_it_is_long_and_in_low_precision():
+    def timed(minutes: float, dtype: str = "bfloat16", **given) -> list[bool]:
+        machine = Machine(1e12)
+        config = machine.config(preset="small", minutes=minutes, dtype=dtype, **given)
+        assert machine.timed[-1].compile == config.compile
+        return [each.compile for each in machine.timed]
+
+    assert timed(1) == timed(5, "float32") == [False, False]
+    assert timed(5) == [False, has_cpp_compiler()]
+    assert timed(1, compile=True) == [False, True]
 
 
 def test_few_data_are_not_read_more_than_8_times(capsys):

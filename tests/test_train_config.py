@@ -12,6 +12,7 @@ import pytest
 
 import train
 from common.cli import UserError, given_options, parse_options
+from common.device import has_cpp_compiler
 from setup_tokenizer import N_VOCAB
 from tests.tiny import load_checkpoint, run
 from training.adapter_config import FIELDS
@@ -123,7 +124,9 @@ def test_the_fields_are_the_keys_of_a_checkpoint(straight):
         (SMALL_VOCABULARY, {"n_embd": 512}, {"learning_rate": 6e-4}),
         (SMALL_VOCABULARY, {"learning_rate": 1e-3}, {"learning_rate": 1e-3}),
         ({**CHAT, "n_vocab": 4096}, {}, {"learning_rate": 3e-3}),
-        (TEXT, {"max_iters": 100}, {"warmup_iters": 5, "eval_interval": 25, "compile": False}),
+        (TEXT, {"max_iters": 100, "dtype": "bfloat16"}, {"warmup_iters": 5, "eval_interval": 25, "compile": False}),
+        (TEXT, {"max_iters": 5000, "dtype": "bfloat16"}, {"compile": has_cpp_compiler()}),
+        (TEXT, {"max_iters": 5000, "dtype": "float32"}, {"compile": False}),
         (TEXT, {"learning_rate": 0.0}, {"learning_rate": 0.0, "min_lr": 0.0}),
     ],
 )

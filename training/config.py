@@ -15,9 +15,10 @@ from typing import Any
 
 from common.cli import UserError
 from common.device import choose_dtype, has_cpp_compiler
+from common.flops import flops_per_token
 from data.dataset import PREFERENCE_FORMATS
 from data.epochs import FINE_TUNING_ROWS, default_iters, has_few_tokens
-from model import PRESETS
+from model import PRESETS, padded_vocab_size
 from training.adapter_config import adapter_choices, adapter_of, require_other_file, with_adamw
 from training.initialization import model_config
 from training.memory import SpeedUp, StepMemory, find_micro_batch
@@ -33,6 +34,9 @@ NARROW, FEW_IDS = 384, 8192  # the largest width and vocabulary with larger lear
 # With --init_from, a fraction of a new model's learning rates. Steps as large as those for new weights destroy what the
 # trained weights know; with much smaller steps they hardly learn (docs/fine-tuning.md has measurements).
 FINE_TUNING_RATE = 1 / 3
+COMPILED_FLOPS = (
+    2e14  # from this many on, compiling a CPU's steps gains more time than it takes (see _compiling_pays_off)
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,7 +134,11 @@ def make_config(
     steps = options.gradient_accumulation_steps or (8 if device.startswith("cuda") else 1)
     micro_batch_size(wanted, steps)  # raises UserError if the processes cannot share the rows
     max_iters = options.max_iters or default_iters(portions(data), shape["block_size"], wanted * steps, is_fine_tuning)
-    chosen = {**shape, **_choices(options, device, formats, shape, max_iters, speed_up is not None)}
+    chosen = {**shape, **_choices(options, device, formats, shape, max_iters)}
+    flops = max_iters * wanted * steps * shape["block_size"] * _flops_per_token(shape)
+    pays_off = _compiling_pays_off(device, chosen["dtype"], flops)
+    chosen["compile"] = speed_up is not None and _or(options.compile, pays_off)
+    chosen["activation_checkpointing"] = speed_up is not None and options.activation_checkpointing
     chosen |= adapter_choices(options, shape, checkpoint, formats)
 
     # The micro-batch: the default or the largest that fits, while the sequences per iteration stay the same.
@@ -166,17 +174,14 @@ def _choices(
     formats: set[str],
     shape: Mapping[str, Any],
     max_iters: int,
-    has_fast_parts: bool,
 ) -> dict[str, Any]:
-    """The value of every option that may be None, except the model's shape and the micro-batch."""
-    on_cuda, is_chat = device.startswith("cuda"), bool(formats & {"chat", *PREFERENCE_FORMATS})
+    """The value of options that may be None, except the model's shape, the micro-batch and what `fast` replaces."""
+    is_chat = bool(formats & {"chat", *PREFERENCE_FORMATS})
     # An adapter's factors are new weights added to trained ones.
     fraction = FINE_TUNING_RATE if options.init_from and options.lora_rank is None else 1.0
     if options.objective != "next_token":
         fraction = PREFERENCE_RATE
     learning_rate = _or(options.learning_rate, fraction * default_learning_rate(options, formats, shape))
-    # On a CPU, compiling takes up to a minute, which does not pay off in a short run.
-    compiling_pays_off = on_cuda or (device == "cpu" and max_iters >= 200 and has_cpp_compiler())
     return {
         "max_iters": max_iters,
         "preset": options.preset or _default_preset(device),
@@ -191,9 +196,23 @@ def _choices(
         "eval_interval": options.eval_interval or max(1, min(250, max_iters // 4)),
         "device": device,
         "dtype": choose_dtype(options.dtype, device),
-        "compile": has_fast_parts and _or(options.compile, compiling_pays_off),
-        "activation_checkpointing": has_fast_parts and options.activation_checkpointing,
     }
+
+
+def _compiling_pays_off(device: str, dtype: str, flops: float) -> bool:
+    """Whether torch.compile gains more time than it takes in a run of `flops`.
+
+    On a CPU it takes up to half a minute. It makes steps in low precision about 5 % faster, and those in float32 hardly
+    (docs/experiments/training-speed.md).
+    """
+    if device != "cpu":
+        return device.startswith("cuda")
+    return dtype != "float32" and flops >= COMPILED_FLOPS and has_cpp_compiler()
+
+
+def _flops_per_token(shape: Mapping[str, Any]) -> float:
+    rows = padded_vocab_size(shape["n_vocab"])
+    return flops_per_token(shape["n_layer"], shape["n_embd"], rows, shape["block_size"])
 
 
 def default_learning_rate(options: TrainOptions, formats: set[str], shape: Mapping[str, Any]) -> float:

@@ -37,7 +37,6 @@ from training.shapes import (
 
 START_S = 15.0  # to load torch, and to save at the end
 MIN_SHARE = 0.5  # at least this fraction of the time is for training, however long starting takes
-COMPILE_FROM_S = 300.0  # on a CPU, where compiling takes up to a minute; in a shorter run it does not pay off
 EVALUATION_SHARE = 1 / 3  # of the work of a training step: the forward pass alone
 # What --preset auto times first: small enough to take seconds, large enough to keep the device busy.
 REFERENCE, REFERENCE_ON_CUDA = (Shape(4, 4, 128, 256), 4), (Shape(8, 8, 512, 1024), 32)  # with rows
@@ -66,8 +65,6 @@ def fit_minutes(
         chosen, iters = _with_shape(options, device, facts, configure, measure, time_s)
     else:
         chosen, iters = options, int(time_s / measure(configure(_for_timing(options))))
-    if options.compile is None and device == "cpu" and time_s < COMPILE_FROM_S:
-        chosen = dataclasses.replace(chosen, compile=False)
     # Now with the real batch, and compiled if that pays off in this many iterations.
     config = configure(dataclasses.replace(chosen, max_iters=max(1, iters)))
     iter_s = measure(config)

@@ -170,7 +170,7 @@ class TrainOptions(ObjectiveOptions, AdapterOptions):
     dtype: str | None = dtype_option()
     compile: bool | None = option(
         None,
-        "use torch.compile (default: on CUDA, and from 200 iterations on a CPU with a C++ compiler)",
+        "use torch.compile (default: on CUDA, and in low precision in a long run on a CPU with a C++ compiler)",
         group="device",
     )
     plain: bool = plain_option()
