@@ -30,12 +30,12 @@ data/talk-tokenizer.json: | $(VENV)/.installed
 # The redirection from /dev/null keeps train.py from asking which GPU to use; it chooses the one with the most free memory.
 demo: data/talk-tokenizer.json $(VENV)/.installed ## train a small chat model from scratch and talk to it
 	$(BIN)/python data/prepare-chitchat.py --tokenizer talk
-	$(BIN)/python train.py --dataset chitchat --preset tiny --block_size 512 --batch_size 8 --max_iters 1150 \
+	$(BIN)/python train.py --dataset chitchat --preset tiny --block_size 512 --batch_size 8 --max_iters 1500 \
 		--learning_rate 3e-3 --min_lr 6e-5 --eval_iters 10 < /dev/null
 	@echo
-	@$(BIN)/python testing_tools/scripted_chat.py models/chitchat1150.pt
+	@$(BIN)/python testing_tools/scripted_chat.py models/chitchat1500.pt
 	@echo
-	@$(BIN)/python testing_tools/chat_eval.py models/chitchat1150.pt --summary
+	@$(BIN)/python testing_tools/chat_eval.py models/chitchat1500.pt --summary
 	@echo
 	@echo "Talk to it yourself:       $(BIN)/python gen.py --chat"
 	@echo "Or in a browser:           $(BIN)/python serve.py"

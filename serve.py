@@ -1,7 +1,7 @@
 """Serve models over HTTP: an OpenAI-compatible API for many clients at once, and a page to chat with them.
 
     python serve.py                                 # all chat models, the best-trained first
-    python serve.py models/story5000.pt models/chitchat1150.pt --max_models 2
+    python serve.py models/story5000.pt models/chitchat1500.pt --max_models 2
     JOJO_API_KEY=... python serve.py --host 0.0.0.0 --port 8080
 
 The address is printed on standard output, one line per request on standard error. docs/serving.md describes the API.

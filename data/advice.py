@@ -107,7 +107,7 @@ def few_tokens_warning(info: DatasetInfo, epochs: float) -> str:
         return (
             f"so few conversations ({train.documents}) teach a new model these sentences, not how to chat; to add them "
             "to a model that chats: make demo, prepare them again with --tokenizer talk, then python train.py "
-            f"--dataset {mixture_of(info)} --init_from models/chitchat1150.pt (docs/fine-tuning.md)"
+            f"--dataset {mixture_of(info)} --init_from models/chitchat1500.pt (docs/fine-tuning.md)"
         )
     return (
         f"{train.tokens:,} tokens are few: the model reads them {in_words(epochs)} times and mostly repeats them; add "

@@ -19,7 +19,7 @@ of the chat page (docs/data.md has the whole list):
 
 --labels prepares single answers, labelled good or bad, instead of pairs, for --objective kto.
 
-Then run: python train.py --dataset preferences --objective dpo --init_from models/chitchat1150.pt
+Then run: python train.py --dataset preferences --objective dpo --init_from models/chitchat1500.pt
 """
 
 from __future__ import annotations

@@ -129,7 +129,7 @@ def newest_models(folder: str | os.PathLike = "models") -> list[FoundModel]:
 
 
 def named_model(name: str, models: Sequence[FoundModel], folder: str | os.PathLike = "models") -> FoundModel:
-    """One of `models` or of the others in `folder` by its name, such as chitchat1150, or any model by its path.
+    """One of `models` or of the others in `folder` by its name, such as chitchat1500, or any model by its path.
 
     Raises UserError, which names `models`, if no model has that name.
     """

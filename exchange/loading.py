@@ -2,7 +2,7 @@
 
 model, info = load_model("models/story5000.pt", "cuda", "bfloat16")
 model, info = load_model("gpt2")
-model, info = load_model("models/chitchat1150.pt+models/own300.pt")   # an adapter on its base
+model, info = load_model("models/chitchat1500.pt+models/own300.pt")   # an adapter on its base
 model, info = load_model("models/own300.pt")                          # the same: it names its base
 """
 
@@ -93,8 +93,8 @@ def split_pair(path: str) -> tuple[str | None, str]:
 
     The names of mixtures contain a plus, too, so a file of the whole name comes first.
 
-    >>> split_pair("models/chitchat1150.pt+models/own300.pt")
-    ('models/chitchat1150.pt', 'models/own300.pt')
+    >>> split_pair("models/chitchat1500.pt+models/own300.pt")
+    ('models/chitchat1500.pt', 'models/own300.pt')
     >>> split_pair("models/chitchat+own300.pt")
     (None, 'models/chitchat+own300.pt')
     """

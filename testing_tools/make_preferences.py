@@ -1,7 +1,7 @@
 """Make feedback on a model's replies without a person, for experiments: pirate corrections, or short replies preferred.
 
-    python testing_tools/make_preferences.py models/chitchat1150.pt --style pirate --output pirate.jsonl
-    python testing_tools/make_preferences.py models/chitchat1150.pt --style short --output short.jsonl
+    python testing_tools/make_preferences.py models/chitchat1500.pt --style pirate --output pirate.jsonl
+    python testing_tools/make_preferences.py models/chitchat1500.pt --style short --output short.jsonl
 
 - pirate: the model's likeliest reply to a greeting, a thank-you, a farewell or "How are you?" from chitchat's generator
   is corrected into what a pirate would say, by the rules of `corrections.py`. With --system "Answer like a pirate.",

@@ -1,6 +1,6 @@
 """Measure what teaching has changed in models that chat: style, fitting replies, names, length, loss on chitchat.
 
-    python testing_tools/measure_teaching.py models/chitchat1150.pt models/chitchat+pirate300.pt
+    python testing_tools/measure_teaching.py models/chitchat1500.pt models/chitchat+pirate300.pt
 
 prints a row per model:
 

@@ -1,6 +1,6 @@
 """Hold a short fixed conversation with a chat model and show both sides; the end of `make demo`.
 
-    python testing_tools/scripted_chat.py models/chitchat1150.pt "Hello!" "My name is Priya." "What is my name?"
+    python testing_tools/scripted_chat.py models/chitchat1500.pt "Hello!" "My name is Priya." "What is my name?"
 
 Prints one line per message. The model always takes the likeliest token, so its replies are the same every time.
 """
@@ -24,7 +24,7 @@ LINES = ("Hello!", "My name is Priya.", "How are you today?", "What is my name?"
 
 @dataclasses.dataclass(frozen=True)
 class ScriptedChatOptions:
-    checkpoint: str = option("models/chitchat1150.pt", "chat model to talk to", positional=True)
+    checkpoint: str = option("models/chitchat1500.pt", "chat model to talk to", positional=True)
     lines: tuple[str, ...] = option(LINES, "what the user says, one message per argument", positional=True, nargs="*")
     device: str = option("cpu", "device to run on")
 

@@ -51,7 +51,7 @@ def test_few_data_are_warned_of_with_what_to_do(tmp_path):
     )
     (few,) = advise(info_of(1_500, "chat"), None, tmp_path).warnings
     assert few.startswith("so few conversations (30) teach a new model these sentences, not how to chat; to add them")
-    assert "python train.py --dataset chitchat=0.8,mine=0.2 --init_from models/chitchat1150.pt" in few
+    assert "python train.py --dataset chitchat=0.8,mine=0.2 --init_from models/chitchat1500.pt" in few
 
 
 def test_few_conversations_are_added_to_a_model_that_chats(tmp_path):

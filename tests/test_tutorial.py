@@ -33,10 +33,10 @@ STAND_INS = {
     r"--preset tiny\b": SHAPE,
     r"block_size=512\b": "block_size=128",
     r"train\.py --dataset story\b": f"train.py --dataset story {SHAPE}",
-    r"--max_iters (1150|300|100)\b": "--max_iters 4",
-    r"--max_iters 1500\b": "--max_iters 6",
+    r"--max_iters (1500|300|100)\b": "--max_iters 4",
+    r"--max_iters 2000\b": "--max_iters 6",
     r"chat_eval\.py \S+": r"\g<0> --limit 1",  # a model that has not learned to end its replies takes minutes
-    r"\b(chitchat|page|story|tales|own)(1150|300|100)\b": r"\g<1>4",
+    r"\b(chitchat|page|story|tales|own)(1500|300|100)\b": r"\g<1>4",
 }
 STORIES = "".join(
     f"Once upon a time there was a {animal} who had {n} shells. It gave one away and was glad.\n<|endoftext|>\n"
@@ -72,7 +72,7 @@ def lines_of(block: Block) -> list[str]:
 def small(text: str) -> str:
     """A command or a Python block after replacing what STAND_INS names.
 
-    >>> small("python gen.py models/chitchat1150.pt")
+    >>> small("python gen.py models/chitchat1500.pt")
     'python gen.py models/chitchat4.pt'
     """
     for pattern, replacement in STAND_INS.items():

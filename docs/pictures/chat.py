@@ -1,6 +1,6 @@
 """Take chat-light.png and chat-dark.png, the pictures of the chat page: a chat, looked into.
 
-    python docs/pictures/chat.py models/chitchat1150.pt
+    python docs/pictures/chat.py models/chitchat1500.pt
 
 Serves the model, opens the page in the installed Chromium, sends the messages of CHAT, and opens the alternatives of
 the most surprising token. Needs requirements-dev.txt and chromium.
