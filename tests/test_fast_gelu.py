@@ -80,7 +80,7 @@ def test_a_frozen_layer_gets_no_gradient():
 def test_what_the_kernel_lacks_is_refused():
     others = (torch.zeros(17), torch.zeros(16, dtype=torch.float16), torch.zeros(16, device="meta"))
     assert not any(map(supports, others))
-    with pytest.raises(NotImplementedError, match="17 numbers in torch.float32"):
+    with pytest.raises(NotImplementedError, match="17 numbers"):
         module.gelu(torch.zeros(17))
 
 
