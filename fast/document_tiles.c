@@ -1,11 +1,11 @@
 /* Attention within a document in bfloat16, in products of AMX tiles. Sums and the softmax are in float32.
  *
- * A product a b takes b by pairs of its rows: the numbers of two rows alternate, so that a pair is 32 bits. `_pairs` are
- * the rows of a matrix in this layout. `_columns` is the layout of its transpose, whose pairs are neighbours in a row.
+ * For a product a b, AMX reads b two rows at a time, with the numbers of the two rows alternating; a pair of them is an
+ * element of 32 bits. `x_pairs` holds a matrix x in this layout, `x_columns` its transpose.
  *
  * The forward pass computes the scores of 32 queries at a time as (queries, keys). The backward pass computes those of 32
- * keys as (keys, queries), which is the layout of the left matrix in the products for their gradients. All sizes are
- * multiples of 32, and what lies beyond the document's end is 0.
+ * keys as (keys, queries): in this layout they are the left matrix in the products for the gradients of keys and values.
+ * All sizes are multiples of 32, and what lies beyond the document's end is 0.
  */
 #include <math.h>
 #include <string.h>
@@ -23,12 +23,14 @@ int supports_tiles(long size) { return size % BLOCK == 0 && may_use_tiles(); }
 
 static inline long padded(long number) { return (number + BLOCK - 1) / BLOCK * BLOCK; }
 
+/* What the backward pass needs, which is more than the forward pass: see `struct operands` and `struct block`. */
 long tile_memory_bytes(const struct shape *shape) {
-    const long blocks = BLOCK * (QUERIES * (2 * sizeof(float) + 6) + shape->size * 2 * sizeof(float));
-    return padded(shape->tokens) * (20 * shape->size + 2 * sizeof(float)) + blocks;
+    const long number = sizeof(uint16_t), sum = sizeof(float), room = padded(shape->tokens);
+    const long for_block = BLOCK * (QUERIES * (3 * number + 2 * sum) + shape->size * 2 * sum);
+    return room * (shape->size * (8 * number + sum) + 2 * sum) + for_block;
 }
 
-/* The next `count` elements of `bytes` each of the memory that `next` points to. */
+/* Memory for `count` elements of `bytes` each, from what is left at `next`. */
 static void *part_of(char **next, long count, long bytes) {
     char *start = *next;
     *next += count * bytes;
@@ -188,12 +190,25 @@ void attend_in_tiles(
     _tile_release();
 }
 
-/* Memory of the backward pass for a block of keys and QUERIES queries. */
+/* What the backward pass computes for a block of keys and QUERIES queries, and adds up for the keys. */
 struct block {
-    float *scores, *weight_grads;              /* (BLOCK, QUERIES) */
-    uint16_t *weights, *score_grads;           /* (BLOCK, QUERIES) */
-    uint32_t *score_grad_pairs;                /* (BLOCK / 2, QUERIES) */
+    float *scores, *weight_grads;    /* (BLOCK, QUERIES) */
+    uint16_t *weights, *score_grads; /* (BLOCK, QUERIES) */
+    uint32_t *score_grad_pairs;      /* (BLOCK / 2, QUERIES) */
+    float *key_grads, *value_grads;  /* (BLOCK, size) */
 };
+
+static struct block block_in(const struct shape *shape, char *memory) {
+    struct block block;
+    block.scores = part_of(&memory, BLOCK * QUERIES, sizeof(float));
+    block.weight_grads = part_of(&memory, BLOCK * QUERIES, sizeof(float));
+    block.weights = part_of(&memory, BLOCK * QUERIES, sizeof(uint16_t));
+    block.score_grads = part_of(&memory, BLOCK * QUERIES, sizeof(uint16_t));
+    block.score_grad_pairs = part_of(&memory, BLOCK / 2 * QUERIES, sizeof(uint32_t));
+    block.key_grads = part_of(&memory, BLOCK * shape->size, sizeof(float));
+    block.value_grads = part_of(&memory, BLOCK * shape->size, sizeof(float));
+    return block;
+}
 
 /* From scores and the gradients of the weights: the weights, and the gradients of the scores, for `count` keys, of which
  * the first one is `ahead` positions after the first query. */
@@ -219,73 +234,89 @@ static void to_score_grads(
         }
 }
 
+/* The matrices that the backward pass multiplies, for all tokens of a document, and the gradients of its queries. */
+struct operands {
+    uint16_t *keys, *values, *key_transpose; /* (room, size), (room, size), (size, room) */
+    uint32_t *query_pairs, *query_columns, *y_grad_pairs, *y_grad_columns;
+    float *logsumexp, *means; /* (room): the mean of a query's weight gradients, weighted with its weights */
+    float *query_grads;       /* (size, room) */
+};
+
+static struct operands pack_operands(
+    const struct shape *shape, long length, const uint16_t *q, const uint16_t *y_grad, const uint16_t *y,
+    const float *logsumexp, char **memory
+) {
+    const long size = shape->size, width = shape->heads * size, step = 3 * width, room = padded(length);
+    const long numbers = room * size;
+    uint16_t *rows = part_of(memory, numbers, sizeof *rows);
+    struct operands all = {
+        .keys = part_of(memory, numbers, sizeof(uint16_t)), .values = part_of(memory, numbers, sizeof(uint16_t))};
+    all.key_transpose = part_of(memory, numbers, sizeof(uint16_t));
+    all.query_pairs = part_of(memory, numbers, sizeof(uint16_t));
+    all.query_columns = part_of(memory, numbers, sizeof(uint16_t));
+    all.y_grad_pairs = part_of(memory, numbers, sizeof(uint16_t));
+    all.y_grad_columns = part_of(memory, numbers, sizeof(uint16_t));
+    all.query_grads = part_of(memory, numbers, sizeof(float));
+    all.logsumexp = part_of(memory, room, sizeof(float)), all.means = part_of(memory, room, sizeof(float));
+    pack_rows(q, step, length, room, size, rows);
+    to_pairs(rows, room, size, all.query_pairs);
+    transpose(rows, room, size / 2, all.query_columns);
+    pack_rows(y_grad, width, length, room, size, rows);
+    to_pairs(rows, room, size, all.y_grad_pairs);
+    transpose(rows, room, size / 2, all.y_grad_columns);
+    pack_rows(q + width, step, length, room, size, all.keys);
+    to_pairs(all.keys, room, size, (uint32_t *)rows);
+    transpose(rows, room / 2, size, all.key_transpose);
+    pack_rows(q + 2 * width, step, length, room, size, all.values);
+    memset(all.query_grads, 0, numbers * sizeof(float));
+    memset(all.logsumexp, 0, room * sizeof(float));
+    memcpy(all.logsumexp, logsumexp, length * sizeof(float));
+    memset(all.means, 0, room * sizeof(float));
+    for (long token = 0; token < length; token++) {
+        lanes sum = ZERO;
+        for (long d = token * width; d < token * width + size; d += LANES)
+            sum = ADD_PRODUCT(FROM_BFLOAT16(y_grad + d), FROM_BFLOAT16(y + d), sum);
+        all.means[token] = SUM(sum);
+    }
+    return all;
+}
+
 void attend_in_tiles_backward(
     const struct shape *shape, long length, const uint16_t *q, const uint16_t *y_grad, const uint16_t *y,
     const float *logsumexp, uint16_t *q_grad, char *memory
 ) {
     const long size = shape->size, width = shape->heads * size, step = 3 * width, room = padded(length);
     const float scale = 1 / sqrtf(size);
-    uint16_t *keys = part_of(&memory, room * size, 2), *values = part_of(&memory, room * size, 2);
-    uint16_t *key_transpose = part_of(&memory, room * size, 2), *rows = part_of(&memory, room * size, 2);
-    uint32_t *pairs = (uint32_t *)rows; /* the same memory, needed later */
-    uint32_t *query_columns = part_of(&memory, room * size / 2, 4), *query_pairs = part_of(&memory, room * size / 2, 4);
-    uint32_t *y_grad_columns = part_of(&memory, room * size / 2, 4), *y_grad_pairs = part_of(&memory, room * size / 2, 4);
-    float *query_grads = part_of(&memory, room * size, 4);
-    float *shifts = part_of(&memory, room, 4), *means = part_of(&memory, room, 4);
-    float *key_grads = part_of(&memory, BLOCK * size, 4), *value_grads = part_of(&memory, BLOCK * size, 4);
-    struct block block = {.scores = part_of(&memory, BLOCK * QUERIES, 4)};
-    block.weight_grads = part_of(&memory, BLOCK * QUERIES, 4);
-    block.weights = part_of(&memory, BLOCK * QUERIES, 2);
-    block.score_grads = part_of(&memory, BLOCK * QUERIES, 2);
-    block.score_grad_pairs = part_of(&memory, BLOCK / 2 * QUERIES, 4);
-    pack_rows(q, step, length, room, size, rows);
-    transpose(rows, room, size / 2, query_columns);
-    to_pairs(rows, room, size, query_pairs);
-    pack_rows(y_grad, width, length, room, size, rows);
-    transpose(rows, room, size / 2, y_grad_columns);
-    to_pairs(rows, room, size, y_grad_pairs);
-    pack_rows(q + width, step, length, room, size, keys);
-    to_pairs(keys, room, size, pairs);
-    transpose(pairs, room / 2, size, key_transpose);
-    pack_rows(q + 2 * width, step, length, room, size, values);
-    memset(query_grads, 0, room * size * sizeof *query_grads);
-    memset(shifts, 0, room * sizeof *shifts);
-    memset(means, 0, room * sizeof *means);
-    memcpy(shifts, logsumexp, length * sizeof *shifts);
-    for (long token = 0; token < length; token++) {
-        lanes sum = ZERO;
-        for (long d = token * width; d < token * width + size; d += LANES)
-            sum = ADD_PRODUCT(FROM_BFLOAT16(y_grad + d), FROM_BFLOAT16(y + d), sum);
-        means[token] = SUM(sum);
-    }
+    const struct operands all = pack_operands(shape, length, q, y_grad, y, logsumexp, &memory);
+    const struct block block = block_in(shape, memory);
     use_tiles();
     for (long first = 0; first < length; first += BLOCK) {
         const long count = first + BLOCK < length ? BLOCK : length - first;
+        const uint16_t *keys = all.keys + first * size, *values = all.values + first * size;
         for (long start = first; start < room; start += QUERIES) { /* the queries that see some of these keys */
             const long queries = start + QUERIES < room ? QUERIES : room - start, is_later = start > first;
-            product(keys + first * size, size, query_columns + start, room, block.scores, QUERIES, BLOCK, queries, size, 0);
-            product(values + first * size, size, y_grad_columns + start, room, block.weight_grads, QUERIES, BLOCK, queries,
-                    size, 0);
-            to_score_grads(block, count, first - start, queries, scale, shifts + start, means + start);
-            product(block.weights, QUERIES, y_grad_pairs + start / 2 * size, size, value_grads, size, BLOCK, size, queries,
-                    is_later);
-            product(block.score_grads, QUERIES, query_pairs + start / 2 * size, size, key_grads, size, BLOCK, size, queries,
-                    is_later);
-            product(key_transpose + first, room, block.score_grad_pairs, QUERIES, query_grads + start, room, size, queries,
-                    BLOCK, 1);
+            const uint32_t *query_pairs = all.query_pairs + start / 2 * size;
+            const uint32_t *y_grad_pairs = all.y_grad_pairs + start / 2 * size;
+            product(keys, size, all.query_columns + start, room, block.scores, QUERIES, BLOCK, queries, size, 0);
+            product(values, size, all.y_grad_columns + start, room, block.weight_grads, QUERIES, BLOCK, queries, size, 0);
+            to_score_grads(block, count, first - start, queries, scale, all.logsumexp + start, all.means + start);
+            product(block.weights, QUERIES, y_grad_pairs, size, block.value_grads, size, BLOCK, size, queries, is_later);
+            product(block.score_grads, QUERIES, query_pairs, size, block.key_grads, size, BLOCK, size, queries, is_later);
+            product(all.key_transpose + first, room, block.score_grad_pairs, QUERIES, all.query_grads + start, room, size,
+                    queries, BLOCK, 1);
         }
         for (long i = 0; i < count; i++)
             for (long d = 0; d < size; d += LANES) {
                 uint16_t *here = q_grad + (first + i) * step + d;
-                store_bfloat16(here + width, LOAD(key_grads + i * size + d));
-                store_bfloat16(here + 2 * width, LOAD(value_grads + i * size + d));
+                store_bfloat16(here + width, LOAD(block.key_grads + i * size + d));
+                store_bfloat16(here + 2 * width, LOAD(block.value_grads + i * size + d));
             }
     }
     _tile_release();
     for (long first = 0; first < length; first += SIDE)
         for (long d = 0; d < size; d += SIDE) {
             float grads[SIDE][SIDE];
-            transpose_tile(query_grads + d * room + first, room, grads, SIDE);
+            transpose_tile(all.query_grads + d * room + first, room, grads, SIDE);
             for (long i = 0; i < SIDE && first + i < length; i++)
                 store_bfloat16(q_grad + (first + i) * step + d, LOAD(grads[i]));
         }

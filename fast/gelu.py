@@ -6,7 +6,7 @@
 Replaces: the second half of MLP.forward. As torch.compile would do it, the backward pass computes GELU again instead of
 keeping its result, but together with its gradient, so that both share the exponential.
 Gains: see docs/performance.md, "What each fast part gains".
-Skipped: without a C compiler, on processors without AVX2, in float16, and if the layer has an adapter.
+Skipped: on other devices, without a C compiler, without AVX2, in float16, and if the layer has an adapter.
 
 Shapes: N rows, K and M a layer's inputs and outputs.
 """

@@ -137,41 +137,24 @@ def _with_shape(
 ) -> tuple[TrainOptions, int]:
     """The options with the shape and the batch that suit the time, and a first estimate of the iterations."""
     on_cuda, n_vocab = device.startswith("cuda"), facts["n_vocab"]
-    unique_tokens = max(part.tokens / part.share for part in portions(facts))
-    keeps_batch = options.batch_size is not None or options.gradient_accumulation_steps is not None
-
-    def with_(shape: Shape, batch: Mapping[str, Any]) -> TrainOptions:
-        return dataclasses.replace(options, **dataclasses.asdict(shape), **batch)
-
-    def batch_for(shape: Shape, budget: Budget) -> dict[str, Any]:
-        return {} if keeps_batch else _batch(rows_per_iter(budget.tokens_read(shape), shape.block_size), on_cuda)
-
-    def budget_at_speed_of(shape: Shape, batch: Mapping[str, Any]) -> Budget:
-        config = configure(_for_timing(with_(shape, batch)))
-        flops_per_s = config.tokens_per_iter * shape.flops_per_token(n_vocab) / measure(config)
-        return Budget(time_s * flops_per_s, unique_tokens, n_vocab)
+    shape, rows = REFERENCE_ON_CUDA if on_cuda else REFERENCE
+    reference = {**dataclasses.asdict(shape), "batch_size": rows, "gradient_accumulation_steps": world_size()}
+    config = configure(_for_timing(dataclasses.replace(options, **reference)))
+    flops = time_s * config.tokens_per_iter * shape.flops_per_token(n_vocab) / measure(config)
+    budget = Budget(flops, max(part.tokens / part.share for part in portions(facts)), n_vocab)
 
     def fits(shape: Shape) -> bool:
         model = model_config({**dataclasses.asdict(shape), "n_vocab": n_vocab, "dropout": options.dropout})
         # On CUDA the micro-batch shrinks until it fits. All processes choose the same shape.
         return not any_process(not model_fits(model, device, 1 if on_cuda else DEFAULT_BATCH_SIZE))
 
-    reference, rows = REFERENCE_ON_CUDA if on_cuda else REFERENCE
-    budget = budget_at_speed_of(reference, {"batch_size": rows, "gradient_accumulation_steps": world_size()})
-    shapes = candidates(options, document_size(facts))
-    best = choose_shape(budget, shapes, fits)
-    budget = budget_at_speed_of(best, batch_for(best, budget))
-    # Larger matrices keep a processor busier, so a larger shape may read more than these speeds promise.
-    for larger in shapes[shapes.index(best) + 1 :]:
-        if not (budget.suits(larger) and fits(larger)):
-            break
-        at_its_speed = budget_at_speed_of(larger, batch_for(larger, budget))
-        if at_its_speed.expected_loss(larger) >= budget.expected_loss(best):
-            break
-        best, budget = larger, at_its_speed
-    chosen = with_(best, batch_for(best, budget))
+    best = choose_shape(budget, candidates(options, document_size(facts)), fits)
+    chosen = dataclasses.replace(options, **dataclasses.asdict(best))
+    if options.batch_size is None and options.gradient_accumulation_steps is None:
+        batch = _batch(rows_per_iter(budget.tokens_read(best), best.block_size), on_cuda)
+        chosen = dataclasses.replace(chosen, **batch)
     tokens_per_iter = configure(_for_timing(chosen)).tokens_per_iter
-    return chosen, int(budget.flops / best.flops_per_token(n_vocab) / tokens_per_iter)
+    return chosen, int(flops / best.flops_per_token(n_vocab) / tokens_per_iter)
 
 
 def _batch(rows: int, on_cuda: bool) -> dict[str, Any]:

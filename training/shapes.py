@@ -76,11 +76,6 @@ class Budget:
         """Whether a shape is small enough for the data."""
         return shape.weights() <= max(WEIGHTS_PER_TOKEN * self.unique_tokens, FREE_WEIGHTS)
 
-    def expected_loss(self, shape: Shape) -> float:
-        """What the rule minimizes: the loss above the lowest one possible, in arbitrary units."""
-        tokens = effective_tokens(self.tokens_read(shape), self.unique_tokens)
-        return shape.weights() ** -EXPONENT + (tokens / TOKENS_PER_WEIGHT) ** -EXPONENT
-
 
 def choose_shape(budget: Budget, shapes: Sequence[Shape], fits: Callable[[Shape], bool] = lambda shape: True) -> Shape:
     """The shape with the lowest expected loss among those that suit the budget and fit into memory.
@@ -90,7 +85,12 @@ def choose_shape(budget: Budget, shapes: Sequence[Shape], fits: Callable[[Shape]
     suitable = [shape for shape in shapes if budget.suits(shape) and fits(shape)]
     if not suitable:
         return min(shapes, key=lambda shape: shape.flops_per_token(budget.n_vocab))
-    return min(suitable, key=budget.expected_loss)
+    return min(suitable, key=lambda shape: expected_loss(shape.weights(), budget.tokens_read(shape), budget))
+
+
+def expected_loss(weights: float, tokens: float, budget: Budget) -> float:
+    """What the rule minimizes: the loss above the lowest one possible, in arbitrary units."""
+    return weights**-EXPONENT + (effective_tokens(tokens, budget.unique_tokens) / TOKENS_PER_WEIGHT) ** -EXPONENT
 
 
 def effective_tokens(tokens: float, unique_tokens: float) -> float:
