@@ -34,9 +34,7 @@ NARROW, FEW_IDS = 384, 8192  # the largest width and vocabulary with larger lear
 # With --init_from, a fraction of a new model's learning rates. Steps as large as those for new weights destroy what the
 # trained weights know; with much smaller steps they hardly learn (docs/fine-tuning.md has measurements).
 FINE_TUNING_RATE = 1 / 3
-COMPILED_FLOPS = (
-    2e14  # from this many on, compiling a CPU's steps gains more time than it takes (see _compiling_pays_off)
-)
+COMPILED_FLOPS = 2e14  # of a run on a CPU: from this many on, compiling gains more time than it takes
 
 
 @dataclasses.dataclass(frozen=True)
