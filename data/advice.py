@@ -32,9 +32,11 @@ MEASURED_S = 0.3
 # The speed of a training step as a fraction of that of numpy's float32 products. Measured on an AMD EPYC with AVX2:
 # 0.86 on one core (1,480 tokens/s of `tiny`, 77 GFLOP/s of numpy). Two cores help numpy more than training.
 EFFICIENCY = 0.7
-# How much faster training is in bfloat16, which numpy does not support. Not measured: computed from the README's tokens
-# per second on such CPUs, assuming 200 GFLOP/s of numpy on their two cores.
-BFLOAT16_GAINS = {"amx_bf16": 5.0, "avx512_bf16": 2.5}
+# How much faster the blocks and the head are in bfloat16, which numpy does not support. With AMX, fitted to two cores of
+# an Intel Xeon with 260 GFLOP/s of numpy: the demo's model trains at 38,000 tokens/s, `small` at 18,800 with 4,096 ids
+# and at 6,700 with GPT-2's. With AVX512_BF16 not measured, but computed from older tokens per second, assuming 200
+# GFLOP/s of numpy.
+BFLOAT16_GAINS = {"amx_bf16": (2.0, 4.0), "avx512_bf16": (2.5, 2.5)}
 START_S = 15.0  # loading torch, and the evaluations of a short run
 
 
@@ -57,9 +59,8 @@ def print_advice(info: DatasetInfo, data_dir: str | None, models: Path = Path("m
     for warning in advice.warnings:
         print(f"warning: {warning}")
     tokens = advice.iters * advice.rows * advice.block_size
-    # Without the embedding's padding, which the network adds: at most 63 rows, and less than 1 % of the work.
-    flops = tokens * flops_per_token(*SHAPES[advice.preset], info.n_vocab, advice.block_size)
-    seconds = flops / training_flops() + START_S
+    shape = (*SHAPES[advice.preset], info.n_vocab, advice.block_size)
+    seconds = tokens * seconds_per_token(shape, numpy_flops(), cpu_flags()) + START_S
     epochs = in_words(advice.epochs)
     print(f"training: {advice.iters:,} iterations, {epochs} epochs, {duration_in_words(seconds)} on this CPU")
     print(f"next: {shlex.join(['python', 'train.py', *advice.arguments])}")
@@ -131,8 +132,21 @@ def chat_model(models: Path, folder: Path, tokenizer_digest: str | None) -> Path
 # --- how long it takes ---
 
 
-def training_flops() -> float:
-    """The FLOP/s that a training step reaches on this CPU: an estimate from a measurement of MEASURED_S seconds."""
+def seconds_per_token(shape: tuple[int, int, int, int], float32_flops: float, flags: set[str]) -> float:
+    """An estimate of the time that training takes per token, for a `shape` as `flops_per_token` takes it.
+
+    `float32_flops` are the FLOP/s of numpy's products, `flags` the CPU's features. The embedding's padding, which the
+    network adds, is left out: at most 63 rows, and less than 1 % of the work.
+    """
+    n_layer, n_embd, _, block_size = shape
+    in_blocks = flops_per_token(n_layer, n_embd, 0, block_size)
+    in_head = flops_per_token(*shape) - in_blocks
+    gains = next((gains for flag, gains in BFLOAT16_GAINS.items() if flag in flags), (1.0, 1.0))
+    return (in_blocks / gains[0] + in_head / gains[1]) / (float32_flops * EFFICIENCY)
+
+
+def numpy_flops() -> float:
+    """The FLOP/s of numpy's products in float32, measured for MEASURED_S seconds."""
     matrix = np.full((512, 512), 0.5, dtype=np.float32)
     out = np.empty_like(matrix)
     np.matmul(matrix, matrix, out=out)  # the first one starts the threads
@@ -140,10 +154,7 @@ def training_flops() -> float:
     while time.perf_counter() - start < MEASURED_S:
         np.matmul(matrix, matrix, out=out)
         n_products += 1
-    numpy_flops = n_products * 2 * len(matrix) ** 3 / (time.perf_counter() - start)
-    flags = cpu_flags()
-    gain = max((gain for flag, gain in BFLOAT16_GAINS.items() if flag in flags), default=1.0)
-    return numpy_flops * EFFICIENCY * gain
+    return n_products * 2 * len(matrix) ** 3 / (time.perf_counter() - start)
 
 
 def cpu_flags() -> set[str]:

@@ -10,7 +10,7 @@ import pytest
 from common.cli import parse_options
 from common.flops import flops_per_token
 from common.numbers import duration_in_words
-from data.advice import SHAPES, advise, print_advice, training_flops
+from data.advice import BFLOAT16_GAINS, SHAPES, advise, numpy_flops, print_advice, seconds_per_token
 from data.dataset import DatasetInfo, FileInfo, SplitInfo, info_bytes
 from model import GPT, PRESETS, padded_vocab_size
 from training.options import TrainOptions
@@ -97,7 +97,17 @@ def test_the_work_of_a_token_is_that_of_the_presets():
 
 
 def test_the_speed_is_that_of_a_computer():
-    assert 1e8 < training_flops() < 1e14
+    assert 1e8 < numpy_flops() < 1e14
+
+
+@pytest.mark.parametrize(
+    ("flags", "gains"),
+    [({"avx2"}, (1, 1)), ({"avx512_bf16"}, (2.5, 2.5)), ({"avx512_bf16", "amx_bf16"}, BFLOAT16_GAINS["amx_bf16"])],
+)
+def test_blocks_and_head_gain_differently_from_bfloat16_in_hardware(flags, gains):
+    in_blocks, in_head = 6 * 12 * 4 * 128**2 + 12 * 4 * 128 * 256, 6 * 4096 * 128
+    found = seconds_per_token((4, 128, 4096, 256), 1e11, flags)
+    assert found == pytest.approx((in_blocks / gains[0] + in_head / gains[1]) / (0.7 * 1e11))
 
 
 @pytest.mark.parametrize(

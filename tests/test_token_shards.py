@@ -227,7 +227,8 @@ def test_the_published_order_trains_and_is_measured_as_the_yardstick_says(tmp_pa
     run(tmp_path, tmp_path / "models", dataset="web", max_iters=4)
     model, _ = load_model(str(checkpoint := tmp_path / "models" / "web4.pt"), "cpu")
     capsys.readouterr()
-    monkeypatch.setattr(sys, "argv", ["evaluate.py", str(checkpoint), "--data_dir", str(tmp_path), "--json", "a.json"])
+    words = [str(checkpoint), "--data_dir", str(tmp_path), "--json", "a.json", "--dtype", "float32"]
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", *words])
     monkeypatch.chdir(tmp_path)
     runpy.run_path(str(ROOT / "evaluate.py"))["main"]()
     assert f"to compare: the first {len(val) - 1} tokens" in capsys.readouterr().out
