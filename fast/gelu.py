@@ -1,6 +1,6 @@
 """GELU and the linear layer after it, in training on a CPU: one kernel in C for each pass.
 
-    if is_available():
+    if supports(x):
         y = gelu_linear(x, weight, bias)    # F.linear(F.gelu(x, approximate="tanh"), weight, bias)
 
 Replaces: the second half of MLP.forward. As torch.compile would do it, the backward pass computes GELU again instead of
@@ -67,7 +67,7 @@ class _GeluLinear(torch.autograd.Function):
         (y_grad,) = grads
         x, weight = ctx.saved_tensors
         activated, x_grad = gelu_backward(y_grad @ weight.to(y_grad.dtype), x)
-        if not ctx.needs_input_grad[1]:  # a frozen layer
+        if not any(ctx.needs_input_grad[1:]):  # a frozen layer
             return x_grad, None, None
         weight_grad, bias_grad = linear_gradients(activated, weight, y_grad, ctx.has_bias)
         return x_grad, weight_grad, bias_grad
@@ -105,7 +105,7 @@ def _empty_gradient(y_grad: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _call(name: str, x: Tensor, *others: Tensor) -> None:
-    """Call a function of the kernel. Raises NotImplementedError if there is none for x."""
+    """Call a function of the kernel with x and other tensors. Raises NotImplementedError if it does not support x."""
     if not supports(x):
         raise NotImplementedError(f"no kernel for GELU of {x.numel()} numbers in {x.dtype}")
     pointers = (tensor.data_ptr() for tensor in (x, *others))

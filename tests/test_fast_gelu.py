@@ -75,6 +75,8 @@ def test_a_frozen_layer_gets_no_gradient():
     x = torch.randn(4, 16, generator=seeded(1)).requires_grad_()
     gelu_linear(x, torch.ones(8, 16), torch.zeros(8)).sum().backward()
     assert x.grad is not None
+    gelu_linear(x, torch.ones(8, 16), bias := torch.zeros(8).requires_grad_()).sum().backward()
+    assert torch.equal(bias.grad, torch.full((8,), 4.0)), "a bias may train without its weight"
 
 
 def test_what_the_kernel_lacks_is_refused():
