@@ -4,14 +4,22 @@
     speed_up_training(model)                         # the same losses and gradients in less time and memory
     compile_training(model, trial_step, any_failed)  # after that: torch.compile for the blocks
     speed_up_generation(model, quantize="int8")      # a model that only generates from then on
+    give_back_freed_memory()                         # what loading needed and generating does not
 
 Scripts get this package from `common.speedups.load_speedups`. No other module imports it or knows its parts. Replaced
 modules keep their parameters and the parameters' names, so checkpoints are the same with this package and without it.
 """
 
-from fast.allocator import keep_freed_memory
+from fast.allocator import give_back_freed_memory, keep_freed_memory
 from fast.generation import speed_up_generation
 from fast.tied_head import LOSS_CHUNK_ROWS
 from fast.training import compile_training, speed_up_training
 
-__all__ = ["LOSS_CHUNK_ROWS", "compile_training", "keep_freed_memory", "speed_up_generation", "speed_up_training"]
+__all__ = [
+    "LOSS_CHUNK_ROWS",
+    "compile_training",
+    "give_back_freed_memory",
+    "keep_freed_memory",
+    "speed_up_generation",
+    "speed_up_training",
+]

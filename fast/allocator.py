@@ -20,8 +20,9 @@ def keep_freed_memory() -> None:
     libc = _glibc()
     if libc is None:
         return
-    m_trim_threshold, m_top_pad, m_mmap_max = -1, -2, -4  # <malloc.h>
+    m_trim_threshold, m_top_pad, m_mmap_max, m_arena_max = -1, -2, -4, -8  # <malloc.h>
     libc.mallopt(m_mmap_max, 0)
+    libc.mallopt(m_arena_max, 1)  # other threads, such as the one in which serve.py loads a model, share the heap, too
     libc.mallopt(m_trim_threshold, -1)  # never return memory to the system
     libc.mallopt(m_top_pad, 1 << 26)
     # Reserve addresses, without memory yet, for all later tensors. torch's own huge pages (THP_MEM_ALLOC_ENABLE) start
