@@ -128,11 +128,11 @@ class Service:
     async def _collect(self, run: GenerationRun, answer: Answer) -> list[list[Output]]:
         outputs: list[list[Output]] = [[] for _ in answer.requests]
         async with contextlib.aclosing(run.outputs(self.settings.comment_s)) as found:
-            async for item in found:
-                if item is not None:
-                    answer.digest = run.digest
-                    answer.take(*item)
-                    outputs[item[0]].append(item[1])
+            async for arrived in found:
+                answer.digest = run.digest
+                for index, output in arrived:
+                    answer.take(index, output)
+                    outputs[index].append(output)
         return outputs
 
     def abort_all(self, message: str) -> None:

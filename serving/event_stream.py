@@ -17,9 +17,12 @@ log = logging.getLogger("jojo")
 HEADERS = {"Content-Type": "text/event-stream; charset=utf-8", "Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 
 
+encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode  # json.dumps makes an encoder each time
+
+
 def event(content: Mapping) -> bytes:
     """One server-sent event. JSON has no line breaks, so it needs no escaping."""
-    return b"data: " + json.dumps(content, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
+    return b"data: " + encode(content).encode() + b"\n\n"
 
 
 class EventStream:
@@ -64,13 +67,16 @@ class EventStream:
         try:
             async with contextlib.aclosing(self.run.outputs(self.comment_s)) as outputs:
                 async for found in outputs:
-                    if found is None:
-                        yield b": waiting\n\n"
-                        continue
                     answer.digest = self.run.digest
-                    answer.take(*found)
-                    for choice in answer.chunk(*found):
-                        yield event(answer.envelope(answer.chunk_name, [choice], **more))
+                    events = []
+                    for index, output in found:
+                        answer.take(index, output)
+                        events += [
+                            event(answer.envelope(answer.chunk_name, [choice], **more))
+                            for choice in answer.chunk(index, output)
+                        ]
+                    if events or not found:
+                        yield b"".join(events) or b": waiting\n\n"
             if self.includes_usage:
                 yield event(answer.usage_chunk())
         except ApiError as error:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import functools
 import time
 from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
@@ -13,6 +12,7 @@ from starlette.types import Receive
 
 from generation.batching import QueueFull
 from generation.stream import Output, Request, Stream, first_of_each_prompt
+from serving.deliveries import Delivery
 from serving.errors import ApiError, too_busy
 from serving.metrics import Metrics
 from serving.models import ModelCard, ModelPool, PooledModel
@@ -34,7 +34,7 @@ class GenerationRun:
         self.pool, self.metrics, self.card, self.requests = pool, metrics, card, requests
         self.firsts = first_of_each_prompt(requests)
         self.started = time.perf_counter()
-        self.queue: asyncio.Queue[tuple[int, Output]] = asyncio.Queue()
+        self.queue: asyncio.Queue[Delivery] = asyncio.Queue()
         self.streams: list[Stream] = []
         self.digest: str | None = None  # of the weights that generate
         self.on_close: Callable[[], None] = lambda: None
@@ -50,12 +50,7 @@ class GenerationRun:
             raise too_busy(5) from None
 
     def _submit(self, model: PooledModel) -> None:
-        loop = asyncio.get_running_loop()
-
-        def deliver(index: int, output: Output) -> None:  # called in the thread that computes
-            with contextlib.suppress(RuntimeError):  # the loop has been closed
-                loop.call_soon_threadsafe(self.queue.put_nowait, (index, output))
-
+        deliver = functools.partial(self.pool.deliveries.put, asyncio.get_running_loop(), self.queue)
         device = model.engine.device
         streams = [
             Stream(request, functools.partial(deliver, index), device) for index, request in enumerate(self.requests)
@@ -65,15 +60,15 @@ class GenerationRun:
         self.digest = model.digest
         self.metrics.prompt_tokens.inc(sum(len(self.requests[index].prompt) for index in self.firsts))
 
-    async def outputs(self, comment_s: float) -> AsyncGenerator[tuple[int, Output] | None, None]:
-        """(index of the text, output) as they arrive; None whenever nothing has arrived for `comment_s`.
+    async def outputs(self, comment_s: float) -> AsyncGenerator[list[tuple[int, Output]], None]:
+        """Each (index of the text, output) that has arrived; an empty list whenever nothing has for `comment_s`.
 
         Raises ApiError if the model cannot be loaded or fails.
         """
         if self.model is None:
             self.acquiring = asyncio.create_task(self.pool.acquire(self.card))
             while not (await asyncio.wait({self.acquiring}, timeout=comment_s))[0]:
-                yield None
+                yield []
             try:
                 self.model = self.acquiring.result()
                 self._submit(self.model)
@@ -86,19 +81,27 @@ class GenerationRun:
         while remaining:
             try:
                 async with asyncio.timeout(comment_s):
-                    index, output = await self.queue.get()
+                    found = [await self.queue.get()]
             except TimeoutError:
-                yield None
+                yield []
                 continue
-            if output.finish_reason == "error":
-                raise ApiError(503, output.error)
-            self._measure(last, index, output)
-            remaining -= output.finish_reason is not None
-            yield index, output
+            while not self.queue.empty():
+                found.append(self.queue.get_nowait())
+            arrived: list[tuple[int, Output]] = []
+            for delivery in found:
+                index, output = delivery.index, delivery.output
+                if output.finish_reason == "error":
+                    if arrived:
+                        yield arrived
+                    raise ApiError(503, output.error)
+                self._measure(last, delivery)
+                remaining -= output.finish_reason is not None
+                arrived.append((index, output))
+            yield arrived
 
-    def _measure(self, last: dict[int, tuple[float, int]], index: int, output: Output) -> None:
+    def _measure(self, last: dict[int, tuple[float, int]], delivery: Delivery) -> None:
         """Count an output; `last` has the time and the number of tokens of each text's previous output."""
-        now = time.perf_counter()
+        index, output, now = delivery.index, delivery.output, delivery.time_s
         before, n_before = last.get(index, (self.started, 0))
         if index in last:
             self.metrics.per_token_s.observe(now - before)
@@ -113,7 +116,8 @@ class GenerationRun:
         """End the request with an error, as at a shutdown."""
         if self.acquiring is not None:
             self.acquiring.cancel(message)
-        self.queue.put_nowait((0, Output(finish_reason="error", error=message)))
+        error = Output(finish_reason="error", error=message)
+        self.queue.put_nowait(Delivery(0, error, time.perf_counter()))
 
     def close(self) -> None:
         """Cancel what still runs and release the model; may be called twice."""

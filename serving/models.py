@@ -22,6 +22,7 @@ from generation.row_cache import DecodeRows, decode_each
 from generation.sampling import CHAT_SAMPLING, TEXT_SAMPLING
 from generation.worker import Worker
 from model import GPT, GPTConfig
+from serving.deliveries import Deliveries
 from serving.errors import ApiError
 from serving.settings import ServerSettings
 from setup_tokenizer import GPT2, Tokenizer
@@ -120,7 +121,7 @@ class ModelPool:
         self, cards: Mapping[str, ModelCard], load: Loader, settings: ServerSettings, digest_of: Callable[[str], str]
     ):
         self.cards, self.load, self.settings, self.digest_of = cards, load, settings, digest_of
-        self.worker = Worker()
+        self.worker, self.deliveries = Worker(), Deliveries()
         self.loaded: dict[str, PooledModel] = {}
         self.failure: UserError | None = None
         self.is_ready = False  # from the first model on

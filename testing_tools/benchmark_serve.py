@@ -84,8 +84,8 @@ class Reply:
 
     @property
     def step_s(self) -> float:
-        """The median time between two pieces."""
-        return statistics.median(b - a for a, b in zip(self.pieces, self.pieces[1:], strict=False))
+        """The mean time between two pieces, several of which may arrive together."""
+        return (self.pieces[-1] - self.pieces[0]) / (len(self.pieces) - 1)
 
 
 def message(number: int, n_words: int) -> str:

@@ -27,7 +27,7 @@ def test_the_speed_counts_from_the_first_request_and_the_steady_one_while_all_st
     assert benchmark_serve.speed([EARLY, LATE]) == 8 / 5.0
     assert benchmark_serve.steady_speed([EARLY, LATE]) == 4 / 1.0, "two tokens each from 2 to 3 s"
     assert benchmark_serve.steady_speed([EARLY, Reply(0.0, [3.5, 4.0])]) is None
-    assert (LATE.first_s, LATE.step_s) == (1.5, 0.5)
+    assert (LATE.first_s, LATE.step_s) == (1.5, 1.0)
 
 
 def test_replies_of_a_server_are_measured():
