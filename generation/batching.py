@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import collections
 import itertools
+import math
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -205,13 +206,13 @@ class BatchEngine:
 
     def _draw(self, streams: list[Stream], logits: Tensor) -> None:
         """Draw the next id of each text from logits (N, V) and deliver what it adds."""
-        is_finite = logits.amax(-1).isfinite()  # the largest of a row with NaN is NaN
-        if not is_finite.all():
-            logits = logits.masked_fill(~is_finite[:, None], 0)  # so that ids can be drawn for the other rows
+        are_finite = [math.isfinite(largest) for largest in logits.amax(-1).tolist()]  # with NaN, the largest is NaN
+        if not all(are_finite):  # ids can then be drawn for the other rows
+            logits = logits.masked_fill(~logits.amax(-1, keepdim=True).isfinite(), 0)
         tokens = draw_each(streams, logits)
         logprobs = self._logprobs(streams, logits, tokens)
-        for number, (stream, is_valid) in enumerate(zip(streams, is_finite.tolist(), strict=True)):
-            if is_valid:
+        for number, (stream, is_finite) in enumerate(zip(streams, are_finite, strict=True)):
+            if is_finite:
                 stream.take(tokens[number], logprobs.get(number))
             else:
                 stream.fail("the model's logits are not finite; its training may have diverged")
@@ -235,13 +236,14 @@ def draw_each(streams: Sequence[Stream], logits: Tensor) -> list[int]:
 
     Rows with equal settings are drawn together, which is faster and gives the same ids: each has its own random number.
     """
-    changed = [stream.changed_logits(row) for stream, row in zip(streams, logits, strict=True)]
+    if any(stream.changes_logits for stream in streams):
+        logits = torch.stack([stream.changed_logits(row) for stream, row in zip(streams, logits, strict=True)])
     tokens = [0] * len(streams)
     groups: dict[Sampling | None, list[int]] = {}
     for number, stream in enumerate(streams):
         groups.setdefault(None if stream.is_greedy else stream.request.sampling, []).append(number)
     for sampling, numbers in groups.items():
-        scores = torch.stack([changed[number] for number in numbers])
+        scores = logits if len(numbers) == len(streams) else logits[numbers]
         if sampling is None:
             ids = scores.max(-1).indices
         else:

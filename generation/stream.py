@@ -102,6 +102,13 @@ class Stream:
     def is_greedy(self) -> bool:
         return self.request.sampling.temperature < MIN_TEMPERATURE
 
+    @property
+    def changes_logits(self) -> bool:
+        """Whether the request asks for penalties or a bias."""
+        request = self.request
+        has_penalty = request.frequency_penalty or request.presence_penalty or request.sampling.repetition_penalty != 1
+        return bool(has_penalty or request.logit_bias)
+
     def changed_logits(self, logits: Tensor) -> Tensor:
         """Logits (V,) after the penalties and the bias that the request asks for."""
         request, penalty = self.request, self.request.sampling.repetition_penalty
