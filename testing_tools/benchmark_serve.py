@@ -94,14 +94,17 @@ def message(number: int, n_words: int) -> str:
 
 
 def ask(target: Target, text: str, max_tokens: int) -> Reply:
-    """Stream one reply. Raises UserError if the server does not answer with a stream."""
+    """Stream one reply. Raises UserError if the server cannot be reached or does not answer with a stream."""
     address = urlsplit(target.url)
     connection = http.client.HTTPConnection(address.hostname or "", address.port, timeout=TIMEOUT_S)
     body = {"model": target.model, "messages": [{"role": "user", "content": text}], "stream": True}
     started = time.perf_counter()
     with contextlib.closing(connection):
         content = json.dumps({**body, "max_tokens": max_tokens, "temperature": 0})
-        connection.request("POST", "/v1/chat/completions", content, {"Content-Type": "application/json"})
+        try:
+            connection.request("POST", "/v1/chat/completions", content, {"Content-Type": "application/json"})
+        except OSError as error:
+            raise UserError(f"{target.name} at {target.url}: {error.strerror}; start it, or check --peer_url") from error
         answer = connection.getresponse()
         if answer.status != 200:
             raise UserError(f"{target.name} answered {answer.status}: {answer.read(300)!r}; check --peer_url")
