@@ -137,7 +137,7 @@ def build(
     shape = f"{config.n_layer} layers, {config.n_head} heads, {config.n_embd} wide"
     print(f"model: {shape}, {model.n_params():,} parameters, {config.dtype}, block size {config.block_size}")
     if fast:
-        fast.speed_up_training(model, config.activation_checkpointing)
+        fast.speed_up_training(model, config.activation_checkpointing, config.residual_dtype)
     model = shard_model(model, config.device) if is_sharded_run(config) else move_model(model, config.device)
     model.train()
     optimizers = make_optimizers(model, config)

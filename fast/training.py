@@ -39,17 +39,19 @@ FEW_TOKENS = 1024  # per micro-batch: for fewer, the attention kernel saves at m
 ACTIVATION_BUDGET = 0.9  # below 1, torch.compile recomputes cheap activations in the backward pass
 
 
-def speed_up_training(model: GPT, activation_checkpointing: bool = False) -> None:
+def speed_up_training(model: GPT, activation_checkpointing: bool = False, residual_dtype: str = "float32") -> None:
     """Replace the parts of `model` that take most of a training step's time and memory.
 
     Call it before the model is sharded or wrapped. With `activation_checkpointing` training keeps only each block's
     input, and runs the block again, with the same dropout, when the backward pass needs the rest ("Training Deep Nets
-    with Sublinear Memory Cost", Chen et al. 2016).
+    with Sublinear Memory Cost", Chen et al. 2016). With the `residual_dtype` "bfloat16", the residual stream and its
+    gradient are rounded to bfloat16 in all blocks, wherever autocast lets the linear layers compute in bfloat16, too.
     """
     model.__class__ = FastGPT
     for block in (cast(FastBlock, block) for block in model.h):
         block.__class__ = FastBlock
         block.activation_checkpointing = activation_checkpointing
+        block.residual_dtype = torch.bfloat16 if residual_dtype == "bfloat16" else None
         block.attn.__class__ = FastAttention
         block.mlp.__class__ = FastMLP
         for linear in (block.attn.c_attn, block.attn.c_proj, block.mlp.c_fc, block.mlp.c_proj):
@@ -166,6 +168,7 @@ class FastBlock(Block):
 
     compiled: Callable[..., Tensor] | None = None
     activation_checkpointing = False
+    residual_dtype: torch.dtype | None = None  # None: the embeddings'
 
     def forward(self, x: Tensor, cache: KVCache | None = None, mask: Tensor | None = None) -> Tensor:
         run = self.compiled if self.compiled and self.training else self.plain_forward
@@ -175,6 +178,8 @@ class FastBlock(Block):
 
     def plain_forward(self, x: Tensor, cache: KVCache | None = None, mask: Tensor | None = None) -> Tensor:
         """The plain block's forward pass, under a name that torch.compile can be given."""
+        if self.residual_dtype is not None and compute_dtype(x) == self.residual_dtype:
+            x = x.to(self.residual_dtype)
         return super().forward(x, cache, mask)
 
 

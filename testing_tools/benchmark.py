@@ -53,8 +53,8 @@ from common.files import atomic_write, require_target  # noqa: E402
 PACKAGES = ("transformers", "tiktoken")  # peers that must be installed
 SHOWN_SETTINGS = (
     *("preset", "n_layer", "n_head", "n_embd", "block_size", "device", "dtype", "batch_size"),
-    *("gradient_accumulation_steps", "optimizer", "compile", "quantize", "streams", "prompt_tokens", "max_tokens"),
-    *("input", "rounds"),
+    *("gradient_accumulation_steps", "optimizer", "compile", "residual_dtype", "quantize", "streams", "prompt_tokens"),
+    *("max_tokens", "input", "rounds"),
 )
 
 
@@ -93,6 +93,9 @@ class BenchmarkOptions:
     )
     compile: bool | None = option(
         None, "use torch.compile on our side (default: as train.py for a long run)", group="train"
+    )
+    residual_dtype: str | None = option(
+        None, "precision of our residual stream (default: float32)", choices=("float32", "bfloat16"), group="train"
     )
 
     quantize: str | None = quantize_option("generate")
@@ -234,7 +237,7 @@ def measure_model(
     shape = {name: getattr(config, name) for name in ("n_layer", "n_head", "n_embd", "block_size")}
     has_own_shape = any(getattr(options, name) for name in shape)
     if options.task == "train":
-        names = ("batch_size", "gradient_accumulation_steps", "optimizer", "compile")
+        names = ("batch_size", "gradient_accumulation_steps", "optimizer", "compile", "residual_dtype")
         settings = {name: getattr(config, name) for name in names}
     else:
         settings = {name: getattr(options, name) for name in ("quantize", "streams", "prompt_tokens", "max_tokens")}

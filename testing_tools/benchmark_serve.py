@@ -104,7 +104,7 @@ def ask(target: Target, text: str, max_tokens: int) -> Reply:
         try:
             connection.request("POST", "/v1/chat/completions", content, {"Content-Type": "application/json"})
         except OSError as error:
-            raise UserError(f"{target.name} at {target.url}: {error.strerror}; start it, or check --peer_url") from error
+            raise UserError(f"{target.name} at {target.url}: {error.strerror}; start it or check --peer_url") from error
         answer = connection.getresponse()
         if answer.status != 200:
             raise UserError(f"{target.name} answered {answer.status}: {answer.read(300)!r}; check --peer_url")

@@ -44,7 +44,7 @@ def train_ours(options: Any, config: RunConfig) -> Work:
     seed_everything(config.seed)
     model = make_model(gpt_config(config))
     if fast:
-        fast.speed_up_training(model, config.activation_checkpointing)
+        fast.speed_up_training(model, config.activation_checkpointing, config.residual_dtype)
     model = move_model(model, config.device).train()
     optimizers = make_optimizers(model, config)
     scaler = torch.amp.GradScaler(config.device.partition(":")[0], enabled=config.dtype == "float16")

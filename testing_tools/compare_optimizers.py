@@ -92,7 +92,7 @@ def run_of(config: RunConfig, data: TrainingData, variant: Variant) -> Iterator[
     if variant.prepare is not None:
         variant.prepare(model)
     if fast:
-        fast.speed_up_training(model)
+        fast.speed_up_training(model, residual_dtype=config.residual_dtype)
     model = move_model(model, config.device).train()
     optimizers = make_optimizers(model, config)
     if variant.muon is not None:
@@ -165,7 +165,8 @@ def main() -> None:
     options = parse_options(CompareOptions, __doc__)
     if options.json is not None:
         require_target("json", options.json)
-    device = choose_device(options.device)
+    device, fast = choose_device(options.device), load_speedups(plain=False)
+    speed_up = fast.speed_up_training if fast else None
     data = open_data(options.dataset, options.data_dir)
     losses: dict[tuple[str, int], list[float]] = {}
     for seed in options.seeds:
@@ -174,7 +175,7 @@ def main() -> None:
                 given = {name: getattr(options, name) for name in SHARED} | {"max_iters": max_iters, "seed": seed}
                 given |= {"compile": False, "gradient_accumulation_steps": 1, "learning_rate": LEARNING_RATE}
                 given |= VARIANTS[variant].changes
-                config = make_config(TrainOptions(**given), given, device, data.facts)
+                config = make_config(TrainOptions(**given), given, device, data.facts, speed_up=speed_up)
                 started = time.perf_counter()
                 loss = train(config, data, VARIANTS[variant])
                 losses.setdefault((variant, max_iters), []).append(loss)

@@ -11,7 +11,7 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from model import GPT, Block
 from training.initialization import PUBLISHED_STD, PUBLISHED_WIDTH
@@ -107,24 +107,6 @@ def wide_matrices(model: GPT) -> None:
             linear.weight.mul_(linear.in_features**-0.5 / PUBLISHED_STD)
 
 
-def low_precision_residual(model: GPT) -> None:
-    """A residual stream in bfloat16, as in modded-nanogpt: each sum is rounded, and so is its gradient."""
-
-    def widened(layer: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
-        return (inputs[0].float(),)
-
-    def narrowed(layer: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
-        return output.bfloat16()
-
-    for block in blocks_of(model):
-        for layer in (block.attn, block.mlp):
-            layer.register_forward_hook(narrowed)
-        for norm in (block.ln_1, block.ln_2):
-            norm.register_forward_pre_hook(widened)
-    blocks_of(model)[0].register_forward_pre_hook(lambda block, inputs: (inputs[0].bfloat16(), *inputs[1:]))
-    model.ln_f.register_forward_pre_hook(widened)
-
-
 def growing(done: float) -> float:
     """The share of a batch, or of its rows, after this part of the run's tokens: it grows evenly, and then is whole."""
     return min(1.0, FIRST_SHARE + (1 - FIRST_SHARE) * done / GROWN_BY)
@@ -151,6 +133,8 @@ VARIANTS = {
     "adamw, 1.5e-3": Variant({"optimizer": "adamw", "learning_rate": 1.5e-3}, muon=None),
     "muon": Variant(),
     "muon, 6e-3": Variant({"learning_rate": 6e-3}),  # of the embeddings, and with them of the tied head
+    "dropout, 6e-3": Variant({"learning_rate": 6e-3, "dropout": 0.1}),
+    "decay, 6e-3": Variant({"learning_rate": 6e-3, "muon_weight_decay": 0.1}),
     "muon, 0.04": Variant({"muon_learning_rate": 0.04}),
     "polar": Variant(muon=PolarMuon),
     "decay": Variant({"muon_weight_decay": 0.1}),
@@ -162,7 +146,7 @@ VARIANTS = {
     "wide matrices": Variant(prepare=wide_matrices),
     "published embeddings": Variant(prepare=published_embeddings),
     "published, 6e-3": Variant({"learning_rate": 6e-3}, prepare=published_embeddings),
-    "bfloat16 residual": Variant(prepare=low_precision_residual),
+    "bfloat16 residual": Variant({"dtype": "bfloat16", "residual_dtype": "bfloat16"}),
     "normuon": Variant(muon=NorMuon),
     "normuon, 0.04": Variant({"muon_learning_rate": 0.04}, muon=NorMuon),
     "hyperball": Variant({"muon_weight_decay": 0.0}, muon=HyperballMuon),

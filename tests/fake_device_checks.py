@@ -95,7 +95,7 @@ def model_for(config: RunConfig, plain: bool = False, compiled: bool = False) ->
     with torch.device(config.device):
         gpt = GPT(GPTConfig(**SHAPE, dropout=config.dropout)).train()
     if not plain:
-        fast.training.speed_up_training(gpt, config.activation_checkpointing)
+        fast.training.speed_up_training(gpt, config.activation_checkpointing, config.residual_dtype)
     if compiled:  # what is compiled runs eagerly, because a compiler would need the device
         fast.training._compile_blocks(gpt, "eager", 1.0)
         assert gpt.compiled_losses is not None, "on CUDA, the losses are compiled too"

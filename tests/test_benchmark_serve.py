@@ -54,7 +54,7 @@ def test_a_server_that_answers_with_an_error_is_named():
 def test_a_server_that_is_not_running_is_named():
     with contextlib.closing(socket.create_server(("127.0.0.1", 0))) as unused:
         port = unused.getsockname()[1]
-    with pytest.raises(UserError, match=rf"peer at http://127.0.0.1:{port}: .*refused; start it, or check --peer_url"):
+    with pytest.raises(UserError, match=rf"peer at http://127.0.0.1:{port}: .*refused; start it or check --peer_url"):
         benchmark_serve.ask(benchmark_serve.Target("peer", f"http://127.0.0.1:{port}", "random"), "Hello", 3)
 
 

@@ -27,7 +27,6 @@ from optimizer_variants import (
     PolarMuon,
     best_quintic,
     growing,
-    low_precision_residual,
     polar_coefficients,
     published_embeddings,
     wide_matrices,
@@ -143,18 +142,6 @@ def test_the_other_initial_weights_have_the_spread_that_they_are_named_for():
     published_embeddings(model)
     assert float(model.wte.weight.std()) == pytest.approx(0.02, rel=0.05)
     assert float(model.wpe.weight.std()) == pytest.approx(0.02, rel=0.05)
-
-
-def test_a_residual_stream_in_bfloat16_changes_the_logits_by_its_rounding():
-    model, ids = new_model(), torch.arange(6)[None]
-    plain, types = model.hidden(ids), []
-    low_precision_residual(model)
-    for block in model.h:
-        block.register_forward_hook(lambda block, inputs, output: types.append((inputs[0].dtype, output.dtype)))
-    found = model.hidden(ids)
-    assert types == [(torch.bfloat16, torch.bfloat16)] * 2
-    assert found.dtype == torch.float32
-    assert 0 < (found - plain).square().mean().sqrt() < 0.01 * plain.std()
 
 
 def test_a_growing_share_is_whole_after_half_of_the_tokens():

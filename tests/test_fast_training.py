@@ -241,6 +241,43 @@ def test_a_compiled_step_keeps_no_cheap_activation_and_has_the_plain_gradients(k
             torch.testing.assert_close(gradient, expected, atol=1e-6, rtol=1e-4)
 
 
+# --- a residual stream in bfloat16 ---
+
+
+@pytest.mark.parametrize("is_compiled", [False, True])
+def test_a_residual_stream_in_bfloat16_is_rounded_in_every_block_and_keeps_less(kept_bytes, is_compiled):
+    ids, targets = batch()
+    totals, found = [], []
+    for residual_dtype in ("float32", "bfloat16"):
+        torch._dynamo.reset()
+        fast = plain_and_fast(n_layer=4)[1]
+        speed_up_training(fast, residual_dtype=residual_dtype)
+        types: list[torch.dtype] = []
+        for block in fast.h:
+            block.register_forward_hook(lambda block, inputs, output, types=types: types.append(output.dtype))
+        kept_bytes.clear()
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = (compiled(fast) if is_compiled else fast)(ids, targets)[1]
+        totals.append(sum(kept_bytes))
+        found.append((loss, gradients(fast, loss)))
+        assert set(types) == {getattr(torch, residual_dtype)}
+    (loss, ours), (rounded_loss, rounded) = found
+    torch.testing.assert_close(rounded_loss, loss, rtol=0.003, atol=0)
+    assert rounded_loss != loss
+    for name, gradient in rounded.items():
+        assert F.cosine_similarity(gradient.flatten(), ours[name].flatten(), dim=0) > 0.99, name
+        assert gradient.dtype == torch.float32
+    assert totals[1] < totals[0]
+
+
+def test_without_autocast_the_residual_stream_stays_as_it_is():
+    plain, fast = plain_and_fast()
+    speed_up_training(fast, residual_dtype="bfloat16")
+    ids, _ = batch()
+    with torch.no_grad():
+        torch.testing.assert_close(fast.eval()(ids)[0], plain.eval()(ids)[0])
+
+
 # --- activation checkpointing ---
 
 

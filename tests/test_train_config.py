@@ -105,7 +105,7 @@ def test_the_fields_are_the_keys_of_a_checkpoint(straight):
         muon_weight_decay grad_clip eval_interval eval_iters log_interval keep tensorboard device dtype compile
         activation_checkpointing parallel deterministic data_dir out_dir resume init_from val_rows
     """
-    new = {"n_vocab", "objective", "beta", "label_smoothing", "sft_weight", *FIELDS}
+    new = {"n_vocab", "objective", "beta", "label_smoothing", "sft_weight", "residual_dtype", *FIELDS}
     assert [key for key in saved if key not in new] == expected.split()
 
 
@@ -147,6 +147,16 @@ def test_without_the_fast_parts_nothing_is_compiled():
     for name in ("compile", "activation_checkpointing"):
         with pytest.raises(UserError, match=f"--{name} needs the folder fast/"):
             make_config(TrainOptions(**{name: True}), {name: True}, "cpu", TEXT)
+
+
+def test_a_residual_stream_in_bfloat16_is_refused_where_it_has_no_use():
+    assert config_of(TEXT).residual_dtype == "float32"
+    rounded = {"residual_dtype": "bfloat16"}
+    assert config_of(TEXT, dtype="bfloat16", **rounded).residual_dtype == "bfloat16"
+    with pytest.raises(UserError, match="--residual_dtype bfloat16 does not go with float32; add --dtype bfloat16"):
+        config_of(TEXT, dtype="float32", **rounded)
+    with pytest.raises(UserError, match="--residual_dtype bfloat16 needs the folder fast/ and no --plain"):
+        make_config(TrainOptions(dtype="bfloat16", **rounded), rounded, "cpu", TEXT)
 
 
 def test_targets_that_text_cannot_have_are_refused(data, tmp_path):

@@ -58,7 +58,7 @@ class Card:
     def __init__(self, most: int):
         self.most, self.tried = most, []
 
-    def speed_up(self, model: GPT, activation_checkpointing: bool) -> None:
+    def speed_up(self, model: GPT, activation_checkpointing: bool, residual_dtype: str) -> None:
         """Applied to the model that is tried: notes what it is given."""
 
         def watch(module, arguments, settings):

@@ -24,7 +24,7 @@ from training.initialization import model_config
 from training.memory import SpeedUp, StepMemory, find_micro_batch
 from training.mixture import mixture_name, portions
 from training.objective_options import PREFERENCE_RATE
-from training.option_checks import check_combinations, require_whole_pairs
+from training.option_checks import check_combinations, check_residual_dtype, require_whole_pairs
 from training.options import TrainOptions
 from training.parallel import micro_batch_size
 
@@ -75,6 +75,7 @@ class RunConfig:
     tensorboard: bool
     device: str
     dtype: str
+    residual_dtype: str
     compile: bool
     activation_checkpointing: bool
     parallel: str
@@ -133,6 +134,7 @@ def make_config(
     micro_batch_size(wanted, steps)  # raises UserError if the processes cannot share the rows
     max_iters = options.max_iters or default_iters(portions(data), shape["block_size"], wanted * steps, is_fine_tuning)
     chosen = {**shape, **_choices(options, device, formats, shape, max_iters)}
+    check_residual_dtype(options.residual_dtype, chosen["dtype"], is_plain=speed_up is None)
     flops = max_iters * wanted * steps * shape["block_size"] * _flops_per_token(shape)
     pays_off = _compiling_pays_off(device, chosen["dtype"], flops)
     chosen["compile"] = speed_up is not None and _or(options.compile, pays_off)
@@ -143,6 +145,7 @@ def make_config(
     step = StepMemory(
         model=model_config(shape, checkpoint),
         **{name: chosen[name] for name in ("device", "dtype", "document_mask", "activation_checkpointing", "compile")},
+        residual_dtype=options.residual_dtype,
         is_sharded=options.parallel == "fsdp",
         logits_rows=None if has_pairs else logits_rows,  # the loss needs all logits
         adapter=adapter_of(chosen),

@@ -72,7 +72,7 @@ def divisors(number: int) -> list[int]:
 
 # --- the micro-batch that fits ---
 
-SpeedUp = Callable[[GPT, bool], None]  # (model, activation_checkpointing)
+SpeedUp = Callable[[GPT, bool, str], None]  # (model, activation_checkpointing, residual_dtype)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,6 +84,7 @@ class StepMemory:
     dtype: str
     document_mask: bool = False
     activation_checkpointing: bool = False
+    residual_dtype: str = "float32"
     compile: bool = False
     is_sharded: bool = False
     logits_rows: int | None = None  # rows whose logits exist at once; None: all
@@ -190,7 +191,7 @@ def largest_by_trying(step: StepMemory, sizes: list[int], speed_up: SpeedUp | No
             raise
         raise _weights_too_large_error(step.model, step.device) from error
     if speed_up:
-        speed_up(model, step.activation_checkpointing)
+        speed_up(model, step.activation_checkpointing, step.residual_dtype)
     return next((size for size in sizes if fits(model, functools.partial(try_step, model, step, size), step.device)), 1)
 
 

@@ -26,6 +26,16 @@ def check_combinations(options: TrainOptions, given: Mapping[str, Any], formats:
             raise UserError(f"--{name} needs the folder fast/ and no --plain; leave --{name} out")
 
 
+def check_residual_dtype(residual_dtype: str, dtype: str, is_plain: bool) -> None:
+    """Raise UserError for a residual stream in bfloat16 that would have no effect, or no use."""
+    if residual_dtype == "float32":
+        return
+    if is_plain:
+        raise UserError("--residual_dtype bfloat16 needs the folder fast/ and no --plain; leave it out")
+    if dtype != "bfloat16":
+        raise UserError(f"--residual_dtype bfloat16 does not go with {dtype}; add --dtype bfloat16, or leave it out")
+
+
 def _check_objective(options: TrainOptions, given: Mapping[str, Any], formats: set[str]) -> None:
     """Raise UserError for an objective that does not fit the data, or that another option contradicts."""
     names = [field.name for field in dataclasses.fields(ObjectiveOptions) if field.name != "objective"]

@@ -173,6 +173,13 @@ class TrainOptions(ObjectiveOptions, AdapterOptions):
         "use torch.compile (default: on CUDA, and in low precision in a long run on a CPU with a C++ compiler)",
         group="device",
     )
+    residual_dtype: str = option(
+        "float32",
+        "precision of the residual stream, to which every block adds; bfloat16 takes less time and memory and rounds "
+        "more (only with --dtype bfloat16)",
+        choices=("float32", "bfloat16"),
+        group="device",
+    )
     plain: bool = plain_option()
     parallel: str = option(
         "ddp",

@@ -55,7 +55,7 @@ def _time_steps(
     shape = model_config(fields, checkpoint)
     model = trial_model(shape, adapter_of(fields), config.device, config.dtype).train()
     if fast:
-        fast.speed_up_training(model, config.activation_checkpointing)
+        fast.speed_up_training(model, config.activation_checkpointing, config.residual_dtype)
     forward_backward = _micro_batch(model, shape, config, size)
     if config.compile and fast:
         fast.compile_training(model, forward_backward, any_process)
