@@ -8,10 +8,11 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from data.chitchat.names import hero_names
 from data.chitchat.templates import assistant_words, words_of
 from data.tales.short import ENDING
 from setup_tokenizer import GPT2, IM_END, Tokenizer
@@ -27,7 +28,7 @@ TURNS = 8  # user messages of the conversations with names and facts
 FACT_TURN = 2  # the user message that tells the fact
 N_TALES = 20
 RELATIVES = {"Mom", "Dad", "Grandma", "Grandpa"}  # other capitalized words that a tale may have
-SUMS = ("openers", "names", "facts", "beyond", "tales")
+SUMS = ("openers", "names", "facts", "beyond", "tales", "first_tales")
 
 # (messages, max_tokens=MAX_REPLY_TOKENS) -> the reply as text, with `<|im_end|>` at its end if the assistant ended it.
 Reply = Callable[..., str]
@@ -145,8 +146,8 @@ def beyond_fault(reply: str, fits: str, offers: str, known: frozenset[str]) -> s
     return None if re.search(offers, reply, re.IGNORECASE) else "does not say what it can do"
 
 
-def tale_fault(reply: str, hero: str) -> str | None:
-    """Why `reply` is not a whole tale about `hero`, or None.
+def tale_fault(reply: str, heroes: Collection[str]) -> str | None:
+    """Why `reply` is not a whole tale about one of `heroes`, or None.
 
     The hero must occur at least twice, and no other name. Within sentences, only names and RELATIVES are capitalized.
     """
@@ -155,7 +156,9 @@ def tale_fault(reply: str, hero: str) -> str | None:
     text = reply.removesuffix(IM_END).strip()
     if not text.endswith(ENDING):
         return f"does not end with {ENDING!r}"
-    if re.findall(r"[^\W\d_]+", text).count(hero) < 2:
+    words = re.findall(r"[^\W\d_]+", text)
+    hero = next((word for word in words if word in heroes), "")
+    if words.count(hero) < 2:
         return "does not keep the hero"
     inside = re.findall(r"(?<=[\w,;] )[^\W\d_]{2,}", text)  # words that begin no sentence, without "I"
     others = [word for word in inside if word[0].isupper() and word not in (hero, *RELATIVES)]
@@ -166,7 +169,7 @@ def evaluate(reply: Reply, questions: Mapping | None = None, limit: int | None =
     """Ask an assistant all questions; in the conversations it reads its own earlier replies.
 
     With `limit`, only the first so many of each kind of opener, conversations, each kind of question beyond small talk,
-    and tales.
+    and both kinds of tales.
     """
     questions = questions or load_questions()
     known = assistant_words()
@@ -186,7 +189,10 @@ def evaluate(reply: Reply, questions: Mapping | None = None, limit: int | None =
         messages = [user_says(introduction)]
         messages += [assistant_says(reply(messages)), user_says(questions["tales"][number % len(questions["tales"])])]
         text = reply(messages, MAX_TALE_TOKENS)
-        answers.append(Answer("tale", f"{introduction} / {messages[-1]['content']}", text, tale_fault(text, name)))
+        answers.append(Answer("tale", f"{introduction} / {messages[-1]['content']}", text, tale_fault(text, [name])))
+    for question in questions["tales"][:limit]:
+        text = reply([user_says(question)], MAX_TALE_TOKENS)
+        answers.append(Answer("first tale", question, text, tale_fault(text, hero_names())))
     return answers
 
 
@@ -215,7 +221,8 @@ def assistant_says(reply: str) -> dict[str, str]:
 def sum_of(category: str) -> str:
     """The member of SUMS to which the answers of a category are added."""
     kind = category.partition(":")[0]
-    return {"name": "names", "fact": "facts", "beyond": "beyond", "tale": "tales"}.get(kind, "openers")
+    sums = {"name": "names", "fact": "facts", "beyond": "beyond", "tale": "tales", "first tale": "first_tales"}
+    return sums.get(kind, "openers")
 
 
 def scores(answers: list[Answer]) -> dict[str, dict[str, int]]:
@@ -226,7 +233,7 @@ def scores(answers: list[Answer]) -> dict[str, dict[str, int]]:
             row = table.setdefault(category, {"right": 0, "asked": 0})
             row["right"] += answer.fault is None
             row["asked"] += 1
-    return {name: row for name, row in table.items() if name not in ("name", "tale")}
+    return {name: row for name, row in table.items() if name not in ("name", "tale", "first tale")}
 
 
 def model_reply(model: GPT, tokenizer: Tokenizer = GPT2, decode: DecodeStep | None = None) -> Reply:

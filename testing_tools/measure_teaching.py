@@ -126,13 +126,13 @@ def main() -> None:
     options = parse_options(MeasureOptions, __doc__)
     device = choose_device(options.device)
     width = max(map(len, options.checkpoints))
-    print(f"{'':<{width}} " + "".join(f"{name:>11}" for name in COLUMNS))
+    print(f"{'':<{width}} " + "".join(f"{name:>12}" for name in COLUMNS))
     measured = []
     for path in options.checkpoints:
         row = measure(path, options, device)
         measured.append(row)
         numbers = (f"{row[name]:.4f}" if name == "loss" else f"{row[name]:.4g}" for name in COLUMNS)
-        print(f"{path:<{width}} " + "".join(f"{number:>11}" for number in numbers), flush=True)
+        print(f"{path:<{width}} " + "".join(f"{number:>12}" for number in numbers), flush=True)
     if options.json:
         with atomic_write(options.json, "w", encoding="utf-8") as file:
             json.dump(measured, file, ensure_ascii=False, indent=1)

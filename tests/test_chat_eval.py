@@ -59,7 +59,7 @@ class FakeAssistant:
             return self.honest
         name = self.names.get(said[0])
         if last in self.questions["tales"]:
-            return self.tale.format(name=name)
+            return self.tale.format(name=name or "Mia")
         if last == self.questions["recall"]:
             return self.value_reply.format(value=name)
         told = dict(self.values[line] for line in said if line in self.values)
@@ -72,6 +72,7 @@ def test_a_perfect_assistant_gets_full_marks(questions):
     assert table["names"] == {"right": 50, "asked": 50}
     assert table["facts"] == table["beyond"] == {"right": 40, "asked": 40}
     assert table["tales"] == {"right": 20, "asked": 20}
+    assert table["first_tales"] == {"right": 5, "asked": 5}
 
 
 def test_the_conversations_have_eight_turns_and_ask_two_to_five_turns_after_a_fact(questions):
@@ -111,8 +112,14 @@ def test_faults_of_a_reply_beyond_small_talk(questions, reply, fault):
     ],
 )
 def test_faults_of_a_tale(tale, fault):
-    assert fault in chat_scores.tale_fault(tale + IM_END, "Annika")
-    assert chat_scores.tale_fault(TALE.format(name="Annika") + IM_END, "Annika") is None
+    assert fault in chat_scores.tale_fault(tale + IM_END, ["Annika"])
+    assert chat_scores.tale_fault(TALE.format(name="Annika") + IM_END, ["Annika"]) is None
+
+
+def test_a_first_tale_may_have_any_of_the_heroes_and_no_other():
+    told = TALE.format(name="Annika") + IM_END
+    assert chat_scores.tale_fault(told, ["Mia", "Annika"]) is None
+    assert chat_scores.tale_fault(told, ["Mia", "Ben"]) == "does not keep the hero"
 
 
 def test_every_line_of_the_generator_that_fits_is_accepted(questions):
@@ -201,7 +208,7 @@ def test_chat_eval_questions_a_checkpoint(tmp_path):
     content = json.loads((tmp_path / "scores.json").read_text(encoding="utf-8"))
     assert content["scores"]["names"] == {"right": 0, "asked": 50}
     assert content["scores"]["openers"] == {"right": 0, "asked": 40}
-    assert [answer["fault"] for answer in content["answers"]] == ["empty"] * 190
+    assert [answer["fault"] for answer in content["answers"]] == ["empty"] * 195
     assert "names                    0     50" in result.stdout
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data.chitchat.names import made_up_names, name_pieces, real_names
+from data.chitchat.names import hero_names, made_up_names, name_pieces, real_names
 from data.chitchat.talks import LISTS, generate
 from data.chitchat.templates import assistant_words, expand, load_phrases, parse_template, words_of
 from data.chitchat.typing_habits import type_like_a_person
@@ -155,13 +155,27 @@ def test_a_tale_is_about_the_user(conversations):
     for talk in conversations:
         for index, message in enumerate(talk):
             if message["content"].endswith("The end."):
-                assert chat_scores.tale_fault(message["content"] + IM_END, hero_of(message["content"])) is None
+                assert chat_scores.tale_fault(message["content"] + IM_END, [hero_of(message["content"])]) is None
                 told = re.search(
                     r"(?:Nice to meet you|nice to meet you|Hello|Hi), (\w+)", talk[max(0, index - 2)]["content"]
                 )
                 if told and talk[index - 2]["role"] == "assistant":
                     heroes.append(hero_of(message["content"]) == told[1])
     assert len(heroes) > 100 and 0.8 < sum(heroes) / len(heroes) < 1
+
+
+def test_a_hero_who_is_not_the_user_has_one_of_a_few_names(conversations):
+    """A model that learns to make up names does not find their end: "Once upon a time, Maaaaaaaaaaaa"."""
+    others = 0
+    for talk in conversations:
+        said = ""
+        for message in talk:
+            if message["content"].endswith("The end."):
+                hero = hero_of(message["content"])
+                assert hero in hero_names() or re.search(rf"\b{hero}\b", said)
+                others += hero in hero_names()
+            said += message["content"] + "\n"
+    assert others > 50
 
 
 def hero_of(tale: str) -> str:

@@ -7,6 +7,7 @@ import random
 import re
 
 from data.chitchat.templates import load_phrases
+from data.tales.phrases import names
 from setup_tokenizer import encode_text, get_extended_tokenizer
 
 N_MADE_UP_NAMES = 200_000
@@ -27,6 +28,13 @@ _UNWANTED_IN_NAMES = (
 def real_names() -> tuple[str, ...]:
     """The names and nicknames of the data file, without repeats."""
     return tuple(dict.fromkeys(" ".join(load_phrases()["names"].values()).split()))
+
+
+@functools.cache
+def hero_names() -> tuple[str, ...]:
+    """Names for the heroes of tales: few, and none that chat_eval.py asks for."""
+    kept_out = set(load_phrases()["never_made_up"].lower().split())
+    return tuple(name for name in (*names("she"), *names("he")) if name.lower() not in kept_out)
 
 
 @functools.cache
@@ -60,13 +68,13 @@ def made_up_names() -> tuple[str, ...]:
     """
     rng = random.Random("made-up names, each its own")
     kept_out = {name.lower() for name in (*real_names(), *load_phrases()["never_made_up"].split())}
-    names: dict[str, None] = {}
+    made: dict[str, None] = {}
     unwanted = re.compile(r"[aeiouy]{4}|[^aeiouy]{4}|^[^aeiouy]{3}|^[^aeiouy]+$|(.)\1\1|" + _UNWANTED_IN_NAMES)
-    while len(names) < N_MADE_UP_NAMES:
+    while len(made) < N_MADE_UP_NAMES:
         name = _name_of_pieces(rng) if rng.random() < PIECED_NAME_FRACTION else _blended_name(rng)
         if 3 <= len(name) <= 12 and name.lower() not in kept_out and not unwanted.search(name.lower()):
-            names[name] = None
-    return tuple(names)
+            made[name] = None
+    return tuple(made)
 
 
 def _name_of_pieces(rng: random.Random) -> str:

@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from data import templates
-from data.chitchat.names import made_up_names, real_names
+from data.chitchat.names import hero_names, made_up_names, real_names
 from data.chitchat.templates import PHRASES_FILE, SLOT, expand, load_phrases, parse_template
 from data.chitchat.typing_habits import type_like_a_person
 from data.dedup import DigestSet
@@ -135,10 +135,13 @@ class Talk:
         self.reply(script["answer"] if fact in self.told else script["unknown"])
 
     def tell_tale(self) -> None:
-        """The user asks for a story; its hero is the user, if the name is known."""
+        """The user asks for a story; its hero is the user, if the name is known.
+
+        Other heroes have one of a few names: a model that had to make up one of thousands would not find its end.
+        """
         self.say("user", self.phrases["tale"])
         knows_name = "name" in self.told and self.rng.random() < TALE_WITH_NAME_FRACTION
-        hero = self.values["name"] if knows_name else self._new_name("hero_name")
+        hero = self.values["name"] if knows_name else self.rng.choice(hero_names())
         self._add("assistant", short.short_tale(self.rng, hero))
 
 
