@@ -265,7 +265,7 @@ KINDS = {
     "names": (8, _talk_with_many_names),
     "long": (27, _long_talk),
     "unknown": (3, _talk_without_fact),
-    "tale": (8, _talk_with_tale),
+    "tale": (10, _talk_with_tale),
     "chat": (19, _small_talk),
     "exchange": (12, _one_exchange),
 }
