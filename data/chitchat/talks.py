@@ -30,7 +30,6 @@ MADE_UP_NAME_FRACTION = 0.75  # of the names in conversations; the others are re
 LISTS = ("friends", "words")  # slots of several names: many tokens to copy, which teaches copying fastest
 # Values that a model has to copy: made-up words, and for pets people's names, take the place of this fraction of them.
 MADE_UP_VALUES = {"city": 0.8, "colour": 0.85, "pet_name": 0.75}
-TALE_WITH_NAME_FRACTION = 0.9  # of the tales told to a user whose name is known; the hero is the user
 SYSTEM_FRACTION = 0.15
 MAX_EXCHANGES = 10  # keeps a conversation under 500 tokens, so that it fits into a block of 512
 CONVERSATIONS_AT_ONCE = 100  # made before they are compared with the earlier ones
@@ -140,8 +139,7 @@ class Talk:
         Other heroes have one of a few names: a model that had to make up one of thousands would not find its end.
         """
         self.say("user", self.phrases["tale"])
-        knows_name = "name" in self.told and self.rng.random() < TALE_WITH_NAME_FRACTION
-        hero = self.values["name"] if knows_name else self.rng.choice(hero_names())
+        hero = self.values["name"] if "name" in self.told else self.rng.choice(hero_names())
         self._add("assistant", short.short_tale(self.rng, hero))
 
 
@@ -247,7 +245,7 @@ def _long_talk(talk: Talk) -> None:
 def _talk_with_tale(talk: Talk) -> None:
     rng = talk.rng
     talk.play_some(OPENINGS, _count(rng, 60, 40))
-    if rng.random() < 0.8:
+    if rng.random() < 0.9:
         talk.tell("name")
         talk.play_some(FILLERS, _count(rng, 50, 35, 15))
     talk.tell_tale()
