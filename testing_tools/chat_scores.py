@@ -8,11 +8,10 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from data.chitchat.names import hero_names
 from data.chitchat.templates import assistant_words, words_of
 from data.tales.short import ENDING
 from setup_tokenizer import GPT2, IM_END, Tokenizer
@@ -146,22 +145,25 @@ def beyond_fault(reply: str, fits: str, offers: str, known: frozenset[str]) -> s
     return None if re.search(offers, reply, re.IGNORECASE) else "does not say what it can do"
 
 
-def tale_fault(reply: str, heroes: Collection[str]) -> str | None:
-    """Why `reply` is not a whole tale about one of `heroes`, or None.
+def tale_fault(reply: str, hero: str | None = None) -> str | None:
+    """Why `reply` is not a whole tale about `hero`, or None.
 
     The hero must occur at least twice, and no other name. Within sentences, only names and RELATIVES are capitalized.
+    Without a `hero`, it is the first name in the tale.
     """
     if fault := form_fault(reply, MAX_TALE_WORDS):
         return fault
     text = reply.removesuffix(IM_END).strip()
     if not text.endswith(ENDING):
         return f"does not end with {ENDING!r}"
-    words = re.findall(r"[^\W\d_]+", text)
-    hero = next((word for word in words if word in heroes), "")
-    if words.count(hero) < 2:
-        return "does not keep the hero"
     inside = re.findall(r"(?<=[\w,;] )[^\W\d_]{2,}", text)  # words that begin no sentence, without "I"
-    others = [word for word in inside if word[0].isupper() and word not in (hero, *RELATIVES)]
+    names = [word for word in inside if word[0].isupper() and word not in RELATIVES]
+    hero = hero or next(iter(names), "")
+    if re.findall(r"[^\W\d_]+", text).count(hero) < 2:
+        return "does not keep the hero"
+    if re.search(r"(.)\1\1", hero):
+        return f"{hero} is not a name"
+    others = [name for name in names if name != hero]
     return f"has another name, {others[0]}" if others else None
 
 
@@ -189,10 +191,10 @@ def evaluate(reply: Reply, questions: Mapping | None = None, limit: int | None =
         messages = [user_says(introduction)]
         messages += [assistant_says(reply(messages)), user_says(questions["tales"][number % len(questions["tales"])])]
         text = reply(messages, MAX_TALE_TOKENS)
-        answers.append(Answer("tale", f"{introduction} / {messages[-1]['content']}", text, tale_fault(text, [name])))
+        answers.append(Answer("tale", f"{introduction} / {messages[-1]['content']}", text, tale_fault(text, name)))
     for question in questions["tales"][:limit]:
         text = reply([user_says(question)], MAX_TALE_TOKENS)
-        answers.append(Answer("first tale", question, text, tale_fault(text, hero_names())))
+        answers.append(Answer("first tale", question, text, tale_fault(text)))
     return answers
 
 

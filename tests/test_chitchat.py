@@ -155,13 +155,13 @@ def test_a_tale_is_about_the_user(conversations):
     for talk in conversations:
         for index, message in enumerate(talk):
             if message["content"].endswith("The end."):
-                assert chat_scores.tale_fault(message["content"] + IM_END, [hero_of(message["content"])]) is None
+                assert chat_scores.tale_fault(message["content"] + IM_END, hero_of(message["content"])) is None
                 told = re.search(
                     r"(?:Nice to meet you|nice to meet you|Hello|Hi), (\w+)", talk[max(0, index - 2)]["content"]
                 )
                 if told and talk[index - 2]["role"] == "assistant":
                     heroes.append(hero_of(message["content"]) == told[1])
-    assert len(heroes) > 100 and 0.8 < sum(heroes) / len(heroes) < 1
+    assert len(heroes) > 100 and all(heroes)
 
 
 def test_a_hero_who_is_not_the_user_has_one_of_a_few_names(conversations):
@@ -175,7 +175,7 @@ def test_a_hero_who_is_not_the_user_has_one_of_a_few_names(conversations):
                 assert hero in hero_names() or re.search(rf"\b{hero}\b", said)
                 others += hero in hero_names()
             said += message["content"] + "\n"
-    assert others > 50
+    assert others > 10
 
 
 def hero_of(tale: str) -> str:

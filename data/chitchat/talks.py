@@ -134,10 +134,7 @@ class Talk:
         self.reply(script["answer"] if fact in self.told else script["unknown"])
 
     def tell_tale(self) -> None:
-        """The user asks for a story; its hero is the user, if the name is known.
-
-        Other heroes have one of a few names: a model that had to make up one of thousands would not find its end.
-        """
+        """The user asks for a story; its hero is the user, if the name is known."""
         self.say("user", self.phrases["tale"])
         hero = self.values["name"] if "name" in self.told else self.rng.choice(hero_names())
         self._add("assistant", short.short_tale(self.rng, hero))
@@ -245,7 +242,7 @@ def _long_talk(talk: Talk) -> None:
 def _talk_with_tale(talk: Talk) -> None:
     rng = talk.rng
     talk.play_some(OPENINGS, _count(rng, 60, 40))
-    if rng.random() < 0.9:
+    if rng.random() < 0.85:
         talk.tell("name")
         talk.play_some(FILLERS, _count(rng, 50, 35, 15))
     talk.tell_tale()
