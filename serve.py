@@ -181,7 +181,7 @@ def model_loader(options: ServeOptions) -> Callable[..., tuple[GPT, DecodeRows]]
         if fast:
             # The fastest layers depend on the number of texts, and --exact needs those of gen.py, which has one.
             fast.speed_up_generation(model, options.quantize, 1 if options.exact else options.max_rows)
-            fast.give_back_freed_memory()  # that of the checkpoint in its own precision
+            fast.give_back_freed_memory()  # the original weights, which the faster layers have replaced
         return model, decode_rows
 
     return load

@@ -4,7 +4,7 @@
     speed_up_training(model)                         # the same losses and gradients in less time and memory
     compile_training(model, trial_step, any_failed)  # after that: torch.compile for the blocks
     speed_up_generation(model, quantize="int8")      # a model that only generates from then on
-    give_back_freed_memory()                         # what loading needed and generating does not
+    give_back_freed_memory()                         # after loading: return the memory that only loading needed
 
 Scripts get this package from `common.speedups.load_speedups`. No other module imports it or knows its parts. Replaced
 modules keep their parameters and the parameters' names, so checkpoints are the same with this package and without it.

@@ -44,8 +44,8 @@ def speed_up_training(model: GPT, activation_checkpointing: bool = False, residu
 
     Call it before the model is sharded or wrapped. With `activation_checkpointing` training keeps only each block's
     input, and runs the block again, with the same dropout, when the backward pass needs the rest ("Training Deep Nets
-    with Sublinear Memory Cost", Chen et al. 2016). With the `residual_dtype` "bfloat16", the residual stream and its
-    gradient are rounded to bfloat16 in all blocks, wherever autocast lets the linear layers compute in bfloat16, too.
+    with Sublinear Memory Cost", Chen et al. 2016). If `residual_dtype` is "bfloat16", the residual stream and its
+    gradient are in bfloat16 in all blocks. This applies only under autocast to bfloat16.
     """
     model.__class__ = FastGPT
     for block in (cast(FastBlock, block) for block in model.h):
@@ -168,7 +168,7 @@ class FastBlock(Block):
 
     compiled: Callable[..., Tensor] | None = None
     activation_checkpointing = False
-    residual_dtype: torch.dtype | None = None  # None: the embeddings'
+    residual_dtype: torch.dtype | None = None  # None keeps the precision of the embeddings
 
     def forward(self, x: Tensor, cache: KVCache | None = None, mask: Tensor | None = None) -> Tensor:
         run = self.compiled if self.compiled and self.training else self.plain_forward

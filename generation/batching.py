@@ -207,7 +207,7 @@ class BatchEngine:
     def _draw(self, streams: list[Stream], logits: Tensor) -> None:
         """Draw the next id of each text from logits (N, V) and deliver what it adds."""
         are_finite = [math.isfinite(largest) for largest in logits.amax(-1).tolist()]  # with NaN, the largest is NaN
-        if not all(are_finite):  # ids can then be drawn for the other rows
+        if not all(are_finite):  # zeros, so that drawing does not fail for the other rows
             logits = logits.masked_fill(~logits.amax(-1, keepdim=True).isfinite(), 0)
         tokens = draw_each(streams, logits)
         logprobs = self._logprobs(streams, logits, tokens)

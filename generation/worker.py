@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from common.device import is_out_of_memory
 from generation.batching import BatchEngine
@@ -14,10 +14,14 @@ log = logging.getLogger("jojo")
 
 
 class Worker(threading.Thread):
-    """Runs the steps of all engines in turn, and sleeps while there is nothing to do."""
+    """Runs the steps of all engines in turn, and sleeps while there is nothing to do.
 
-    def __init__(self) -> None:
+    `after_step` is called after each step, in the same thread.
+    """
+
+    def __init__(self, after_step: Callable[[], None] = lambda: None) -> None:
         super().__init__(name="model", daemon=True)
+        self.after_step = after_step
         self.engines: list[BatchEngine] = []
         self._wake = threading.Event()
         self._is_stopping = False
@@ -31,7 +35,9 @@ class Worker(threading.Thread):
 
     def _step(self, engine: BatchEngine) -> bool:
         try:
-            return engine.step()
+            is_busy = engine.step()
+            self.after_step()
+            return is_busy
         except Exception as error:  # after any error, continue to serve other requests
             log.exception("a step of the model failed")
             engine.fail("the device is out of memory" if is_out_of_memory(error) else "the model failed")

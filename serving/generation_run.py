@@ -61,7 +61,7 @@ class GenerationRun:
         self.metrics.prompt_tokens.inc(sum(len(self.requests[index].prompt) for index in self.firsts))
 
     async def outputs(self, comment_s: float) -> AsyncGenerator[list[tuple[int, Output]], None]:
-        """Each (index of the text, output) that has arrived; an empty list whenever nothing has for `comment_s`.
+        """Lists of (index of the text, output) as outputs arrive; an empty list after `comment_s` seconds without any.
 
         Raises ApiError if the model cannot be loaded or fails.
         """

@@ -121,7 +121,8 @@ class ModelPool:
         self, cards: Mapping[str, ModelCard], load: Loader, settings: ServerSettings, digest_of: Callable[[str], str]
     ):
         self.cards, self.load, self.settings, self.digest_of = cards, load, settings, digest_of
-        self.worker, self.deliveries = Worker(), Deliveries()
+        self.deliveries = Deliveries()
+        self.worker = Worker(self.deliveries.flush)
         self.loaded: dict[str, PooledModel] = {}
         self.failure: UserError | None = None
         self.is_ready = False  # from the first model on

@@ -84,7 +84,7 @@ class Reply:
 
     @property
     def step_s(self) -> float:
-        """The mean time between two pieces, several of which may arrive together."""
+        """The mean time between pieces. A median would mislead, because several pieces may arrive together."""
         return (self.pieces[-1] - self.pieces[0]) / (len(self.pieces) - 1)
 
 
@@ -104,7 +104,8 @@ def ask(target: Target, text: str, max_tokens: int) -> Reply:
         try:
             connection.request("POST", "/v1/chat/completions", content, {"Content-Type": "application/json"})
         except OSError as error:
-            raise UserError(f"{target.name} at {target.url}: {error.strerror}; start it or check --peer_url") from error
+            reason = error.strerror or error
+            raise UserError(f"{target.name} at {target.url}: {reason}; start it or check --peer_url") from error
         answer = connection.getresponse()
         if answer.status != 200:
             raise UserError(f"{target.name} answered {answer.status}: {answer.read(300)!r}; check --peer_url")

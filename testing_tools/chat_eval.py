@@ -7,7 +7,7 @@
 - facts: 40 facts (a pet, a town, a colour), told in these conversations and asked for two to five turns later
 - beyond: 40 questions beyond small talk, which need an honest reply that says what the model can do
 - tales: 20 requests for a story, which must end properly and keep its hero, the user
-- first_tales: 5 requests as the first message, with any hero
+- first_tales: 5 requests for a story as the first message; the hero may have any name
 
 Prints every failure with its reason, then a table of scores. Replies are decoded greedily, so a model always gets the
 same scores. The questions are in chat_eval_questions.json.

@@ -133,8 +133,6 @@ VARIANTS = {
     "adamw, 1.5e-3": Variant({"optimizer": "adamw", "learning_rate": 1.5e-3}, muon=None),
     "muon": Variant(),
     "muon, 6e-3": Variant({"learning_rate": 6e-3}),  # of the embeddings, and with them of the tied head
-    "dropout, 6e-3": Variant({"learning_rate": 6e-3, "dropout": 0.1}),
-    "decay, 6e-3": Variant({"learning_rate": 6e-3, "muon_weight_decay": 0.1}),
     "muon, 0.04": Variant({"muon_learning_rate": 0.04}),
     "polar": Variant(muon=PolarMuon),
     "decay": Variant({"muon_weight_decay": 0.1}),
@@ -146,6 +144,7 @@ VARIANTS = {
     "wide matrices": Variant(prepare=wide_matrices),
     "published embeddings": Variant(prepare=published_embeddings),
     "published, 6e-3": Variant({"learning_rate": 6e-3}, prepare=published_embeddings),
+    "bfloat16": Variant({"dtype": "bfloat16"}),
     "bfloat16 residual": Variant({"dtype": "bfloat16", "residual_dtype": "bfloat16"}),
     "normuon": Variant(muon=NorMuon),
     "normuon, 0.04": Variant({"muon_learning_rate": 0.04}, muon=NorMuon),

@@ -46,18 +46,21 @@ def deliveries(clock):
     return Deliveries(0.025, clock)
 
 
-def test_tokens_of_a_slow_model_are_delivered_one_by_one(deliveries, clock):
-    loop, queue = Loop(), asyncio.Queue()
+def test_tokens_of_a_slow_model_are_delivered_after_each_step(deliveries, clock):
+    loop, queues = Loop(), [asyncio.Queue(), asyncio.Queue()]
     for n in range(1, 5):
-        deliveries.put(loop, queue, 0, Output(n_tokens=n))
-        assert taken(queue) == [n]
-        clock.now += 0.03
+        clock.now += 0.2
+        for queue in queues:  # the texts of a batch
+            deliveries.put(loop, queue, 0, Output(n_tokens=n))
+        deliveries.flush()
+        assert [taken(queue) for queue in queues] == [[n], [n]]
 
 
 def test_tokens_of_a_fast_model_are_delivered_together_and_in_order(deliveries, clock):
     loop, queue, found = Loop(), asyncio.Queue(), []
     for n in range(1, 101):  # 100 ms
         deliveries.put(loop, queue, 0, Output(n_tokens=n))
+        deliveries.flush()
         clock.now += 0.001
         found += taken(queue)
     deliveries.put(loop, queue, 0, Output(n_tokens=101, finish_reason="stop"))
@@ -70,12 +73,17 @@ def test_first_and_last_outputs_are_delivered_at_once_with_all_others(deliveries
     deliveries.put(loop, one, 0, Output(n_tokens=1))
     assert taken(one) == [1]
     deliveries.put(loop, one, 0, Output(n_tokens=2))
+    deliveries.flush()
     assert taken(one) == []
     deliveries.put(loop, other, 0, Output(n_tokens=1))
     assert (taken(one), taken(other)) == ([2], [1])
     deliveries.put(loop, one, 0, Output(n_tokens=3))
     deliveries.put(loop, other, 0, Output(n_tokens=1, finish_reason="error", error="the model failed"))
     assert (taken(one), taken(other)) == ([3], [1])
+
+
+def test_nothing_held_wakes_nobody(deliveries):
+    deliveries.flush()
 
 
 def test_the_time_of_a_delivery_is_when_it_was_computed(deliveries, clock):

@@ -31,9 +31,11 @@ def check_residual_dtype(residual_dtype: str, dtype: str, is_plain: bool) -> Non
     if residual_dtype == "float32":
         return
     if is_plain:
-        raise UserError("--residual_dtype bfloat16 needs the folder fast/ and no --plain; leave it out")
+        raise UserError("a residual stream in bfloat16 needs fast/ and no --plain; give --residual_dtype float32")
     if dtype != "bfloat16":
-        raise UserError(f"--residual_dtype bfloat16 does not go with {dtype}; add --dtype bfloat16, or leave it out")
+        raise UserError(
+            f"a residual stream in bfloat16 does not go with {dtype}; give --dtype bfloat16 or --residual_dtype float32"
+        )
 
 
 def _check_objective(options: TrainOptions, given: Mapping[str, Any], formats: set[str]) -> None:

@@ -11,7 +11,7 @@ from data.tales.phrases import names
 from setup_tokenizer import encode_text, get_extended_tokenizer
 
 N_MADE_UP_NAMES = 200_000
-N_HEROES = 6  # girls, and as many boys
+N_HEROES = 6  # of girls, and the same number of boys
 PIECED_NAME_FRACTION = 0.6  # of the made-up names; the others are blends of two real ones
 
 # Weights for the number of tokens in a made-up name, and for the letters in its first and its other tokens.
@@ -34,7 +34,7 @@ def real_names() -> tuple[str, ...]:
 def hero_names() -> list[str]:
     """Names for the heroes of tales who are not the user.
 
-    So few that a model can memorize them: one that has to make up a name does not find its end ("Maaaaaaaa").
+    The list is short, so a model can memorize it. A model that has to make up a name often does not end it ("Maaaaaa").
     """
     return [*names("she")[:N_HEROES], *names("he")[:N_HEROES]]
 

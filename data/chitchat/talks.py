@@ -19,7 +19,6 @@ from pathlib import Path
 
 import numpy as np
 
-from data import templates
 from data.chitchat.names import hero_names, made_up_names, real_names
 from data.chitchat.templates import PHRASES_FILE, SLOT, expand, load_phrases, parse_template
 from data.chitchat.typing_habits import type_like_a_person
@@ -251,8 +250,8 @@ def _talk_with_tale(talk: Talk) -> None:
         talk.ask("name")
 
 
-# Kinds of conversation: how many in a hundred, and the function that makes them. Remembering is the hardest lesson, so
-# it is the most frequent one.
+# Kinds of conversation: their weights, and the functions that make them. Remembering is the hardest lesson, so it is
+# the most frequent one.
 KINDS = {
     "name": (10, _talk_with_name),
     "name_from_system": (2, _talk_with_name_from_system),
@@ -282,7 +281,7 @@ def make_conversation(rng: random.Random) -> Conversation:
 
 def source_files() -> list[Path]:
     """The files that, with the seed, decide the conversations."""
-    return [PHRASES_FILE, Path(templates.__file__), *sorted(Path(__file__).parent.glob("*.py"))]
+    return [PHRASES_FILE, *sorted(Path(__file__).parent.glob("*.py")), *short.source_files()]
 
 
 def generate(
