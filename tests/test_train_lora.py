@@ -223,7 +223,7 @@ def test_frozen_weights_need_no_gradients_and_states():
 def test_a_micro_batch_is_tried_with_the_adapter():
     tried = []
 
-    def watch(model, checkpointing):
+    def watch(model, *settings):
         model.register_forward_pre_hook(lambda module, arguments: tried.append(module))
 
     step = StepMemory(GPTConfig(n_layer=1, n_head=1, n_embd=8, block_size=16), "meta", "float32", adapter=Adapter(2))
