@@ -140,7 +140,7 @@ def build(
         fast.speed_up_training(model, config.activation_checkpointing, config.residual_dtype)
     model = shard_model(model, config.device) if is_sharded_run(config) else move_model(model, config.device)
     model.train()
-    optimizers = make_optimizers(model, config)
+    optimizers = make_optimizers(model, config, fast)
     # float16 has a small range: the loss is scaled up so that small gradients do not become zero.
     scaler = torch.amp.GradScaler(config.device.partition(":")[0], enabled=config.dtype == "float16")
     parallel.seed_dropout(config.seed)

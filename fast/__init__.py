@@ -3,6 +3,7 @@
     keep_freed_memory()                              # before the first tensor
     speed_up_training(model)                         # the same losses and gradients in less time and memory
     compile_training(model, trial_step, any_failed)  # after that: torch.compile for the blocks
+    speed_up_optimizers(optimizers)                  # Muon's updates in less time
     speed_up_generation(model, quantize="int8")      # a model that only generates from then on
     give_back_freed_memory()                         # after loading: return the memory that only loading needed
 
@@ -12,6 +13,7 @@ modules keep their parameters and the parameters' names, so checkpoints are the 
 
 from fast.allocator import give_back_freed_memory, keep_freed_memory
 from fast.generation import speed_up_generation
+from fast.muon_kernel import speed_up_optimizers
 from fast.tied_head import LOSS_CHUNK_ROWS
 from fast.training import compile_training, speed_up_training
 
@@ -21,5 +23,6 @@ __all__ = [
     "give_back_freed_memory",
     "keep_freed_memory",
     "speed_up_generation",
+    "speed_up_optimizers",
     "speed_up_training",
 ]

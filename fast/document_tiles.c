@@ -14,8 +14,7 @@
 #include "lanes.h"
 #include "tiles.h"
 
-#define BLOCK (2 * SIDE) /* rows and columns of a product that are computed at a time, in four tiles */
-#define QUERIES 64       /* whose scores with a block of keys exist at the same time in the backward pass */
+#define QUERIES 64 /* whose scores with a block of keys exist at the same time in the backward pass */
 
 #ifdef HAS_TILES
 
@@ -28,13 +27,6 @@ long tile_memory_bytes(const struct shape *shape) {
     const long number = sizeof(uint16_t), sum = sizeof(float), room = padded(shape->tokens);
     const long for_block = BLOCK * (QUERIES * (3 * number + 2 * sum) + shape->size * 2 * sum);
     return room * (shape->size * (8 * number + sum) + 2 * sum) + for_block;
-}
-
-/* Memory for `count` elements of `bytes` each, from what is left at `next`. */
-static void *part_of(char **next, long count, long bytes) {
-    char *start = *next;
-    *next += count * bytes;
-    return start;
 }
 
 /* c (rows, columns) = a b, or c += a b, for a (rows, inner) and b (inner / 2, columns) in pairs. `_row` is the number of
@@ -83,43 +75,11 @@ static void pack_rows(const uint16_t *from, long step, long length, long room, l
     memset(rows + length * size, 0, (room - length) * size * sizeof *rows);
 }
 
-/* The transpose of 16 rows of 16 elements of 32 bits. */
-static inline void transpose_tile(const void *from, long from_row, void *to, long to_row) {
-    __m512i rows[SIDE], mixed[SIDE];
-    for (int i = 0; i < SIDE; i++) rows[i] = _mm512_loadu_si512((const uint32_t *)from + i * from_row);
-    for (int i = 0; i < SIDE; i += 2) { /* pairs of elements of neighbouring rows */
-        mixed[i] = _mm512_unpacklo_epi32(rows[i], rows[i + 1]);
-        mixed[i + 1] = _mm512_unpackhi_epi32(rows[i], rows[i + 1]);
-    }
-    for (int i = 0; i < SIDE; i += 4) /* four elements of a column, in each quarter of a vector */
-        for (int half = 0; half < 2; half++) {
-            rows[i + 2 * half] = _mm512_unpacklo_epi64(mixed[i + half], mixed[i + half + 2]);
-            rows[i + 2 * half + 1] = _mm512_unpackhi_epi64(mixed[i + half], mixed[i + half + 2]);
-        }
-    for (int i = 0; i < 4; i++) /* quarters 0 and 2, or 1 and 3, of eight rows */
-        for (int half = 0; half < 2; half++) {
-            const __m512i upper = rows[8 * half + i], lower = rows[8 * half + i + 4];
-            mixed[8 * half + i] = _mm512_shuffle_i32x4(upper, lower, 0x88);
-            mixed[8 * half + i + 4] = _mm512_shuffle_i32x4(upper, lower, 0xdd);
-        }
-    for (int i = 0; i < 8; i++) {
-        _mm512_storeu_si512((uint32_t *)to + i * to_row, _mm512_shuffle_i32x4(mixed[i], mixed[i + 8], 0x88));
-        _mm512_storeu_si512((uint32_t *)to + (i + 8) * to_row, _mm512_shuffle_i32x4(mixed[i], mixed[i + 8], 0xdd));
-    }
-}
-
 /* The transpose (width, height) of a matrix (height, width) of 32-bit elements. */
 static void transpose(const void *from, long height, long width, void *to) {
     for (long i = 0; i < height; i += SIDE)
         for (long j = 0; j < width; j += SIDE)
             transpose_tile((const uint32_t *)from + i * width + j, width, (uint32_t *)to + j * height + i, height);
-}
-
-/* The rows of two matrices, 16 numbers each, with their numbers alternating. */
-static inline __m512i alternating(__m512i first_then_second) {
-    const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8,
-                                           23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
-    return _mm512_permutexvar_epi16(order, first_then_second);
 }
 
 /* `pairs` (room / 2, size) of `rows` (room, size). */
@@ -132,10 +92,6 @@ static void to_pairs(const uint16_t *rows, long room, long size, uint32_t *pairs
             const __m512i both = _mm512_inserti64x4(_mm512_castsi256_si512(upper), lower, 1);
             _mm512_storeu_si512(pairs + row / 2 * size + column, alternating(both));
         }
-}
-
-static inline void store_bfloat16(uint16_t *to, lanes numbers) {
-    _mm256_storeu_si256((__m256i *)to, (__m256i)_mm512_cvtneps_pbh(numbers));
 }
 
 /* The lanes from 0 to `count` - 1. */

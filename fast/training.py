@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from common.device import is_out_of_memory
-from fast import cpu_backward
+from fast import block_kernel, cpu_backward
 from fast.allocator import give_back_freed_memory
 from fast.document_attention import MASK_DTYPE, document_attention, first_keys, supports
 from fast.document_masks import BlockMask, block_mask, compute_dtype, dense_mask, flex_attention
@@ -172,9 +172,23 @@ class FastBlock(Block):
 
     def forward(self, x: Tensor, cache: KVCache | None = None, mask: Tensor | None = None) -> Tensor:
         run = self.compiled if self.compiled and self.training else self.plain_forward
+        if self.has_kernel(x, cache, mask):
+            run = self.run_kernel
         if self.activation_checkpointing and torch.is_grad_enabled():
             return cast(Tensor, checkpoint(run, x, cache, mask, use_reentrant=False))
         return run(x, cache, mask)
+
+    def has_kernel(self, x: Tensor, cache: KVCache | None, mask: Tensor | None) -> bool:
+        """Whether the whole block runs in kernels (fast/block_kernel.py)."""
+        attention, mlp = self.attn, self.mlp
+        linears = (attention.c_attn, attention.c_proj, mlp.c_fc, mlp.c_proj)
+        is_changed = cache is not None or self.residual_dtype is not None or (self.training and mlp.dropout > 0)
+        if is_changed or any(type(linear) is not FastLinear for linear in linears):
+            return False
+        return block_kernel.supports(self, x, mask)
+
+    def run_kernel(self, x: Tensor, cache: KVCache | None, mask: Tensor) -> Tensor:
+        return block_kernel.block_with_kernel(self, x, mask)
 
     def plain_forward(self, x: Tensor, cache: KVCache | None = None, mask: Tensor | None = None) -> Tensor:
         """The plain block's forward pass, under a name that torch.compile can be given."""

@@ -46,7 +46,7 @@ def train_ours(options: Any, config: RunConfig) -> Work:
     if fast:
         fast.speed_up_training(model, config.activation_checkpointing, config.residual_dtype)
     model = move_model(model, config.device).train()
-    optimizers = make_optimizers(model, config)
+    optimizers = make_optimizers(model, config, fast)
     scaler = torch.amp.GradScaler(config.device.partition(":")[0], enabled=config.dtype == "float16")
     objective = NextToken(config)
     n_rows = config.batch_size * config.gradient_accumulation_steps

@@ -6,6 +6,7 @@ activations to activations: embeddings are tables of vectors, and biases and Lay
 
 from __future__ import annotations
 
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -17,8 +18,10 @@ from training.muon import Muon
 EMBEDDING_EPS = 1e-6 * 4096  # Adam's eps for the embeddings is this / tokens_per_iter; see make_optimizers
 
 
-def make_optimizers(model: GPT, config: RunConfig) -> list[torch.optim.Optimizer]:
+def make_optimizers(model: GPT, config: RunConfig, fast: ModuleType | None = None) -> list[torch.optim.Optimizer]:
     """AdamW for all weights, or Muon for the blocks' matrices and AdamW for the rest.
+
+    `fast` is the package of that name, if the run uses it.
 
     AdamW: "Decoupled Weight Decay Regularization" (Loshchilov and Hutter 2019); Muon as in torch.optim.Muon (Jordan et
     al. 2024). Biases and LayerNorms are not decayed, nor are embeddings with Muon.
@@ -45,6 +48,8 @@ def make_optimizers(model: GPT, config: RunConfig) -> list[torch.optim.Optimizer
     fused = config.device.startswith(("cuda", "cpu"))  # one kernel for the whole update
     # 0.95 as for GPT-3 (Brown et al. 2020, appendix B): the default, 0.999, averages over a thousand steps.
     optimizers.append(torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, 0.95), fused=fused))
+    if fast:
+        fast.speed_up_optimizers(optimizers)
     return optimizers
 
 

@@ -59,7 +59,7 @@ def _time_steps(
     forward_backward = _micro_batch(model, shape, config, size)
     if config.compile and fast:
         fast.compile_training(model, forward_backward, any_process)
-    optimizers = make_optimizers(model, config)
+    optimizers = make_optimizers(model, config, fast)
     init_optimizer_states(optimizers)
     times: list[tuple[float, float]] = []
     first = clock()
