@@ -6,7 +6,7 @@
 
 Replaces: the embedding, the head's product and F.cross_entropy in GPT.forward. In a small model, the logits of a batch
 take most of the memory and time. Here they exist for one chunk of rows at a time, and their gradient, computed in the
-forward pass, overwrites them.
+forward pass, overwrites them. On a CPU with AMX, one kernel does this for small vocabularies (fast/head_kernel.py).
 Gains: see docs/performance.md, "What each fast part gains".
 Skipped: with --plain, and without targets. A frozen weight (see common/lora.py) gets no gradient.
 
@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fast import head_kernel
 from model import IGNORED
 
 LOSS_CHUNK_ROWS = 2048  # rows whose logits exist at the same time
@@ -57,20 +58,25 @@ class TiedHead:
         self.weight, self.targets = weight, targets.flatten()
         self.counts = self.targets != IGNORED
         self.on_cpu = weight.device.type == "cpu"
+        self.rows = torch.arange(len(self.counts))[self.counts] if self.on_cpu else None
+        self.transpose = transpose or transposed
+        self.losses_and_gradient = losses_and_gradient or losses_and_gradient_
+        self.low_weight: Tensor | None = None
+        self.logits: Tensor | None = None
+        self.weight_grads: list[Tensor] | None = None  # see embed
+        self.has_kernel = chunk_rows is None and head_kernel.supports(weight, dtype)
+        if self.has_kernel:
+            return
         chunk = chunk_rows or (LOSS_CHUNK_ROWS_CUDA if weight.is_cuda else LOSS_CHUNK_ROWS)
         self.chunks: list[Tensor | slice]
-        if self.on_cpu:
-            rows = torch.arange(len(self.counts))[self.counts]
-            self.chunks, longest = [*rows.split(chunk)], min(chunk, len(rows))
+        if self.rows is not None:
+            self.chunks, longest = [*self.rows.split(chunk)], min(chunk, len(self.rows))
         else:
             self.chunks = [slice(first, first + chunk) for first in range(0, len(self.counts), chunk)]
             longest = min(chunk, len(self.counts))
-        self.transpose = transpose or transposed
-        self.losses_and_gradient = losses_and_gradient or losses_and_gradient_
         with torch.no_grad():  # a training step and an evaluation call the same compiled code
-            self.low_weight: Tensor | None = self.transpose(weight.detach(), dtype)  # (C, V)
-        self.logits: Tensor | None = torch.empty(longest, len(weight), device=weight.device, dtype=dtype)
-        self.weight_grads: list[Tensor] | None = None  # see embed
+            self.low_weight = self.transpose(weight.detach(), dtype)  # (C, V)
+        self.logits = torch.empty(longest, len(weight), device=weight.device, dtype=dtype)
 
     def embed(self, idx: Tensor) -> Tensor:
         """The weight's rows (B, T, C) for ids (B, T); their gradient is added to the one that `loss` computes.
@@ -101,7 +107,7 @@ class TiedHead:
 
     def as_weight_layout(self, weight_grad: Tensor) -> Tensor:
         """The sum of the partial gradients as (V, C), in the weight's precision and layout."""
-        if not self.on_cpu:
+        if not self.on_cpu or self.has_kernel:
             return weight_grad.to(self.weight.dtype)
         if weight_grad.dtype == self.weight.dtype:
             return self.transpose(weight_grad, weight_grad.dtype)
@@ -114,32 +120,23 @@ class TiedHead:
 
 
 class _HeadLoss(torch.autograd.Function):
-    """Computes the gradients in the forward pass, chunk by chunk, so that no chunk's logits have to be kept."""
+    """Computes the gradients in the forward pass, so that no logits have to be kept."""
 
     @staticmethod
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, n_targets: Tensor, head: TiedHead, wants_gradient: bool
     ) -> Tensor:
-        low_weight, buffer = head.low_weight, head.logits
-        assert low_weight is not None and buffer is not None, "a TiedHead is for a single step"
-        counts, dtype = head.counts[:, None], buffer.dtype
-        loss = torch.zeros((), device=hidden.device)
-        hidden_grad, weight_grad = torch.zeros_like(hidden) if wants_gradient else None, None
+        wanted = wants_gradient, wants_gradient and weight.requires_grad
         with torch.autocast(hidden.device.type, enabled=False):
-            low_hidden = hidden.to(dtype) * counts
-            for number, rows in enumerate(head.chunks, 1):
-                part, targets = low_hidden[rows], head.targets[rows].clamp(min=0)
-                logits = torch.mm(part, low_weight, out=buffer[: len(part)])
-                losses = head.losses_and_gradient(logits, targets)
-                loss += (losses * head.counts[rows]).sum()
-                if hidden_grad is not None:
-                    hidden_grad[rows] = (logits @ low_weight.T).to(hidden.dtype)
-                if wants_gradient and weight.requires_grad:
-                    product = head.partial_weight_grad(low_weight, part, logits, is_last=number == len(head.chunks))
-                    weight_grad = product if weight_grad is None else weight_grad.to(weight.dtype).add_(product)
+            if head.has_kernel:
+                assert head.rows is not None
+                losses, *grads = head_kernel.losses_and_gradients(hidden, weight, head.targets, head.rows, *wanted)
+                loss = losses.sum()
+            else:
+                loss, *grads = _in_chunks(hidden, weight, head, *wanted)
         head.release()
         ctx.head = head
-        ctx.save_for_backward(hidden_grad, weight_grad, n_targets)
+        ctx.save_for_backward(*grads, n_targets)
         return loss / n_targets
 
     @staticmethod
@@ -154,6 +151,29 @@ class _HeadLoss(torch.autograd.Function):
             ctx.head.weight_grads.append(weight_grad)
             weight_grad = None
         return hidden_grad, weight_grad, None, None, None
+
+
+def _in_chunks(
+    hidden: Tensor, weight: Tensor, head: TiedHead, wants_hidden: bool, wants_weight: bool
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """The sum of the losses, the gradient of `hidden` (N, C), and that of the weight in the layout of TiedHead."""
+    low_weight, buffer = head.low_weight, head.logits
+    assert low_weight is not None and buffer is not None, "a TiedHead is for a single step"
+    counts, dtype = head.counts[:, None], buffer.dtype
+    loss = torch.zeros((), device=hidden.device)
+    hidden_grad, weight_grad = torch.zeros_like(hidden) if wants_hidden else None, None
+    low_hidden = hidden.to(dtype) * counts
+    for number, rows in enumerate(head.chunks, 1):
+        part, targets = low_hidden[rows], head.targets[rows].clamp(min=0)
+        logits = torch.mm(part, low_weight, out=buffer[: len(part)])
+        losses = head.losses_and_gradient(logits, targets)
+        loss += (losses * head.counts[rows]).sum()
+        if hidden_grad is not None:
+            hidden_grad[rows] = (logits @ low_weight.T).to(hidden.dtype)
+        if wants_weight:
+            product = head.partial_weight_grad(low_weight, part, logits, is_last=number == len(head.chunks))
+            weight_grad = product if weight_grad is None else weight_grad.to(weight.dtype).add_(product)
+    return loss, hidden_grad, weight_grad
 
 
 class _TiedEmbedding(torch.autograd.Function):
