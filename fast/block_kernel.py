@@ -7,7 +7,8 @@ Replaces: Block.forward, but for its attention (fast/document_attention.py). As 
 numbers; but the sums of a product are rounded only where the next product needs them rounded. Sums for a weight's
 gradient depend on the number of threads, as in torch.
 Gains: see docs/performance.md, "What each fast part gains".
-Skipped: without AMX, with dropout, for layers with an adapter or without a gradient, and for few tokens.
+Skipped: without AMX, with dropout, for layers with an adapter or without a gradient, for few tokens, and for widths
+over MAX_WIDTH, whose sums for the weights' gradients would not stay in the cache.
 
 Shapes: B batch, T time, C n_embd, H heads.
 """
@@ -27,6 +28,7 @@ from fast.c_library import build_library
 from fast.document_masks import compute_dtype
 from model import Block
 
+MAX_WIDTH = 512
 MULTIPLE = 32  # of which the width and the number of tokens must be multiples
 
 
@@ -60,7 +62,7 @@ def supports(block: Block, x: Tensor, mask: Tensor | None) -> bool:
         return False
     if any(parameter.dtype != torch.float32 for parameter in parameters) or _library() is None:
         return False
-    return bool(_library().supports_block(x.shape[-1]))
+    return x.shape[-1] <= MAX_WIDTH and bool(_library().supports_block(x.shape[-1]))
 
 
 def block_with_kernel(block: Block, x: Tensor, first_keys: Tensor) -> Tensor:

@@ -110,7 +110,7 @@ def test_the_time_until_training_starts_counts():
 def test_the_chosen_run_is_timed_as_it_runs_compiled_if_it_is_long_and_in_low_precision():
     def timed(minutes: float, dtype: str = "bfloat16", **given) -> list[bool]:
         machine = Machine(1e12)
-        config = machine.config(preset="small", minutes=minutes, dtype=dtype, **given)
+        config = machine.config(preset="gpt2", block_size=256, minutes=minutes, dtype=dtype, **given)
         assert machine.timed[-1].compile == config.compile
         return [each.compile for each in machine.timed]
 

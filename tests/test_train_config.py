@@ -125,8 +125,9 @@ def test_the_fields_are_the_keys_of_a_checkpoint(straight):
         (SMALL_VOCABULARY, {"learning_rate": 1e-3}, {"learning_rate": 1e-3}),
         ({**CHAT, "n_vocab": 4096}, {}, {"learning_rate": 3e-3}),
         (TEXT, {"max_iters": 100, "dtype": "bfloat16"}, {"warmup_iters": 5, "eval_interval": 25, "compile": False}),
-        (TEXT, {"max_iters": 5000, "dtype": "bfloat16"}, {"compile": has_cpp_compiler()}),
-        (TEXT, {"max_iters": 5000, "dtype": "float32"}, {"compile": False}),
+        (TEXT, {"max_iters": 5000, "dtype": "bfloat16"}, {"compile": False}),
+        (TEXT, {"max_iters": 5000, "dtype": "bfloat16", "n_embd": 768}, {"compile": has_cpp_compiler()}),
+        (TEXT, {"max_iters": 5000, "dtype": "float32", "n_embd": 768}, {"compile": False}),
         (TEXT, {"learning_rate": 0.0}, {"learning_rate": 0.0, "min_lr": 0.0}),
     ],
 )

@@ -170,7 +170,7 @@ class TrainOptions(ObjectiveOptions, AdapterOptions):
     dtype: str | None = dtype_option()
     compile: bool | None = option(
         None,
-        "use torch.compile (default: on CUDA, and in low precision in a long run on a CPU with a C++ compiler)",
+        "use torch.compile (default: on CUDA, and for a long run of a wide model in bfloat16 on a CPU)",
         group="device",
     )
     residual_dtype: str = option(
