@@ -34,8 +34,8 @@ NARROW, FEW_IDS = 384, 8192  # the largest width and vocabulary with larger lear
 # With --init_from, a fraction of a new model's learning rates. Steps as large as those for new weights destroy what the
 # trained weights know; with much smaller steps they hardly learn (docs/fine-tuning.md has measurements).
 FINE_TUNING_RATE = 1 / 3
-# On a CPU, compiling gains more time than it takes in runs of this many FLOPs or more, and only for models that are wider
-# than those whose blocks run in kernels (fast/block_kernel.py).
+# On a CPU, compiling gains more time than it takes in runs of this many FLOPs or more, and only for models wider than
+# those whose blocks run in kernels (fast/block_kernel.py).
 COMPILED_FLOPS, COMPILED_WIDTH = 2e14, 512
 
 
