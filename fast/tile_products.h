@@ -92,8 +92,8 @@ static inline void product(
 ) {
     const long depth = inner / DEPTH;
     float sums[BLOCK * BLOCK] __attribute__((aligned(64)));
-    for (long i = 0; i < rows; i += BLOCK)
-        for (long j = 0; j < columns; j += BLOCK) {
+    for (long j = 0; j < columns; j += BLOCK)
+        for (long i = 0; i < rows; i += BLOCK) {
             _tile_zero(0);
             _tile_zero(1);
             _tile_zero(2);

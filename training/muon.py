@@ -68,7 +68,8 @@ class Muon(torch.optim.Muon):
         for update, weight in zip(updates, weights, strict=True):
             direction = self._direction(weight, group)  # in every process, so that all have the momentum
             if is_own:
-                update.copy_(full_tensor(scaled_into_range(direction, dtype, group["eps"]).to(dtype)))
+                direction = scaled_into_range(direction, dtype, group["eps"])
+                update.copy_(full_tensor(direction.to(dtype)) if is_sharded(direction) else direction)
         if not is_own:
             return updates
         return self.orthogonalised(updates, group)
