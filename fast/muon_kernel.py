@@ -1,9 +1,10 @@
-"""Muon's Newton-Schulz iteration on a CPU with AMX: one kernel in C for the matrices of one shape.
+"""Muon's step on a CPU with AMX: kernels in C for the Newton-Schulz iteration and for what is before and after it.
 
-    speed_up_optimizers(optimizers)     # instances of torch.optim.Muon with a method `orthogonalised`
+    speed_up_optimizers(optimizers)     # those of make_optimizers; AdamW stays as it is
 
-Replaces: Muon.orthogonalised of training/muon.py, which takes 15 products of matrices one by one. The precision is the
-same: matrices and products are rounded to bfloat16, and sums are in float32.
+Replaces: Muon.orthogonalised of training/muon.py, which takes 15 products of matrices one by one, and the passes over
+memory in Muon.write_direction and Muon.apply. The precision is the same: matrices and products are rounded to bfloat16,
+sums, the momentum and the weights are in float32.
 Gains: see docs/performance.md, "What each fast part gains".
 Skipped: without AMX, and for sizes that are not multiples of 32, or so large that torch's products are as fast.
 """
@@ -12,8 +13,8 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -39,15 +40,55 @@ def _library() -> Any:
     if library is not None:
         library.supports_sizes.argtypes = [ctypes.c_long, ctypes.c_long]
         library.iteration_memory_bytes.restype = ctypes.c_long
+        pointer, number, factor = ctypes.c_void_p, ctypes.c_long, ctypes.c_float
+        library.write_direction.argtypes = [pointer, pointer, pointer, number, factor, ctypes.c_int, number]
+        library.apply_update.argtypes = [pointer, pointer, number, factor, factor, number]
+        library.write_direction.restype = library.apply_update.restype = None
     return library
 
 
 def speed_up_optimizers(optimizers: Sequence[torch.optim.Optimizer]) -> None:
-    """Let Muon orthogonalize its updates in the kernel, wherever that is possible."""
+    """Let Muon compute its steps in the kernels, wherever that is possible."""
     for optimizer in optimizers:
         if isinstance(optimizer, torch.optim.Muon):
-            plain = optimizer.orthogonalised  # type: ignore[attr-defined]  # of training/muon.py
-            optimizer.orthogonalised = functools.partial(_orthogonalised, plain)  # type: ignore[attr-defined]
+            optimizer.__class__ = _faster(cast(Any, type(optimizer)))  # as modules are replaced (see fast/training.py)
+
+
+@functools.cache
+def _faster(plain: Any) -> Any:
+    """A subclass of Muon of training/muon.py, or of a subclass, whose steps use the kernels."""
+
+    class FastMuon(plain):
+        def write_direction(self, update: Tensor, weight: Tensor, group: dict) -> None:
+            grad, momentum = weight.grad, self.momentum(weight)
+            assert grad is not None
+            if not supports(update[None]) or not _are_dense(grad, momentum):
+                return super().write_direction(update, weight, group)
+            share, threads = 1 - group["momentum"], torch.get_num_threads()
+            pointers = (ctypes.c_void_p(tensor.data_ptr()) for tensor in (grad, momentum, update))
+            return _library().write_direction(*pointers, update.numel(), share, group["nesterov"], threads)
+
+        def orthogonalised(self, matrices: Tensor, group: dict) -> Tensor:
+            if not supports(matrices):
+                return super().orthogonalised(matrices, group)
+            return orthogonalised_(matrices, group["ns_coefficients"], group["ns_steps"], group["eps"])
+
+        def apply(self, weights: list[Tensor], updates: Tensor, group: dict) -> None:
+            if not supports(updates) or not _are_dense(*weights):
+                return super().apply(weights, updates, group)
+            decay = 1 - group["lr"] * group["weight_decay"]
+            rate = group["lr"] * max(1, updates.shape[1] / updates.shape[2]) ** 0.5
+            for weight, update in zip(weights, updates, strict=True):
+                pointers = ctypes.c_void_p(weight.data_ptr()), ctypes.c_void_p(update.data_ptr())
+                _library().apply_update(*pointers, update.numel(), decay, rate, torch.get_num_threads())
+
+    return FastMuon
+
+
+def _are_dense(*tensors: Tensor) -> bool:
+    """Whether tensors are plain and contiguous, in float32."""
+    is_plain = all(type(tensor) in (Tensor, torch.nn.Parameter) for tensor in tensors)
+    return is_plain and all(tensor.dtype == torch.float32 and tensor.is_contiguous() for tensor in tensors)
 
 
 def supports(matrices: Tensor) -> bool:
@@ -70,9 +111,3 @@ def orthogonalised_(matrices: Tensor, coefficients: Sequence[float], steps: int,
     memory = torch.empty(_library().iteration_memory_bytes(iteration), dtype=torch.uint8)
     _library().orthogonalise(iteration, ctypes.c_void_p(x.data_ptr()), ctypes.c_void_p(memory.data_ptr()))
     return x.mT.contiguous() if is_tall else x
-
-
-def _orthogonalised(plain: Callable[[Tensor, dict], Tensor], matrices: Tensor, group: dict) -> Tensor:
-    if not supports(matrices):
-        return plain(matrices, group)
-    return orthogonalised_(matrices, group["ns_coefficients"], group["ns_steps"], group["eps"])

@@ -1,4 +1,5 @@
-/* Muon's Newton-Schulz iteration for several matrices in bfloat16, in products of AMX tiles.
+/* Muon's step: the momentum, the Newton-Schulz iteration for several matrices in bfloat16, in products of AMX tiles, and the
+ * update of the weights.
  *
  * A step of the iteration has three products: square = x x', then polynomial = b square + c square square, then
  * x = a x + polynomial x. All threads share the rows of all matrices, and wait for each other after each product.
@@ -16,6 +17,28 @@ struct iteration {
 };
 
 #ifdef HAS_TILES
+
+/* momentum = (1 - share) momentum + share grad, for `count` numbers. `update` gets its direction, rounded: with Nesterov's
+ * method, (1 - share) momentum + share grad once more. */
+void write_direction(
+    const float *grad, float *momentum, uint16_t *update, long count, float share, int nesterov, long threads
+) {
+    const lanes factor = SAME(share);
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (long n = 0; n < count; n += LANES) {
+        const lanes here = LOAD(grad + n), before = LOAD(momentum + n);
+        const lanes after = ADD_PRODUCT(factor, _mm512_sub_ps(here, before), before);
+        STORE(momentum + n, after);
+        store_bfloat16(update + n, nesterov ? ADD_PRODUCT(factor, _mm512_sub_ps(here, after), after) : after);
+    }
+}
+
+/* weight = decay weight - rate update. */
+void apply_update(float *weight, const uint16_t *update, long count, float decay, float rate, long threads) {
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (long n = 0; n < count; n += LANES)
+        STORE(weight + n, ADD_PRODUCT(SAME(-rate), FROM_BFLOAT16(update + n), MULTIPLY(SAME(decay), LOAD(weight + n))));
+}
 
 int supports_sizes(long rows, long columns) { return rows % BLOCK == 0 && columns % BLOCK == 0 && may_use_tiles(); }
 

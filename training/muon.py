@@ -66,13 +66,18 @@ class Muon(torch.optim.Muon):
         dtype = self.dtype or tensor_core_dtype(str(device))
         updates = torch.empty(len(weights), *weights[0].shape, device=device, dtype=dtype)
         for update, weight in zip(updates, weights, strict=True):
-            direction = self._direction(weight, group)  # in every process, so that all have the momentum
             if is_own:
-                direction = scaled_into_range(direction, dtype, group["eps"])
-                update.copy_(full_tensor(direction.to(dtype)) if is_sharded(direction) else direction)
+                self.write_direction(update, weight, group)
+            else:
+                self._direction(weight, group)  # in every process, so that all have the momentum
         if not is_own:
             return updates
         return self.orthogonalised(updates, group)
+
+    def write_direction(self, update: Tensor, weight: Tensor, group: dict) -> None:
+        """Take the weight's gradient into the momentum, and write its direction, as a whole matrix, to `update`."""
+        direction = scaled_into_range(self._direction(weight, group), update.dtype, group["eps"])
+        update.copy_(full_tensor(direction.to(update.dtype)) if is_sharded(direction) else direction)
 
     def orthogonalised(self, matrices: Tensor, group: dict) -> Tensor:
         """Matrices (n, rows, columns) with all singular values made nearly one; may overwrite `matrices`."""
@@ -88,12 +93,17 @@ class Muon(torch.optim.Muon):
 
     def _direction(self, weight: Tensor, group: dict) -> Tensor:
         """The momentum's direction, with the current gradient added once more (Nesterov), sharded like the weight."""
-        state, gradient = self.state[weight], weight.grad
+        gradient = weight.grad
         assert gradient is not None  # `step` leaves out weights without one
-        if "momentum_buffer" not in state:
-            state["momentum_buffer"] = torch.zeros_like(gradient)
-        momentum = state["momentum_buffer"].lerp_(gradient, 1 - group["momentum"])
+        momentum = self.momentum(weight).lerp_(gradient, 1 - group["momentum"])
         return gradient.lerp(momentum, group["momentum"]) if group["nesterov"] else momentum
+
+    def momentum(self, weight: Tensor) -> Tensor:
+        """The weight's momentum, zeros at first."""
+        state = self.state[weight]
+        if "momentum_buffer" not in state:
+            state["momentum_buffer"] = torch.zeros_like(weight)
+        return state["momentum_buffer"]
 
 
 def group_by_shape(weights: list[Tensor]) -> Iterator[list[Tensor]]:
