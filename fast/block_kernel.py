@@ -7,8 +7,9 @@ Replaces: Block.forward, but for its attention (fast/document_attention.py). As 
 numbers; but the sums of a product are rounded only where the next product needs them rounded. Sums for a weight's
 gradient depend on the number of threads, as in torch.
 Gains: see docs/performance.md, "What each fast part gains".
-Skipped: without AMX, with dropout, for layers with an adapter or without a gradient, for few tokens, and for widths
-over MAX_WIDTH, whose sums for the weights' gradients would not stay in the cache.
+Skipped: without AMX, with dropout or a residual stream in bfloat16, for layers with an adapter or without a gradient,
+for few tokens or sizes that are not multiples of 32, and for widths over MAX_WIDTH, whose sums for the weights'
+gradients would not stay in the cache.
 
 Shapes: B batch, T time, C n_embd, H heads.
 """
@@ -16,20 +17,20 @@ Shapes: B batch, T time, C n_embd, H heads.
 from __future__ import annotations
 
 import ctypes
-import functools
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from fast import document_attention
-from fast.c_library import build_library
 from fast.document_masks import compute_dtype
+from fast.tile_kernels import MULTIPLE, memory, pointers, tile_kernels, useful_threads
 from model import Block
 
 MAX_WIDTH = 512
-MULTIPLE = 32  # of which the width and the number of tokens must be multiples
+EPSILON = 1e-5  # of LayerNorm; nn.LayerNorm's default
 
 
 class _Shape(ctypes.Structure):
@@ -41,28 +42,20 @@ class _Shape(ctypes.Structure):
 _Parameters = ctypes.c_void_p * 12  # `struct parameters` of each layer: weight and bias
 
 
-@functools.cache
-def _library() -> Any:
-    """The compiled kernels, or None where they cannot be built."""
-    library = build_library(("block_tiles.c",), "native")
-    if library is not None:
-        library.supports_block.argtypes = [ctypes.c_long]
-        library.block_memory_bytes.restype = ctypes.c_long
-    return library
-
-
 def supports(block: Block, x: Tensor, mask: Tensor | None) -> bool:
     """Whether there are kernels for this block, its input (B, T, C) and its mask; the first call loads them."""
     if x.device.type != "cpu" or x.dtype != torch.float32 or compute_dtype(x) != torch.bfloat16:
         return False
-    if mask is None or mask.dtype != document_attention.MASK_DTYPE or x.shape[:-1].numel() % MULTIPLE:
+    if mask is None or mask.dtype != document_attention.MASK_DTYPE or x.shape[-1] > MAX_WIDTH:
+        return False
+    if x.shape[:-1].numel() % MULTIPLE or x.shape[-1] % MULTIPLE or tile_kernels() is None:
         return False
     parameters = [parameter for parameter in _parameters(block) if parameter is not None]
     if torch.is_grad_enabled() and not all(parameter.requires_grad for parameter in parameters):
         return False
-    if any(parameter.dtype != torch.float32 for parameter in parameters) or _library() is None:
-        return False
-    return x.shape[-1] <= MAX_WIDTH and bool(_library().supports_block(x.shape[-1]))
+    return all(parameter.dtype == torch.float32 and parameter.is_contiguous() for parameter in parameters) and all(
+        layer.eps == EPSILON for layer in (block.ln_1, block.ln_2)
+    )
 
 
 def block_with_kernel(block: Block, x: Tensor, first_keys: Tensor) -> Tensor:
@@ -94,6 +87,7 @@ class _Block(torch.autograd.Function):
         return out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, first_keys, qkv, y, logsumexp, middle, hidden, *parameters = ctx.saved_tensors
         both = [parameters, [None if parameter is None else torch.empty_like(parameter) for parameter in parameters]]
@@ -107,9 +101,10 @@ class _Block(torch.autograd.Function):
 
 def _call(name: str, parameters: Sequence[Sequence[Tensor | None]], tensors: Sequence[Tensor]) -> None:
     """Call a kernel with a block's parameters, or these and their gradients, and with tensors (B, T, ...)."""
+    kernels, n_tokens = tile_kernels(), tensors[0].shape[:2].numel()
     (ln_1_weight, *_), *_ = parameters
     assert ln_1_weight is not None
-    shape = ctypes.byref(_Shape(tensors[0].shape[:2].numel(), len(ln_1_weight), torch.get_num_threads()))
-    pointers = [_Parameters(*(None if each is None else each.data_ptr() for each in group)) for group in parameters]
-    memory = torch.empty(_library().block_memory_bytes(shape), dtype=torch.uint8)
-    getattr(_library(), name)(shape, *pointers, *(ctypes.c_void_p(tensor.data_ptr()) for tensor in (*tensors, memory)))
+    shape = ctypes.byref(_Shape(n_tokens, len(ln_1_weight), useful_threads(n_tokens)))
+    groups = [_Parameters(*(pointer.value for pointer in pointers(*group))) for group in parameters]
+    scratch = memory(kernels.block_memory_bytes(shape))
+    getattr(kernels, name)(shape, *groups, *pointers(*tensors, scratch))

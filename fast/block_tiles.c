@@ -28,8 +28,6 @@ struct parameters {
 
 #ifdef HAS_TILES
 
-int supports_block(long width) { return width % BLOCK == 0 && may_use_tiles(); }
-
 /* The memory that a thread needs for after_attention_backward, which needs most: sums, tiles, and gradients. */
 static long own_bytes(long width) {
     const long sums = 9 * width * width + 9 * width, numbers = CHUNK * width * (3 + 3 * 4), grads = CHUNK * width;
@@ -142,7 +140,7 @@ struct float_rows {
     long width;
 };
 
-static void use_floats(const void *how, long row, long column, const float *sums) {
+static void store_floats(const void *how, long row, long column, const float *sums) {
     const struct float_rows *rows = how;
     for (long i = 0; i < BLOCK; i++)
         for (long j = 0; j < BLOCK; j += LANES) {
@@ -160,7 +158,7 @@ struct bfloat16_rows {
     long width;
 };
 
-static void use_bfloat16s(const void *how, long row, long column, const float *sums) {
+static void store_bfloat16s(const void *how, long row, long column, const float *sums) {
     const struct bfloat16_rows *rows = how;
     const lanes first = rows->bias ? LOAD(rows->bias + column) : ZERO;
     const lanes second = rows->bias ? LOAD(rows->bias + column + LANES) : ZERO;
@@ -169,15 +167,16 @@ static void use_bfloat16s(const void *how, long row, long column, const float *s
                             rounded(ADD(LOAD(sums), first), ADD(LOAD(sums + LANES), second)));
 }
 
-/* GELU by its tanh, and its slope, at 16 numbers, exact to 14 bits: x times the sigmoid of 2 sqrt(2 / pi) (x + 0.044715 x^3).
- */
+/* GELU by its tanh, and its slope, at 16 numbers, accurate to 14 bits: x times the sigmoid of
+ * 2 sqrt(2 / pi) (x + 0.044715 x^3). */
 static inline lanes gelus_and_slopes(lanes x, lanes *slopes) {
-    const lanes square = MULTIPLY(x, x), one = SAME(1), inner = MULTIPLY(x, SAME(-2.30220819f)); /* to base 2 */
-    const lanes doubled = MULTIPLY(inner, ADD_PRODUCT(square, SAME(0.044715f), one));
-    const lanes power = powers_of_2(LARGER(_mm512_min_ps(SAME(-LEAST), doubled), SAME(LEAST))), sigmoid = _mm512_rcp14_ps(ADD(power, one));
+    const lanes square = MULTIPLY(x, x), one = SAME(1), inner = MULTIPLY(x, SAME(-1.59576912f * LOG2_E));
+    const lanes exponents = MULTIPLY(inner, ADD_PRODUCT(square, SAME(0.044715f), one));
+    const lanes powers = powers_of_2(LARGER(_mm512_min_ps(SAME(-LEAST), exponents), SAME(LEAST)));
+    const lanes sigmoids = _mm512_rcp14_ps(ADD(powers, one));
     const lanes growth = MULTIPLY(x, ADD_PRODUCT(square, SAME(1.59576912f * 3 * 0.044715f), SAME(1.59576912f)));
-    *slopes = MULTIPLY(sigmoid, ADD_PRODUCT(MULTIPLY(power, sigmoid), growth, one));
-    return MULTIPLY(x, sigmoid);
+    *slopes = MULTIPLY(sigmoids, ADD_PRODUCT(MULTIPLY(powers, sigmoids), growth, one));
+    return MULTIPLY(x, sigmoids);
 }
 
 /* Where c_fc's outputs go: the rounded sums are kept for the backward pass, their GELU is multiplied next. */
@@ -187,7 +186,7 @@ struct activation {
     long rows, width;
 };
 
-static void use_gelu(const void *how, long row, long column, const float *sums) {
+static void store_gelu(const void *how, long row, long column, const float *sums) {
     const struct activation *to = how;
     const lanes first = to->bias ? LOAD(to->bias + column) : ZERO;
     const lanes second = to->bias ? LOAD(to->bias + column + LANES) : ZERO;
@@ -212,11 +211,11 @@ struct activation_backward {
     long rows, width;
 };
 
-static void use_gelu_grads(const void *how, long row, long column, const float *sums) {
+static void store_gelu_grads(const void *how, long row, long column, const float *sums) {
     const struct activation_backward *to = how;
     lanes total[2] = {ZERO, ZERO};
     for (long i = 0; i < BLOCK; i += 2) {
-        const uint16_t *hidden = to->hidden[(row + i) / SIDE * (to->width / DEPTH) + column / DEPTH].numbers + i % SIDE * DEPTH;
+        const uint16_t *hidden = number_at(to->hidden, to->width, row + i, column);
         __m512i activated[2], grads[2];
         for (long next = 0; next < 2; next++, sums += BLOCK, hidden += DEPTH) {
             lanes y[2], grad[2], slopes;
@@ -252,7 +251,7 @@ void before_attention(
             const long rows = rows_from(first, block);
             const struct bfloat16_rows to = {qkv + first * 3 * width, layers[C_ATTN].bias, 3 * width};
             normalize(x + first * width, rows, width, layers[LN_1], normalized, 0);
-            product(normalized, rows, c_attn, 3 * width, width, use_bfloat16s, &to);
+            product(normalized, rows, c_attn, 3 * width, width, store_bfloat16s, &to);
         }
         _tile_release();
     }
@@ -283,10 +282,10 @@ void after_attention(
             const struct activation to_hidden = {
                 (tile *)(hidden + 4 * start), activated, layers[C_FC].bias, rows, 4 * width};
             pack_rows(y + start, 1, rows, width, narrow, 0, 0);
-            product(narrow, rows, attn_c_proj, width, width, use_floats, &to_middle);
+            product(narrow, rows, attn_c_proj, width, width, store_floats, &to_middle);
             normalize(middle + start, rows, width, layers[LN_2], narrow, 0);
-            product(narrow, rows, c_fc, 4 * width, width, use_gelu, &to_hidden);
-            product(activated, rows, mlp_c_proj, width, 4 * width, use_floats, &to_out);
+            product(narrow, rows, c_fc, 4 * width, width, store_gelu, &to_hidden);
+            product(activated, rows, mlp_c_proj, width, 4 * width, store_floats, &to_out);
         }
         _tile_release();
     }
@@ -326,17 +325,17 @@ void after_attention_backward(
             const struct bfloat16_rows to_y = {y_grad + start, 0, width};
             pack_rows(out_grad + start, 0, rows, width, left, right, sums[MLP_C_PROJ].bias);
             transpose_tiles(right, n_tiles, columns);
-            product(left, rows, mlp_c_proj, wide, width, use_gelu_grads, &to_hidden);
+            product(left, rows, mlp_c_proj, wide, width, store_gelu_grads, &to_hidden);
             accumulate(columns, width, activated, wide, rows, sums[MLP_C_PROJ].weight);
             normalize(middle + start, rows, width, layers[LN_2], 0, right);
             transpose_tiles(right, n_tiles, columns);
             accumulate(columns, width, hidden_grad_right, wide, rows, sums[C_FC].weight);
-            product(hidden_grad, rows, c_fc, width, wide, use_floats, &to_normalized);
+            product(hidden_grad, rows, c_fc, width, wide, store_floats, &to_normalized);
             normalize_backward(normalized_grad, middle + start, out_grad + start, rows, width, layers[LN_2],
                                sums[LN_2], middle_grad + start);
             pack_rows(middle_grad + start, 0, rows, width, left, right, sums[ATTN_C_PROJ].bias);
             transpose_tiles(right, n_tiles, columns);
-            product(left, rows, attn_c_proj, width, width, use_bfloat16s, &to_y);
+            product(left, rows, attn_c_proj, width, width, store_bfloat16s, &to_y);
             pack_rows(y + start, 1, rows, width, 0, right, 0);
             accumulate(columns, width, right, width, rows, sums[ATTN_C_PROJ].weight);
         }
@@ -373,7 +372,7 @@ void before_attention_backward(
             normalize(x + start, rows, width, layers[LN_1], 0, normalized);
             transpose_tiles(normalized, rows * width / (SIDE * DEPTH), columns);
             accumulate(columns, width, grad_right, wide, rows, sums[C_ATTN].weight);
-            product(grad, rows, c_attn, width, wide, use_floats, &to_normalized);
+            product(grad, rows, c_attn, width, wide, store_floats, &to_normalized);
             normalize_backward(normalized_grad, x + start, middle_grad + start, rows, width, layers[LN_1],
                                sums[LN_1], x_grad + start);
         }
@@ -381,7 +380,7 @@ void before_attention_backward(
         add_up_layers(first_sums, LN_1, C_ATTN, width, step, grads);
     }
 }
-
-#else
-int supports_block(long width) { return 0; }
 #endif
+
+/* Whether there are kernels in this library's files. */
+int has_tiles(void) { return may_use_tiles(); }

@@ -20,8 +20,6 @@ struct head {
 
 #ifdef HAS_TILES
 
-int supports_head(long width, long ids) { return width % BLOCK == 0 && ids % BLOCK == 0 && may_use_tiles(); }
-
 static long own_bytes(const struct head *head) {
     const long numbers = CHUNK * (3 * head->width + 2 * head->ids), sums = head->width * head->ids;
     return numbers * sizeof(uint16_t) + (sums + CHUNK * (SIDE + 1)) * sizeof(float);
@@ -32,14 +30,14 @@ long head_memory_bytes(const struct head *head) {
 }
 
 /* Where a chunk's logits go: left tiles (CHUNK, ids), and LANES of each row's largest ones. */
-struct logits {
-    tile *logits;
+struct logits_to {
+    tile *left;
     float *maxima;
     long ids;
 };
 
-static void use_logits(const void *how, long row, long column, const float *sums) {
-    const struct logits *to = how;
+static void store_logits(const void *how, long row, long column, const float *sums) {
+    const struct logits_to *to = how;
     for (long i = 0; i < BLOCK; i += 2) {
         __m512i both[2];
         for (long next = 0; next < 2; next++, sums += BLOCK) {
@@ -48,7 +46,7 @@ static void use_logits(const void *how, long row, long column, const float *sums
             STORE(maxima, LARGER(LOAD(maxima), LARGER(first, second)));
             both[next] = rounded(first, second);
         }
-        store_rows(both[0], both[1], to->logits, 0, CHUNK, to->ids, row + i, column);
+        store_rows(both[0], both[1], to->left, 0, CHUNK, to->ids, row + i, column);
     }
 }
 
@@ -60,16 +58,12 @@ struct hidden_grads {
     long count, width;
 };
 
-static void use_hidden_grads(const void *how, long row, long column, const float *sums) {
+static void store_hidden_grads(const void *how, long row, long column, const float *sums) {
     const struct hidden_grads *grads = how;
     for (long i = row; i < row + BLOCK && i < grads->count; i++, sums += BLOCK)
         for (long j = 0; j < BLOCK; j += LANES)
             STORE(grads->to + grads->rows[i] * grads->width + column + j,
                   MULTIPLY(LOAD(sums + j), SAME(grads->inverses[i])));
-}
-
-static inline uint16_t *number_at(tile *left, long columns, long row, long column) {
-    return left[row / SIDE * (columns / DEPTH) + column / DEPTH].numbers + row % SIDE * DEPTH + column % DEPTH;
 }
 
 /* The powers of two rows of logits, in place and in right tiles, and their sums. */
@@ -138,8 +132,8 @@ static void pack_hidden(
         }
 }
 
-/* The losses (rows) of the rows of `hidden` (any, width) that `rows` lists, with their targets. If they are not 0, also their
- * gradients in `hidden_grad`, and the weight's in `weight_grad` (ids, width). */
+/* The losses (rows) of the rows of `hidden` (any, width) that `rows` lists, with their targets. Unless they are 0,
+ * `hidden_grad` gets their gradients, and `weight_grad` (ids, width) that of the weight. */
 void head_losses(
     const struct head *head, const float *hidden, const float *weight, const int64_t *rows, const int64_t *targets,
     float *losses, float *hidden_grad, float *weight_grad, char *memory
@@ -161,13 +155,13 @@ void head_losses(
 #pragma omp for schedule(static)
         for (long first = 0; first < head->rows; first += CHUNK) {
             const long count = first + CHUNK < head->rows ? CHUNK : head->rows - first;
-            const struct logits to_logits = {powers, maxima, ids};
+            const struct logits_to to_logits = {powers, maxima, ids};
             const struct hidden_grads to_hidden = {hidden_grad, inverses, rows + first, count, width};
             for (long n = 0; n < CHUNK * SIDE; n++) maxima[n] = -INFINITY;
             pack_hidden(hidden, rows + first, count, width, 0, left, 0);
-            product(left, CHUNK, transposed, ids, width, use_logits, &to_logits);
+            product(left, CHUNK, transposed, ids, width, store_logits, &to_logits);
             to_gradients(powers, powers_right, ids, CHUNK, count, maxima, targets + first, losses + first, inverses);
-            if (hidden_grad) product(powers, CHUNK, packed_weight, width, ids, use_hidden_grads, &to_hidden);
+            if (hidden_grad) product(powers, CHUNK, packed_weight, width, ids, store_hidden_grads, &to_hidden);
             if (!weight_grad) continue;
             pack_hidden(hidden, rows + first, count, width, inverses, 0, right);
             transpose_tiles(right, n_tiles, columns);
@@ -177,7 +171,4 @@ void head_losses(
         if (weight_grad) add_up((const float *)(memory), step, width, ids, 1, weight_grad);
     }
 }
-
-#else
-int supports_head(long width, long ids) { return 0; }
 #endif

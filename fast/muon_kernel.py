@@ -19,7 +19,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from fast.c_library import build_library
+from fast.tile_kernels import MULTIPLE, memory, pointers, tile_kernels
 
 MAX_ROWS = 512  # of the shorter side
 
@@ -33,30 +33,16 @@ class _Iteration(ctypes.Structure):
     )
 
 
-@functools.cache
-def _library() -> Any:
-    """The compiled kernel, or None where it cannot be built."""
-    library = build_library(("muon_tiles.c",), "native")
-    if library is not None:
-        library.supports_sizes.argtypes = [ctypes.c_long, ctypes.c_long]
-        library.iteration_memory_bytes.restype = ctypes.c_long
-        pointer, number, factor = ctypes.c_void_p, ctypes.c_long, ctypes.c_float
-        library.write_direction.argtypes = [pointer, pointer, pointer, number, factor, ctypes.c_int, number]
-        library.apply_update.argtypes = [pointer, pointer, number, factor, factor, number]
-        library.write_direction.restype = library.apply_update.restype = None
-    return library
-
-
 def speed_up_optimizers(optimizers: Sequence[torch.optim.Optimizer]) -> None:
-    """Let Muon compute its steps in the kernels, wherever that is possible."""
+    """Let Muon of training/muon.py, but no variant of it, compute its steps in the kernels where that is possible."""
     for optimizer in optimizers:
-        if isinstance(optimizer, torch.optim.Muon):
+        if torch.optim.Muon in type(optimizer).__bases__:
             optimizer.__class__ = _faster(cast(Any, type(optimizer)))  # as modules are replaced (see fast/training.py)
 
 
 @functools.cache
 def _faster(plain: Any) -> Any:
-    """A subclass of Muon of training/muon.py, or of a subclass, whose steps use the kernels."""
+    """A subclass of Muon of training/muon.py whose steps use the kernels."""
 
     class FastMuon(plain):
         def write_direction(self, update: Tensor, weight: Tensor, group: dict) -> None:
@@ -65,8 +51,8 @@ def _faster(plain: Any) -> Any:
             if not supports(update[None]) or not _are_dense(grad, momentum):
                 return super().write_direction(update, weight, group)
             share, threads = 1 - group["momentum"], torch.get_num_threads()
-            pointers = (ctypes.c_void_p(tensor.data_ptr()) for tensor in (grad, momentum, update))
-            return _library().write_direction(*pointers, update.numel(), share, group["nesterov"], threads)
+            given = pointers(grad, momentum, update)
+            return tile_kernels().write_direction(*given, update.numel(), share, group["nesterov"], threads)
 
         def orthogonalised(self, matrices: Tensor, group: dict) -> Tensor:
             if not supports(matrices):
@@ -79,8 +65,8 @@ def _faster(plain: Any) -> Any:
             decay = 1 - group["lr"] * group["weight_decay"]
             rate = group["lr"] * max(1, updates.shape[1] / updates.shape[2]) ** 0.5
             for weight, update in zip(weights, updates, strict=True):
-                pointers = ctypes.c_void_p(weight.data_ptr()), ctypes.c_void_p(update.data_ptr())
-                _library().apply_update(*pointers, update.numel(), decay, rate, torch.get_num_threads())
+                given = pointers(weight, update)
+                tile_kernels().apply_update(*given, update.numel(), decay, rate, torch.get_num_threads())
 
     return FastMuon
 
@@ -92,10 +78,10 @@ def _are_dense(*tensors: Tensor) -> bool:
 
 
 def supports(matrices: Tensor) -> bool:
-    """Whether there is a kernel for matrices (n, rows, columns); the first call loads it."""
-    if matrices.device.type != "cpu" or matrices.dtype != torch.bfloat16 or _library() is None:
+    """Whether there are kernels for matrices (n, rows, columns); the first call loads them."""
+    if matrices.device.type != "cpu" or matrices.dtype != torch.bfloat16 or min(matrices.shape[1:]) > MAX_ROWS:
         return False
-    return min(matrices.shape[1:]) <= MAX_ROWS and bool(_library().supports_sizes(*matrices.shape[1:]))
+    return not any(size % MULTIPLE for size in matrices.shape[1:]) and tile_kernels() is not None
 
 
 def orthogonalised_(matrices: Tensor, coefficients: Sequence[float], steps: int, eps: float) -> Tensor:
@@ -107,7 +93,7 @@ def orthogonalised_(matrices: Tensor, coefficients: Sequence[float], steps: int,
         raise NotImplementedError(f"no kernel for matrices of {tuple(matrices.shape[1:])} in {matrices.dtype}")
     is_tall = matrices.shape[1] > matrices.shape[2]
     x = (matrices.mT if is_tall else matrices).contiguous()
-    iteration = ctypes.byref(_Iteration(*x.shape, steps, torch.get_num_threads(), *coefficients, eps))
-    memory = torch.empty(_library().iteration_memory_bytes(iteration), dtype=torch.uint8)
-    _library().orthogonalise(iteration, ctypes.c_void_p(x.data_ptr()), ctypes.c_void_p(memory.data_ptr()))
+    iteration, kernels = _Iteration(*x.shape, steps, torch.get_num_threads(), *coefficients, eps), tile_kernels()
+    scratch = memory(kernels.iteration_memory_bytes(ctypes.byref(iteration)))
+    kernels.orthogonalise(ctypes.byref(iteration), *pointers(x, scratch))
     return x.mT.contiguous() if is_tall else x

@@ -40,8 +40,6 @@ void apply_update(float *weight, const uint16_t *update, long count, float decay
         STORE(weight + n, ADD_PRODUCT(SAME(-rate), FROM_BFLOAT16(update + n), MULTIPLY(SAME(decay), LOAD(weight + n))));
 }
 
-int supports_sizes(long rows, long columns) { return rows % BLOCK == 0 && columns % BLOCK == 0 && may_use_tiles(); }
-
 /* A matrix's tiles in a step. `transposed` are the right tiles of its transpose. */
 struct matrix {
     tile *x, *transposed, *x_right[2];        /* the right tiles of this step and of the next one */
@@ -74,7 +72,7 @@ struct target {
     long first, rows, columns;
 };
 
-static void use_products(const void *how, long row, long column, const float *sums) {
+static void store_products(const void *how, long row, long column, const float *sums) {
     const struct target *to = how;
     for (long i = 0; i < BLOCK; i += 2) {
         const long here = to->first + row + i;
@@ -84,8 +82,7 @@ static void use_products(const void *how, long row, long column, const float *su
             for (long part = 0; part < 2; part++) {
                 halves[part] = MULTIPLY(LOAD(sums + part * LANES), SAME(to->factor));
                 if (!to->other) continue;
-                const tile *tiles = to->other + here / SIDE * (to->columns / DEPTH) + column / DEPTH;
-                const uint16_t *other = tiles->numbers + (here % SIDE + next) * DEPTH + part * LANES;
+                const uint16_t *other = number_at(to->other, to->columns, here + next, column + part * LANES);
                 halves[part] = ADD_PRODUCT(FROM_BFLOAT16(other), SAME(to->other_factor), halves[part]);
             }
             numbers[next] = rounded(halves[0], halves[1]);
@@ -129,14 +126,16 @@ void orthogonalise(const struct iteration *all, uint16_t *numbers, char *memory)
                 for (long block = 0; block < blocks; block++) {
                     const struct matrix matrix = matrix_at(all, n, memory);
                     const struct target to = {0, matrix.square, matrix.square_right, 1, 0, block * BLOCK, rows, rows};
-                    product(matrix.x + block * strip, BLOCK, matrix.transposed, rows, columns, use_products, &to);
+                    product(matrix.x + block * strip, BLOCK, matrix.transposed, rows, columns, store_products, &to);
                 }
 #pragma omp for collapse(2) schedule(static)
             for (long n = 0; n < all->count; n++)
                 for (long block = 0; block < blocks; block++) {
                     const struct matrix matrix = matrix_at(all, n, memory);
-                    const struct target to = {matrix.square, matrix.polynomial, 0, all->c, all->b, block * BLOCK, rows, rows};
-                    product(matrix.square + block * square_strip, BLOCK, matrix.square_right, rows, rows, use_products, &to);
+                    const tile *square = matrix.square + block * square_strip;
+                    const struct target to = {
+                        matrix.square, matrix.polynomial, 0, all->c, all->b, block * BLOCK, rows, rows};
+                    product(square, BLOCK, matrix.square_right, rows, rows, store_products, &to);
                 }
 #pragma omp for collapse(2) schedule(static)
             for (long n = 0; n < all->count; n++)
@@ -145,7 +144,7 @@ void orthogonalise(const struct iteration *all, uint16_t *numbers, char *memory)
                     const struct target to = {
                         matrix.x, matrix.x, matrix.x_right[(step + 1) % 2], 1, all->a, block * BLOCK, rows, columns};
                     product(matrix.polynomial + block * square_strip, BLOCK, matrix.x_right[step % 2], columns, rows,
-                            use_products, &to);
+                            store_products, &to);
                     transpose_tiles(matrix.x + block * strip, strip, matrix.transposed + block * strip);
                 }
         }
@@ -160,7 +159,4 @@ void orthogonalise(const struct iteration *all, uint16_t *numbers, char *memory)
             }
     }
 }
-
-#else
-int supports_sizes(long rows, long columns) { return 0; }
 #endif

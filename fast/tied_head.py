@@ -40,10 +40,11 @@ class TiedHead:
     """Embedding, head and loss of one training step over one weight (V, C), for targets (B, T).
 
     Its buffers, a copy of the weight in `dtype` and the logits of one chunk, are allocated before the blocks run:
-    later they would not fit between the activations, and the process would grow. `transpose` is `transposed`,
-    compiled or not, and `losses_and_gradient` one of the two functions below. `chunk_rows` is LOSS_CHUNK_ROWS, or on
-    CUDA LOSS_CHUNK_ROWS_CUDA, by default. On a CPU, rows whose target is IGNORED are left out; on other devices
-    counting them would make the program wait for the device.
+    later they would not fit between the activations, and the process would grow. Where the kernel is used, which needs
+    less memory, there are none; with `chunk_rows` it is not used. `transpose` is `transposed`, compiled or not, and
+    `losses_and_gradient` one of the two functions below. `chunk_rows` is LOSS_CHUNK_ROWS, or on CUDA
+    LOSS_CHUNK_ROWS_CUDA, by default. On a CPU, rows whose target is IGNORED are left out; on other devices counting
+    them would make the program wait for the device.
     """
 
     def __init__(

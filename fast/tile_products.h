@@ -1,4 +1,4 @@
-/* Products of matrices that are stored in tiles, for block_tiles.c.
+/* Products of matrices that are stored in tiles, for training (block_tiles.c, head_tiles.c, muon_tiles.c).
  *
  * For a product a b, a is stored in left tiles and b in right tiles, each of 1 KiB in one piece:
  * - left tile (i, k) of a matrix has its rows from 16 i and its columns from 32 k;
@@ -25,13 +25,19 @@ static inline float *floats_of(char **memory, long numbers) { return part_of(mem
 /* 32 columns of a row, rounded. */
 static inline __m512i rounded(lanes first, lanes second) { return (__m512i)_mm512_cvtne2ps_pbh(second, first); }
 
+/* The place of a number of a matrix with `columns` columns in its left tiles. */
+static inline uint16_t *number_at(const tile *left, unsigned long columns, unsigned long row, unsigned long column) {
+    const tile *here = left + row / SIDE * (columns / DEPTH) + column / DEPTH;
+    return (uint16_t *)here->numbers + row % SIDE * DEPTH + column % DEPTH;
+}
+
 /* Store 32 columns of two rows of a matrix (rows, columns) in its left tiles, its right tiles, or both. `row` is even. */
 static inline __attribute__((always_inline)) void store_rows(
     __m512i first, __m512i second, tile *left, tile *right, unsigned long rows, unsigned long columns, unsigned long row,
     unsigned long column
 ) {
     if (left) {
-        uint16_t *here = left[row / SIDE * (columns / DEPTH) + column / DEPTH].numbers + row % SIDE * DEPTH;
+        uint16_t *here = number_at(left, columns, row, column);
         _mm512_storeu_si512(here, first);
         _mm512_storeu_si512(here + DEPTH, second);
     }
@@ -46,9 +52,9 @@ static inline __attribute__((always_inline)) void store_rows(
     }
 }
 
-/* The left tiles of a matrix's transpose, from its `count` right tiles. */
-static inline void transpose_tiles(const tile *right, long count, tile *left) {
-    for (long n = 0; n < count; n++) transpose_tile(right + n, SIDE, left + n, SIDE);
+/* The left tiles of a matrix's transpose from its `count` right tiles, or its right tiles from the left ones. */
+static inline void transpose_tiles(const tile *from, long count, tile *to) {
+    for (long n = 0; n < count; n++) transpose_tile(from + n, SIDE, to + n, SIDE);
 }
 
 /* The right tiles of a weight (outputs, inputs), or of its transpose, made by all threads. */
@@ -84,11 +90,11 @@ static inline void multiply(const tile *a, const tile *b, long depth) {
 }
 
 /* What is done with sums (BLOCK, BLOCK) from `row` and `column` on. */
-typedef void (*use_sums)(const void *how, long row, long column, const float *sums);
+typedef void (*store_sums)(const void *how, long row, long column, const float *sums);
 
-/* a b for a (rows, inner) and b (inner, columns), which `use` gets block by block. */
+/* a b for a (rows, inner) and b (inner, columns), which `store` gets block by block. */
 static inline void product(
-    const tile *a, long rows, const tile *b, long columns, long inner, use_sums use, const void *how
+    const tile *a, long rows, const tile *b, long columns, long inner, store_sums store, const void *how
 ) {
     const long depth = inner / DEPTH;
     float sums[BLOCK * BLOCK] __attribute__((aligned(64)));
@@ -103,7 +109,7 @@ static inline void product(
             _tile_stored(1, sums + SIDE, 4 * BLOCK);
             _tile_stored(2, sums + SIDE * BLOCK, 4 * BLOCK);
             _tile_stored(3, sums + SIDE * BLOCK + SIDE, 4 * BLOCK);
-            use(how, i, j, sums);
+            store(how, i, j, sums);
         }
 }
 

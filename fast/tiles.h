@@ -67,7 +67,7 @@ static inline __m512i alternating(__m512i first_then_second) {
 #define LOG2_E 1.44269504f
 #define LEAST -125.0f /* of an exponent: smaller powers are subnormal, which takes many times as long */
 
-/* 2^x, exact to 18 bits: a polynomial of x - floor(x), fitted to the smallest relative error. bfloat16 keeps 8 bits. */
+/* 2^x, accurate to 18 bits: a polynomial of x - floor(x), fitted to the smallest relative error. bfloat16 keeps 8 bits. */
 static inline __m512 powers_of_2(__m512 x) {
     const __m512 rest = _mm512_reduce_ps(x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
     __m512 series = _mm512_set1_ps(0.0135341676f);

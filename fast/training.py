@@ -1,8 +1,8 @@
 """Training steps that take less time and memory.
 
-Replaces: GPT.forward with targets (fast/tied_head.py), GPT.document_mask (fast/document_masks.py), on a CPU attention
-(fast/document_attention.py) and GELU (fast/gelu.py), and in compiled steps the backward passes of Linear and attention
-(fast/cpu_backward.py) and, without the kernel, GELU's formula.
+Replaces: GPT.forward with targets (fast/tied_head.py), GPT.document_mask (fast/document_masks.py), on a CPU blocks
+(fast/block_kernel.py) or their attention (fast/document_attention.py) and GELU (fast/gelu.py), and in compiled steps
+the backward passes of Linear and attention (fast/cpu_backward.py) and, without the kernel, GELU's formula.
 Gains: see docs/performance.md, "What each fast part gains".
 Skipped: with --plain, and for everything but the training loss: logits and generation run the plain code.
 
@@ -164,7 +164,7 @@ class FastGPT(GPT):
 
 
 class FastBlock(Block):
-    """A block that can run compiled and can recompute its activations."""
+    """A block that can run in kernels or compiled, and can recompute its activations."""
 
     compiled: Callable[..., Tensor] | None = None
     activation_checkpointing = False

@@ -84,6 +84,9 @@ class BenchmarkOptions:
     device: str | None = device_option()
     dtype: str | None = dtype_option()
 
+    n_vocab: int | None = option(
+        None, "ids of the vocabulary (default: 50,259, GPT-2's with ChatML)", at_least=1, group="train"
+    )
     batch_size: int | None = option(None, "sequences per micro-batch (default: 16)", at_least=1, group="train")
     gradient_accumulation_steps: int | None = option(
         None, "micro-batches per iteration (default: train.py's)", at_least=1, group="train"

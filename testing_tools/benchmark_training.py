@@ -10,6 +10,7 @@ from benchmark_timing import Work, on_device
 from common.cli import UserError
 from common.device import allow_tf32, autocast, choose_dtype, seed_everything
 from common.speedups import load_speedups
+from setup_tokenizer import N_VOCAB
 
 if TYPE_CHECKING:
     from model import GPTConfig
@@ -18,10 +19,12 @@ if TYPE_CHECKING:
 
 def gpt_config(config: Any) -> GPTConfig:
     """The GPTConfig of a RunConfig or a GenerationConfig. Raises UserError for numbers that do not fit together."""
-    from model import GPTConfig
+    from model import GPTConfig, padded_vocab_size
 
+    shape = {name: getattr(config, name) for name in ("block_size", "n_layer", "n_head", "n_embd")}
+    n_vocab = getattr(config, "n_vocab", N_VOCAB)
     try:
-        return GPTConfig(**{name: getattr(config, name) for name in ("block_size", "n_layer", "n_head", "n_embd")})
+        return GPTConfig(n_vocab=n_vocab, vocab_size=padded_vocab_size(n_vocab), **shape)
     except ValueError as error:
         raise UserError(f"{error}; change --n_embd or --n_head") from error
 

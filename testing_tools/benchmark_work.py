@@ -51,7 +51,7 @@ def training_config(options: Any) -> RunConfig:
         TrainOptions(**{"batch_size": BATCH_SIZE, "max_iters": LONG_RUN_ITERS, **given}),
         given,
         choose_device(options.device),
-        {"format": "text", "n_vocab": N_VOCAB},
+        {"format": "text", "n_vocab": options.n_vocab or N_VOCAB},
         speed_up=fast.speed_up_training if fast else None,
         logits_rows=fast.LOSS_CHUNK_ROWS if fast else None,
     )

@@ -94,10 +94,12 @@ def run_of(config: RunConfig, data: TrainingData, variant: Variant) -> Iterator[
     if fast:
         fast.speed_up_training(model, residual_dtype=config.residual_dtype)
     model = move_model(model, config.device).train()
-    optimizers = make_optimizers(model, config, fast)
+    optimizers = make_optimizers(model, config)
     if variant.muon is not None:
         (group,) = optimizers[0].param_groups
         optimizers[0] = variant.muon(group["params"], lr=group["lr"], weight_decay=group["weight_decay"])
+    if fast:
+        fast.speed_up_optimizers(optimizers)
     rows, val_batches = NextToken(config, data).make_rows()
     batches = Batches(rows, config.batch_size)
     try:

@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from common.checkpoint import save_checkpoint
-from fast import block_kernel, document_attention, gelu, head_kernel, keep_freed_memory, muon_kernel, row_kernels
+from fast import document_attention, gelu, keep_freed_memory, row_kernels
 from fast.c_library import build_library
+from fast.tile_kernels import tile_kernels
 from tests.browser import browser, visit
 from tests.forked_python import forked_python
 from tests.tiny import prepare, run
@@ -54,8 +55,7 @@ def no_compiler(monkeypatch):
     """A machine without a C compiler, on which no kernel has been built."""
     monkeypatch.setenv("PATH", "")
     monkeypatch.delenv("CC", raising=False)
-    modules = (block_kernel, document_attention, gelu, head_kernel, muon_kernel)
-    caches = (build_library, row_kernels._build, *(module._library for module in modules))
+    caches = (build_library, row_kernels._build, document_attention._library, gelu._library, tile_kernels)
     for cache in caches:
         cache.cache_clear()
     yield

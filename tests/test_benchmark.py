@@ -185,6 +185,13 @@ def test_our_training_step_trains_and_the_peer_has_the_same_shape():
     assert sum(weight.numel() for weight in peer.parameters()) == ours.n_params()
 
 
+def test_both_sides_have_the_vocabulary_that_was_asked_for():
+    config = benchmark_work.training_config(options("train", preset="tiny", n_vocab=1000))
+    ours = benchmark_training.gpt_config(config)
+    assert (ours.n_vocab, ours.vocab_size) == (1000, 1024)
+    assert benchmark_training.transformers_config(config).vocab_size == 1024
+
+
 def test_the_loops_as_nanogpts_differ_in_precision_and_compilation(monkeypatch):
     shape = {"n_layer": 1, "n_head": 2, "n_embd": 16, "block_size": 8, "batch_size": 2}
     config = benchmark_work.training_config(options("train", **shape, gradient_accumulation_steps=2))

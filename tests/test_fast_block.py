@@ -11,11 +11,14 @@ from torch import Tensor
 from common.lora import Adapter, adapt
 from fast import block_kernel, speed_up_training
 from fast.block_kernel import block_with_kernel, layers
+from fast.c_library import build_library
 from fast.document_attention import first_keys
+from fast.tile_kernels import tile_kernels
 from model import GPT, Block, GPTConfig
 from tests.tiny_gpt import seeded, tiny_gpt
+from training.config import KERNEL_WIDTH
 
-has_kernel = block_kernel._library() is not None and block_kernel._library().supports_block(32)
+has_kernel = tile_kernels() is not None
 needs_kernel = pytest.mark.skipif(not has_kernel, reason="no C compiler, or a processor without AMX")
 SHAPES = [(128, 4, 3, 96), (64, 2, 2, 80), (192, 6, 5, 64), (256, 4, 1, 32)]  # width, heads, rows, tokens
 
@@ -179,29 +182,69 @@ def test_activation_checkpointing_gives_the_same_gradients(ids, calls):
 
 
 @needs_kernel
-@pytest.mark.parametrize(
-    "reason", ["float32", "dropout", "residual", "adapter", "frozen layer", "few tokens", "odd tokens"]
-)
+@pytest.mark.parametrize("reason", ["float32", "residual", "adapter", "frozen layer", "few tokens", "odd tokens"])
 def test_other_blocks_run_without_the_kernels(reason, ids, calls):
-    changes = {"dropout": {"dropout": 0.1}, "adapter": {"n_vocab": 96}}.get(reason, {})
-    gpt = tiny_gpt(**CONFIG, **changes).train()
+    gpt = tiny_gpt(**CONFIG).train()
     if reason == "adapter":
         adapt(gpt, Adapter(rank=2))
     if reason == "frozen layer":
         gpt.h[0].mlp.c_fc.weight.requires_grad_(False)
         gpt.h[1].ln_1.bias.requires_grad_(False)
     speed_up_training(gpt, residual_dtype="bfloat16" if reason == "residual" else "float32")
-    ids = {"few tokens": ids[:1], "odd tokens": ids[:, :127]}.get(reason, ids)
+    ids = {"few tokens": ids[:7], "odd tokens": torch.cat([ids, ids])[:9, :127]}.get(reason, ids)
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=reason != "float32"):
         gpt(ids, ids)[1].backward()
     assert calls == []
 
 
-def test_low_precision_weights_are_refused():
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("low weights", lambda block: block.mlp.bfloat16()),
+        (
+            "a transposed weight",
+            lambda block: setattr(block.attn.c_proj.weight, "data", block.attn.c_proj.weight.data.T),
+        ),
+        ("another eps", lambda block: setattr(block.ln_2, "eps", 1e-6)),
+    ],
+)
+def test_blocks_that_the_kernels_would_get_wrong_are_refused(name, change):
     x, keys = torch.zeros(1, 32, 64), torch.zeros(1, 32, dtype=torch.int32)
+    block = random_block(64, 2)
     with autocast():
-        assert block_kernel.supports(random_block(64, 2), x, keys) == has_kernel
-        assert not block_kernel.supports(random_block(64, 2).bfloat16(), x, keys)
+        assert block_kernel.supports(block, x, keys) == has_kernel
+        change(block)
+        assert not block_kernel.supports(block, x, keys), name
+
+
+@needs_kernel
+def test_dropout_turns_the_kernels_off_in_training_only(ids):
+    gpt = tiny_gpt(**CONFIG, dropout=0.1).train()
+    speed_up_training(gpt)
+    x, keys = torch.zeros(8, 128, 64), torch.zeros(8, 128, dtype=torch.int32)
+    with autocast():
+        assert not gpt.h[0].has_kernel(x, None, keys)
+        assert gpt.eval().h[0].has_kernel(x, None, keys)
+
+
+def test_the_defaults_of_a_run_know_the_widths_of_the_kernels():
+    assert KERNEL_WIDTH == block_kernel.MAX_WIDTH
+
+
+@needs_kernel
+def test_the_gradients_of_two_steps_add_up(ids):
+    gpt = fast_gpt()
+    once = loss_and_gradients(gpt, ids)[1]
+    twice = loss_and_gradients(gpt, ids)[1]
+    for name, gradient in once.items():
+        torch.testing.assert_close(twice[name], 2 * gradient)
+
+
+@pytest.mark.parametrize("processor", ["haswell", "skylake-avx512", "cooperlake"])
+def test_the_files_build_for_processors_without_amx(processor):
+    """There they have no kernels: `has_tiles` says so, and no other function is called."""
+    library = build_library(("block_tiles.c", "head_tiles.c", "muon_tiles.c"), processor)
+    assert library is None or library.has_tiles() == 0
 
 
 def test_without_a_compiler_the_loss_is_the_same(ids, no_compiler):

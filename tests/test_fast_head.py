@@ -124,6 +124,33 @@ def test_the_head_of_a_step_uses_the_kernel(is_frozen, monkeypatch):
     assert calls[1] == (False, False)
 
 
+@needs_kernel
+def test_no_target_at_all_gives_a_loss_of_0():
+    hidden, weight, targets, _ = operands(20, 64, 32)
+    losses, hidden_grad, weight_grad = losses_and_gradients(hidden, weight, targets, torch.arange(0))
+    assert losses.shape == (0,) and not hidden_grad.any() and not weight_grad.any()
+    weight.requires_grad_()
+    loss = TiedHead(weight, torch.full((1, 20), IGNORED), torch.bfloat16).loss(hidden[None], torch.tensor(1.0))
+    loss.backward()
+    assert loss == 0 and not weight.grad.any()
+
+
+@needs_kernel
+@pytest.mark.parametrize("target", [-1, 64])
+def test_a_target_that_is_not_an_id_is_refused(target):
+    hidden, weight, targets, rows = operands(20, 64, 32)
+    targets[rows[3]] = target
+    with pytest.raises(IndexError, match="not among the 64 ids"):
+        losses_and_gradients(hidden, weight, targets, rows)
+
+
+@needs_kernel
+def test_targets_may_be_of_another_type():
+    hidden, weight, targets, rows = operands(20, 64, 32)
+    expected, found = (losses_and_gradients(hidden, weight, each, rows)[0] for each in (targets, targets.int()))
+    assert torch.equal(found, expected)
+
+
 def test_other_heads_are_left_to_torch():
     assert supports(torch.zeros(64, 32), torch.bfloat16) == has_kernel
     assert not supports(torch.zeros(64, 32), torch.float32)

@@ -101,4 +101,51 @@ def test_an_optimizer_steps_as_without_the_kernel(nesterov, monkeypatch):
     for one, other in zip(*(optimizer.param_groups[0]["params"] for optimizer in pair), strict=True):
         torch.testing.assert_close(one, other, atol=2e-3, rtol=2e-3)
         torch.testing.assert_close(pair[0].momentum(one), pair[1].momentum(other))
-    assert pair[1].state_dict().keys() == pair[0].state_dict().keys()
+    states = [optimizer.state_dict()["state"] for optimizer in pair]
+    assert all(
+        one.keys() == other.keys() == {"momentum_buffer"} for one, other in zip(*map(dict.values, states), strict=True)
+    )
+    pair[0].load_state_dict(pair[1].state_dict())
+    for one, other in zip(*(optimizer.param_groups[0]["params"] for optimizer in pair), strict=True):
+        assert torch.equal(pair[0].momentum(one), pair[1].momentum(other))
+
+
+@needs_kernel
+@pytest.mark.parametrize("nesterov", [True, False])
+def test_the_passes_over_memory_are_those_of_muon(nesterov):
+    """Momentum, direction and update are computed by the kernels, not by the methods that they replace."""
+    weight = torch.nn.Parameter(torch.randn(64, 32, generator=seeded(1)))
+    weight.grad = torch.randn(64, 32, generator=seeded(2))
+    pair = [Muon([copy.deepcopy(weight)], nesterov=nesterov, weight_decay=0.3, lr=0.05) for _ in range(2)]
+    speed_up_optimizers(pair[1:])
+    made = []
+    for optimizer in pair:
+        (group,) = optimizer.param_groups
+        (own,) = group["params"]
+        own.grad, update = weight.grad.clone(), torch.empty(1, 64, 32, dtype=torch.bfloat16)
+        optimizer.momentum(own).copy_(torch.randn(64, 32, generator=seeded(3)))
+        with torch.no_grad(), torch.profiler.profile() as profile:
+            optimizer.write_direction(update[0], own, group)
+            optimizer.apply([own], update, group)
+        made.append(
+            (
+                optimizer.momentum(own),
+                update,
+                own,
+                {"aten::lerp_", "aten::mul_"} & {each.key for each in profile.key_averages()},
+            )
+        )
+    for one, other in zip(*(each[:3] for each in made), strict=True):
+        torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-2 if one.dtype == torch.bfloat16 else 1e-5)
+    assert made[0][3] and not made[1][3]
+
+
+@needs_kernel
+def test_a_variant_of_muon_keeps_its_own_steps():
+    class Halved(Muon):
+        def orthogonalised(self, matrices, group):
+            return super().orthogonalised(matrices, group) / 2
+
+    optimizer = Halved([torch.nn.Parameter(torch.zeros(32, 32))])
+    speed_up_optimizers([optimizer])
+    assert type(optimizer) is Halved

@@ -34,9 +34,8 @@ NARROW, FEW_IDS = 384, 8192  # the largest width and vocabulary with larger lear
 # With --init_from, a fraction of a new model's learning rates. Steps as large as those for new weights destroy what the
 # trained weights know; with much smaller steps they hardly learn (docs/fine-tuning.md has measurements).
 FINE_TUNING_RATE = 1 / 3
-# On a CPU, compiling gains more time than it takes in runs of this many FLOPs or more, and only for models wider than
-# those whose blocks run in kernels (fast/block_kernel.py).
-COMPILED_FLOPS, COMPILED_WIDTH = 2e14, 512
+COMPILED_FLOPS = 2e14  # of a run on a CPU: from this many on, compiling gains more time than it takes
+KERNEL_WIDTH = 512  # up to this width, the blocks of a model run in kernels on a CPU with AMX (fast/block_kernel.py)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,7 +137,9 @@ def make_config(
     chosen = {**shape, **_choices(options, device, formats, shape, max_iters)}
     check_residual_dtype(options.residual_dtype, chosen["dtype"], is_plain=speed_up is None)
     flops = max_iters * wanted * steps * shape["block_size"] * _flops_per_token(shape)
-    pays_off = _compiling_pays_off(device, chosen["dtype"], shape["n_embd"], flops)
+    is_plain = not (shape["dropout"] or options.lora_rank or options.residual_dtype == "bfloat16")
+    has_kernels = is_plain and shape["n_embd"] <= KERNEL_WIDTH
+    pays_off = _compiling_pays_off(device, chosen["dtype"], flops, has_kernels)
     chosen["compile"] = speed_up is not None and _or(options.compile, pays_off)
     chosen["activation_checkpointing"] = speed_up is not None and options.activation_checkpointing
     chosen |= adapter_choices(options, shape, checkpoint, formats)
@@ -202,16 +203,16 @@ def _choices(
     }
 
 
-def _compiling_pays_off(device: str, dtype: str, width: int, flops: float) -> bool:
-    """Whether torch.compile gains more time than it takes in a run of `flops` with a model of this width.
+def _compiling_pays_off(device: str, dtype: str, flops: float, has_kernels: bool) -> bool:
+    """Whether torch.compile gains more time than it takes in a run of `flops`.
 
     On a CPU it takes up to half a minute. It makes steps in low precision about 5 % faster, and those in float32 hardly
-    (docs/experiments/training-speed.md).
+    (docs/experiments/training-speed.md). `has_kernels` says whether a CPU with AMX has kernels for the blocks, which
+    are faster than compiled code.
     """
     if device != "cpu":
         return device.startswith("cuda")
-    is_long = flops >= COMPILED_FLOPS and width > COMPILED_WIDTH
-    return dtype != "float32" and is_long and has_cpp_compiler()
+    return dtype != "float32" and not has_kernels and flops >= COMPILED_FLOPS and has_cpp_compiler()
 
 
 def _flops_per_token(shape: Mapping[str, Any]) -> float:

@@ -75,7 +75,7 @@ class Muon(torch.optim.Muon):
         return self.orthogonalised(updates, group)
 
     def write_direction(self, update: Tensor, weight: Tensor, group: dict) -> None:
-        """Take the weight's gradient into the momentum, and write its direction, as a whole matrix, to `update`."""
+        """Update the momentum with the weight's gradient, and write its direction, as a whole matrix, to `update`."""
         direction = scaled_into_range(self._direction(weight, group), update.dtype, group["eps"])
         update.copy_(full_tensor(direction.to(update.dtype)) if is_sharded(direction) else direction)
 

@@ -170,7 +170,7 @@ class TrainOptions(ObjectiveOptions, AdapterOptions):
     dtype: str | None = dtype_option()
     compile: bool | None = option(
         None,
-        "use torch.compile (default: on CUDA, and for a long run of a wide model in bfloat16 on a CPU)",
+        "use torch.compile (default: on CUDA, and in low precision on a CPU for long runs of models without kernels)",
         group="device",
     )
     residual_dtype: str = option(
