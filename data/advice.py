@@ -33,10 +33,10 @@ MEASURED_S = 0.3
 # 0.86 on one core (1,480 tokens/s of `tiny`, 77 GFLOP/s of numpy). Two cores help numpy more than training.
 EFFICIENCY = 0.7
 # How much faster the blocks and the head are in bfloat16, which numpy does not support. With AMX, fitted to two cores
-# of an Intel Xeon with 260 GFLOP/s of numpy: the demo's model trains at 38,000 tokens/s, `small` at 18,800 with 4,096
-# ids and at 6,700 with GPT-2's. With AVX512_BF16 not measured, but computed from older tokens per second, assuming 200
+# of an Intel Xeon with 260 GFLOP/s of numpy: the demo's model trains at 72,000 tokens/s, `small` at 26,700 with 4,096
+# ids and at 7,900 with GPT-2's. With AVX512_BF16 not measured, but computed from older tokens per second, assuming 200
 # GFLOP/s of numpy.
-BFLOAT16_GAINS = {"amx_bf16": (2.0, 4.0), "avx512_bf16": (2.5, 2.5)}
+BFLOAT16_GAINS = {"amx_bf16": (3.7, 4.5), "avx512_bf16": (2.5, 2.5)}
 START_S = 15.0  # loading torch, and the evaluations of a short run
 
 
