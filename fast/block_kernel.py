@@ -3,7 +3,7 @@
     if supports(block, x, mask):
         y = block_with_kernel(block, x, mask)    # Block.forward(x, mask=mask) under autocast to bfloat16
 
-Replaces: Block.forward, but for its attention (fast/document_attention.py). As under autocast, products are of bfloat16
+Replaces: Block.forward, except for attention (fast/document_attention.py). As under autocast, products are of bfloat16
 numbers; but the sums of a product are rounded only where the next product needs them rounded. Sums for a weight's
 gradient depend on the number of threads, as in torch.
 Gains: see docs/performance.md, "What each fast part gains".

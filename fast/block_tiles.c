@@ -1,4 +1,4 @@
-/* A block of the network but for its attention, forward and backward, in products of AMX tiles: LayerNorm, the four linear
+/* A block of the network except for attention, forward and backward, in products of AMX tiles: LayerNorm, the four linear
  * layers, GELU and the sums of the residual stream. Products are of bfloat16 numbers; everything else is in float32.
  *
  * A thread takes CHUNK tokens at a time through all layers, so what lies between two products stays in its cache. The
