@@ -1,11 +1,11 @@
-"""A block's training step on a CPU with AMX: kernels in C that keep what lies between two products in the cache.
+"""A block's training step on a CPU with AMX: kernels in C that keep intermediate results in the cache.
 
     if supports(block, x, mask):
         y = block_with_kernel(block, x, mask)    # Block.forward(x, mask=mask) under autocast to bfloat16
 
 Replaces: Block.forward, except for attention (fast/document_attention.py). As under autocast, products are of bfloat16
-numbers; but the sums of a product are rounded only where the next product needs them rounded. Sums for a weight's
-gradient depend on the number of threads, as in torch.
+numbers, but their results are rounded only where they enter another product. The gradients of the weights depend on
+the number of threads in their last digits, as in torch.
 Gains: see docs/performance.md, "What each fast part gains".
 Skipped: without AMX, with dropout or a residual stream in bfloat16, for layers with an adapter or without a gradient,
 for few tokens or sizes that are not multiples of 32, and for widths over MAX_WIDTH, whose sums for the weights'

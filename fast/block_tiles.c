@@ -1,8 +1,8 @@
 /* A block of the network except for attention, forward and backward, in products of AMX tiles: LayerNorm, the four linear
  * layers, GELU and the sums of the residual stream. Products are of bfloat16 numbers; everything else is in float32.
  *
- * A thread takes CHUNK tokens at a time through all layers, so what lies between two products stays in its cache. The
- * gradients of the weights are summed for each thread, then for all of them.
+ * A thread takes CHUNK tokens at a time through all layers, so intermediate results stay in its cache. The gradients of the
+ * weights are summed for each thread, then for all of them.
  *
  * Parallel regions run on the OpenMP library that torch has loaded, so both share its threads.
  */
@@ -12,7 +12,6 @@
 
 #include "tile_products.h"
 
-#define CHUNK 128 /* tokens */
 #define EPSILON 1e-5f
 
 struct block {
@@ -59,6 +58,13 @@ static void lay_out(struct parameters *sums, enum layer from, enum layer to, lon
         sums[layer].weight = floats_of(memory, outputs * inputs);
         sums[layer].bias = floats_of(memory, outputs);
     }
+}
+
+/* The same for a thread that starts to sum: all sums are 0. */
+static void start_sums(struct parameters *sums, enum layer from, enum layer to, long width, char **memory) {
+    char *const start = *memory;
+    lay_out(sums, from, to, width, memory);
+    memset(start, 0, *memory - start);
 }
 
 /* The gradients of these layers from the sums of all threads, of which `sums` are the first one's, made by all threads. */
@@ -304,9 +310,7 @@ void after_attention_backward(
         char *own = memory + omp_get_thread_num() * step;
         struct parameters sums[LAYERS], first_sums[LAYERS];
         lay_out(first_sums, ATTN_C_PROJ, MLP_C_PROJ, width, &(char *){memory});
-        char *const sums_start = own;
-        lay_out(sums, ATTN_C_PROJ, MLP_C_PROJ, width, &own);
-        memset(sums_start, 0, own - sums_start);
+        start_sums(sums, ATTN_C_PROJ, MLP_C_PROJ, width, &own);
         tile *left = tiles_of(&own, CHUNK * width), *right = tiles_of(&own, CHUNK * width);
         tile *columns = tiles_of(&own, CHUNK * width); /* left tiles of a transpose */
         tile *activated = tiles_of(&own, CHUNK * wide);
@@ -356,9 +360,7 @@ void before_attention_backward(
         char *own = memory + omp_get_thread_num() * step;
         struct parameters sums[LAYERS], first_sums[LAYERS];
         lay_out(first_sums, LN_1, C_ATTN, width, &(char *){memory});
-        char *const sums_start = own;
-        lay_out(sums, LN_1, C_ATTN, width, &own);
-        memset(sums_start, 0, own - sums_start);
+        start_sums(sums, LN_1, C_ATTN, width, &own);
         tile *normalized = tiles_of(&own, CHUNK * width), *columns = tiles_of(&own, CHUNK * width);
         tile *grad = tiles_of(&own, CHUNK * wide), *grad_right = tiles_of(&own, CHUNK * wide);
         float *normalized_grad = floats_of(&own, CHUNK * width);

@@ -12,8 +12,6 @@
 
 #include "tile_products.h"
 
-#define CHUNK 128 /* rows */
-
 struct head {
     long rows, width, ids, threads;
 };
@@ -87,12 +85,13 @@ static void to_powers(tile *logits, tile *right, long ids, long row, const float
     totals[1] = SUM(sums[1]);
 }
 
-/* The losses of a chunk's rows. Its logits become their gradients, times the sum of the powers, whose inverses are kept. */
+/* The losses of a chunk's first `count` rows. Their logits become gradients, times the sum of the powers, whose inverses are
+ * kept. */
 static void to_gradients(
-    tile *logits, tile *right, long ids, long rows, long count, const float *maxima, const int64_t *targets, float *losses,
+    tile *logits, tile *right, long ids, long count, const float *maxima, const int64_t *targets, float *losses,
     float *inverses
 ) {
-    for (long row = 0; row < rows; row += 2) {
+    for (long row = 0; row < CHUNK; row += 2) {
         float most[2], scores[2], missed[2];
         for (long next = 0; next < 2; next++) {
             /* rounded, as the logits are: the largest of them minus the unrounded one could be far below 0 */
@@ -160,7 +159,7 @@ void head_losses(
             for (long n = 0; n < CHUNK * SIDE; n++) maxima[n] = -INFINITY;
             pack_hidden(hidden, rows + first, count, width, 0, left, 0);
             product(left, CHUNK, transposed, ids, width, store_logits, &to_logits);
-            to_gradients(powers, powers_right, ids, CHUNK, count, maxima, targets + first, losses + first, inverses);
+            to_gradients(powers, powers_right, ids, count, maxima, targets + first, losses + first, inverses);
             if (hidden_grad) product(powers, CHUNK, packed_weight, width, ids, store_hidden_grads, &to_hidden);
             if (!weight_grad) continue;
             pack_hidden(hidden, rows + first, count, width, inverses, 0, right);
@@ -168,7 +167,7 @@ void head_losses(
             accumulate(columns, width, powers_right, ids, CHUNK, sums);
         }
         _tile_release();
-        if (weight_grad) add_up((const float *)(memory), step, width, ids, 1, weight_grad);
+        if (weight_grad) add_up((const float *)memory, step, width, ids, 1, weight_grad);
     }
 }
 #endif

@@ -1,4 +1,4 @@
-"""Muon's step on a CPU with AMX: kernels in C for the Newton-Schulz iteration and for what is before and after it.
+"""Muon's step on a CPU with AMX: kernels in C for the momentum, the Newton-Schulz iteration and the update.
 
     speed_up_optimizers(optimizers)     # those of make_optimizers; AdamW stays as it is
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from fast.c_library import build_library
 
 MULTIPLE = 32  # of which all sizes must be multiples: the side of what is computed at a time
-CHUNK = 128  # tokens, or rows, that a thread takes at a time
+CHUNK = 128  # as in tile_products.h: tokens, or rows, that a thread takes at a time
 
 
 @functools.cache

@@ -11,6 +11,8 @@
 #include "lanes.h"
 #include "tiles.h"
 
+#define CHUNK 128 /* tokens, or rows, that a thread takes at a time */
+
 #ifdef HAS_TILES
 
 typedef struct {

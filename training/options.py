@@ -170,13 +170,13 @@ class TrainOptions(ObjectiveOptions, AdapterOptions):
     dtype: str | None = dtype_option()
     compile: bool | None = option(
         None,
-        "use torch.compile (default: on CUDA, and in low precision on a CPU for long runs of models without kernels)",
+        "use torch.compile (default: on CUDA, and on a CPU for long runs of wide models in low precision)",
         group="device",
     )
     residual_dtype: str = option(
         "float32",
-        "precision of the residual stream, to which every block adds; bfloat16 takes less time and memory and rounds "
-        "more (only with --dtype bfloat16)",
+        "precision of the residual stream, to which every block adds; bfloat16 takes less memory and rounds more (only "
+        "with --dtype bfloat16)",
         choices=("float32", "bfloat16"),
         group="device",
     )
