@@ -7,9 +7,9 @@ Replaces: Block.forward, except for attention (fast/document_attention.py). As u
 numbers, but their results are rounded only where they enter another product. The gradients of the weights depend on
 the number of threads in their last digits, as in torch.
 Gains: see docs/performance.md, "What each fast part gains".
-Skipped: without AMX, with dropout or a residual stream in bfloat16, for layers with an adapter or without a gradient,
-for few tokens or sizes that are not multiples of 32, and for widths over MAX_WIDTH, whose sums for the weights'
-gradients would not stay in the cache.
+Skipped: without AMX, with a residual stream in bfloat16, for layers with an adapter or without a gradient, for few
+tokens or sizes that are not multiples of 32, and for widths over MAX_WIDTH, whose sums for the weights' gradients would
+not stay in the cache.
 
 Shapes: B batch, T time, C n_embd, H heads.
 """
@@ -26,6 +26,7 @@ from torch.autograd.function import once_differentiable
 
 from fast import document_attention
 from fast.document_masks import compute_dtype
+from fast.dropout import Dropout, dropout, new_seed
 from fast.tile_kernels import MULTIPLE, memory, pointers, tile_kernels, useful_threads
 from model import Block
 
@@ -36,7 +37,7 @@ EPSILON = 1e-5  # of LayerNorm; nn.LayerNorm's default
 class _Shape(ctypes.Structure):
     """`struct block` of block_tiles.c."""
 
-    _fields_ = tuple((name, ctypes.c_long) for name in ("tokens", "width", "threads"))
+    _fields_ = (*((name, ctypes.c_long) for name in ("tokens", "width", "threads")), ("dropout", Dropout))
 
 
 _Parameters = ctypes.c_void_p * 12  # `struct parameters` of each layer: weight and bias
@@ -60,7 +61,9 @@ def supports(block: Block, x: Tensor, mask: Tensor | None) -> bool:
 
 def block_with_kernel(block: Block, x: Tensor, first_keys: Tensor) -> Tensor:
     """The block's output (B, T, C), where position t attends to first_keys[:, t] (B, T) up to t."""
-    return _Block.apply(x, first_keys, block.attn.n_head, *_parameters(block))
+    probability = block.mlp.dropout if block.training else 0.0
+    seeds = [new_seed(), new_seed()] if probability else [0, 0]  # of the attention weights, and of the layers' outputs
+    return _Block.apply(x, first_keys, block.attn.n_head, (probability, *seeds), *_parameters(block))
 
 
 def layers(block: Block) -> tuple[nn.LayerNorm | nn.Linear, ...]:
@@ -74,15 +77,18 @@ def _parameters(block: Block) -> list[Tensor | None]:
 
 class _Block(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, first_keys: Tensor, n_head: int, *parameters: Tensor | None) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, first_keys: Tensor, n_head: int, drops: tuple[float, int, int], *parameters: Tensor | None
+    ) -> Tensor:
         x = x.contiguous()
+        probability, attention_seed, seed = ctx.drops = drops
         B, T, C = x.shape
         qkv = x.new_empty(B, T, 3 * C, dtype=torch.bfloat16)
         _call("before_attention", [parameters], [x, qkv])
-        y, logsumexp = document_attention.forward(qkv, first_keys, n_head)
+        y, logsumexp = document_attention.forward(qkv, first_keys, n_head, probability, attention_seed)
         middle, out = torch.empty_like(x), torch.empty_like(x)
         hidden = x.new_empty(B, T, 4 * C, dtype=torch.bfloat16)
-        _call("after_attention", [parameters], [x, y, middle, hidden, out])
+        _call("after_attention", [parameters], [x, y, middle, hidden, out], dropout(probability, seed))
         ctx.save_for_backward(x, first_keys, qkv, y, logsumexp, middle, hidden, *parameters)
         return out
 
@@ -90,21 +96,27 @@ class _Block(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, first_keys, qkv, y, logsumexp, middle, hidden, *parameters = ctx.saved_tensors
+        probability, attention_seed, seed = ctx.drops
         both = [parameters, [None if parameter is None else torch.empty_like(parameter) for parameter in parameters]]
         middle_grad, y_grad, x_grad = torch.empty_like(x), torch.empty_like(y), torch.empty_like(x)
         given = [grads[0].contiguous(), middle, hidden, y]
-        _call("after_attention_backward", both, [*given, middle_grad, y_grad])
-        qkv_grad = document_attention.backward(y_grad, qkv, first_keys, y, logsumexp)
+        _call("after_attention_backward", both, [*given, middle_grad, y_grad], dropout(probability, seed))
+        qkv_grad = document_attention.backward(y_grad, qkv, first_keys, y, logsumexp, probability, attention_seed)
         _call("before_attention_backward", both, [qkv_grad, middle_grad, x, x_grad])
-        return x_grad, None, None, *both[1]
+        return x_grad, None, None, None, *both[1]
 
 
-def _call(name: str, parameters: Sequence[Sequence[Tensor | None]], tensors: Sequence[Tensor]) -> None:
+def _call(
+    name: str,
+    parameters: Sequence[Sequence[Tensor | None]],
+    tensors: Sequence[Tensor],
+    drops: Dropout | None = None,
+) -> None:
     """Call a kernel with a block's parameters, or these and their gradients, and with tensors (B, T, ...)."""
     kernels, n_tokens = tile_kernels(), tensors[0].shape[:2].numel()
     (ln_1_weight, *_), *_ = parameters
     assert ln_1_weight is not None
-    shape = ctypes.byref(_Shape(n_tokens, len(ln_1_weight), useful_threads(n_tokens)))
+    shape = ctypes.byref(_Shape(n_tokens, len(ln_1_weight), useful_threads(n_tokens), drops or dropout(0.0, 0)))
     groups = [_Parameters(*(pointer.value for pointer in pointers(*group))) for group in parameters]
     scratch = memory(kernels.block_memory_bytes(shape))
     getattr(kernels, name)(shape, *groups, *pointers(*tensors, scratch))

@@ -14,8 +14,11 @@
 
 #define EPSILON 1e-5f
 
+#define MLP_PLACES (1u << 31) /* the first place for dropout of the MLP's output; those of attention's output are smaller */
+
 struct block {
     long tokens, width, threads;
+    struct dropout dropout;
 };
 
 enum layer { LN_1, C_ATTN, ATTN_C_PROJ, LN_2, C_FC, MLP_C_PROJ, LAYERS };
@@ -39,7 +42,7 @@ long block_memory_bytes(const struct block *block) {
 }
 
 /* The tokens of the chunk that starts at `first`. */
-static inline long rows_from(long first, const struct block *block) {
+static inline long rows_at(long first, const struct block *block) {
     return first + CHUNK < block->tokens ? CHUNK : block->tokens - first;
 }
 
@@ -139,11 +142,13 @@ static void normalize_backward(
     }
 }
 
-/* Where sums go as they are: to = other + sums + bias (rows, width); `other` and `bias` can be 0. */
+/* Where sums go as they are: to = other + dropout(sums + bias) (rows, width); all but `to` can be 0. */
 struct float_rows {
     float *to;
     const float *other, *bias;
     long width;
+    const struct dropout *dropout;
+    uint32_t place;
 };
 
 static void store_floats(const void *how, long row, long column, const float *sums) {
@@ -153,6 +158,7 @@ static void store_floats(const void *how, long row, long column, const float *su
             const long here = (row + i) * rows->width + column + j;
             lanes number = LOAD(sums + i * BLOCK + j);
             if (rows->bias) number = ADD(number, LOAD(rows->bias + column + j));
+            if (rows->dropout) number = dropped(rows->dropout, rows->place + here, 1, number);
             STORE(rows->to + here, rows->other ? ADD(number, LOAD(rows->other + here)) : number);
         }
 }
@@ -254,7 +260,7 @@ void before_attention(
         use_tiles();
 #pragma omp for schedule(static)
         for (long first = 0; first < block->tokens; first += CHUNK) {
-            const long rows = rows_from(first, block);
+            const long rows = rows_at(first, block);
             const struct bfloat16_rows to = {qkv + first * 3 * width, layers[C_ATTN].bias, 3 * width};
             normalize(x + first * width, rows, width, layers[LN_1], normalized, 0);
             product(normalized, rows, c_attn, 3 * width, width, store_bfloat16s, &to);
@@ -282,12 +288,14 @@ void after_attention(
         use_tiles();
 #pragma omp for schedule(static)
         for (long first = 0; first < block->tokens; first += CHUNK) {
-            const long rows = rows_from(first, block), start = first * width;
-            const struct float_rows to_middle = {middle + start, x + start, layers[ATTN_C_PROJ].bias, width};
-            const struct float_rows to_out = {out + start, middle + start, layers[MLP_C_PROJ].bias, width};
+            const long rows = rows_at(first, block), start = first * width;
+            const struct float_rows to_middle = {
+                middle + start, x + start, layers[ATTN_C_PROJ].bias, width, &block->dropout, start};
+            const struct float_rows to_out = {
+                out + start, middle + start, layers[MLP_C_PROJ].bias, width, &block->dropout, MLP_PLACES + start};
             const struct activation to_hidden = {
                 (tile *)(hidden + 4 * start), activated, layers[C_FC].bias, rows, 4 * width};
-            pack_rows(y + start, 1, rows, width, narrow, 0, 0);
+            pack_rows((struct rows_from){.bfloat16s = y + start}, rows, width, narrow, 0, 0);
             product(narrow, rows, attn_c_proj, width, width, store_floats, &to_middle);
             normalize(middle + start, rows, width, layers[LN_2], narrow, 0);
             product(narrow, rows, c_fc, 4 * width, width, store_gelu, &to_hidden);
@@ -322,12 +330,14 @@ void after_attention_backward(
         use_tiles();
 #pragma omp for schedule(static)
         for (long first = 0; first < block->tokens; first += CHUNK) {
-            const long rows = rows_from(first, block), start = first * width, n_tiles = rows * width / (SIDE * DEPTH);
+            const long rows = rows_at(first, block), start = first * width, n_tiles = rows * width / (SIDE * DEPTH);
             const struct activation_backward to_hidden = {(const tile *)(hidden + 4 * start), activated, hidden_grad,
                                                           hidden_grad_right, sums[C_FC].bias, rows, wide};
-            const struct float_rows to_normalized = {normalized_grad, 0, 0, width};
+            const struct float_rows to_normalized = {.to = normalized_grad, .width = width};
             const struct bfloat16_rows to_y = {y_grad + start, 0, width};
-            pack_rows(out_grad + start, 0, rows, width, left, right, sums[MLP_C_PROJ].bias);
+            const struct rows_from mlp_grad = {out_grad + start, 0, &block->dropout, MLP_PLACES + start};
+            const struct rows_from attn_grad = {middle_grad + start, 0, &block->dropout, start};
+            pack_rows(mlp_grad, rows, width, left, right, sums[MLP_C_PROJ].bias);
             transpose_tiles(right, n_tiles, columns);
             product(left, rows, mlp_c_proj, wide, width, store_gelu_grads, &to_hidden);
             accumulate(columns, width, activated, wide, rows, sums[MLP_C_PROJ].weight);
@@ -337,10 +347,10 @@ void after_attention_backward(
             product(hidden_grad, rows, c_fc, width, wide, store_floats, &to_normalized);
             normalize_backward(normalized_grad, middle + start, out_grad + start, rows, width, layers[LN_2],
                                sums[LN_2], middle_grad + start);
-            pack_rows(middle_grad + start, 0, rows, width, left, right, sums[ATTN_C_PROJ].bias);
+            pack_rows(attn_grad, rows, width, left, right, sums[ATTN_C_PROJ].bias);
             transpose_tiles(right, n_tiles, columns);
             product(left, rows, attn_c_proj, width, width, store_bfloat16s, &to_y);
-            pack_rows(y + start, 1, rows, width, 0, right, 0);
+            pack_rows((struct rows_from){.bfloat16s = y + start}, rows, width, 0, right, 0);
             accumulate(columns, width, right, width, rows, sums[ATTN_C_PROJ].weight);
         }
         _tile_release();
@@ -368,9 +378,10 @@ void before_attention_backward(
         use_tiles();
 #pragma omp for schedule(static)
         for (long first = 0; first < block->tokens; first += CHUNK) {
-            const long rows = rows_from(first, block), start = first * width;
-            const struct float_rows to_normalized = {normalized_grad, 0, 0, width};
-            pack_rows(qkv_grad + 3 * start, 1, rows, wide, grad, grad_right, sums[C_ATTN].bias);
+            const long rows = rows_at(first, block), start = first * width;
+            const struct float_rows to_normalized = {.to = normalized_grad, .width = width};
+            pack_rows((struct rows_from){.bfloat16s = qkv_grad + 3 * start}, rows, wide, grad, grad_right,
+                      sums[C_ATTN].bias);
             normalize(x + start, rows, width, layers[LN_1], 0, normalized);
             transpose_tiles(normalized, rows * width / (SIDE * DEPTH), columns);
             accumulate(columns, width, grad_right, wide, rows, sums[C_ATTN].weight);

@@ -10,6 +10,7 @@
 
 #include "lanes.h"
 #include "tiles.h"
+#include "dropout.h"
 
 #define CHUNK 128 /* tokens, or rows, that a thread takes at a time */
 
@@ -164,26 +165,36 @@ static inline void add_up_vectors(const float *sums, long step, long length, flo
     }
 }
 
-/* 32 numbers of a row of float32 or bfloat16 numbers, rounded; adds them to `sums`. */
-static inline __attribute__((always_inline)) __m512i packed(const void *x, long here, const int is_bfloat16, lanes *sums) {
-    const float *numbers = (const float *)x + here;
-    const uint16_t *low = (const uint16_t *)x + here;
-    const lanes first = is_bfloat16 ? FROM_BFLOAT16(low) : LOAD(numbers);
-    const lanes second = is_bfloat16 ? FROM_BFLOAT16(low + LANES) : LOAD(numbers + LANES);
-    sums[0] = ADD(sums[0], first);
-    sums[1] = ADD(sums[1], second);
-    return is_bfloat16 ? _mm512_loadu_si512(low) : rounded(first, second);
+/* A matrix (rows, columns) of float32 or bfloat16 numbers; `dropout` is 0, or applied to float32 numbers, of which the first
+ * one has this place. */
+struct rows_from {
+    const float *floats;
+    const uint16_t *bfloat16s;
+    const struct dropout *dropout;
+    uint32_t place;
+};
+
+/* 32 numbers of such a matrix, rounded; adds them to `sums`. */
+static inline __m512i packed(const struct rows_from *x, long here, lanes *sums) {
+    lanes numbers[2];
+    for (long part = 0; part < 2; part++) {
+        const long at = here + part * LANES;
+        numbers[part] = x->floats ? LOAD(x->floats + at) : FROM_BFLOAT16(x->bfloat16s + at);
+        if (x->dropout) numbers[part] = dropped(x->dropout, x->place + at, 1, numbers[part]);
+        sums[part] = ADD(sums[part], numbers[part]);
+    }
+    return x->floats ? rounded(numbers[0], numbers[1]) : _mm512_loadu_si512(x->bfloat16s + here);
 }
 
-/* Store a matrix (rows, columns) of float32 or bfloat16 numbers in tiles, and add up its columns if `sums` is given. */
+/* Store a matrix (rows, columns) in tiles, and add up its columns if `sums` is given. */
 static inline __attribute__((always_inline)) void pack_rows(
-    const void *x, const int is_bfloat16, long rows, long columns, tile *left, tile *right, float *sums
+    struct rows_from x, long rows, long columns, tile *left, tile *right, float *sums
 ) {
     for (long column = 0; column < columns; column += DEPTH) {
         lanes own[2] = {ZERO, ZERO};
         for (long row = 0; row < rows; row += 2) {
-            const __m512i first = packed(x, row * columns + column, is_bfloat16, own);
-            const __m512i second = packed(x, (row + 1) * columns + column, is_bfloat16, own);
+            const __m512i first = packed(&x, row * columns + column, own);
+            const __m512i second = packed(&x, (row + 1) * columns + column, own);
             store_rows(first, second, left, right, rows, columns, row, column);
         }
         if (!sums) continue;

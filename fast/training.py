@@ -145,9 +145,11 @@ class FastGPT(GPT):
     def has_attention_kernel(self, idx: Tensor) -> bool:
         """Whether attention for ids (B, T) runs in a kernel of fast/document_attention.py."""
         config = self.config
-        if idx.device.type != "cpu" or (self.training and config.dropout) or idx.numel() < FEW_TOKENS:
+        dropout = config.dropout if self.training else 0.0
+        is_compiled = self.training and self.fast_blocks()[0].compiled is not None
+        if idx.device.type != "cpu" or (dropout and is_compiled) or idx.numel() < FEW_TOKENS:
             return False
-        return supports(config.n_embd // config.n_head, compute_dtype(self.wte.weight))
+        return supports(config.n_embd // config.n_head, compute_dtype(self.wte.weight), dropout)
 
     def document_mask(self, documents: Tensor) -> Tensor:
         """The mask in the form of the fastest attention.
@@ -182,7 +184,7 @@ class FastBlock(Block):
         """Whether the whole block runs in kernels (fast/block_kernel.py)."""
         attention, mlp = self.attn, self.mlp
         linears = (attention.c_attn, attention.c_proj, mlp.c_fc, mlp.c_proj)
-        is_changed = cache is not None or self.residual_dtype is not None or (self.training and mlp.dropout > 0)
+        is_changed = cache is not None or self.residual_dtype is not None
         if is_changed or any(type(linear) is not FastLinear for linear in linears):
             return False
         return block_kernel.supports(self, x, mask)
@@ -203,7 +205,7 @@ class FastAttention(Attention):
     def forward(self, x: Tensor, cache: KVCache | None = None, mask: Tensor | None = None) -> Tensor:
         if isinstance(mask, BlockMask) or mask is None or mask.dtype != MASK_DTYPE:
             return super().forward(x, cache, mask)
-        y = document_attention(self.c_attn(x), mask, self.n_head)
+        y = document_attention(self.c_attn(x), mask, self.n_head, self.dropout if self.training else 0.0)
         return F.dropout(self.c_proj(y), self.dropout, self.training)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:

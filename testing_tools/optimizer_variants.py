@@ -129,6 +129,12 @@ VARIANTS = {
     "adamw": Variant({"optimizer": "adamw"}, muon=None),
     "adamw, 6e-3": Variant({"optimizer": "adamw", "learning_rate": 6e-3}, muon=None),
     "adamw, published": Variant({"optimizer": "adamw"}, muon=None, prepare=published_embeddings),
+    "adamw, published, 1.5e-3": Variant(
+        {"optimizer": "adamw", "learning_rate": 1.5e-3}, muon=None, prepare=published_embeddings
+    ),
+    "adamw, published, 6e-4": Variant(
+        {"optimizer": "adamw", "learning_rate": 6e-4}, muon=None, prepare=published_embeddings
+    ),
     "adamw, 6e-4": Variant({"optimizer": "adamw", "learning_rate": 6e-4}, muon=None),
     "adamw, 1.5e-3": Variant({"optimizer": "adamw", "learning_rate": 1.5e-3}, muon=None),
     "muon": Variant(),

@@ -217,16 +217,6 @@ def test_blocks_that_the_kernels_would_get_wrong_are_refused(name, change):
         assert not block_kernel.supports(block, x, keys), name
 
 
-@needs_kernel
-def test_dropout_turns_the_kernels_off_in_training_only(ids):
-    gpt = tiny_gpt(**CONFIG, dropout=0.1).train()
-    speed_up_training(gpt)
-    x, keys = torch.zeros(8, 128, 64), torch.zeros(8, 128, dtype=torch.int32)
-    with autocast():
-        assert not gpt.h[0].has_kernel(x, None, keys)
-        assert gpt.eval().h[0].has_kernel(x, None, keys)
-
-
 def test_the_defaults_of_a_run_know_the_widths_of_the_kernels():
     assert KERNEL_WIDTH == block_kernel.MAX_WIDTH
 

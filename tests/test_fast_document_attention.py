@@ -123,15 +123,18 @@ def test_the_same_bits_with_any_number_of_threads_and_any_layout_of_the_input(dt
 def test_the_operators_pass_the_checks_of_torch(dtype):
     qkv = torch.randn(2, 9, 3 * SIZE, generator=seeded(1)).to(dtype)
     keys = first_keys(documents(2, 9, 4))
-    torch.library.opcheck(module.forward, (qkv, keys, 1))
-    y, logsumexp = module.forward(qkv, keys, 1)
-    torch.library.opcheck(module.backward, (y, qkv, keys, y, logsumexp))
+    dropout = (0.5, 1) if dtype == torch.bfloat16 else (0.0, 0)
+    torch.library.opcheck(module.forward, (qkv, keys, 1, *dropout))
+    y, logsumexp = module.forward(qkv, keys, 1, *dropout)
+    torch.library.opcheck(module.backward, (y, qkv, keys, y, logsumexp, *dropout))
 
 
 def test_other_precisions_and_head_sizes_are_refused():
     assert not supports(SIZE, torch.float16) and not supports(SIZE, torch.float64)
     with pytest.raises(NotImplementedError, match="heads of 17"):
         document_attention(torch.zeros(1, 9, 3 * 17), first_keys(torch.zeros(1, 9)), 1)
+    with pytest.raises(NotImplementedError, match="with dropout"):
+        document_attention(torch.zeros(1, 9, 3 * SIZE), first_keys(torch.zeros(1, 9)), 1, dropout=0.1)
 
 
 LONG = {"n_embd": 2 * SIZE, "block_size": 512}  # two rows of it have FEW_TOKENS

@@ -127,7 +127,7 @@ def test_the_fields_are_the_keys_of_a_checkpoint(straight):
         (TEXT, {"max_iters": 100, "dtype": "bfloat16"}, {"warmup_iters": 5, "eval_interval": 25, "compile": False}),
         (TEXT, {"max_iters": 5000, "dtype": "bfloat16"}, {"compile": False}),
         (TEXT, {"max_iters": 5000, "dtype": "bfloat16", "n_embd": 768}, {"compile": has_cpp_compiler()}),
-        (TEXT, {"max_iters": 5000, "dtype": "bfloat16", "dropout": 0.1}, {"compile": has_cpp_compiler()}),
+        (TEXT, {"max_iters": 5000, "dtype": "bfloat16", "dropout": 0.1}, {"compile": False}),
         (TEXT, {"max_iters": 5000, "dtype": "float32", "n_embd": 768}, {"compile": False}),
         (TEXT, {"learning_rate": 0.0}, {"learning_rate": 0.0, "min_lr": 0.0}),
     ],

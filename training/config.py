@@ -137,7 +137,7 @@ def make_config(
     chosen = {**shape, **_choices(options, device, formats, shape, max_iters)}
     check_residual_dtype(options.residual_dtype, chosen["dtype"], is_plain=speed_up is None)
     flops = max_iters * wanted * steps * shape["block_size"] * _flops_per_token(shape)
-    is_unsupported = shape["dropout"] or options.lora_rank or options.residual_dtype == "bfloat16"
+    is_unsupported = options.lora_rank or options.residual_dtype == "bfloat16"
     has_kernels = shape["n_embd"] <= KERNEL_WIDTH and not is_unsupported
     pays_off = _compiling_pays_off(device, chosen["dtype"], flops, has_kernels)
     chosen["compile"] = speed_up is not None and _or(options.compile, pays_off)
