@@ -63,7 +63,7 @@ def _faster(plain: Any) -> Any:
             if not supports(updates) or not _are_dense(*weights):
                 return super().apply(weights, updates, group)
             decay = 1 - group["lr"] * group["weight_decay"]
-            rate = group["lr"] * max(1, updates.shape[1] / updates.shape[2]) ** 0.5
+            rate = self.rate(weights[0], group)
             for weight, update in zip(weights, updates, strict=True):
                 given = pointers(weight, update)
                 tile_kernels().apply_update(*given, update.numel(), decay, rate, torch.get_num_threads())

@@ -142,13 +142,16 @@ def numbers(setting: Setting) -> None:
 
 def muon(setting: Setting) -> None:
     """Our Muon compared with torch's."""
-    for shape in ((64, 192), (256, 64)) if setting.is_small else ((768, 2304), (3072, 768)):
-        ours, theirs = (torch.nn.Parameter(torch.ones(shape, device=setting.device)) for _ in range(2))
+    width = 64 if setting.is_small else 768
+    for shape, parts in (((3 * width, width), 3), ((4 * width, width), 1), ((width, 4 * width), 1)):
+        ours = torch.nn.Parameter(torch.ones(shape, device=setting.device))
+        theirs = [torch.nn.Parameter(part.clone()) for part in ours.detach().chunk(parts)]
         ours.grad = torch.randn(shape, device=setting.device)
-        theirs.grad = ours.grad.clone()
+        for weight, grad in zip(theirs, ours.grad.chunk(parts), strict=True):
+            weight.grad = grad.clone()
         Muon([ours], lr=0.02, weight_decay=0.01).step()
-        torch.optim.Muon([theirs], lr=0.02, weight_decay=0.01).step()
-        close(f"Muon's step of {shape}", ours.detach() - 1, theirs.detach() - 1, 3e-2)
+        torch.optim.Muon(theirs, lr=0.02, weight_decay=0.01).step()
+        close(f"Muon's step of {shape}", ours.detach() - 1, torch.cat([*theirs]).detach() - 1, 3e-2)
 
 
 def steps(setting: Setting) -> None:

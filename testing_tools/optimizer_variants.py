@@ -66,6 +66,12 @@ class NorMuon(Muon):
         super().apply(weights, updates, group)
 
 
+class WholeMuon(Muon):
+    """torch's Muon, for which the weight of c_attn is one matrix and not three."""
+
+    step = torch.optim.Muon.step
+
+
 class HyperballMuon(Muon):
     """Muon that keeps the norm of each matrix; the update, of the same norm times the rate, only turns it.
 
@@ -152,6 +158,7 @@ VARIANTS = {
     "published, 6e-3": Variant({"learning_rate": 6e-3}, prepare=published_embeddings),
     "bfloat16": Variant({"dtype": "bfloat16"}),
     "bfloat16 residual": Variant({"dtype": "bfloat16", "residual_dtype": "bfloat16"}),
+    "whole c_attn, 6e-3": Variant({"learning_rate": 6e-3}, muon=WholeMuon),
     "normuon": Variant(muon=NorMuon),
     "normuon, 0.04": Variant({"muon_learning_rate": 0.04}, muon=NorMuon),
     "hyperball": Variant({"muon_weight_decay": 0.0}, muon=HyperballMuon),

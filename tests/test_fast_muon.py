@@ -75,9 +75,9 @@ def test_what_the_kernel_lacks_is_refused_and_left_to_torch():
 @needs_kernel
 @pytest.mark.parametrize("nesterov", [True, False])
 def test_an_optimizer_steps_as_without_the_kernel(nesterov, monkeypatch):
-    """Two shapes that the kernel takes, one of them tall, one that it does not take, and a transposed matrix."""
-    generator = seeded(1)
-    weights = [torch.nn.Parameter(torch.randn(size, generator=generator)) for size in [(96, 32), (32, 32), (8, 24)]]
+    """Three shapes that the kernel takes (the first one as three matrices), one that it does not, and a transpose."""
+    generator, shapes = seeded(1), [(96, 32), (64, 32), (32, 32), (8, 24)]
+    weights = [torch.nn.Parameter(torch.randn(shape, generator=generator)) for shape in shapes]
     weights.append(torch.nn.Parameter(torch.randn(32, 32, generator=generator).T))
     settings = {"nesterov": nesterov, "weight_decay": 0.3, "lr": 0.05, "dtype": torch.bfloat16}
     pair = [Muon(copy.deepcopy(weights), **settings) for _ in range(2)]
@@ -97,7 +97,7 @@ def test_an_optimizer_steps_as_without_the_kernel(nesterov, monkeypatch):
                 optimizer.param_groups[0]["params"][number].grad = grad.clone()
         for optimizer in pair:
             optimizer.step()
-    assert set(called) == {(1, 96, 32), (2, 32, 32)} and len(called) == 6
+    assert set(called) == {(3, 32, 32), (1, 64, 32), (2, 32, 32)} and len(called) == 9
     for one, other in zip(*(optimizer.param_groups[0]["params"] for optimizer in pair), strict=True):
         torch.testing.assert_close(one, other, atol=2e-3, rtol=2e-3)
         torch.testing.assert_close(pair[0].momentum(one), pair[1].momentum(other))

@@ -12,12 +12,13 @@ import pytest
 import torch
 from torch import nn
 
+from fast import speed_up_optimizers
 from model import GPT, PRESETS
 from tests.fake_job import fake_job
 from training import muon
 from training.muon import Muon, group_by_shape, n_multiplications, orthogonalised_, owners_of
 
-SHAPES = [(24, 8), (8, 8), (8, 32), (24, 8), (32, 8), (8, 8), (24, 8)]
+SHAPES = [(40, 8), (8, 8), (8, 32), (40, 8), (32, 8), (8, 8), (40, 8)]
 
 
 def matrices(seed: int = 0) -> list[nn.Parameter]:
@@ -80,6 +81,27 @@ def test_it_goes_on_with_the_state_of_torchs_muon_and_torchs_with_its():
         torch.testing.assert_close(weight, other, atol=1e-3, rtol=1e-3)
 
 
+@pytest.mark.parametrize("is_kernel", [False, True])
+def test_queries_keys_and_values_are_three_matrices(is_kernel):
+    """The oracle is torch's Muon for three weights. The test above has other tall weights, which are one matrix."""
+    ours = [nn.Parameter(torch.randn(96, 32, generator=torch.Generator().manual_seed(1)))]
+    theirs = [nn.Parameter(part.clone()) for part in ours[0].detach().chunk(3)]
+    before, settings = ours[0].detach().clone(), {"lr": 0.02, "weight_decay": 0.3}
+    optimizers = [Muon(ours, torch.bfloat16, **settings), torch.optim.Muon(theirs, **settings)]
+    if is_kernel:
+        speed_up_optimizers(optimizers[:1])
+    for number in range(3):
+        grad = torch.randn(96, 32, generator=torch.Generator().manual_seed(number))
+        grad[32:64] *= 100  # as one matrix, the keys would get nearly all of the update
+        ours[0].grad = grad
+        for weight, part in zip(theirs, grad.chunk(3), strict=True):
+            weight.grad = part.clone()
+        for optimizer in optimizers:
+            optimizer.step()
+    expected = torch.cat([weight.detach() for weight in theirs])
+    assert (ours[0] - expected).norm() < 0.01 * (expected - before).norm()
+
+
 def test_a_weight_without_a_gradient_stays():
     weights = matrices()
     before = copy.deepcopy(weights)
@@ -104,7 +126,7 @@ def test_the_singular_values_become_nearly_one_and_the_directions_stay(shape):
 def test_only_matrices_of_one_shape_go_together(monkeypatch):
     monkeypatch.setattr(muon, "MATRICES_AT_ONCE", 2)
     parts = [[tuple(weight.shape) for weight in weights] for weights in group_by_shape(matrices())]
-    assert parts == [[(24, 8)] * 2, [(24, 8)], [(8, 8)] * 2, [(8, 32)], [(32, 8)]]
+    assert parts == [[(40, 8)] * 2, [(40, 8)], [(8, 8)] * 2, [(8, 32)], [(32, 8)]]
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])

@@ -7,6 +7,9 @@ is torch's, and so is the default that adjusts the learning rate to a matrix's s
 torch's (bfloat16), except on processors that only emulate it (see common.device.tensor_core_dtype): on a CPU with AVX2
 bfloat16 takes 20 to 40 times as long as float32.
 
+The weight of c_attn consists of three matrices, for queries, keys and values. Each is orthogonalized on its own, as
+Muon's authors recommend: models learn faster at first (docs/experiments/optimizer.md).
+
 Under DistributedDataParallel all processes have the same gradients. Each process computes the updates of some of the
 matrices and sends them to the others. The results are exactly the same, but each is computed only once.
 """
@@ -28,7 +31,7 @@ MATRICES_AT_ONCE = 4  # matrices multiplied at a time; more would take memory an
 
 
 class Muon(torch.optim.Muon):
-    """torch.optim.Muon whose step multiplies weights of the same shape together.
+    """torch.optim.Muon whose step multiplies weights of the same shape together, and takes c_attn's apart.
 
     The momentum of sharded weights stays sharded; each process computes the whole update and takes its shard. Weights
     that are not sharded are the same in all processes, which share the work. `dtype` is the precision of the products
@@ -72,7 +75,8 @@ class Muon(torch.optim.Muon):
                 self._direction(weight, group)  # in every process, so that all have the momentum
         if not is_own:
             return updates
-        return self.orthogonalised(updates, group)
+        parts = updates.view(-1, updates.shape[1] // n_parts(weights[0]), updates.shape[2])
+        return self.orthogonalised(parts, group).view_as(updates)
 
     def write_direction(self, update: Tensor, weight: Tensor, group: dict) -> None:
         """Update the momentum with the weight's gradient, and write its direction, as a whole matrix, to `update`."""
@@ -85,11 +89,15 @@ class Muon(torch.optim.Muon):
 
     def apply(self, weights: list[Tensor], updates: Tensor, group: dict) -> None:
         """Decay weights of one shape and add their updates (n, rows, columns)."""
-        rows, columns = weights[0].shape
-        rate = group["lr"] * max(1, rows / columns) ** 0.5
+        rate = self.rate(weights[0], group)
         for weight, update in zip(weights, updates, strict=True):
             weight.mul_(1 - group["lr"] * group["weight_decay"])
             weight.add_(shard_like(update, weight), alpha=-rate)
+
+    def rate(self, weight: Tensor, group: dict) -> float:
+        """The learning rate times the root of rows / columns of the weight's matrices, if that is more than 1."""
+        rows, columns = weight.shape
+        return group["lr"] * max(1.0, rows / n_parts(weight) / columns) ** 0.5
 
     def _direction(self, weight: Tensor, group: dict) -> Tensor:
         """The momentum's direction, with the current gradient added once more (Nesterov), sharded like the weight."""
@@ -106,14 +114,25 @@ class Muon(torch.optim.Muon):
         return state["momentum_buffer"]
 
 
+def n_parts(weight: Tensor) -> int:
+    """How many matrices a weight (rows, columns) consists of: that of c_attn, three times as tall as wide, of three.
+
+    >>> n_parts(torch.empty(768, 256)), n_parts(torch.empty(1024, 256))
+    (3, 1)
+    """
+    rows, columns = weight.shape
+    return 3 if rows == 3 * columns else 1
+
+
 def group_by_shape(weights: list[Tensor]) -> Iterator[list[Tensor]]:
-    """Groups of weights with the same shape, at most MATRICES_AT_ONCE in each."""
+    """Groups of weights with the same shape, with at most MATRICES_AT_ONCE matrices, or of one weight."""
     by_shape: dict[torch.Size, list[Tensor]] = {}
     for weight in weights:
         by_shape.setdefault(weight.shape, []).append(weight)
-    for matrices in by_shape.values():
-        for first in range(0, len(matrices), MATRICES_AT_ONCE):
-            yield matrices[first : first + MATRICES_AT_ONCE]
+    for same in by_shape.values():
+        together = max(1, MATRICES_AT_ONCE // n_parts(same[0]))
+        for first in range(0, len(same), together):
+            yield same[first : first + together]
 
 
 def orthogonalised_(matrices: Tensor, coefficients: tuple[float, float, float], steps: int, eps: float) -> Tensor:
@@ -150,6 +169,7 @@ def owners_of(groups: list[list[Tensor]]) -> list[int]:
 
 
 def n_multiplications(weight: Tensor) -> int:
-    """How many multiplications a Newton-Schulz step takes: two products with the matrix, and one of its square."""
-    short, long = sorted(weight.shape)
-    return short * short * (2 * long + short)
+    """How many multiplications a Newton-Schulz step takes: two products with each matrix, and one of its square."""
+    parts = n_parts(weight)
+    short, long = sorted((weight.shape[0] // parts, weight.shape[1]))
+    return parts * short * short * (2 * long + short)
