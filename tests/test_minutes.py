@@ -18,10 +18,11 @@ from tests.tiny import OPTIONS, StopAfter, losses, prepare, run
 from training.config import RunConfig, make_config
 from training.minutes import document_size, fit_minutes
 from training.options import TrainOptions
-from training.shapes import Shape
+from training.shapes import SHAPES, Budget, Shape, expected_loss
 
 ROOT = Path(train.__file__).parent
 SHAPE = ("n_layer", "n_head", "n_embd")
+RECIPE = {"schedule": "cosine", "min_lr": 0.0, "muon_weight_decay": 0.1}  # of --preset auto for text
 STORIES = facts_of("text", 2_300_000)
 STORIES["n_vocab"] = 4096
 STORIES["splits"]["train"]["documents"] = 11_000  # of 209 tokens
@@ -102,7 +103,7 @@ def test_a_faster_machine_trains_a_larger_model():
 def test_the_time_until_training_starts_counts():
     slow = Machine(1.3e11, trial_s=60).config(preset="small", minutes=5, eval_iters=1)
     fast = Machine(1.3e11).config(preset="small", minutes=5, eval_iters=1)
-    assert fast.max_iters - slow.max_iters == pytest.approx(120 / (300 - 15) * fast.max_iters, rel=0.1)
+    assert fast.max_iters - slow.max_iters == pytest.approx(60 / (300 - 15) * fast.max_iters, rel=0.1)
     late = Machine(1.3e11, trial_s=1000).config(preset="small", minutes=5, eval_iters=1)
     assert late.max_iters > 0.4 * fast.max_iters  # half of the time, less the evaluations
 
@@ -114,9 +115,34 @@ def test_the_chosen_run_is_timed_as_it_runs_compiled_if_it_is_long_and_in_low_pr
         assert machine.timed[-1].compile == config.compile
         return [each.compile for each in machine.timed]
 
-    assert timed(1) == timed(5, "float32") == [False, False]
+    assert timed(1) == timed(5, "float32") == [False]
     assert timed(5) == [False, has_cpp_compiler()]
     assert timed(1, compile=True) == [False, True]
+
+
+def test_the_shape_is_the_best_one_at_its_own_speed():
+    """Larger models do more FLOP/s, as with AMX: at the speed of the reference, the rule would choose a smaller one."""
+
+    def flops_per_s(shape: Shape) -> float:
+        return 3e11 * (shape.n_embd / 128) ** 0.85
+
+    class GrowingSpeed(Machine):
+        def iteration_s(self, config: RunConfig) -> float:
+            self.flops = flops_per_s(Shape(config.n_layer, config.n_head, config.n_embd))
+            return super().iteration_s(config)
+
+    def loss(shape: Shape) -> float:
+        budget = Budget(300 * flops_per_s(shape), 2_300_000, 4096)
+        return expected_loss(shape.weights(), budget.tokens_read(shape), budget)
+
+    machine = GrowingSpeed(3e11)
+    config = machine.config(preset="auto", minutes=5)
+    best = min((dataclasses.replace(shape, block_size=256) for shape in SHAPES[1:]), key=loss)
+    assert config.n_embd == best.n_embd == 256 > Machine(3e11).config(preset="auto", minutes=5).n_embd
+    assert len(machine.timed) == 3, (
+        "the reference, the shape for its speed, and the best one; the next one is too large"
+    )
+    assert 0.85 * 300 < machine.seconds(config) < 300
 
 
 def test_few_data_are_not_read_more_than_8_times(capsys):
@@ -136,6 +162,12 @@ def test_options_on_the_command_line_win():
     assert (config.n_layer, config.block_size, config.batch_size, config.gradient_accumulation_steps) == (3, 128, 5, 2)
     assert machine.config(preset="auto", minutes=15, learning_rate=1e-4).learning_rate == 1e-4
     assert machine.config(preset="auto", minutes=15, eval_interval=7).eval_interval == 7
+    own = {"schedule": "wsd", "min_lr": 1e-5, "muon_weight_decay": 0.0}
+    for given, expected in (({}, RECIPE), (own, own)):
+        config = machine.config(preset="auto", minutes=15, **given)
+        assert {name: getattr(config, name) for name in RECIPE} == expected
+    chat = machine.config(facts_of("chat", 10**6), preset="auto", minutes=15)
+    assert (chat.schedule, chat.min_lr, chat.muon_weight_decay) == ("cosine", chat.learning_rate / 10, 0.01)
 
 
 def test_the_context_holds_the_documents():
@@ -187,7 +219,7 @@ def test_a_run_is_chosen_from_real_steps_and_is_that_of_the_same_numbers(tmp_pat
     training = train.build(planned, None, lambda *arguments: False, lambda *arguments: None)
     assert train.run_to_end(training, None, lambda: StopAfter(5)) == 130
 
-    by_hand = {"n_layer": 1, "n_head": 1, "n_embd": 32, "max_iters": 152}
+    by_hand = {"n_layer": 1, "n_head": 1, "n_embd": 32, "max_iters": 152, **RECIPE}
     assert run(data, tmp_path / "hand", plain=True, stop_after=5, **by_hand) == 130
     assert losses(tmp_path / "auto" / "text152.jsonl") == losses(tmp_path / "hand" / "text152.jsonl")
 

@@ -29,6 +29,7 @@ from training.shapes import (
     Budget,
     Shape,
     choose_shape,
+    expected_loss,
     fitting_block_size,
     iters_within,
     n_evaluations,
@@ -62,12 +63,12 @@ def fit_minutes(
         return options
     start, time_s = clock(), _time_s(options)
     if options.preset == "auto":
-        chosen, iters = _with_shape(options, device, facts, configure, measure, time_s)
+        chosen, iter_s = _with_shape(options, device, facts, configure, measure, time_s)
     else:
-        chosen, iters = options, int(time_s / measure(configure(_for_timing(options))))
-    # Now with the real batch, and compiled if that pays off in this many iterations.
-    config = configure(dataclasses.replace(chosen, max_iters=max(1, iters)))
-    iter_s = measure(config)
+        chosen, iter_s = options, measure(configure(_for_timing(options)))
+    config = configure(dataclasses.replace(chosen, max_iters=max(1, int(time_s / iter_s))))
+    if config.compile:  # because it pays off in this many iterations
+        iter_s = measure(config)
     begun_s = START_S + reduce("max", clock() - start)[0]  # the same in all processes, so that all choose the same
     rows = config.batch_size * config.gradient_accumulation_steps
     eval_s = EVALUATION_SHARE * iter_s * config.val_rows / rows
@@ -134,27 +135,51 @@ def _with_shape(
     configure: Configure,
     measure: Measure,
     time_s: float,
-) -> tuple[TrainOptions, int]:
-    """The options with the shape and the batch that suit the time, and a first estimate of the iterations."""
-    on_cuda, n_vocab = device.startswith("cuda"), facts["n_vocab"]
-    shape, rows = REFERENCE_ON_CUDA if on_cuda else REFERENCE
-    reference = {**dataclasses.asdict(shape), "batch_size": rows, "gradient_accumulation_steps": world_size()}
-    config = configure(_for_timing(dataclasses.replace(options, **reference)))
-    flops = time_s * config.tokens_per_iter * shape.flops_per_token(n_vocab) / measure(config)
-    budget = Budget(flops, max(part.tokens / part.share for part in portions(facts)), n_vocab)
+) -> tuple[TrainOptions, float]:
+    """The options with the shape and the batch that suit the time, and the seconds per iteration.
 
-    def fits(shape: Shape) -> bool:
+    The rule chooses at the speed of a reference. Larger shapes may do more FLOP/s (with AMX, `small` does 1.8 times as
+    many as `tiny`), so the next larger ones are timed as well, as long as the rule prefers them at their own speed.
+    """
+    on_cuda, n_vocab = device.startswith("cuda"), facts["n_vocab"]
+    shapes = candidates(options, document_size(facts))
+    unique_tokens = max(part.tokens / part.share for part in portions(facts))
+
+    def suits(shape: Shape) -> bool:
         model = model_config({**dataclasses.asdict(shape), "n_vocab": n_vocab, "dropout": options.dropout})
         # On CUDA the micro-batch shrinks until it fits. All processes choose the same shape.
         return not any_process(not model_fits(model, device, 1 if on_cuda else DEFAULT_BATCH_SIZE))
 
-    best = choose_shape(budget, candidates(options, document_size(facts)), fits)
-    chosen = dataclasses.replace(options, **dataclasses.asdict(best))
-    if options.batch_size is None and options.gradient_accumulation_steps is None:
-        batch = _batch(rows_per_iter(budget.tokens_read(best), best.block_size), on_cuda)
-        chosen = dataclasses.replace(chosen, **batch)
-    tokens_per_iter = configure(_for_timing(chosen)).tokens_per_iter
-    return chosen, int(flops / best.flops_per_token(n_vocab) / tokens_per_iter)
+    def timed(shape: Shape, chosen: TrainOptions) -> tuple[float, Budget]:
+        """The seconds per iteration, and what a run has at this speed."""
+        config = configure(_for_timing(chosen))
+        iter_s = measure(config)
+        flops = time_s / iter_s * config.tokens_per_iter * shape.flops_per_token(n_vocab)
+        return iter_s, Budget(flops, unique_tokens, n_vocab)
+
+    def with_batch(shape: Shape, budget: Budget) -> TrainOptions:
+        chosen = dataclasses.replace(options, **dataclasses.asdict(shape))
+        if options.batch_size is not None or options.gradient_accumulation_steps is not None:
+            return chosen
+        return dataclasses.replace(
+            chosen, **_batch(rows_per_iter(budget.tokens_read(shape), shape.block_size), on_cuda)
+        )
+
+    shape, rows = REFERENCE_ON_CUDA if on_cuda else REFERENCE
+    reference = {**dataclasses.asdict(shape), "batch_size": rows, "gradient_accumulation_steps": world_size()}
+    _, budget = timed(shape, dataclasses.replace(options, **reference))
+    first = shapes.index(choose_shape(budget, shapes, suits))
+    least, best = math.inf, (options, 0.0)
+    for shape in shapes[first:]:
+        if shape != shapes[first] and not (budget.suits(shape) and suits(shape)):
+            break
+        chosen = with_batch(shape, budget)
+        iter_s, budget = timed(shape, chosen)
+        loss = expected_loss(shape.weights(), budget.tokens_read(shape), budget)
+        if loss >= least:
+            break
+        least, best = loss, (chosen, iter_s)
+    return best
 
 
 def _batch(rows: int, on_cuda: bool) -> dict[str, Any]:

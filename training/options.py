@@ -119,14 +119,15 @@ class TrainOptions(ObjectiveOptions, AdapterOptions):
     )
     min_lr: float | None = option(
         None,
-        "learning rate at the end (default: learning_rate / 10); Muon's falls by the same factor",
+        "learning rate at the end; Muon's falls by the same factor (default: learning_rate / 10; 0 for text with "
+        "--preset auto)",
         at_least=0,
         group="optimizer",
         metavar="LR",
     )
     schedule: str | None = option(
         None,
-        "how the learning rates fall after the warm-up (default: cosine for chat data, else wsd)",
+        "how the learning rates fall after the warm-up (default: wsd; cosine for chat data and with --preset auto)",
         choices=("wsd", "cosine"),
         group="optimizer",
     )
@@ -144,8 +145,12 @@ class TrainOptions(ObjectiveOptions, AdapterOptions):
         group="optimizer",
         metavar="X",
     )
-    muon_weight_decay: float = option(
-        0.01, "weight decay of the matrices with --optimizer muon", at_least=0, group="optimizer", metavar="X"
+    muon_weight_decay: float | None = option(
+        None,
+        "weight decay of the matrices with --optimizer muon (default: 0.01; 0.1 for text with --preset auto)",
+        at_least=0,
+        group="optimizer",
+        metavar="X",
     )
     grad_clip: float = option(
         1.0, "largest gradient norm; 0 turns clipping off", at_least=0, group="optimizer", metavar="X"
