@@ -14,7 +14,7 @@
 
 #define EPSILON 1e-5f
 
-#define MLP_PLACES (1u << 31) /* the first place for dropout of the MLP's output; those of attention's output are smaller */
+#define MLP_INDEX (1u << 31) /* of the MLP's first output in dropout; the indices of attention's outputs start at 0 */
 
 struct block {
     long tokens, width, threads;
@@ -42,7 +42,7 @@ long block_memory_bytes(const struct block *block) {
 }
 
 /* The tokens of the chunk that starts at `first`. */
-static inline long rows_at(long first, const struct block *block) {
+static inline long rows_in_chunk(long first, const struct block *block) {
     return first + CHUNK < block->tokens ? CHUNK : block->tokens - first;
 }
 
@@ -148,7 +148,7 @@ struct float_rows {
     const float *other, *bias;
     long width;
     const struct dropout *dropout;
-    uint32_t place;
+    uint32_t index; /* of the first number in dropout */
 };
 
 static void store_floats(const void *how, long row, long column, const float *sums) {
@@ -158,7 +158,7 @@ static void store_floats(const void *how, long row, long column, const float *su
             const long here = (row + i) * rows->width + column + j;
             lanes number = LOAD(sums + i * BLOCK + j);
             if (rows->bias) number = ADD(number, LOAD(rows->bias + column + j));
-            if (rows->dropout) number = dropped(rows->dropout, rows->place + here, 1, number);
+            if (rows->dropout) number = dropped(rows->dropout, rows->index + here, 1, number);
             STORE(rows->to + here, rows->other ? ADD(number, LOAD(rows->other + here)) : number);
         }
 }
@@ -260,7 +260,7 @@ void before_attention(
         use_tiles();
 #pragma omp for schedule(static)
         for (long first = 0; first < block->tokens; first += CHUNK) {
-            const long rows = rows_at(first, block);
+            const long rows = rows_in_chunk(first, block);
             const struct bfloat16_rows to = {qkv + first * 3 * width, layers[C_ATTN].bias, 3 * width};
             normalize(x + first * width, rows, width, layers[LN_1], normalized, 0);
             product(normalized, rows, c_attn, 3 * width, width, store_bfloat16s, &to);
@@ -288,11 +288,11 @@ void after_attention(
         use_tiles();
 #pragma omp for schedule(static)
         for (long first = 0; first < block->tokens; first += CHUNK) {
-            const long rows = rows_at(first, block), start = first * width;
+            const long rows = rows_in_chunk(first, block), start = first * width;
             const struct float_rows to_middle = {
                 middle + start, x + start, layers[ATTN_C_PROJ].bias, width, &block->dropout, start};
             const struct float_rows to_out = {
-                out + start, middle + start, layers[MLP_C_PROJ].bias, width, &block->dropout, MLP_PLACES + start};
+                out + start, middle + start, layers[MLP_C_PROJ].bias, width, &block->dropout, MLP_INDEX + start};
             const struct activation to_hidden = {
                 (tile *)(hidden + 4 * start), activated, layers[C_FC].bias, rows, 4 * width};
             pack_rows((struct rows_from){.bfloat16s = y + start}, rows, width, narrow, 0, 0);
@@ -330,12 +330,12 @@ void after_attention_backward(
         use_tiles();
 #pragma omp for schedule(static)
         for (long first = 0; first < block->tokens; first += CHUNK) {
-            const long rows = rows_at(first, block), start = first * width, n_tiles = rows * width / (SIDE * DEPTH);
+            const long rows = rows_in_chunk(first, block), start = first * width, n_tiles = rows * width / (SIDE * DEPTH);
             const struct activation_backward to_hidden = {(const tile *)(hidden + 4 * start), activated, hidden_grad,
                                                           hidden_grad_right, sums[C_FC].bias, rows, wide};
             const struct float_rows to_normalized = {.to = normalized_grad, .width = width};
             const struct bfloat16_rows to_y = {y_grad + start, 0, width};
-            const struct rows_from mlp_grad = {out_grad + start, 0, &block->dropout, MLP_PLACES + start};
+            const struct rows_from mlp_grad = {out_grad + start, 0, &block->dropout, MLP_INDEX + start};
             const struct rows_from attn_grad = {middle_grad + start, 0, &block->dropout, start};
             pack_rows(mlp_grad, rows, width, left, right, sums[MLP_C_PROJ].bias);
             transpose_tiles(right, n_tiles, columns);
@@ -378,7 +378,7 @@ void before_attention_backward(
         use_tiles();
 #pragma omp for schedule(static)
         for (long first = 0; first < block->tokens; first += CHUNK) {
-            const long rows = rows_at(first, block), start = first * width;
+            const long rows = rows_in_chunk(first, block), start = first * width;
             const struct float_rows to_normalized = {.to = normalized_grad, .width = width};
             pack_rows((struct rows_from){.bfloat16s = qkv_grad + 3 * start}, rows, wide, grad, grad_right,
                       sums[C_ATTN].bias);

@@ -211,12 +211,12 @@ void document_attention(
         char *own_memory = memory + omp_get_thread_num() * memory_bytes(shape);
         for (long start = 0, end; start < tokens; start = end) {
             const long row = pair / heads, token = row * tokens + start, head = pair % heads * size;
-            const uint32_t place = (pair * tokens + start) * tokens + start; /* of a query's weight for itself */
+            const uint32_t index = (pair * tokens + start) * tokens + start; /* of a query's weight for itself */
             const void *q = qkv + bytes * (token * 3 * width + head);
             void *own_y = y + bytes * (token * width + head);
             float *sums = logsumexp + pair * tokens + start;
             end = document_end(first_keys + row * tokens, start, tokens);
-            if (shape->is_bfloat16) attend_in_tiles(shape, end - start, place, q, own_y, sums, own_memory);
+            if (shape->is_bfloat16) attend_in_tiles(shape, end - start, index, q, own_y, sums, own_memory);
             else attend(shape, end - start, q, own_y, sums, scratch_in(shape, own_memory));
         }
     }
@@ -234,14 +234,14 @@ void document_attention_backward(
         char *own_memory = memory + omp_get_thread_num() * memory_bytes(shape);
         for (long start = 0, end; start < tokens; start = end) {
             const long row = pair / heads, token = row * tokens + start, head = pair % heads * size;
-            const uint32_t place = (pair * tokens + start) * tokens + start; /* of a query's weight for itself */
+            const uint32_t index = (pair * tokens + start) * tokens + start; /* of a query's weight for itself */
             const long in_qkv = bytes * (token * 3 * width + head), in_y = bytes * (token * width + head);
             const void *q = qkv + in_qkv, *own_y_grad = y_grad + in_y, *own_y = y + in_y;
             const float *sums = logsumexp + pair * tokens + start;
             void *q_grad = qkv_grad + in_qkv;
             end = document_end(first_keys + row * tokens, start, tokens);
             if (shape->is_bfloat16)
-                attend_in_tiles_backward(shape, end - start, place, q, own_y_grad, own_y, sums, q_grad, own_memory);
+                attend_in_tiles_backward(shape, end - start, index, q, own_y_grad, own_y, sums, q_grad, own_memory);
             else
                 attend_backward(shape, end - start, q, own_y_grad, own_y, sums, q_grad, scratch_in(shape, own_memory));
         }

@@ -16,7 +16,7 @@ struct shape {
 int supports_tiles(long size);
 long tile_memory_bytes(const struct shape *shape);
 void attend_in_tiles(
-    const struct shape *shape, long length, uint32_t place, const uint16_t *q, uint16_t *y, float *logsumexp, char *memory);
+    const struct shape *shape, long length, uint32_t index, const uint16_t *q, uint16_t *y, float *logsumexp, char *memory);
 void attend_in_tiles_backward(
-    const struct shape *shape, long length, uint32_t place, const uint16_t *q, const uint16_t *y_grad, const uint16_t *y,
+    const struct shape *shape, long length, uint32_t index, const uint16_t *q, const uint16_t *y_grad, const uint16_t *y,
     const float *logsumexp, uint16_t *q_grad, char *memory);

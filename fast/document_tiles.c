@@ -98,10 +98,10 @@ static void to_pairs(const uint16_t *rows, long room, long size, uint32_t *pairs
 static inline __mmask16 first_lanes(long count) { return count >= LANES ? 0xffff : count <= 0 ? 0 : (1u << count) - 1; }
 
 /* weights = exp(scale (scores - their largest)) for `visible` scores, and 0 up to `room`, after dropout, in which the first
- * weight has this place. Returns the logarithm of the sum of the unshifted exponentials, and in `sum` that of the shifted
+ * weight has this index. Returns the logarithm of the sum of the unshifted exponentials, and in `sum` that of the shifted
  * ones, both without dropout. */
 static float to_weights(
-    const float *scores, long visible, long room, float scale, const struct dropout *dropout, uint32_t place,
+    const float *scores, long visible, long room, float scale, const struct dropout *dropout, uint32_t index,
     uint16_t *weights, float *sum
 ) {
     lanes maxima = SAME(-INFINITY), sums = ZERO;
@@ -112,7 +112,7 @@ static float to_weights(
         const lanes powers = exponentials(ADD_PRODUCT(LOAD(scores + key), SAME(scale), SAME(-most)));
         const lanes seen = _mm512_maskz_mov_ps(first_lanes(visible - key), powers);
         sums = ADD(sums, seen);
-        store_bfloat16(weights + key, dropped(dropout, place + key, 1, seen));
+        store_bfloat16(weights + key, dropped(dropout, index + key, 1, seen));
     }
     const long end = (visible + LANES - 1) / LANES * LANES;
     memset(weights + end, 0, (room - end) * sizeof *weights);
@@ -121,7 +121,7 @@ static float to_weights(
 }
 
 void attend_in_tiles(
-    const struct shape *shape, long length, uint32_t place, const uint16_t *q, uint16_t *y, float *logsumexp, char *memory
+    const struct shape *shape, long length, uint32_t index, const uint16_t *q, uint16_t *y, float *logsumexp, char *memory
 ) {
     const long size = shape->size, width = shape->heads * size, step = 3 * width, room = padded(length);
     const float scale = 1 / sqrtf(size);
@@ -142,7 +142,7 @@ void attend_in_tiles(
         for (long i = 0; i < count; i++)
             logsumexp[first + i] =
                 to_weights(scores + i * room, first + i + 1, seen, scale, &shape->dropout,
-                           place + (first + i) * shape->tokens, weights + i * room, sums + i);
+                           index + (first + i) * shape->tokens, weights + i * room, sums + i);
         product(weights, room, value_pairs, size, outputs, size, BLOCK, size, seen, 0);
         for (long i = 0; i < count; i++)
             for (long d = 0; d < size; d += LANES)
@@ -173,9 +173,9 @@ static struct block block_in(const struct shape *shape, char *memory) {
 
 /* From scores and the gradients of the weights after dropout: these weights, and the gradients of the scores, for `count`
  * keys, of which the first one is `ahead` positions after the first query. In dropout, the first query's weight for the
- * first key has this place. */
+ * first key has this index. */
 static void to_score_grads(
-    const struct shape *shape, struct block block, long count, long ahead, long queries, uint32_t place,
+    const struct shape *shape, struct block block, long count, long ahead, long queries, uint32_t index,
     const float *logsumexp, const float *means
 ) {
     const float scale = 1 / sqrtf(shape->size);
@@ -187,7 +187,7 @@ static void to_score_grads(
                 const long here = (i + next) * QUERIES + query;
                 const __mmask16 sees = i + next < count ? ~first_lanes(ahead + i + next - query) : 0;
                 const lanes powers = exponentials(ADD_PRODUCT(LOAD(block.scores + here), SAME(scale), shift));
-                const uint32_t at = place + query * shape->tokens + i + next, step = shape->tokens;
+                const uint32_t at = index + query * shape->tokens + i + next, step = shape->tokens;
                 const lanes weight_grads = dropped(&shape->dropout, at, step, LOAD(block.weight_grads + here));
                 const lanes difference = _mm512_sub_ps(weight_grads, mean);
                 weights[next] = _mm512_maskz_mov_ps(sees, dropped(&shape->dropout, at, step, powers));
@@ -248,7 +248,7 @@ static struct operands pack_operands(
 }
 
 void attend_in_tiles_backward(
-    const struct shape *shape, long length, uint32_t place, const uint16_t *q, const uint16_t *y_grad, const uint16_t *y,
+    const struct shape *shape, long length, uint32_t index, const uint16_t *q, const uint16_t *y_grad, const uint16_t *y,
     const float *logsumexp, uint16_t *q_grad, char *memory
 ) {
     const long size = shape->size, width = shape->heads * size, step = 3 * width, room = padded(length);
@@ -264,7 +264,7 @@ void attend_in_tiles_backward(
             const uint32_t *y_grad_pairs = all.y_grad_pairs + start / 2 * size;
             product(keys, size, all.query_columns + start, room, block.scores, QUERIES, BLOCK, queries, size, 0);
             product(values, size, all.y_grad_columns + start, room, block.weight_grads, QUERIES, BLOCK, queries, size, 0);
-            to_score_grads(shape, block, count, first - start, queries, place + start * shape->tokens + first,
+            to_score_grads(shape, block, count, first - start, queries, index + start * shape->tokens + first,
                            all.logsumexp + start, all.means + start);
             product(block.weights, QUERIES, y_grad_pairs, size, block.value_grads, size, BLOCK, size, queries, is_later);
             product(block.score_grads, QUERIES, query_pairs, size, block.key_grads, size, BLOCK, size, queries, is_later);
@@ -292,10 +292,10 @@ void attend_in_tiles_backward(
 int supports_tiles(long size) { return 0; }
 long tile_memory_bytes(const struct shape *shape) { return 0; }
 void attend_in_tiles(
-    const struct shape *shape, long length, uint32_t place, const uint16_t *q, uint16_t *y, float *logsumexp, char *memory
+    const struct shape *shape, long length, uint32_t index, const uint16_t *q, uint16_t *y, float *logsumexp, char *memory
 ) {}
 void attend_in_tiles_backward(
-    const struct shape *shape, long length, uint32_t place, const uint16_t *q, const uint16_t *y_grad, const uint16_t *y,
+    const struct shape *shape, long length, uint32_t index, const uint16_t *q, const uint16_t *y_grad, const uint16_t *y,
     const float *logsumexp, uint16_t *q_grad, char *memory
 ) {}
 #endif

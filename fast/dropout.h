@@ -1,17 +1,17 @@
-/* Dropout of which no mask is stored: what is dropped follows from a seed and from a number's place, a whole number. */
+/* Dropout without a stored mask: a seed and a number's index decide whether it is dropped. */
 struct dropout {
     uint32_t seed, least; /* a number is kept if its random bits are at least `least`; 0 turns dropout off */
     float scale;          /* of the numbers that are kept */
 };
 
 #ifdef HAS_TILES
-/* 16 numbers after dropout, with places from `place` on, `step` apart. A place's random bits are its hash (lowbias32, by
- * Chris Wellons). */
-static inline lanes dropped(const struct dropout *dropout, uint32_t place, uint32_t step, lanes numbers) {
+/* 16 numbers after dropout, with indices from `index` on, `step` apart. The random bits are a hash of the index (lowbias32,
+ * by Chris Wellons). */
+static inline lanes dropped(const struct dropout *dropout, uint32_t index, uint32_t step, lanes numbers) {
     if (!dropout->least) return numbers;
     const __m512i order = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
-    const __m512i places = _mm512_add_epi32(_mm512_set1_epi32(place), _mm512_mullo_epi32(order, _mm512_set1_epi32(step)));
-    __m512i bits = _mm512_xor_si512(places, _mm512_set1_epi32(dropout->seed));
+    const __m512i indices = _mm512_add_epi32(_mm512_set1_epi32(index), _mm512_mullo_epi32(order, _mm512_set1_epi32(step)));
+    __m512i bits = _mm512_xor_si512(indices, _mm512_set1_epi32(dropout->seed));
     bits = _mm512_xor_si512(bits, _mm512_srli_epi32(bits, 16));
     bits = _mm512_mullo_epi32(bits, _mm512_set1_epi32(0x7feb352d));
     bits = _mm512_xor_si512(bits, _mm512_srli_epi32(bits, 15));

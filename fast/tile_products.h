@@ -165,13 +165,13 @@ static inline void add_up_vectors(const float *sums, long step, long length, flo
     }
 }
 
-/* A matrix (rows, columns) of float32 or bfloat16 numbers; `dropout` is 0, or applied to float32 numbers, of which the first
- * one has this place. */
+/* A matrix (rows, columns) of float32 or bfloat16 numbers. If there is `dropout`, it is applied to them; `index` is that of
+ * the first number. */
 struct rows_from {
     const float *floats;
     const uint16_t *bfloat16s;
     const struct dropout *dropout;
-    uint32_t place;
+    uint32_t index;
 };
 
 /* 32 numbers of such a matrix, rounded; adds them to `sums`. */
@@ -180,7 +180,7 @@ static inline __m512i packed(const struct rows_from *x, long here, lanes *sums) 
     for (long part = 0; part < 2; part++) {
         const long at = here + part * LANES;
         numbers[part] = x->floats ? LOAD(x->floats + at) : FROM_BFLOAT16(x->bfloat16s + at);
-        if (x->dropout) numbers[part] = dropped(x->dropout, x->place + at, 1, numbers[part]);
+        if (x->dropout) numbers[part] = dropped(x->dropout, x->index + at, 1, numbers[part]);
         sums[part] = ADD(sums[part], numbers[part]);
     }
     return x->floats ? rounded(numbers[0], numbers[1]) : _mm512_loadu_si512(x->bfloat16s + here);

@@ -67,9 +67,10 @@ class NorMuon(Muon):
 
 
 class WholeMuon(Muon):
-    """torch's Muon, for which the weight of c_attn is one matrix and not three."""
+    """Muon as in torch, for which the weight of c_attn is one matrix and not three."""
 
-    step = torch.optim.Muon.step
+    def parts(self, matrices: Tensor) -> Tensor:
+        return matrices
 
 
 class HyperballMuon(Muon):

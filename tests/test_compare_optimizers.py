@@ -25,6 +25,7 @@ from optimizer_variants import (
     Muon,
     NorMuon,
     PolarMuon,
+    WholeMuon,
     best_quintic,
     growing,
     polar_coefficients,
@@ -94,6 +95,18 @@ def test_normuon_gives_rows_of_unequal_size_the_same_share_and_keeps_the_norm():
         assert float(change.norm()) == pytest.approx(float(norm))
         sizes = change.norm(dim=1) / change.norm(dim=1)[1]
         assert sizes.tolist() == pytest.approx(expected, rel=1e-4)
+
+
+def test_whole_muon_takes_the_steps_of_torch_for_c_attn():
+    steps = []
+    for kind in (WholeMuon, torch.optim.Muon, Muon):
+        weight = torch.nn.Parameter(torch.zeros(96, 32))
+        weight.grad = torch.randn(96, 32, generator=torch.Generator().manual_seed(1))
+        dtype = {} if kind is torch.optim.Muon else {"dtype": torch.bfloat16}
+        kind([weight], lr=0.1, **dtype).step()
+        steps.append(weight.detach())
+    whole, expected, split = steps
+    assert (whole - expected).norm() < 0.01 * expected.norm() < 0.1 * (split - expected).norm()
 
 
 def test_the_hyperball_optimizer_keeps_the_norm_and_turns_by_the_rate():

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fast import document_attention, speed_up_training
+from fast import block_kernel, document_attention, speed_up_training
 from fast.block_kernel import block_with_kernel
 from fast.document_attention import first_keys
 from fast.dropout import new_seed
@@ -117,6 +117,23 @@ def test_output_and_gradients_are_those_of_torch_with_the_same_masks(probability
         assert (found - wanted).norm() < 0.02 * wanted.norm(), f"{name}: {(found - wanted).norm() / wanted.norm():.1e}"
 
 
+def test_attention_alone_has_the_gradient_of_torch_with_the_same_mask():
+    """As for blocks that have no kernel: frozen layers, adapters, a residual stream in bfloat16."""
+    qkv, y_grad = (torch.randn(ROWS, TOKENS, n * WIDTH, generator=seeded(n)).to(BFLOAT16) for n in (3, 1))
+    torch.manual_seed(7)
+    qkv.requires_grad_()
+    y = document_attention.document_attention(qkv, first_keys(documents()), HEADS, dropout=0.3)
+    y.backward(y_grad)
+
+    right = qkv.detach().double().requires_grad_()
+    q, k, v = right.view(ROWS, TOKENS, 3, HEADS, SIZE).permute(2, 0, 3, 1, 4)
+    scores = (q @ k.mT / math.sqrt(SIZE)).masked_fill(~visible(), -math.inf)
+    expected = ((scores.softmax(3) * weight_factors(0.3, 7)) @ v).transpose(1, 2).flatten(2)
+    expected.backward(y_grad.double())
+    for found, wanted in ((y, expected), (qkv.grad, right.grad)):
+        assert (found - wanted).norm() < 0.02 * wanted.norm()
+
+
 def test_dropout_drops_the_requested_share_and_scales_the_rest():
     probability = 0.25
     for factors in (
@@ -159,7 +176,7 @@ def test_dropout_repeats_with_torchs_seed_and_stops_in_evaluation():
     assert torch.equal(evaluated, plain)
 
 
-def test_whoever_asks_for_no_dropout_draws_no_random_number():
+def test_without_dropout_no_random_number_is_drawn():
     block, x = dropping_block(0.0), torch.randn(ROWS, TOKENS, WIDTH, generator=seeded(1))
     run_kernel(block, x, seed=3)
     state = torch.get_rng_state()
@@ -185,15 +202,17 @@ def loss_and_gradients(gpt: GPT, seed: int) -> tuple[Tensor, list[Tensor]]:
     return loss.detach(), [parameter.grad.clone() for parameter in gpt.parameters()]
 
 
-def test_checkpointed_blocks_drop_the_same_numbers_twice():
+def test_checkpointed_blocks_drop_the_same_numbers_twice(monkeypatch):
+    called = []
+    monkeypatch.setattr(block_kernel, "block_with_kernel", lambda *given: called.append(1) or block_with_kernel(*given))
     (loss, expected), (again, found) = (
         loss_and_gradients(training_gpt(0.2, activation_checkpointing=way), 1) for way in (False, True)
     )
-    assert torch.equal(loss, again)
+    assert len(called) == 2 + 4 and torch.equal(loss, again)
     assert all(itertools.starmap(torch.equal, zip(found, expected, strict=True)))
 
 
-def test_a_compiled_model_keeps_torchs_dropout(monkeypatch):
+def test_a_compiled_model_keeps_torchs_dropout():
     """torch.compile cannot draw the seed, so compiled attention does not run in the kernel; other steps do."""
     gpt = training_gpt(0.2)
     ids = torch.zeros(8, 128, dtype=torch.long)

@@ -161,6 +161,8 @@ def test_options_on_the_command_line_win():
     )
     assert (config.n_layer, config.block_size, config.batch_size, config.gradient_accumulation_steps) == (3, 128, 5, 2)
     assert machine.config(preset="auto", minutes=15, learning_rate=1e-4).learning_rate == 1e-4
+    wide = machine.config(preset="auto", minutes=60, n_embd=256)
+    assert (wide.n_layer, wide.n_head) == (4, 4), "the table's heads, and other layers are tried, too"
     assert machine.config(preset="auto", minutes=15, eval_interval=7).eval_interval == 7
     own = {"schedule": "wsd", "min_lr": 1e-5, "muon_weight_decay": 0.0}
     for given, expected in (({}, RECIPE), (own, own)):
@@ -168,6 +170,18 @@ def test_options_on_the_command_line_win():
         assert {name: getattr(config, name) for name in RECIPE} == expected
     chat = machine.config(facts_of("chat", 10**6), preset="auto", minutes=15)
     assert (chat.schedule, chat.min_lr, chat.muon_weight_decay) == ("cosine", chat.learning_rate / 10, 0.01)
+
+
+def test_larger_shapes_that_do_not_fit_with_the_given_rows_are_not_timed(monkeypatch):
+    machine, asked = Machine(3e11), []
+
+    def fits(config, device, batch_size, logits_rows=None):
+        asked.append(batch_size)
+        return config.n_embd <= 192
+
+    monkeypatch.setattr("training.minutes.model_fits", fits)
+    config = machine.config(preset="auto", minutes=60, batch_size=300)
+    assert config.n_embd == 192 == max(each.n_embd for each in machine.timed) and set(asked) == {300}
 
 
 def test_the_context_holds_the_documents():

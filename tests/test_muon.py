@@ -6,6 +6,7 @@ import copy
 import math
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -19,11 +20,12 @@ from training import muon
 from training.muon import Muon, group_by_shape, n_multiplications, orthogonalised_, owners_of
 
 SHAPES = [(40, 8), (8, 8), (8, 32), (40, 8), (32, 8), (8, 8), (40, 8)]
+OF_C_ATTN = [(24, 8), (24, 8)]  # three matrices each, which torch's Muon does not know
 
 
-def matrices(seed: int = 0) -> list[nn.Parameter]:
-    generator = torch.Generator().manual_seed(seed)
-    return [nn.Parameter(torch.randn(shape, generator=generator)) for shape in SHAPES]
+def matrices(shapes: Sequence[tuple[int, int]] = SHAPES) -> list[nn.Parameter]:
+    generator = torch.Generator().manual_seed(0)
+    return [nn.Parameter(torch.randn(shape, generator=generator)) for shape in shapes]
 
 
 def take_steps(optimizer: torch.optim.Optimizer, numbers: range) -> None:
@@ -81,18 +83,23 @@ def test_it_goes_on_with_the_state_of_torchs_muon_and_torchs_with_its():
         torch.testing.assert_close(weight, other, atol=1e-3, rtol=1e-3)
 
 
-@pytest.mark.parametrize("is_kernel", [False, True])
-def test_queries_keys_and_values_are_three_matrices(is_kernel):
-    """The oracle is torch's Muon for three weights. The test above has other tall weights, which are one matrix."""
+@pytest.mark.parametrize(
+    ("is_kernel", "dtype"), [(False, torch.bfloat16), (True, torch.bfloat16), (False, torch.float16)]
+)
+def test_queries_keys_and_values_are_three_matrices(is_kernel, dtype):
+    """The oracle is torch's Muon for three weights. The test above has other tall weights, which are one matrix.
+
+    As one matrix, the keys would get nearly all of the update, and the others would be 0 in float16.
+    """
     ours = [nn.Parameter(torch.randn(96, 32, generator=torch.Generator().manual_seed(1)))]
     theirs = [nn.Parameter(part.clone()) for part in ours[0].detach().chunk(3)]
     before, settings = ours[0].detach().clone(), {"lr": 0.02, "weight_decay": 0.3}
-    optimizers = [Muon(ours, torch.bfloat16, **settings), torch.optim.Muon(theirs, **settings)]
+    optimizers = [Muon(ours, dtype, **settings), torch.optim.Muon(theirs, **settings)]
     if is_kernel:
         speed_up_optimizers(optimizers[:1])
     for number in range(3):
         grad = torch.randn(96, 32, generator=torch.Generator().manual_seed(number))
-        grad[32:64] *= 100  # as one matrix, the keys would get nearly all of the update
+        grad[32:64] *= 1e6
         ours[0].grad = grad
         for weight, part in zip(theirs, grad.chunk(3), strict=True):
             weight.grad = part.clone()
@@ -125,8 +132,9 @@ def test_the_singular_values_become_nearly_one_and_the_directions_stay(shape):
 
 def test_only_matrices_of_one_shape_go_together(monkeypatch):
     monkeypatch.setattr(muon, "MATRICES_AT_ONCE", 2)
-    parts = [[tuple(weight.shape) for weight in weights] for weights in group_by_shape(matrices())]
-    assert parts == [[(40, 8)] * 2, [(40, 8)], [(8, 8)] * 2, [(8, 32)], [(32, 8)]]
+    groups = group_by_shape(matrices(SHAPES + OF_C_ATTN))
+    parts = [[tuple(weight.shape) for weight in weights] for weights in groups]
+    assert parts == [[(40, 8)] * 2, [(40, 8)], [(8, 8)] * 2, [(8, 32)], [(32, 8)], [(24, 8)], [(24, 8)]]
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
@@ -155,13 +163,13 @@ def step_with(optimizer: torch.optim.Optimizer, gradients: list[torch.Tensor]) -
 WORKER = """
 import sys, torch, torch.distributed as dist
 from unittest import mock
-from tests.test_muon import matrices, take_steps
+from tests.test_muon import OF_C_ATTN, SHAPES, matrices, take_steps
 from training import muon
 
 rank, path = int(sys.argv[1]), sys.argv[2]
 torch.set_num_threads(1)
 dist.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=2)
-shared, alone, calls = matrices(), matrices(), []
+shared, alone, calls = matrices(SHAPES + OF_C_ATTN), matrices(SHAPES + OF_C_ATTN), []
 optimizers = muon.Muon(shared), muon.Muon(alone)
 real = muon.orthogonalised_
 with mock.patch.object(muon, "orthogonalised_", lambda *words: calls.append(1) or real(*words)):
@@ -183,7 +191,8 @@ def test_processes_share_the_matrices_and_the_weights_are_the_same_bit_for_bit(t
     counts = [process.communicate(timeout=120)[0] for process in processes]
     assert [process.returncode for process in processes] == [0, 0]
     made = list(map(int, counts))
-    assert sum(made) == 3 * len(list(group_by_shape(matrices()))) and min(made) > 0, "each group in one process"
+    n_groups = len(list(group_by_shape(matrices(SHAPES + OF_C_ATTN))))
+    assert sum(made) == 3 * n_groups and min(made) > 0, "each group in one process"
 
 
 def test_the_work_is_shared_evenly():

@@ -139,16 +139,17 @@ def _with_shape(
     """The options with the shape and the batch that suit the time, and the seconds per iteration.
 
     The rule chooses at the speed of a reference. Larger shapes may do more FLOP/s (with AMX, `small` does 1.8 times as
-    many as `tiny`), so the next larger ones are timed as well, as long as the rule prefers them at their own speed.
+    many as `tiny`), so the next larger ones are timed, too, until one is no better at its own speed.
     """
     on_cuda, n_vocab = device.startswith("cuda"), facts["n_vocab"]
     shapes = candidates(options, document_size(facts))
     unique_tokens = max(part.tokens / part.share for part in portions(facts))
 
-    def suits(shape: Shape) -> bool:
+    def fits(shape: Shape) -> bool:
         model = model_config({**dataclasses.asdict(shape), "n_vocab": n_vocab, "dropout": options.dropout})
+        given = options.batch_size if isinstance(options.batch_size, int) else None
         # On CUDA the micro-batch shrinks until it fits. All processes choose the same shape.
-        return not any_process(not model_fits(model, device, 1 if on_cuda else DEFAULT_BATCH_SIZE))
+        return not any_process(not model_fits(model, device, given or (1 if on_cuda else DEFAULT_BATCH_SIZE)))
 
     def timed(shape: Shape, chosen: TrainOptions) -> tuple[float, Budget]:
         """The seconds per iteration, and what a run has at this speed."""
@@ -168,10 +169,10 @@ def _with_shape(
     shape, rows = REFERENCE_ON_CUDA if on_cuda else REFERENCE
     reference = {**dataclasses.asdict(shape), "batch_size": rows, "gradient_accumulation_steps": world_size()}
     _, budget = timed(shape, dataclasses.replace(options, **reference))
-    first = shapes.index(choose_shape(budget, shapes, suits))
+    first = shapes.index(choose_shape(budget, shapes, fits))
     least, best = math.inf, (options, 0.0)
     for shape in shapes[first:]:
-        if shape != shapes[first] and not (budget.suits(shape) and suits(shape)):
+        if shape != shapes[first] and not (budget.suits(shape) and fits(shape)):
             break
         chosen = with_batch(shape, budget)
         iter_s, budget = timed(shape, chosen)
@@ -202,18 +203,19 @@ def document_size(facts: Mapping[str, Any]) -> int:
 
 def candidates(options: TrainOptions, block_size: int) -> list[Shape]:
     """The SHAPES, changed as the command line says; their blocks are no longer than `block_size`."""
-    made = []
+    made: dict[tuple[int, int], Shape] = {}  # one for each number of layers and width
     for shape in SHAPES:
-        n_embd = options.n_embd or shape.n_embd
-        n_head = options.n_head or (shape.n_head if n_embd == shape.n_embd else heads_of(n_embd))
-        if n_embd % n_head == 0:
+        n_layer, n_embd = options.n_layer or shape.n_layer, options.n_embd or shape.n_embd
+        is_from_table = n_embd == shape.n_embd
+        n_head = options.n_head or (shape.n_head if is_from_table else heads_of(n_embd))
+        if n_embd % n_head == 0 and (is_from_table or (n_layer, n_embd) not in made):
             block = options.block_size or min(block_size, shape.block_size)
-            made.append(Shape(options.n_layer or shape.n_layer, n_head, n_embd, block))
+            made[n_layer, n_embd] = Shape(n_layer, n_head, n_embd, block)
     if not made:
         raise UserError(
             f"--n_head {options.n_head} does not divide a width that --preset auto could choose; leave it out"
         )
-    return list(dict.fromkeys(made))
+    return list(made.values())
 
 
 def heads_of(n_embd: int) -> int:

@@ -31,7 +31,7 @@ MATRICES_AT_ONCE = 4  # matrices multiplied at a time; more would take memory an
 
 
 class Muon(torch.optim.Muon):
-    """torch.optim.Muon whose step multiplies weights of the same shape together, and takes c_attn's apart.
+    """torch.optim.Muon whose step multiplies weights of the same shape together, and splits c_attn's into three.
 
     The momentum of sharded weights stays sharded; each process computes the whole update and takes its shard. Weights
     that are not sharded are the same in all processes, which share the work. `dtype` is the precision of the products
@@ -75,12 +75,18 @@ class Muon(torch.optim.Muon):
                 self._direction(weight, group)  # in every process, so that all have the momentum
         if not is_own:
             return updates
-        parts = updates.view(-1, updates.shape[1] // n_parts(weights[0]), updates.shape[2])
-        return self.orthogonalised(parts, group).view_as(updates)
+        return self.orthogonalised(self.parts(updates), group).view_as(updates)
+
+    def parts(self, matrices: Tensor) -> Tensor:
+        """The matrices (n, rows, columns) that are orthogonalized on their own, as one tensor."""
+        return matrices.reshape(-1, matrices.shape[1] // n_parts(matrices[0]), matrices.shape[2])
 
     def write_direction(self, update: Tensor, weight: Tensor, group: dict) -> None:
         """Update the momentum with the weight's gradient, and write its direction, as a whole matrix, to `update`."""
-        direction = scaled_into_range(self._direction(weight, group), update.dtype, group["eps"])
+        direction = self._direction(weight, group)
+        if update.dtype == torch.float16:
+            whole = full_tensor(direction) if is_sharded(direction) else direction
+            direction = scaled_into_range(self.parts(whole[None]), group["eps"]).view_as(update)
         update.copy_(full_tensor(direction.to(update.dtype)) if is_sharded(direction) else direction)
 
     def orthogonalised(self, matrices: Tensor, group: dict) -> Tensor:
@@ -97,7 +103,7 @@ class Muon(torch.optim.Muon):
     def rate(self, weight: Tensor, group: dict) -> float:
         """The learning rate times the root of rows / columns of the weight's matrices, if that is more than 1."""
         rows, columns = weight.shape
-        return group["lr"] * max(1.0, rows / n_parts(weight) / columns) ** 0.5
+        return group["lr"] * max(1.0, rows / len(self.parts(weight[None])) / columns) ** 0.5
 
     def _direction(self, weight: Tensor, group: dict) -> Tensor:
         """The momentum's direction, with the current gradient added once more (Nesterov), sharded like the weight."""
@@ -115,7 +121,7 @@ class Muon(torch.optim.Muon):
 
 
 def n_parts(weight: Tensor) -> int:
-    """How many matrices a weight (rows, columns) consists of: that of c_attn, three times as tall as wide, of three.
+    """How many matrices a weight (rows, columns) holds: 3 for c_attn, which is three times as tall as wide, else 1.
 
     >>> n_parts(torch.empty(768, 256)), n_parts(torch.empty(1024, 256))
     (3, 1)
@@ -125,7 +131,7 @@ def n_parts(weight: Tensor) -> int:
 
 
 def group_by_shape(weights: list[Tensor]) -> Iterator[list[Tensor]]:
-    """Groups of weights with the same shape, with at most MATRICES_AT_ONCE matrices, or of one weight."""
+    """Groups of weights with the same shape and at most MATRICES_AT_ONCE matrices (a single weight may have more)."""
     by_shape: dict[torch.Size, list[Tensor]] = {}
     for weight in weights:
         by_shape.setdefault(weight.shape, []).append(weight)
@@ -150,11 +156,9 @@ def orthogonalised_(matrices: Tensor, coefficients: tuple[float, float, float], 
     return x.mT.contiguous() if is_tall else x  # in the weights' memory layout, which adds four times as fast
 
 
-def scaled_into_range(matrix: Tensor, dtype: torch.dtype, eps: float) -> Tensor:
-    """A matrix in the range of `dtype`: for float16, which is too small for a gradient, it is divided by its norm."""
-    if dtype != torch.float16:
-        return matrix
-    return matrix / torch.linalg.vector_norm(matrix).clamp(min=eps)
+def scaled_into_range(matrices: Tensor, eps: float) -> Tensor:
+    """Matrices (n, rows, columns), each divided by its norm: float16 is too small for the range of gradients."""
+    return matrices / torch.linalg.vector_norm(matrices, dim=(1, 2), keepdim=True).clamp(min=eps)
 
 
 def owners_of(groups: list[list[Tensor]]) -> list[int]:

@@ -48,7 +48,8 @@ class TrainOptions(ObjectiveOptions, AdapterOptions):
 
     preset: str | None = option(
         None,
-        "model size; auto chooses one for --minutes (default: gpt2 on CUDA, small elsewhere)",
+        "model size; auto chooses one for --minutes, and for text another schedule and weight decay (default: gpt2 on "
+        "CUDA, small elsewhere)",
         choices=(*PRESETS, "auto"),
         group="model",
     )

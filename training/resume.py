@@ -98,7 +98,7 @@ def resumed_options(
         print("resume: --minutes has no effect, because the run keeps its iterations; --max_iters changes them")
     resumed = dataclasses.replace(options, **{**before, **changes, "resume": path, "init_from": None})
     if "learning_rate" in changes and "min_lr" not in given and before["min_lr"] == before["learning_rate"] / 10:
-        resumed = dataclasses.replace(resumed, min_lr=None)
+        resumed = dataclasses.replace(resumed, min_lr=changes["learning_rate"] / 10)
     _require_same_sequences(resumed, before, path)
     for key, value in changes.items():
         if value != "auto":  # the size that is found is printed later
