@@ -22,7 +22,7 @@ from training.shapes import SHAPES, Budget, Shape, expected_loss
 
 ROOT = Path(train.__file__).parent
 SHAPE = ("n_layer", "n_head", "n_embd")
-RECIPE = {"schedule": "cosine", "min_lr": 0.0, "muon_weight_decay": 0.1}  # of --preset auto for text
+RECIPE = {"schedule": "cosine", "min_lr": 0.0, "muon_weight_decay": 0.1}  # of --preset auto for repeated text
 STORIES = facts_of("text", 2_300_000)
 STORIES["n_vocab"] = 4096
 STORIES["splits"]["train"]["documents"] = 11_000  # of 209 tokens
@@ -164,12 +164,22 @@ def test_options_on_the_command_line_win():
     wide = machine.config(preset="auto", minutes=60, n_embd=256)
     assert (wide.n_layer, wide.n_head) == (4, 4), "the table's heads, and other layers are tried, too"
     assert machine.config(preset="auto", minutes=15, eval_interval=7).eval_interval == 7
-    own = {"schedule": "wsd", "min_lr": 1e-5, "muon_weight_decay": 0.0}
-    for given, expected in (({}, RECIPE), (own, own)):
-        config = machine.config(preset="auto", minutes=15, **given)
-        assert {name: getattr(config, name) for name in RECIPE} == expected
-    chat = machine.config(facts_of("chat", 10**6), preset="auto", minutes=15)
-    assert (chat.schedule, chat.min_lr, chat.muon_weight_decay) == ("cosine", chat.learning_rate / 10, 0.01)
+
+
+def test_text_that_is_read_several_times_has_its_own_recipe():
+    def recipe(minutes: float, facts=STORIES, **given) -> dict:
+        config = Machine(3e11).config(facts, preset="auto", minutes=minutes, **given)
+        return {name: getattr(config, name) for name in RECIPE}
+
+    defaults = {"schedule": "wsd", "min_lr": 6e-3 / 10, "muon_weight_decay": 0.01}
+    assert recipe(15) == RECIPE and recipe(3) == defaults, "4 epochs, and less than 3"
+    assert recipe(15, min_lr=1e-5, muon_weight_decay=0.0) == {**RECIPE, "min_lr": 1e-5, "muon_weight_decay": 0.0}
+    assert recipe(15, schedule="wsd")["schedule"] == "wsd"
+    chat = {**facts_of("chat", 1_000_000), "n_vocab": 4096}
+    mixture = {**STORIES, "parts": [{**STORIES, "weight": 0.5}, {**chat, "weight": 0.5}]}
+    assert recipe(60, chat)["min_lr"] == recipe(60, mixture)["min_lr"] == 3e-3 / 10
+    small = Machine(3e11).config(preset="small", minutes=60)
+    assert {name: getattr(small, name) for name in RECIPE} == defaults, "only with --preset auto"
 
 
 def test_larger_shapes_that_do_not_fit_with_the_given_rows_are_not_timed(monkeypatch):

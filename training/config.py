@@ -186,7 +186,6 @@ def _choices(
     if options.objective != "next_token":
         fraction = PREFERENCE_RATE
     learning_rate = _or(options.learning_rate, fraction * default_learning_rate(options, formats, shape))
-    is_auto_text = options.preset == "auto" and not is_chat  # see docs/experiments/presets.md
     return {
         "max_iters": max_iters,
         "preset": options.preset or _default_preset(device),
@@ -195,9 +194,9 @@ def _choices(
         "document_mask": _or(options.document_mask, formats == {"chat"}),
         "learning_rate": learning_rate,
         "muon_learning_rate": _or(options.muon_learning_rate, fraction * MUON_LEARNING_RATE),
-        "min_lr": _or(options.min_lr, 0.0 if is_auto_text else learning_rate / 10),
-        "schedule": options.schedule or ("cosine" if is_chat or is_auto_text else "wsd"),
-        "muon_weight_decay": _or(options.muon_weight_decay, 0.1 if is_auto_text else 0.01),
+        "min_lr": _or(options.min_lr, learning_rate / 10),
+        "schedule": options.schedule or ("cosine" if is_chat else "wsd"),
+        "muon_weight_decay": _or(options.muon_weight_decay, 0.01),
         "warmup_iters": _or(options.warmup_iters, max(1, max_iters // (10 if options.init_from else 20))),
         "eval_interval": options.eval_interval or max(1, min(250, max_iters // 4)),
         "device": device,

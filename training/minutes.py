@@ -41,6 +41,9 @@ MIN_SHARE = 0.5  # at least this fraction of the time is for training, however l
 EVALUATION_SHARE = 1 / 3  # of the work of a training step: the forward pass alone
 # What --preset auto times first: small enough to take seconds, large enough to keep the device busy.
 REFERENCE, REFERENCE_ON_CUDA = (Shape(4, 4, 128, 256), 4), (Shape(8, 8, 512, 1024), 32)  # with rows
+# For text that --preset auto reads so many times or more.
+REPEATED_EPOCHS = 3
+RECIPE_FOR_REPEATED_TEXT: dict[str, Any] = {"schedule": "cosine", "min_lr": 0.0, "muon_weight_decay": 0.1}
 Configure = Callable[[TrainOptions], RunConfig]
 Measure = Callable[[RunConfig], float]  # a run's seconds per iteration
 
@@ -82,7 +85,8 @@ def fit_minutes(
             f"note: this is less than --minutes {options.minutes:g}, because with more than {FITTING_EPOCHS} epochs a "
             "model mostly memorizes its data; --max_iters trains longer"
         )
-    return dataclasses.replace(chosen, max_iters=iters, compile=config.compile)
+    chosen = dataclasses.replace(chosen, max_iters=iters, compile=config.compile)
+    return _with_recipe(chosen, facts, rows) if options.preset == "auto" else chosen
 
 
 def _time_s(options: TrainOptions) -> float:
@@ -181,6 +185,20 @@ def _with_shape(
             break
         least, best = loss, (chosen, iter_s)
     return best
+
+
+def _with_recipe(options: TrainOptions, facts: Mapping[str, Any], rows: int) -> TrainOptions:
+    """The options with what is best for text that is read several times; options on the command line stay.
+
+    In shorter runs, the defaults give a lower loss (docs/experiments/presets.md).
+    """
+    assert options.max_iters is not None and options.block_size is not None
+    epochs = min(part.epochs(options.max_iters, options.block_size, rows) for part in portions(facts))
+    if {part["format"] for part in data_parts(facts)} != {"text"} or epochs < REPEATED_EPOCHS:
+        return options
+    given = {name: getattr(options, name) for name in RECIPE_FOR_REPEATED_TEXT}
+    recipe = {name: value for name, value in RECIPE_FOR_REPEATED_TEXT.items() if given[name] is None}
+    return dataclasses.replace(options, **recipe)
 
 
 def _batch(rows: int, on_cuda: bool) -> dict[str, Any]:

@@ -48,8 +48,7 @@ class TrainOptions(ObjectiveOptions, AdapterOptions):
 
     preset: str | None = option(
         None,
-        "model size; auto chooses one for --minutes, and for text another schedule and weight decay (default: gpt2 on "
-        "CUDA, small elsewhere)",
+        "model size; auto chooses one for --minutes (default: gpt2 on CUDA, small elsewhere)",
         choices=(*PRESETS, "auto"),
         group="model",
     )
@@ -120,15 +119,16 @@ class TrainOptions(ObjectiveOptions, AdapterOptions):
     )
     min_lr: float | None = option(
         None,
-        "learning rate at the end; Muon's falls by the same factor (default: learning_rate / 10; 0 for text with "
-        "--preset auto)",
+        "learning rate at the end; Muon's falls by the same factor (default: learning_rate / 10; 0 if --preset auto "
+        "reads text 3 times or more)",
         at_least=0,
         group="optimizer",
         metavar="LR",
     )
     schedule: str | None = option(
         None,
-        "how the learning rates fall after the warm-up (default: wsd; cosine for chat data and with --preset auto)",
+        "how the learning rates fall after the warm-up (default: wsd; cosine for chat data, and if --preset auto reads "
+        "text 3 times or more)",
         choices=("wsd", "cosine"),
         group="optimizer",
     )
@@ -148,7 +148,8 @@ class TrainOptions(ObjectiveOptions, AdapterOptions):
     )
     muon_weight_decay: float | None = option(
         None,
-        "weight decay of the matrices with --optimizer muon (default: 0.01; 0.1 for text with --preset auto)",
+        "weight decay of the matrices with --optimizer muon (default: 0.01; 0.1 if --preset auto reads text 3 times or "
+        "more)",
         at_least=0,
         group="optimizer",
         metavar="X",
