@@ -172,7 +172,7 @@ def test_text_that_is_read_several_times_has_its_own_recipe():
         return {name: getattr(config, name) for name in RECIPE}
 
     defaults = {"schedule": "wsd", "min_lr": 6e-3 / 10, "muon_weight_decay": 0.01}
-    assert recipe(15) == RECIPE and recipe(3) == defaults, "4 epochs, and less than 3"
+    assert recipe(15) == RECIPE and recipe(3) == defaults, "4 epochs, and less than 2"
     assert recipe(15, min_lr=1e-5, muon_weight_decay=0.0) == {**RECIPE, "min_lr": 1e-5, "muon_weight_decay": 0.0}
     assert recipe(15, schedule="wsd")["schedule"] == "wsd"
     chat = {**facts_of("chat", 1_000_000), "n_vocab": 4096}

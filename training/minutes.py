@@ -42,7 +42,7 @@ EVALUATION_SHARE = 1 / 3  # of the work of a training step: the forward pass alo
 # What --preset auto times first: small enough to take seconds, large enough to keep the device busy.
 REFERENCE, REFERENCE_ON_CUDA = (Shape(4, 4, 128, 256), 4), (Shape(8, 8, 512, 1024), 32)  # with rows
 # For text that --preset auto reads so many times or more.
-REPEATED_EPOCHS = 3
+REPEATED_EPOCHS = 2.5
 RECIPE_FOR_REPEATED_TEXT: dict[str, Any] = {"schedule": "cosine", "min_lr": 0.0, "muon_weight_decay": 0.1}
 Configure = Callable[[TrainOptions], RunConfig]
 Measure = Callable[[RunConfig], float]  # a run's seconds per iteration

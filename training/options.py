@@ -120,7 +120,7 @@ class TrainOptions(ObjectiveOptions, AdapterOptions):
     min_lr: float | None = option(
         None,
         "learning rate at the end; Muon's falls by the same factor (default: learning_rate / 10; 0 if --preset auto "
-        "reads text 3 times or more)",
+        "reads text 2.5 times or more)",
         at_least=0,
         group="optimizer",
         metavar="LR",
@@ -128,7 +128,7 @@ class TrainOptions(ObjectiveOptions, AdapterOptions):
     schedule: str | None = option(
         None,
         "how the learning rates fall after the warm-up (default: wsd; cosine for chat data, and if --preset auto reads "
-        "text 3 times or more)",
+        "text 2.5 times or more)",
         choices=("wsd", "cosine"),
         group="optimizer",
     )
@@ -148,8 +148,8 @@ class TrainOptions(ObjectiveOptions, AdapterOptions):
     )
     muon_weight_decay: float | None = option(
         None,
-        "weight decay of the matrices with --optimizer muon (default: 0.01; 0.1 if --preset auto reads text 3 times or "
-        "more)",
+        "weight decay of the matrices with --optimizer muon (default: 0.01; 0.1 if --preset auto reads text 2.5 times "
+        "or more)",
         at_least=0,
         group="optimizer",
         metavar="X",
