@@ -18,7 +18,7 @@ from tests.tiny import OPTIONS, StopAfter, losses, prepare, run
 from training.config import RunConfig, make_config
 from training.minutes import document_size, fit_minutes
 from training.options import TrainOptions
-from training.shapes import SHAPES, Budget, Shape, expected_loss
+from training.shapes import Shape
 
 ROOT = Path(train.__file__).parent
 SHAPE = ("n_layer", "n_head", "n_embd")
@@ -120,31 +120,6 @@ def test_the_chosen_run_is_timed_as_it_runs_compiled_if_it_is_long_and_in_low_pr
     assert timed(1, compile=True) == [False, True]
 
 
-def test_the_shape_is_the_best_one_at_its_own_speed():
-    """Larger models do more FLOP/s, as with AMX: at the speed of the reference, the rule would choose a smaller one."""
-
-    def flops_per_s(shape: Shape) -> float:
-        return 3e11 * (shape.n_embd / 128) ** 0.85
-
-    class GrowingSpeed(Machine):
-        def iteration_s(self, config: RunConfig) -> float:
-            self.flops = flops_per_s(Shape(config.n_layer, config.n_head, config.n_embd))
-            return super().iteration_s(config)
-
-    def loss(shape: Shape) -> float:
-        budget = Budget(300 * flops_per_s(shape), 2_300_000, 4096)
-        return expected_loss(shape.weights(), budget.tokens_read(shape), budget)
-
-    machine = GrowingSpeed(3e11)
-    config = machine.config(preset="auto", minutes=5)
-    best = min((dataclasses.replace(shape, block_size=256) for shape in SHAPES[1:]), key=loss)
-    assert config.n_embd == best.n_embd == 256 > Machine(3e11).config(preset="auto", minutes=5).n_embd
-    assert len(machine.timed) == 3, (
-        "the reference, the shape for its speed, and the best one; the next one is too large"
-    )
-    assert 0.85 * 300 < machine.seconds(config) < 300
-
-
 def test_few_data_are_not_read_more_than_8_times(capsys):
     config = Machine(1e11).config(facts_of("text", 400_000), preset="auto", minutes=600)
     rows = config.batch_size * config.gradient_accumulation_steps
@@ -161,8 +136,6 @@ def test_options_on_the_command_line_win():
     )
     assert (config.n_layer, config.block_size, config.batch_size, config.gradient_accumulation_steps) == (3, 128, 5, 2)
     assert machine.config(preset="auto", minutes=15, learning_rate=1e-4).learning_rate == 1e-4
-    wide = machine.config(preset="auto", minutes=60, n_embd=256)
-    assert (wide.n_layer, wide.n_head) == (4, 4), "the table's heads, and other layers are tried, too"
     assert machine.config(preset="auto", minutes=15, eval_interval=7).eval_interval == 7
 
 
@@ -182,7 +155,7 @@ def test_text_that_is_read_several_times_has_its_own_recipe():
     assert {name: getattr(small, name) for name in RECIPE} == defaults, "only with --preset auto"
 
 
-def test_larger_shapes_that_do_not_fit_with_the_given_rows_are_not_timed(monkeypatch):
+def test_shapes_that_do_not_fit_with_the_given_rows_are_not_chosen(monkeypatch):
     machine, asked = Machine(3e11), []
 
     def fits(config, device, batch_size, logits_rows=None):

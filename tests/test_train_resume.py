@@ -28,8 +28,10 @@ pytestmark = pytest.mark.usefixtures("one_thread", "quick_disk")
         {"dataset": "text", "dropout": 0.2, "block_size": 45, "batch_size": 3},
         {"dataset": "chat", "dropout": 0.2, "optimizer": "adamw", "gradient_accumulation_steps": 2, "keep": 2},
         {"dataset": "text", "dtype": "float16"},
+        # Enough tokens, and sizes, for the kernels of a CPU with AMX.
+        {"dataset": "text", "dropout": 0.2, "dtype": "bfloat16", "n_embd": 64, "block_size": 64, "batch_size": 16},
     ],
-    ids=["text-muon-epochs", "chat-adamw", "float16"],
+    ids=["text-muon-epochs", "chat-adamw", "float16", "kernels"],
 )
 def test_a_run_stopped_after_every_iteration_equals_an_uninterrupted_one(data, tmp_path, capsys, options):
     name, sample = f"{options['dataset']}10", Sampler()

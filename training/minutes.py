@@ -29,7 +29,6 @@ from training.shapes import (
     Budget,
     Shape,
     choose_shape,
-    expected_loss,
     fitting_block_size,
     iters_within,
     n_evaluations,
@@ -140,14 +139,13 @@ def _with_shape(
     measure: Measure,
     time_s: float,
 ) -> tuple[TrainOptions, float]:
-    """The options with the shape and the batch that suit the time, and the seconds per iteration.
-
-    The rule chooses at the speed of a reference. Larger shapes may do more FLOP/s (with AMX, `small` does 1.8 times as
-    many as `tiny`), so the next larger ones are timed, too, until one is no better at its own speed.
-    """
+    """The options with the shape and the batch that suit the time, and the seconds per iteration."""
     on_cuda, n_vocab = device.startswith("cuda"), facts["n_vocab"]
-    shapes = candidates(options, document_size(facts))
-    unique_tokens = max(part.tokens / part.share for part in portions(facts))
+    shape, rows = REFERENCE_ON_CUDA if on_cuda else REFERENCE
+    reference = {**dataclasses.asdict(shape), "batch_size": rows, "gradient_accumulation_steps": world_size()}
+    config = configure(_for_timing(dataclasses.replace(options, **reference)))
+    flops = time_s * config.tokens_per_iter * shape.flops_per_token(n_vocab) / measure(config)
+    budget = Budget(flops, max(part.tokens / part.share for part in portions(facts)), n_vocab)
 
     def fits(shape: Shape) -> bool:
         model = model_config({**dataclasses.asdict(shape), "n_vocab": n_vocab, "dropout": options.dropout})
@@ -155,36 +153,12 @@ def _with_shape(
         # On CUDA the micro-batch shrinks until it fits. All processes choose the same shape.
         return not any_process(not model_fits(model, device, given or (1 if on_cuda else DEFAULT_BATCH_SIZE)))
 
-    def timed(shape: Shape, chosen: TrainOptions) -> tuple[float, Budget]:
-        """The seconds per iteration, and what a run has at this speed."""
-        config = configure(_for_timing(chosen))
-        iter_s = measure(config)
-        flops = time_s / iter_s * config.tokens_per_iter * shape.flops_per_token(n_vocab)
-        return iter_s, Budget(flops, unique_tokens, n_vocab)
-
-    def with_batch(shape: Shape, budget: Budget) -> TrainOptions:
-        chosen = dataclasses.replace(options, **dataclasses.asdict(shape))
-        if options.batch_size is not None or options.gradient_accumulation_steps is not None:
-            return chosen
-        return dataclasses.replace(
-            chosen, **_batch(rows_per_iter(budget.tokens_read(shape), shape.block_size), on_cuda)
-        )
-
-    shape, rows = REFERENCE_ON_CUDA if on_cuda else REFERENCE
-    reference = {**dataclasses.asdict(shape), "batch_size": rows, "gradient_accumulation_steps": world_size()}
-    _, budget = timed(shape, dataclasses.replace(options, **reference))
-    first = shapes.index(choose_shape(budget, shapes, fits))
-    least, best = math.inf, (options, 0.0)
-    for shape in shapes[first:]:
-        if shape != shapes[first] and not (budget.suits(shape) and fits(shape)):
-            break
-        chosen = with_batch(shape, budget)
-        iter_s, budget = timed(shape, chosen)
-        loss = expected_loss(shape.weights(), budget.tokens_read(shape), budget)
-        if loss >= least:
-            break
-        least, best = loss, (chosen, iter_s)
-    return best
+    best = choose_shape(budget, candidates(options, document_size(facts)), fits)
+    chosen = dataclasses.replace(options, **dataclasses.asdict(best))
+    if options.batch_size is None and options.gradient_accumulation_steps is None:
+        batch = _batch(rows_per_iter(budget.tokens_read(best), best.block_size), on_cuda)
+        chosen = dataclasses.replace(chosen, **batch)
+    return chosen, measure(configure(_for_timing(chosen)))
 
 
 def _with_recipe(options: TrainOptions, facts: Mapping[str, Any], rows: int) -> TrainOptions:
@@ -221,19 +195,18 @@ def document_size(facts: Mapping[str, Any]) -> int:
 
 def candidates(options: TrainOptions, block_size: int) -> list[Shape]:
     """The SHAPES, changed as the command line says; their blocks are no longer than `block_size`."""
-    made: dict[tuple[int, int], Shape] = {}  # one for each number of layers and width
+    made = []
     for shape in SHAPES:
-        n_layer, n_embd = options.n_layer or shape.n_layer, options.n_embd or shape.n_embd
-        is_from_table = n_embd == shape.n_embd
-        n_head = options.n_head or (shape.n_head if is_from_table else heads_of(n_embd))
-        if n_embd % n_head == 0 and (is_from_table or (n_layer, n_embd) not in made):
+        n_embd = options.n_embd or shape.n_embd
+        n_head = options.n_head or (shape.n_head if n_embd == shape.n_embd else heads_of(n_embd))
+        if n_embd % n_head == 0:
             block = options.block_size or min(block_size, shape.block_size)
-            made[n_layer, n_embd] = Shape(n_layer, n_head, n_embd, block)
+            made.append(Shape(options.n_layer or shape.n_layer, n_head, n_embd, block))
     if not made:
         raise UserError(
             f"--n_head {options.n_head} does not divide a width that --preset auto could choose; leave it out"
         )
-    return list(made.values())
+    return list(dict.fromkeys(made))
 
 
 def heads_of(n_embd: int) -> int:
