@@ -69,8 +69,8 @@ class NorMuon(Muon):
 class WholeMuon(Muon):
     """Muon as in torch, for which the weight of c_attn is one matrix and not three."""
 
-    def parts(self, matrices: Tensor) -> Tensor:
-        return matrices
+    def n_parts(self, weight: Tensor) -> int:
+        return 1
 
 
 class HyperballMuon(Muon):

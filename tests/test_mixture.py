@@ -201,6 +201,7 @@ GOLDEN = {
 def test_one_data_set_trains_as_it_did_and_so_does_a_mixture_of_it_alone(data, tmp_path, monkeypatch, name):
     tokens_per_iter = config_of(**OPTIONS).tokens_per_iter
     monkeypatch.setattr("training.optimizers.EMBEDDING_EPS", 1e-8 * tokens_per_iter)  # as it was then
+    monkeypatch.setattr("training.muon.n_parts", lambda weight: 1)  # as in torch, then
     run(data, tmp_path / "a", dataset=name, document_mask=False, schedule="cosine")  # and this, then too
     run(data, tmp_path / "b", dataset=f"{name}=1", document_mask=False, schedule="cosine")
     records = losses(tmp_path / "a" / f"{name}10.jsonl")

@@ -79,7 +79,11 @@ class Muon(torch.optim.Muon):
 
     def parts(self, matrices: Tensor) -> Tensor:
         """The matrices (n, rows, columns) that are orthogonalized on their own, as one tensor."""
-        return matrices.reshape(-1, matrices.shape[1] // n_parts(matrices[0]), matrices.shape[2])
+        return matrices.reshape(-1, matrices.shape[1] // self.n_parts(matrices[0]), matrices.shape[2])
+
+    def n_parts(self, weight: Tensor) -> int:
+        """How many matrices a weight holds; see the function of this name."""
+        return n_parts(weight)
 
     def write_direction(self, update: Tensor, weight: Tensor, group: dict) -> None:
         """Update the momentum with the weight's gradient, and write its direction, as a whole matrix, to `update`."""
@@ -103,7 +107,7 @@ class Muon(torch.optim.Muon):
     def rate(self, weight: Tensor, group: dict) -> float:
         """The learning rate times the root of rows / columns of the weight's matrices, if that is more than 1."""
         rows, columns = weight.shape
-        return group["lr"] * max(1.0, rows / len(self.parts(weight[None])) / columns) ** 0.5
+        return group["lr"] * max(1.0, rows / self.n_parts(weight) / columns) ** 0.5
 
     def _direction(self, weight: Tensor, group: dict) -> Tensor:
         """The momentum's direction, with the current gradient added once more (Nesterov), sharded like the weight."""
