@@ -148,6 +148,7 @@ def test_text_that_is_read_several_times_has_its_own_recipe():
     assert recipe(15) == RECIPE and recipe(3) == defaults, "4 epochs, and less than 2"
     assert recipe(15, min_lr=1e-5, muon_weight_decay=0.0) == {**RECIPE, "min_lr": 1e-5, "muon_weight_decay": 0.0}
     assert recipe(15, schedule="wsd")["schedule"] == "wsd"
+    assert recipe(15, optimizer="adamw") == {**defaults, "min_lr": 3e-3 / 10}
     chat = {**facts_of("chat", 1_000_000), "n_vocab": 4096}
     mixture = {**STORIES, "parts": [{**STORIES, "weight": 0.5}, {**chat, "weight": 0.5}]}
     assert recipe(60, chat)["min_lr"] == recipe(60, mixture)["min_lr"] == 3e-3 / 10

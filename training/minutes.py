@@ -164,14 +164,14 @@ def _with_shape(
 def _with_recipe(options: TrainOptions, facts: Mapping[str, Any], rows: int) -> TrainOptions:
     """The options with what is best for text that is read several times; options on the command line stay.
 
-    In shorter runs, the defaults give a lower loss (docs/experiments/presets.md).
+    In shorter runs, the defaults give a lower loss (docs/experiments/presets.md). AdamW was not tried.
     """
     assert options.max_iters is not None and options.block_size is not None
     epochs = min(part.epochs(options.max_iters, options.block_size, rows) for part in portions(facts))
-    if {part["format"] for part in data_parts(facts)} != {"text"} or epochs < REPEATED_EPOCHS:
+    is_text = {part["format"] for part in data_parts(facts)} == {"text"}
+    if not is_text or options.optimizer != "muon" or epochs < REPEATED_EPOCHS:
         return options
-    given = {name: getattr(options, name) for name in RECIPE_FOR_REPEATED_TEXT}
-    recipe = {name: value for name, value in RECIPE_FOR_REPEATED_TEXT.items() if given[name] is None}
+    recipe = {name: value for name, value in RECIPE_FOR_REPEATED_TEXT.items() if getattr(options, name) is None}
     return dataclasses.replace(options, **recipe)
 
 
