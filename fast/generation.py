@@ -1,7 +1,8 @@
 """Generation that reads the weights faster, or as 8-bit weights with half the bytes.
 
 Replaces: on a CPU, GPT's blocks and logits with the layers of fast/packed_linear.py and the attention kernel of
-fast/row_kernels.py; on CUDA, the decode step with CUDA graphs (fast/cuda_graphs.py).
+fast/row_kernels.py; on CUDA, the decode step with CUDA graphs (fast/cuda_graphs.py), and its attention with a Triton
+kernel (fast/triton_attention.py).
 Gains: see docs/performance.md, "What each fast part gains".
 Skipped: with --plain, and on a processor whose kernels are missing.
 """
@@ -9,6 +10,7 @@ Skipped: with --plain, and on a processor whose kernels are missing.
 from __future__ import annotations
 
 import dataclasses
+import importlib
 from collections.abc import Callable
 from typing import cast
 
@@ -51,7 +53,8 @@ def speed_up_generation(
         layer, description = Int8Linear, "8-bit weights"
     elif weight.is_cuda:
         model.__class__ = WholeHeadGPT
-        return SpeedUps("plain layers, CUDA graphs", CapturedDecode())
+        attention = "a kernel for attention" if _use_triton_attention(model) else "plain layers"
+        return SpeedUps(f"{attention}, CUDA graphs", CapturedDecode())
     elif not on_cpu:
         return SpeedUps("plain layers")
     elif has_kernel(RowLinear, dtype, tolerance=0.02) and (
@@ -67,6 +70,22 @@ def speed_up_generation(
     model.packed_head = packed_head
     model.h = nn.ModuleList(PackedBlock(block, layer) for block in blocks)
     return SpeedUps(description)
+
+
+def _use_triton_attention(model: GPT) -> bool:
+    """Replace the attention of decode steps with the Triton kernel, if it computes correctly on the model's device."""
+    try:
+        triton_attention = importlib.import_module("fast.triton_attention")
+    except ImportError:  # a build of torch without Triton
+        return False
+    config, weight = model.config, model.ln_f.weight
+    fault = triton_attention.find_fault(config.n_head, config.n_embd // config.n_head, weight.dtype, weight.device)
+    if fault is not None:
+        print(f"warning: the attention kernel is not used: {fault}")
+        return False
+    for block in model.h:
+        cast(Block, block).attn.__class__ = triton_attention.TritonAttention
+    return True
 
 
 class WholeHeadGPT(GPT):

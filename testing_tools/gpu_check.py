@@ -105,6 +105,7 @@ def plan(device: str, folder: Path) -> list[Step]:
         check("muon", 60),
         training("train_gpt2_64x2", "gpt2", 64, 2, 110),
         speed("generate_gpt2", 90, "generate", "--preset", "gpt2"),
+        check("attention", 60),
         check("beside_cpu", 120),
         check("repeats", 150),
         training("train_gpt2_64x2_residual_bfloat16", "gpt2", 64, 2, 110, residual_dtype="bfloat16"),
@@ -208,10 +209,12 @@ def main() -> int:
     if options.check is None:
         return run_all(options, folder, device)
     from gpu_checks import CHECKS, Setting
+    from gpu_times import TIMES
 
-    if options.check not in CHECKS:
-        raise UserError(f"--check {options.check}: unknown; use one of {', '.join(CHECKS)}")
-    CHECKS[options.check](Setting(device, folder, is_small=not device.startswith("cuda")))
+    checks = CHECKS | TIMES
+    if options.check not in checks:
+        raise UserError(f"--check {options.check}: unknown; use one of {', '.join(checks)}")
+    checks[options.check](Setting(device, folder, is_small=not device.startswith("cuda")))
     return 0
 
 

@@ -325,60 +325,6 @@ def repeats(setting: Setting) -> None:
     report(losses["first"] == losses["resumed"], "a resumed run has the losses of one that was not stopped")
 
 
-# --- where the time goes ---
-
-
-def profile(setting: Setting) -> None:
-    """The kernels of an iteration, and what a new prompt length costs with cuDNN's attention and without."""
-    allow_tf32()
-    n_rows, steps = (2, 1) if setting.is_small else (64, 2)
-    config = setting.run_config("gpt2", batch_size=n_rows, gradient_accumulation_steps=steps)
-    model = GPT(setting.shape("gpt2")).to(setting.device).train()
-    fast_parts().speed_up_training(model)
-    ids = random_rows(n_rows * steps, config.block_size)
-    compile_model(setting, model, config, ids)
-    optimizers = make_optimizers(model, config)
-    init_optimizer_states(optimizers)
-    objective = NextToken(config)
-
-    def step() -> None:
-        forward_backward(model, config, objective, [ids, ids])
-        for optimizer in optimizers:
-            optimizer.step()
-        model.zero_grad(set_to_none=True)
-
-    for _ in range(2):
-        step()
-    kind = torch.profiler.ProfilerActivity.CUDA if setting.on_cuda else torch.profiler.ProfilerActivity.CPU
-    with torch.profiler.profile(activities=[kind]) as found:
-        step()
-        if setting.on_cuda:
-            torch.cuda.synchronize()
-    total = "device_time_total" if setting.on_cuda else "self_cpu_time_total"
-    events = sorted(found.key_averages(), key=lambda event: -getattr(event, total))
-    print(f"an iteration: {sum(event.count for event in events)} kernels; the longest, in ms:")
-    for event in events[:24]:
-        print(f"{getattr(event, total) / 1000:9.2f} {event.count:6} {event.key[:90]}")
-    if setting.on_cuda:
-        for is_allowed in (True, False):
-            print(f"attention of new lengths, cuDNN {'allowed' if is_allowed else 'off'}: {new_lengths(is_allowed)}")
-
-
-@torch.inference_mode()
-def new_lengths(is_cudnn_allowed: bool) -> str:
-    """The time of attention for prompt lengths that have not occurred before, in words."""
-    torch.backends.cuda.enable_cudnn_sdp(is_cudnn_allowed)
-    times = []
-    for length in range(300, 311):
-        q, k, v = torch.randn(3, 1, 12, length, 64, device="cuda", dtype=torch.bfloat16)
-        torch.cuda.synchronize()
-        start = time.perf_counter()
-        torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
-        torch.cuda.synchronize()
-        times.append(1000 * (time.perf_counter() - start))
-    return f"median {sorted(times)[5]:.2f} ms, longest {max(times):.1f} ms"
-
-
 CHECKS: dict[str, Callable[[Setting], None]] = {
-    check.__name__: check for check in (environment, numbers, muon, steps, decoding, beside_cpu, repeats, profile)
+    check.__name__: check for check in (environment, numbers, muon, steps, decoding, beside_cpu, repeats)
 }

@@ -16,6 +16,7 @@ from common.cli import UserError
 sys.path.append(str(Path(train.__file__).parent / "testing_tools"))
 import gpu_check
 import gpu_checks
+import gpu_times
 from benchmark import BenchmarkOptions
 from gpu_check import GpuCheckOptions, Step, plan, run_all, run_step
 
@@ -38,6 +39,13 @@ def test_every_check_passes_on_a_cpu(setting, capsys, name, count):
     gpu_checks.CHECKS[name](setting)
     found = outcomes(capsys.readouterr().out)
     assert len(found) == count and all(line.startswith("ok") for line in found), found
+
+
+def test_decode_steps_are_timed_in_several_contexts(setting, capsys):
+    gpu_times.TIMES["attention"](setting)
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.partition(":")[0] for line in lines] == ["batch size 1", "batch size 16"]
+    assert all(line.count(" ms at ") == 3 for line in lines)
 
 
 def test_a_wrong_result_fails(capsys):
@@ -72,7 +80,7 @@ def test_the_plan_is_made_of_checks_and_of_options_that_the_benchmark_takes(tmp_
             script, *words = step.words
             assert (ROOT / script).is_file()
             if script.endswith("gpu_check.py"):
-                assert words[words.index("--check") + 1] in gpu_checks.CHECKS
+                assert words[words.index("--check") + 1] in gpu_checks.CHECKS | gpu_times.TIMES
             else:
                 names = {word[2:].replace("-", "_") for word in words if word.startswith("--")} - {"no_compile"}
                 assert words[0] in ("train", "generate") and names <= set(BenchmarkOptions.__dataclass_fields__)
