@@ -247,6 +247,10 @@ class GPT(nn.Module):
         if positions is None:
             positions = torch.arange(x.shape[1], device=x.device)
         x = F.dropout(x + self.wpe(positions), self.config.dropout, self.training)
+        return self.run_blocks(x, cache, mask)
+
+    def run_blocks(self, x: Tensor, cache: KVCache | None = None, mask: Tensor | None = None) -> Tensor:
+        """The output of the final LayerNorm, (B, T, C), for the sum of both embeddings (B, T, C)."""
         for block in self.h:
             x = block(x, cache, mask)
         return self.ln_f(x)

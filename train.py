@@ -177,7 +177,7 @@ def compile_and_wrap(training: Training, fast: ModuleType | None) -> torch.nn.Mo
 
     trial_step = functools.partial(try_step, model, objective, batch, config.device)
     if config.compile and fast:
-        fast.compile_training(model, trial_step, parallel.any_process)
+        fast.compile_training(model, trial_step, parallel.any_process, config.compile_scope)
     return model if is_sharded_run(config) else parallel.average_gradients(model, config.device)
 
 

@@ -63,17 +63,19 @@ def compile_training(
     model: GPT,
     trial_step: Callable[[], object],
     any_failed: Callable[[bool], bool] = lambda failed: failed,
+    scope: str = "block",
     backend: str | Callable = "inductor",
     activation_budget: float = ACTIVATION_BUDGET,
 ) -> None:
     """Compile the blocks of a model that `speed_up_training` prepared, by running `trial_step` once.
 
+    `scope` is "block", or "model" for all blocks as one piece, without activation checkpointing.
     If that fails, a warning is printed and the blocks run eagerly again; `any_failed` says whether it failed in any
     process of a job, so that all of them do the same. An out-of-memory error is raised. `backend` is passed to
     torch.compile.
     """
     start, failure = time.perf_counter(), None
-    _compile_blocks(cast(FastGPT, model), backend, activation_budget)
+    _compile_blocks(cast(FastGPT, model), scope, backend, activation_budget)
     try:
         trial_step()
     except Exception as error:  # compilers fail in many ways, and without one training still works, only more slowly
@@ -89,33 +91,38 @@ def compile_training(
     give_back_freed_memory()
 
 
-def _compile_blocks(model: FastGPT, backend: str | Callable, activation_budget: float) -> None:
-    """Compile block by block, into code that all blocks share.
+def _compile_blocks(model: FastGPT, scope: str, backend: str | Callable, activation_budget: float) -> None:
+    """Compile block by block, into code that all blocks share, or with the scope "model" all blocks as one piece.
 
-    On a CPU this is as fast as compiling all blocks in one piece, takes half the time to compile, and does not copy all
-    weights into low precision at once. Between blocks, FSDP can gather weights and DDP can send gradients.
+    On a CPU, one piece is not faster, takes twice the time to compile, and copies all weights into low precision at
+    once. On CUDA it should save a pass over the residual stream per block, because a block's sum and the next block's
+    LayerNorm become one kernel. Only between blocks can FSDP gather weights and DDP send gradients.
     """
     if model.wte.weight.device.type == "cpu":
         torch._functorch.config.activation_memory_budget = activation_budget
         importlib.import_module("torch._inductor.inductor_prims")  # registers the operator that cpu_backward uses
     torch._dynamo.config.optimize_ddp = False  # it would split the blocks, which are small pieces already
     # The embeddings stay eager: on a CPU their compiled gradient is summed in varying order, so runs would not repeat.
-    for block in model.fast_blocks():
-        block.compiled = torch.compile(block.plain_forward, backend=backend)
+    if scope == "model":
+        model.compiled_blocks = torch.compile(model.plain_blocks, backend=backend)
+    else:
+        for block in model.fast_blocks():
+            block.compiled = torch.compile(block.plain_forward, backend=backend)
     model.compiled_transpose = torch.compile(transposed, dynamic=False, backend=backend)
     if model.wte.weight.is_cuda:  # on a CPU, torch's softmax in low precision is faster
         model.compiled_losses = torch.compile(fused_losses_and_gradient_, backend=backend)
 
 
 def _run_eagerly(model: FastGPT) -> None:
-    model.compiled_transpose = model.compiled_losses = None
+    model.compiled_blocks = model.compiled_transpose = model.compiled_losses = None
     for block in model.fast_blocks():
         block.compiled = None
 
 
 class FastGPT(GPT):
-    """GPT whose training loss never holds all logits at once."""
+    """GPT whose training loss never holds all logits at once, and whose blocks can be compiled as one piece."""
 
+    compiled_blocks: Callable[[Tensor, Tensor | None], Tensor] | None = None
     compiled_transpose: Callable[[Tensor, torch.dtype], Tensor] | None = None
     compiled_losses: Callable[[Tensor, Tensor], Tensor] | None = None
 
@@ -142,12 +149,26 @@ class FastGPT(GPT):
         head = TiedHead(weight, targets, dtype, self.compiled_transpose, losses_and_gradient=self.compiled_losses)
         return None, head.loss(self.transform(head.embed(idx), positions=positions, mask=mask), n_targets)
 
+    def run_blocks(self, x: Tensor, cache: KVCache | None = None, mask: Tensor | None = None) -> Tensor:
+        if self.compiled_blocks is None or not self.training or cache is not None:
+            return super().run_blocks(x, cache, mask)
+        return self.compiled_blocks(x, mask)
+
+    def plain_blocks(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        """`run_blocks` as torch.compile is given it, without the choices that FastBlock makes."""
+        for block in self.fast_blocks():
+            x = block.plain_forward(x, mask=mask)
+        return self.ln_f(x)
+
+    def is_compiled(self) -> bool:
+        """Whether the blocks of a training step are compiled."""
+        return self.training and (self.compiled_blocks is not None or self.fast_blocks()[0].compiled is not None)
+
     def has_attention_kernel(self, idx: Tensor) -> bool:
         """Whether attention for ids (B, T) runs in a kernel of fast/document_attention.py."""
         config = self.config
         dropout = config.dropout if self.training else 0.0
-        is_compiled = self.training and self.fast_blocks()[0].compiled is not None
-        if idx.device.type != "cpu" or (dropout and is_compiled) or idx.numel() < FEW_TOKENS:
+        if idx.device.type != "cpu" or (dropout and self.is_compiled()) or idx.numel() < FEW_TOKENS:
             return False
         return supports(config.n_embd // config.n_head, compute_dtype(self.wte.weight), dropout)
 
@@ -159,8 +180,7 @@ class FastGPT(GPT):
         """
         if self.has_attention_kernel(documents):
             return first_keys(documents)
-        is_compiled = self.training and self.fast_blocks()[0].compiled is not None
-        if documents.is_cuda and is_compiled and not self.config.dropout:  # FlexAttention has no dropout
+        if documents.is_cuda and self.is_compiled() and not self.config.dropout:  # FlexAttention has no dropout
             return cast(Tensor, block_mask(documents))  # only FastAttention sees it
         return dense_mask(super().document_mask(documents), compute_dtype(self.wte.weight))
 

@@ -53,7 +53,8 @@ from common.files import atomic_write, require_target  # noqa: E402
 PACKAGES = ("transformers", "tiktoken")  # peers that must be installed
 SHOWN_SETTINGS = (
     *("preset", "n_layer", "n_head", "n_embd", "block_size", "device", "dtype", "batch_size"),
-    *("gradient_accumulation_steps", "optimizer", "compile", "residual_dtype", "quantize", "streams", "prompt_tokens"),
+    *("gradient_accumulation_steps", "optimizer", "compile", "compile_scope", "residual_dtype"),
+    *("quantize", "streams", "prompt_tokens"),
     *("max_tokens", "input", "rounds"),
 )
 
@@ -96,6 +97,12 @@ class BenchmarkOptions:
     )
     compile: bool | None = option(
         None, "use torch.compile on our side (default: as train.py for a long run)", group="train"
+    )
+    compile_scope: str | None = option(
+        None,
+        "compile our blocks one by one, or all as one piece (default: block)",
+        choices=("block", "model"),
+        group="train",
     )
     residual_dtype: str | None = option(
         None, "precision of our residual stream (default: float32)", choices=("float32", "bfloat16"), group="train"
@@ -240,7 +247,7 @@ def measure_model(
     shape = {name: getattr(config, name) for name in ("n_layer", "n_head", "n_embd", "block_size")}
     has_own_shape = any(getattr(options, name) for name in shape)
     if options.task == "train":
-        names = ("batch_size", "gradient_accumulation_steps", "optimizer", "compile", "residual_dtype")
+        names = ("batch_size", "gradient_accumulation_steps", "optimizer", "compile", "compile_scope", "residual_dtype")
         settings = {name: getattr(config, name) for name in names}
     else:
         settings = {name: getattr(options, name) for name in ("quantize", "streams", "prompt_tokens", "max_tokens")}

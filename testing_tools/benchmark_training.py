@@ -63,7 +63,7 @@ def train_ours(options: Any, config: RunConfig) -> Work:
         model.zero_grad(set_to_none=True)
 
     if config.compile and fast:
-        fast.compile_training(model, trial_step)
+        fast.compile_training(model, trial_step, scope=config.compile_scope)
     init_optimizer_states(optimizers)
 
     def step() -> int:

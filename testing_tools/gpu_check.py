@@ -83,19 +83,20 @@ def plan(device: str, folder: Path) -> list[Step]:
         script = ("testing_tools/gpu_check.py", "--check", name, "--device", device, "--folder", str(folder))
         return Step(name, limit_s, script)
 
-    def speed(
-        name: str, limit_s: float, task: str, *words: str, peer: str | None = None, residual_dtype: str | None = None
-    ) -> Step:
-        more = ("--rounds", "1", "--round_s", "0.1", "--max_tokens", "8") if is_small else ("--rounds", "2")
-        shape = (*SMALL, "--no-compile") if is_small and task == "train" else SMALL if is_small else words
-        to = ("--device", device, "--json", str(folder / f"{name}.json"), *(("--peer", peer) if peer else ()))
-        if residual_dtype:
-            to += ("--residual_dtype", residual_dtype, "--dtype", "bfloat16")
-        return Step(name, limit_s, ("testing_tools/benchmark.py", task, *shape, *more, *to), peer)
+    def speed(name: str, limit_s: float, task: str, *shape: str, also: str = "", peer: str | None = None) -> Step:
+        """A step of benchmark.py: `shape` is left out where models are small, and `also` is not."""
+        rounds = ("--rounds", "1", "--round_s", "0.1", "--max_tokens", "8") if is_small else ("--rounds", "2")
+        words = [*(SMALL if is_small else shape), *rounds, *also.split(), *(("--peer", peer) if peer else ())]
+        if is_small and task == "train" and "--compile_scope" not in words:
+            words.append("--no-compile")
+        to = ("--device", device, "--json", str(folder / f"{name}.json"))
+        return Step(name, limit_s, ("testing_tools/benchmark.py", task, *words, *to), peer)
 
     def training(name: str, preset: str, rows: int, steps: int, limit_s: float, **more: str) -> Step:
         batch = ("--batch_size", str(rows), "--gradient_accumulation_steps", str(steps))
         return speed(name, limit_s, "train", "--preset", preset, *batch, **more)
+
+    in_bfloat16, as_one_piece = "--dtype bfloat16 --residual_dtype bfloat16", "--compile --compile_scope model"
 
     return [
         check("environment", 60),
@@ -108,7 +109,8 @@ def plan(device: str, folder: Path) -> list[Step]:
         check("attention", 60),
         check("beside_cpu", 120),
         check("repeats", 150),
-        training("train_gpt2_64x2_residual_bfloat16", "gpt2", 64, 2, 110, residual_dtype="bfloat16"),
+        training("train_gpt2_64x2_residual_bfloat16", "gpt2", 64, 2, 110, also=in_bfloat16),
+        training("train_gpt2_64x2_as_one_piece", "gpt2", 64, 2, 150, also=as_one_piece),
         training("train_gpt2_16x8", "gpt2", 16, 8, 90),
         training("train_tiny_128x1", "tiny", 128, 1, 60),
         training("train_gpt2_beside_transformers", "gpt2", 16, 8, 150, peer="transformers"),

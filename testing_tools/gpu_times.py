@@ -12,7 +12,6 @@ import torch
 from gpu_checks import Setting, compile_model, fast_parts, random_rows, report
 
 from common.device import allow_tf32, has_fast_bfloat16
-from fast.cuda_graphs import CapturedDecode
 from generation.decoding import DecodeStep
 from model import GPT, Attention, KVCache
 from training.objectives import NextToken
@@ -36,11 +35,14 @@ def attention(setting: Setting) -> None:
             report(has_kernel, "attention runs in the kernel")
             for block in model.h:
                 block.attn.__class__ = Attention
-            print(f"batch size {n_rows}, torch's attention: {decode_times(setting, model, CapturedDecode(), n_rows)}")
+            print(f"batch size {n_rows}, torch's attention: {decode_times(setting, model, decode, n_rows)}")
 
 
 def decode_times(setting: Setting, model: GPT, decode: DecodeStep, n_rows: int) -> str:
-    """The milliseconds of a decode step after an eighth, a half, and nearly all of the context, in words."""
+    """The milliseconds of a decode step after an eighth, a half, and nearly all of the context, in words.
+
+    The steps are captured again, because the cache is a new one.
+    """
     block_size, device = model.config.block_size, setting.device
     cache = KVCache(model.config, n_rows, torch.device(device), model.ln_f.weight.dtype)
     ids, found = torch.zeros(n_rows, dtype=torch.long, device=device), []

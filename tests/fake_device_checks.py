@@ -91,21 +91,23 @@ def config_of_run(device: str, **options: Any) -> RunConfig:
     return make_config(TrainOptions(**options), options, device, data, speed_up=fast.training.speed_up_training)
 
 
-def model_for(config: RunConfig, plain: bool = False, compiled: bool = False) -> GPT:
+def model_for(config: RunConfig, plain: bool = False, compiled: str | None = None) -> GPT:
     with torch.device(config.device):
         gpt = GPT(GPTConfig(**SHAPE, dropout=config.dropout)).train()
     if not plain:
         fast.training.speed_up_training(gpt, config.activation_checkpointing, config.residual_dtype)
     if compiled:  # what is compiled runs eagerly, because a compiler would need the device
-        fast.training._compile_blocks(gpt, "eager", 1.0)
+        fast.training._compile_blocks(gpt, compiled, "eager", 1.0)
         assert gpt.compiled_losses is not None, "on CUDA, the losses are compiled too"
         gpt.compiled_losses, gpt.compiled_transpose = fast.tied_head.fused_losses_and_gradient_, None
-        for block in gpt.h:
+        if compiled == "model":
+            gpt.compiled_blocks = gpt.plain_blocks
+        for block in gpt.h if compiled == "block" else ():
             block.compiled = block.plain_forward  # FlexAttention's mask needs the branch
     return gpt
 
 
-def training_step(device: str = "cuda:0", plain: bool = False, compiled: bool = False, **options: Any) -> None:
+def training_step(device: str = "cuda:0", plain: bool = False, compiled: str | None = None, **options: Any) -> None:
     """Two micro-batches, clipping and the optimizers, without reading a number."""
     config = config_of_run(device, **options)
     gpt = model_for(config, plain, compiled)
@@ -223,10 +225,11 @@ CHECKS: dict[str, Callable[[], None]] = {
     "step, dropout": lambda: training_step(dropout=0.1),
     "step, dense mask": lambda: training_step(document_mask=True),
     "step, dense mask and dropout": lambda: training_step(document_mask=True, dropout=0.1),
-    "step, block mask": lambda: training_step(document_mask=True, compiled=True),
+    "step, block mask": lambda: training_step(document_mask=True, compiled="block"),
+    "step, block mask and one piece": lambda: training_step(document_mask=True, compiled="model"),
     "step, checkpointing": lambda: training_step(activation_checkpointing=True),
     "step, checkpointing and block mask": lambda: training_step(
-        activation_checkpointing=True, document_mask=True, compiled=True
+        activation_checkpointing=True, document_mask=True, compiled="block"
     ),
     "step, plain": lambda: training_step(plain=True, document_mask=True),
     "micro-batches": micro_batches,

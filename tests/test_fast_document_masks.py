@@ -98,6 +98,9 @@ def test_compiled_blocks_accept_a_block_mask_and_share_code_that_is_compiled_onc
         expected = plain.transform(x, mask=visible_by_hand(numbers))
         torch.testing.assert_close(fast.transform(x, mask=block_mask(numbers)), expected, atol=1e-4, rtol=1e-4)
     assert counter.frame_count == 1 and len(fast.h) > 1
+    fast.train().compiled_blocks = torch.compile(fast.plain_blocks, backend=counter)
+    torch.testing.assert_close(fast.transform(x, mask=block_mask(numbers)), expected, atol=1e-4, rtol=1e-4)
+    assert counter.frame_count == 2
 
 
 class OnCuda(torch.Tensor):
@@ -122,3 +125,5 @@ def test_flex_attention_is_used_only_in_compiled_training_on_cuda_without_dropou
     assert not uses_flex_attention(on_cuda)
     gpt.config, gpt.h[0].compiled = CONFIG, None
     assert not uses_flex_attention(on_cuda)
+    gpt.compiled_blocks = gpt.plain_blocks
+    assert uses_flex_attention(on_cuda)

@@ -220,6 +220,8 @@ def test_a_compiled_model_keeps_torchs_dropout():
         assert gpt.has_attention_kernel(ids)
         gpt.fast_blocks()[0].compiled = gpt.fast_blocks()[0].plain_forward
         assert not gpt.has_attention_kernel(ids)
+        gpt.fast_blocks()[0].compiled, gpt.compiled_blocks = None, gpt.plain_blocks
+        assert not gpt.has_attention_kernel(ids)
         assert gpt.eval().has_attention_kernel(ids)
     with torch.autocast("cpu", enabled=False):
         assert not training_gpt(0.2).has_attention_kernel(ids), "in float32, there is no kernel with dropout"

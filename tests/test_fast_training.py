@@ -61,20 +61,22 @@ def test_names_and_weights_stay_as_they_are():
         ("eager", DOCUMENTS),
         ("checkpointing", DOCUMENTS),
         ("compiled and checkpointing", DOCUMENTS),
+        ("compiled as one piece", None),
+        ("compiled as one piece", DOCUMENTS),
     ],
-    ids=["eager", "eager-documents", "checkpointing", "compiled-checkpointing-documents"],
 )
 def test_loss_and_gradients_equal_those_of_the_plain_model(way, documents):
     plain, fast = plain_and_fast(activation_checkpointing="checkpointing" in way)
     if "compiled" in way:
-        compiled(fast)
+        compiled(fast, scope="model" if "one piece" in way else "block")
     ids, targets = batch()
     expected, found = (gpt(ids, targets, documents=documents)[1] for gpt in (plain, fast))
     torch.testing.assert_close(found, expected)
     assert_same(gradients(fast, found), gradients(plain, expected))
 
 
-def test_an_evaluation_after_a_step_compiles_nothing():
+@pytest.mark.parametrize("scope", ["block", "model"])
+def test_an_evaluation_after_a_step_compiles_nothing(scope):
     _, fast = plain_and_fast()
     ids, targets = batch()
     compilations = []
@@ -83,9 +85,12 @@ def test_an_evaluation_after_a_step_compiles_nothing():
         compilations.append(graph)
         return graph.forward
 
-    compiled(fast, backend=backend)
+    compiled(fast, backend=backend, scope=scope)
     before = len(compilations)
     assert before >= 2, "the blocks and the transposed head"
+    # A block normalizes twice. As one piece, the graph contains all blocks and the final LayerNorm.
+    norms = [sum("layer_norm" in str(node.target) for node in graph.graph.nodes) for graph in compilations]
+    assert max(norms) == sum(norms) == (2 if scope == "block" else 2 * len(fast.h) + 1)
     with torch.no_grad():
         fast.eval()(ids, targets)
     fast.train()(ids, targets)[1].backward()
@@ -194,6 +199,8 @@ def test_if_another_process_cannot_compile_this_one_does_not_either(capsys):
     compile_training(fast, lambda: None, any_failed=lambda failed: True)
     assert "torch.compile failed (in another process)" in capsys.readouterr().out
     assert not any(block.compiled for block in fast.h)
+    compile_training(fast, lambda: None, any_failed=lambda failed: True, scope="model")
+    assert fast.compiled_blocks is None and not fast.is_compiled()
 
 
 def test_running_out_of_memory_while_compiling_is_raised():

@@ -14,6 +14,7 @@ import train
 from common.cli import UserError, given_options, parse_options
 from common.device import has_cpp_compiler
 from setup_tokenizer import N_VOCAB
+from tests.fake_job import fake_job
 from tests.tiny import load_checkpoint, run
 from training.adapter_config import FIELDS
 from training.config import RunConfig, default_learning_rate, make_config
@@ -105,7 +106,7 @@ def test_the_fields_are_the_keys_of_a_checkpoint(straight):
         muon_weight_decay grad_clip eval_interval eval_iters log_interval keep tensorboard device dtype compile
         activation_checkpointing parallel deterministic data_dir out_dir resume init_from val_rows
     """
-    new = {"n_vocab", "objective", "beta", "label_smoothing", "sft_weight", "residual_dtype", *FIELDS}
+    new = {"n_vocab", "objective", "beta", "label_smoothing", "sft_weight", "residual_dtype", "compile_scope", *FIELDS}
     assert [key for key in saved if key not in new] == expected.split()
 
 
@@ -149,6 +150,18 @@ def test_without_the_fast_parts_nothing_is_compiled():
     for name in ("compile", "activation_checkpointing"):
         with pytest.raises(UserError, match=f"--{name} needs the folder fast/"):
             make_config(TrainOptions(**{name: True}), {name: True}, "cpu", TEXT)
+
+
+def test_blocks_are_compiled_as_one_piece_only_where_that_is_possible():
+    assert config_of(TEXT).compile_scope == "block"
+    as_one = {"compile": True, "compile_scope": "model"}
+    assert config_of(TEXT, **as_one).compile_scope == "model"
+    with pytest.raises(UserError, match=r"--compile_scope model has no effect without torch\.compile; add --compile"):
+        config_of(TEXT, compile_scope="model")
+    with pytest.raises(UserError, match="--activation_checkpointing needs --compile_scope block"):
+        config_of(TEXT, **as_one, activation_checkpointing=True)
+    with fake_job(size=2), pytest.raises(UserError, match=r"several processes .* needs --compile_scope block"):
+        config_of(TEXT, **as_one)
 
 
 def test_a_residual_stream_in_bfloat16_is_refused_where_it_has_no_use():

@@ -114,8 +114,8 @@ def test_the_model_is_compiled_before_it_is_wrapped(data, tmp_path):
     class Fast:
         """Stands for the folder fast/."""
 
-        def compile_training(self, model, trial_step, any_failed):
-            seen.append(type(model))
+        def compile_training(self, model, trial_step, any_failed, scope):
+            seen.append((type(model), scope))
             state = torch.get_rng_state()
             trial_step()
             assert torch.equal(torch.get_rng_state(), state), "the trial leaves no trace"
@@ -129,7 +129,7 @@ def test_the_model_is_compiled_before_it_is_wrapped(data, tmp_path):
         training = train.build(planned, None)
         wrapped = train.compile_and_wrap(training, Fast())
         training.batches.close()
-    assert seen == [GPT] and isinstance(wrapped, torch.nn.parallel.DistributedDataParallel)
+    assert seen == [(GPT, "block")] and isinstance(wrapped, torch.nn.parallel.DistributedDataParallel)
 
 
 # Samples

@@ -24,7 +24,7 @@ from training.initialization import model_config
 from training.memory import SpeedUp, StepMemory, find_micro_batch
 from training.mixture import mixture_name, portions
 from training.objective_options import PREFERENCE_RATE
-from training.option_checks import check_combinations, check_residual_dtype, require_whole_pairs
+from training.option_checks import check_combinations, check_compile_scope, check_residual_dtype, require_whole_pairs
 from training.options import TrainOptions
 from training.parallel import micro_batch_size
 
@@ -78,6 +78,7 @@ class RunConfig:
     dtype: str
     residual_dtype: str
     compile: bool
+    compile_scope: str
     activation_checkpointing: bool
     parallel: str
     deterministic: bool
@@ -141,6 +142,7 @@ def make_config(
     has_kernels = shape["n_embd"] <= KERNEL_WIDTH and not is_unsupported
     pays_off = _compiling_pays_off(device, chosen["dtype"], flops, has_kernels)
     chosen["compile"] = speed_up is not None and _or(options.compile, pays_off)
+    check_compile_scope(options, chosen["compile"])
     chosen["activation_checkpointing"] = speed_up is not None and options.activation_checkpointing
     chosen |= adapter_choices(options, shape, checkpoint, formats)
 

@@ -10,6 +10,7 @@ from common.cli import UserError
 from data.dataset import PREFERENCE_FORMATS, prepare_command
 from training.objective_options import ObjectiveOptions
 from training.options import TrainOptions
+from training.parallel import world_size
 
 OBJECTIVES = {"preference": "dpo", "label": "kto"}  # for each format of preferences
 
@@ -24,6 +25,18 @@ def check_combinations(options: TrainOptions, given: Mapping[str, Any], formats:
     for name in ("compile", "activation_checkpointing"):
         if is_plain and given.get(name):
             raise UserError(f"--{name} needs the folder fast/ and no --plain; leave --{name} out")
+
+
+def check_compile_scope(options: TrainOptions, is_compiled: bool) -> None:
+    """Raise UserError if the blocks cannot be compiled as one piece, or if nothing is compiled."""
+    if options.compile_scope == "block":
+        return
+    if not is_compiled:
+        raise UserError("--compile_scope model has no effect without torch.compile; add --compile")
+    if options.activation_checkpointing:
+        raise UserError("--activation_checkpointing needs --compile_scope block")
+    if world_size() > 1:
+        raise UserError("several processes exchange gradients between the blocks, which needs --compile_scope block")
 
 
 def check_residual_dtype(residual_dtype: str, dtype: str, is_plain: bool) -> None:

@@ -180,6 +180,13 @@ class TrainOptions(ObjectiveOptions, AdapterOptions):
         "use torch.compile (default: on CUDA, and on a CPU for long runs of wide models in low precision)",
         group="device",
     )
+    compile_scope: str = option(
+        "block",
+        "compile each block, or all blocks as one piece, which takes longer and saves memory traffic on CUDA (only "
+        "with one process and without --activation_checkpointing)",
+        choices=("block", "model"),
+        group="device",
+    )
     residual_dtype: str = option(
         "float32",
         "precision of the residual stream, to which every block adds; bfloat16 takes less memory and rounds more (only "

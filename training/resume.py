@@ -20,7 +20,7 @@ CHANGEABLE = {
     *("max_iters", "batch_size", "gradient_accumulation_steps", "data_dir", "out_dir"),
     *("learning_rate", "muon_learning_rate", "min_lr", "warmup_iters", "weight_decay", "muon_weight_decay"),
     *("grad_clip", "eval_interval", "eval_iters", "log_interval", "keep", "tensorboard", "device", "dtype", "compile"),
-    *("residual_dtype", "deterministic", "activation_checkpointing", "parallel", "plain"),
+    *("compile_scope", "residual_dtype", "deterministic", "activation_checkpointing", "parallel", "plain"),
 }
 # What runs did before these options existed, so that old checkpoints continue in the same way.
 DEFAULTS_OF_OLDER_RUNS = {

@@ -58,7 +58,7 @@ def _time_steps(
         fast.speed_up_training(model, config.activation_checkpointing, config.residual_dtype)
     forward_backward = _micro_batch(model, shape, config, size)
     if config.compile and fast:
-        fast.compile_training(model, forward_backward, any_process)
+        fast.compile_training(model, forward_backward, any_process, config.compile_scope)
     optimizers = make_optimizers(model, config, fast)
     init_optimizer_states(optimizers)
     times: list[tuple[float, float]] = []
