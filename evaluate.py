@@ -11,8 +11,8 @@ The same command always prints the same numbers. With --tasks, EleutherAI's lm-e
 benchmarks instead (pip install -r requirements-benchmarks.txt).
 
 `evaluation/splits.py` defines which tokens are scored, `evaluation/scoring.py` in which context, and
-`evaluation/bootstrap.py` how certain a difference is. A model trained with --document_mask is scored like any other: in
-text, it then also sees earlier documents, which it never did in training.
+`evaluation/bootstrap.py` how certain a difference is. A model trained with --document_mask does not see earlier
+documents here either.
 """
 
 from __future__ import annotations
@@ -128,8 +128,15 @@ def refuse_pairs(datasets: Sequence[DatasetInfo]) -> None:
             )
 
 
+def sees_only_one_document(info: dict, data: DatasetInfo) -> bool:
+    """Whether a model was trained with attention within each document, and the data is text."""
+    return data.format == "text" and bool((info.get("config") or {}).get("document_mask"))
+
+
 def print_notes(path: str, info: dict, data: DatasetInfo) -> None:
-    """Point out that model and data have different tokenizers, or that the data has changed since the training."""
+    """Point out how a model is scored: with other tokenizers, by document, or on data that has changed."""
+    if sees_only_one_document(info, data):
+        print(f"note: {path} was trained with --document_mask, so each document of {data.name} is scored by itself")
     tokenizer = Tokenizer.from_info(info, path)
     if (tokenizer.name, tokenizer.digest) != (data.tokenizer, data.tokenizer_digest):
         print(
@@ -193,12 +200,14 @@ def measure(options: EvaluateOptions, fast: ModuleType | None = None, story_toke
     results: dict[str, list[dict]] = {name: [] for name in names}
     all_scored: dict[str, list[Scored]] = {name: [] for name in names}
     samples = []
-    for path, tokenizer, dataset in zip(options.checkpoints, tokenizers, story_data, strict=True):
+    for path, info, tokenizer, dataset in zip(options.checkpoints, infos, tokenizers, story_data, strict=True):
         model, _ = load_model(path, device)
         decode = speed_up(model, options.quantize, fast)
         for name in names:
-            split, yardstick = splits[name, tokenizer], datasets[name][1].yardstick
-            stride = choose_stride(options.stride, model, path, yardstick)
+            split, data = splits[name, tokenizer], datasets[name][1]
+            if sees_only_one_document(info, data):
+                split = split.by_document()
+            stride = choose_stride(options.stride, model, path, data.yardstick)
             losses, result = measure_one(model, split, stride, options.batch_size, device, dtype)
             results[name].append({"checkpoint": path, **result})
             all_scored[name].append(Scored(path, split, losses))

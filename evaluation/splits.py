@@ -1,14 +1,16 @@
 """Which tokens of a validation split are scored, in which context, and how many bytes of text they are.
 
 Text is one stream: every token is scored exactly once, `<|endoftext|>` included. The first token follows an
-`<|endoftext|>`: one that is added or, in published shards, the stream's own first id, which is then not scored. Chat is
-scored per conversation: its first token, `<|im_start|>`, is given, as in gen.py's chat; all others are scored, up to
-and including the final `<|endoftext|>`.
+`<|endoftext|>`: one that is added or, in published shards, the stream's own first id, which is then not scored. For a
+model that was trained with --document_mask, each document has only its own context. Chat is scored per conversation:
+its first token, `<|im_start|>`, is given, as in gen.py's chat; all others are scored, up to and including the final
+`<|endoftext|>`.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import dataclasses
+import itertools
 
 import numpy as np
 
@@ -22,7 +24,7 @@ MIN_DOCUMENTS = 50  # with fewer, the bootstrap resamples blocks of tokens inste
 BLOCK_TOKENS = 256
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Split:
     """A validation split: its ids (N + 1,), which of them are scored, and in which group each one counts.
 
@@ -44,6 +46,13 @@ class Split:
     def main_scope(self) -> str:
         """The scope that decides which model is better: the assistant's messages in chat, all tokens in text."""
         return next(iter(self.counted))
+
+    def by_document(self) -> Split:
+        """The same split of text, with each document in its own context, which begins with an `<|endoftext|>`."""
+        ends = np.flatnonzero(self.ids[1:] == self.ids[0]) + 2
+        if not len(ends) or ends[-1] < len(self.ids):
+            ends = np.append(ends, len(self.ids))
+        return dataclasses.replace(self, spans=list(itertools.pairwise([1, *ends.tolist()])))
 
 
 def read_split(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -114,6 +115,30 @@ def test_text_is_scored_as_brute_force_does(tmp_path, stride, shards):
     assert numbers["loss"] == pytest.approx(nats / (len(ids) - 1), abs=1e-4)
     assert numbers["perplexity"] == pytest.approx(math.exp(nats / (len(ids) - 1)), rel=1e-3)
     assert numbers["bits_per_byte"] == pytest.approx(nats / math.log(2) / text_bytes, rel=1e-4)
+
+
+@pytest.mark.parametrize("n_left_out", [0, 2])
+def test_with_a_document_mask_each_document_is_scored_alone(tmp_path, capsys, n_left_out):
+    write_dataset(tmp_path, "story", DOCUMENTS)
+    model, stride, expected = tiny_model(), 4, []
+    documents = [[ENDOFTEXT_ID, *encode_document(document)] for document in DOCUMENTS]
+    documents[-1] = documents[-1][: len(documents[-1]) - n_left_out]
+    for ids in documents:
+        expected += [brute_force(model, context_start(1, n, stride), ids, n)[0] for n in range(1, len(ids))]
+    paths = [
+        write_checkpoint(tmp_path / f"{masked}.pt", model, "story", config={"document_mask": masked})
+        for masked in (True, False)
+    ]
+    options = EvaluateOptions(paths, data_dir=str(tmp_path), device="cpu", dtype="float32", stride=stride)
+    report = measure(dataclasses.replace(options, limit=len(expected)))
+    by_document, stream = report["datasets"]["story"]["results"]
+    assert by_document["all"]["loss"] == pytest.approx(np.mean(expected), rel=1e-4)
+    assert by_document["all"]["tokens"] == stream["all"]["tokens"] == len(expected)
+    assert abs(stream["all"]["loss"] - by_document["all"]["loss"]) > 0.01
+    notes = [line for line in capsys.readouterr().out.splitlines() if line.startswith("note")]
+    assert notes == [
+        f"note: {paths[0]} was trained with --document_mask, so each document of story is scored by itself"
+    ]
 
 
 def test_each_conversation_is_scored_alone(tmp_path):
