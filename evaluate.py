@@ -129,14 +129,20 @@ def refuse_pairs(datasets: Sequence[DatasetInfo]) -> None:
 
 
 def sees_only_one_document(info: dict, data: DatasetInfo) -> bool:
-    """Whether a model was trained with attention within each document, and the data is text."""
-    return data.format == "text" and bool((info.get("config") or {}).get("document_mask"))
+    """Whether a model was trained on text with attention within each document, and the data is text."""
+    has_mask = bool((info.get("config") or {}).get("document_mask"))
+    formats = {info["format"], *(facts.get("format") for facts in trained_on(info).values())}
+    return data.format == "text" and has_mask and "text" in formats
 
 
 def print_notes(path: str, info: dict, data: DatasetInfo) -> None:
     """Point out how a model is scored: with other tokenizers, by document, or on data that has changed."""
     if sees_only_one_document(info, data):
-        print(f"note: {path} was trained with --document_mask, so each document of {data.name} is scored by itself")
+        unlike = ", unlike in published results" if data.yardstick else ""
+        print(
+            f"note: {path} was trained with --document_mask, so each document of {data.name} is scored "
+            f"separately{unlike}"
+        )
     tokenizer = Tokenizer.from_info(info, path)
     if (tokenizer.name, tokenizer.digest) != (data.tokenizer, data.tokenizer_digest):
         print(

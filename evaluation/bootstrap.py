@@ -31,7 +31,8 @@ def paired_bootstrap(scope: str, first: Scored, second: Scored) -> dict | None:
     the 2.5th to the 97.5th percentile ("An Introduction to the Bootstrap", Efron and Tibshirani 1993, chapter 13;
     paired as in "Statistical Significance Tests for Machine Translation Evaluation", Koehn 2004).
     """
-    per_unit = _per_token(scope, first, second) if first.split is second.split else _per_byte(scope, first, second)
+    same_ids = first.split.ids is second.split.ids
+    per_unit = _per_token(scope, first, second) if same_ids else _per_byte(scope, first, second)
     if per_unit is None:
         return None
     sums, sizes = per_unit
@@ -46,7 +47,7 @@ def paired_bootstrap(scope: str, first: Scored, second: Scored) -> dict | None:
         "interval": [low, high],
         "excludes_zero": low > 0 or high < 0,
         "units": f"{len(sums):,} {first.split.unit_name}",
-        "measure": NATS_PER_TOKEN if first.split is second.split else BITS_PER_BYTE,
+        "measure": NATS_PER_TOKEN if same_ids else BITS_PER_BYTE,
     }
 
 

@@ -2,7 +2,7 @@
 
     keep_freed_memory()                              # before the first tensor
     speed_up_training(model)                         # the same losses and gradients in less time and memory
-    compile_training(model, trial_step, any_failed)  # after that: torch.compile for the blocks
+    compile_training(model, trial_step, any_failed)  # after that: torch.compile, block by block or in one piece
     speed_up_optimizers(optimizers)                  # Muon's updates in less time
     speed_up_generation(model, quantize="int8")      # a model that only generates from then on
     give_back_freed_memory()                         # after loading: return the memory that only loading needed

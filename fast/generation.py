@@ -1,8 +1,8 @@
 """Generation that reads the weights faster, or as 8-bit weights with half the bytes.
 
 Replaces: on a CPU, GPT's blocks and logits with the layers of fast/packed_linear.py and the attention kernel of
-fast/row_kernels.py; on CUDA, the decode step with CUDA graphs (fast/cuda_graphs.py), and its attention with a Triton
-kernel (fast/triton_attention.py).
+fast/row_kernels.py; on CUDA, the decode step with CUDA graphs (fast/cuda_graphs.py), and attention in decode steps with
+a Triton kernel (fast/triton_attention.py).
 Gains: see docs/performance.md, "What each fast part gains".
 Skipped: with --plain, and on a processor whose kernels are missing.
 """
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import sys
 from collections.abc import Callable
 from typing import cast
 
@@ -81,7 +82,7 @@ def _use_triton_attention(model: GPT) -> bool:
     config, weight = model.config, model.ln_f.weight
     fault = triton_attention.find_fault(config.n_head, config.n_embd // config.n_head, weight.dtype, weight.device)
     if fault is not None:
-        print(f"warning: the attention kernel is not used: {fault}")
+        print(f"warning: the attention kernel is not used: {fault}", file=sys.stderr)
         return False
     for block in model.h:
         cast(Block, block).attn.__class__ = triton_attention.TritonAttention

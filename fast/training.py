@@ -69,10 +69,9 @@ def compile_training(
 ) -> None:
     """Compile the blocks of a model that `speed_up_training` prepared, by running `trial_step` once.
 
-    `scope` is "block", or "model" for all blocks as one piece, without activation checkpointing.
-    If that fails, a warning is printed and the blocks run eagerly again; `any_failed` says whether it failed in any
-    process of a job, so that all of them do the same. An out-of-memory error is raised. `backend` is passed to
-    torch.compile.
+    `scope` is "block", or "model" for all blocks as one piece, without activation checkpointing. If compiling fails, a
+    warning is printed and the blocks run eagerly again; `any_failed` says whether it failed in any process of a job, so
+    that all of them do the same. An out-of-memory error is raised. `backend` is passed to torch.compile.
     """
     start, failure = time.perf_counter(), None
     _compile_blocks(cast(FastGPT, model), scope, backend, activation_budget)

@@ -2,17 +2,19 @@
 
     attend(qkv, cache.keys_values[layer], positions, rows)
 
-Replaces: KVCache.update and Attention.attend in captured decode steps (fast/cuda_graphs.py).
+Replaces: KVCache.update and Attention.attend in decode steps whose positions are a tensor: captured steps
+(fast/cuda_graphs.py), and those of several rows in serve.py.
 Gains: one launch per layer instead of about four, and no key beyond a row's own position is read. Not measured, because
 no GPU was available.
 Skipped: with --plain, without Triton, and where the kernel's results differ from torch's (`find_fault`).
 
-Triton comes with torch's CUDA builds. Only fast/generation.py imports this module, and only when a model is on CUDA.
+On Linux, Triton comes with torch's CUDA builds. fast/generation.py imports this module when a model is on CUDA.
 """
 
 from __future__ import annotations
 
 import math
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +25,7 @@ from torch import Tensor
 from generation.row_cache import RowCache
 from model import Attention, KVCache
 
-BLOCK = 128  # cached positions at a time
+TILE = 8192  # numbers of the cached keys that are in registers at a time: 128 positions of a head of 64
 N_WARPS = 8
 LOG2_E = math.log2(math.e)
 TOLERANCE = 0.02  # relative, in the Euclidean norm: a rounding to bfloat16 is 0.004
@@ -95,56 +97,66 @@ def attend(qkv: Tensor, keys_values: Tensor, positions: Tensor, rows: Tensor) ->
     qkv = qkv.contiguous()
     result = torch.empty_like(qkv[:, : n_head * size], memory_format=torch.contiguous_format)
     keys, values = keys_values  # each contiguous
-    _attend[(len(qkv), n_head)](
-        qkv,
-        keys,
-        values,
-        positions,
-        rows,
-        result,
-        LOG2_E / math.sqrt(size),
-        block_size,
-        n_head=n_head,
-        size=size,
-        padded_size=triton.next_power_of_2(size),
-        block=BLOCK,
-        num_warps=N_WARPS,
-    )
+    padded_size = triton.next_power_of_2(size)
+    with torch.cuda.device_of(qkv):  # Triton launches on the thread's device, and a server has several threads
+        _attend[(len(qkv), n_head)](
+            qkv,
+            keys,
+            values,
+            positions,
+            rows,
+            result,
+            LOG2_E / math.sqrt(size),
+            block_size,
+            n_head=n_head,
+            size=size,
+            padded_size=padded_size,
+            block=block_of(padded_size),
+            num_warps=N_WARPS,
+        )
     return result
 
 
+def block_of(padded_size: int) -> int:
+    """The cached positions that the kernel reads at a time."""
+    return max(1, TILE // padded_size)
+
+
 class TritonAttention(Attention):
-    """Attention whose decode steps use the kernel, if the rows' positions are a tensor, as in captured steps."""
+    """Attention whose decode steps use the kernel, if each row's position is in a tensor."""
 
     def forward(self, x: Tensor, cache: KVCache | None = None, mask: Tensor | None = None) -> Tensor:
-        if cache is None or x.shape[1] > 1 or not isinstance(cache.positions, Tensor):
+        rows = None if cache is None or x.shape[1] > 1 else rows_of(cache)
+        if cache is None or rows is None:
             return super().forward(x, cache, mask)
-        y = attend(self.c_attn(x)[:, 0], cache.keys_values[self.layer], cache.positions, rows_of(cache))
+        y = attend(self.c_attn(x)[:, 0], cache.keys_values[self.layer], cast(Tensor, cache.positions), rows)
         return self.c_proj(y)[:, None]
 
 
-def rows_of(cache: KVCache) -> Tensor:
-    """The rows (N,) of the cache whose positions a step has selected."""
+def rows_of(cache: KVCache) -> Tensor | None:
+    """The rows (N,) of the cache in which a step has selected one position each; None if it selected anything else."""
     if isinstance(cache, RowCache) and cache.chosen is not None:
         return cache.chosen
-    return cache.each_row
+    return cache.each_row if isinstance(cache.positions, Tensor) and cache.rows == slice(None) else None
 
 
 def find_fault(n_head: int, size: int, dtype: torch.dtype, device: torch.device) -> str | None:
     """Why the kernel cannot be used on this device, or None: it does not run, or it differs from torch's attention."""
     generator = torch.Generator().manual_seed(0)
-    positions, rows = torch.tensor([1, 2 * BLOCK, BLOCK + 3]), torch.tensor([2, 0, 3])
-    shape = (2, 4, n_head, 2 * BLOCK + 16, size)
+    block = block_of(triton.next_power_of_2(size))
+    positions, rows = torch.tensor([1, 2 * block, block + 3]), torch.tensor([2, 0, 3])
+    shape = (2, 4, n_head, 2 * block + 16, size)
     keys_values = torch.randn(shape, generator=generator).to(device, dtype)
     # Larger queries than usual, so that some keys of each matter more than others.
     qkv = (2 * torch.randn(3, 3 * n_head * size, generator=generator)).to(device, dtype)
     expected, expected_cache = _attend_with_torch(qkv, keys_values.clone(), positions.tolist(), rows.tolist())
     try:
         found = attend(qkv, keys_values, positions.to(device), rows.to(device))
+        difference = float((found.float() - expected).norm() / expected.norm())
+        is_stored = torch.equal(keys_values, expected_cache)
     except Exception as error:  # Triton fails in many ways, for example without a C compiler
-        return next(iter(str(error).strip().splitlines()), type(error).__name__)[:200]
-    difference = float((found.float() - expected).norm() / expected.norm())
-    if not torch.equal(keys_values, expected_cache):
+        return f"{type(error).__name__}: {' '.join(str(error).split())}"[:200]
+    if not is_stored:
         return "it does not write what torch writes into the cache"
     if difference < TOLERANCE:
         return None

@@ -28,6 +28,7 @@ from common.device import allow_tf32, has_fast_bfloat16
 from common.gpt2_vocabulary import packaged_gpt2_ranks
 from common.speedups import load_speedups
 from generation.decoding import append, decode_step, generate, new_cache, prefill
+from generation.row_cache import RowCache, decode_rows
 from generation.sampling import CHAT_SAMPLING, TEXT_SAMPLING, Sampling, draw
 from model import GPT, PRESETS, GPTConfig
 from training.config import RunConfig, make_config
@@ -157,7 +158,7 @@ def muon(setting: Setting) -> None:
 def steps(setting: Setting) -> None:
     """Compiled steps compared with eager ones, FlexAttention with the dense mask; no step waits for the device."""
     allow_tf32()
-    for has_mask, preset in ((False, "gpt2"), (True, "tiny")):
+    for has_mask, preset, scope in ((False, "gpt2", "block"), (True, "tiny", "block"), (True, "tiny", "model")):
         settings = {"batch_size": 4, "gradient_accumulation_steps": 1, "document_mask": has_mask}
         config = setting.run_config(preset, **settings)
         ids = random_rows(4, config.block_size)
@@ -165,9 +166,10 @@ def steps(setting: Setting) -> None:
         model = GPT(setting.shape(preset)).to(setting.device).train()
         fast_parts().speed_up_training(model)
         eager = loss_and_gradients(model, config, ids)
-        compile_model(setting, model, config, ids)
+        compile_model(setting, model, config, ids, scope)
         compiled = loss_and_gradients(model, config, ids)
         what = "FlexAttention against the dense mask" if has_mask else "compiled against eager"
+        what += ", one piece" if scope == "model" else ""
         close(f"{what}: loss", compiled[0], eager[0], 1e-3)
         close(f"{what}: gradients", compiled[1], eager[1], 5e-2)
         optimizers = make_optimizers(model, config)
@@ -182,14 +184,16 @@ def take_step(model: GPT, config: RunConfig, optimizers: list, ids: np.ndarray) 
         optimizer.step()
 
 
-def compile_model(setting: Setting, model: GPT, config: RunConfig, ids: np.ndarray) -> None:
+def compile_model(setting: Setting, model: GPT, config: RunConfig, ids: np.ndarray, scope: str = "block") -> None:
     """Compile the blocks; in a small check with the backend that only traces."""
 
     def trial_step() -> None:
         loss_and_gradients(model, config, ids[: config.batch_size])
 
-    fast_parts().compile_training(model, trial_step, backend="eager" if setting.is_small else "inductor")
-    report(all(block.compiled is not None for block in model.h), "the blocks are compiled")
+    backend = "eager" if setting.is_small else "inductor"
+    fast_parts().compile_training(model, trial_step, scope=scope, backend=backend)
+    parts = [model.compiled_blocks] if scope == "model" else [block.compiled for block in model.h]
+    report(all(part is not None for part in parts), "the blocks are compiled")
 
 
 def check_waiting(setting: Setting, what: str, step: Callable[[], object]) -> None:
@@ -230,6 +234,7 @@ def decoding(setting: Setting) -> None:
     report(worst < 2e-2, f"fast against plain decoding: relative error at most {worst:.1e}, limit 2e-02")
     lengths = [len(tokens) for tokens in caches[1].tokens]
     check_waiting(setting, "a decode step", lambda: decode(fast, ids, lengths, caches[1]))
+    check_rows(setting, plain, fast)
     check_draws(setting, logits[1], getattr(decode, "draw", draw))
     drawn = []
     for _ in range(2):
@@ -237,6 +242,16 @@ def decoding(setting: Setting) -> None:
         sampled = generate(fast, prompts[:1], longest, TEXT_SAMPLING, generator=generator, decode=decode)
         drawn.append(torch.cat(list(sampled)))
     report(torch.equal(*drawn), f"one seed draws the same {longest} ids twice")
+
+
+def check_rows(setting: Setting, plain: GPT, fast: GPT) -> None:
+    """A decode step of chosen rows, as in serve.py, compared with the plain one."""
+    caches = [RowCache(plain.config, 3, torch.device(setting.device), plain.ln_f.weight.dtype) for _ in range(2)]
+    caches[0].keys_values.normal_(generator=torch.Generator(setting.device).manual_seed(0))
+    caches[1].keys_values.copy_(caches[0].keys_values)
+    ids, rows, lengths = torch.tensor([3, 1], device=setting.device), [2, 0], [plain.config.block_size - 1, 5]
+    expected, found = (decode_rows(m, ids, rows, lengths, c) for m, c in zip((plain, fast), caches, strict=True))
+    close("chosen rows of a cache", found, expected, 2e-2)
 
 
 def check_draws(setting: Setting, logits: Tensor, captured: Callable[[Tensor, Sampling, Tensor], Tensor]) -> None:

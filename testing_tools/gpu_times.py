@@ -1,4 +1,4 @@
-"""What gpu_check.py measures in detail, each in a process of its own: an iteration's kernels, attention's share.
+"""What gpu_check.py times in detail, each in a process of its own: decode steps, and the kernels of an iteration.
 
 TIMES["profile"](Setting("cuda:0", Path("gpu_check"), is_small=False))
 """

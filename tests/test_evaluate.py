@@ -137,8 +137,44 @@ def test_with_a_document_mask_each_document_is_scored_alone(tmp_path, capsys, n_
     assert abs(stream["all"]["loss"] - by_document["all"]["loss"]) > 0.01
     notes = [line for line in capsys.readouterr().out.splitlines() if line.startswith("note")]
     assert notes == [
-        f"note: {paths[0]} was trained with --document_mask, so each document of story is scored by itself"
+        f"note: {paths[0]} was trained with --document_mask, so each document of story is scored separately"
     ]
+
+
+def test_models_are_compared_token_by_token_with_a_document_mask_and_without(tmp_path):
+    write_dataset(tmp_path, "story", DOCUMENTS * 20)
+    paths = [
+        write_checkpoint(tmp_path / f"{n}.pt", tiny_model(seed=n), "story", config={"document_mask": n < 2})
+        for n in range(3)
+    ]
+    options = EvaluateOptions(paths, data_dir=str(tmp_path), device="cpu", dtype="float32")
+    report = measure(options)["datasets"]["story"]
+    bootstraps = [comparison["bootstrap"] for comparison in report["comparisons"]]
+    assert {found["measure"] for found in bootstraps} == {NATS_PER_TOKEN}
+    losses = [result["all"]["loss"] for result in report["results"]]
+    differences = [found["difference"] for found in bootstraps]
+    assert differences == pytest.approx([loss - losses[0] for loss in losses[1:]], abs=1e-5)
+
+
+def test_a_chat_model_reads_text_as_one_stream(tmp_path, capsys):
+    """Chat models are trained with the mask by default; on text they are compared with the models they come from."""
+    write_dataset(tmp_path, "story", DOCUMENTS)
+    path = write_checkpoint(tmp_path / "a.pt", tiny_model(), "story", format="chat", config={"document_mask": True})
+    split = val_split(tmp_path, "story")
+    found = measure(EvaluateOptions((path,), data_dir=str(tmp_path), device="cpu", dtype="float32"))
+    losses = score(tiny_model(), split, BLOCK_SIZE // 2)[0]
+    result = found["datasets"]["story"]["results"][0]
+    assert result["all"]["loss"] == pytest.approx(np.nanmean(losses), rel=1e-4)
+    assert "note" not in capsys.readouterr().out
+
+
+def test_documents_without_text_are_one_position_each(tmp_path):
+    write_dataset(tmp_path, "story", DOCUMENTS)
+    split = dataclasses.replace(val_split(tmp_path, "story"), ids=np.array([9, 1, 2, 9, 9, 3, 9]))
+    assert split.by_document().spans == [(1, 4), (4, 5), (5, 7)]
+    unended = dataclasses.replace(split, ids=np.array([9, 1, 9, 2, 3]))
+    assert unended.by_document().spans == [(1, 3), (3, 5)]
+    assert dataclasses.replace(split, ids=np.array([9, 1, 2])).by_document().spans == [(1, 3)]
 
 
 def test_each_conversation_is_scored_alone(tmp_path):

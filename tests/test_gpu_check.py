@@ -33,7 +33,7 @@ def outcomes(output: str) -> list[str]:
     return [line for line in output.splitlines() if line.startswith(("ok", "FAIL"))]
 
 
-@pytest.mark.parametrize(("name", "count"), [("numbers", 8), ("steps", 6), ("muon", 3), ("decoding", 3)])
+@pytest.mark.parametrize(("name", "count"), [("numbers", 8), ("steps", 9), ("muon", 3), ("decoding", 4)])
 def test_every_check_passes_on_a_cpu(setting, capsys, name, count):
     torch._dynamo.reset()
     gpu_checks.CHECKS[name](setting)
@@ -117,6 +117,6 @@ def test_the_table_shows_failures_and_speeds():
 def test_training_runs_beside_the_cpu_and_beside_themselves(setting, capsys, request, name, count):
     if "slow" not in request.config.getoption("-m"):
         pytest.skip("takes minutes; run with -m slow")
-    gpu_checks.CHECKS[name](setting)
+    (gpu_checks.CHECKS | gpu_times.TIMES)[name](setting)
     found = outcomes(capsys.readouterr().out)
     assert len(found) == count and all(line.startswith("ok") for line in found), found

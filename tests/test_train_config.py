@@ -156,11 +156,15 @@ def test_blocks_are_compiled_as_one_piece_only_where_that_is_possible():
     assert config_of(TEXT).compile_scope == "block"
     as_one = {"compile": True, "compile_scope": "model"}
     assert config_of(TEXT, **as_one).compile_scope == "model"
-    with pytest.raises(UserError, match=r"--compile_scope model has no effect without torch\.compile; add --compile"):
+    with pytest.raises(UserError, match=r"no effect without torch\.compile; add --compile, or use --compile_scope"):
         config_of(TEXT, compile_scope="model")
-    with pytest.raises(UserError, match="--activation_checkpointing needs --compile_scope block"):
+    with pytest.raises(UserError, match=r"no effect without torch\.compile; use --compile_scope block"):
+        config_of(TEXT, compile=False, compile_scope="model")
+    with pytest.raises(UserError, match=r"no effect without torch\.compile; use --compile_scope block"):
+        make_config(TrainOptions(compile_scope="model"), {"compile_scope": "model"}, "cpu", TEXT)
+    with pytest.raises(UserError, match="does not go with --activation_checkpointing; use --compile_scope block"):
         config_of(TEXT, **as_one, activation_checkpointing=True)
-    with fake_job(size=2), pytest.raises(UserError, match=r"several processes .* needs --compile_scope block"):
+    with fake_job(size=2), pytest.raises(UserError, match=r"needs a single process, .*; use --compile_scope block"):
         config_of(TEXT, **as_one)
 
 

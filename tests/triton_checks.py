@@ -8,7 +8,9 @@ A program of its own, because Triton decides when it is imported whether it inte
 
 from __future__ import annotations
 
+import contextlib
 import inspect
+import io
 import json
 import os
 import sys
@@ -26,14 +28,14 @@ import triton
 
 import fast.generation
 from fast import triton_attention
-from fast.triton_attention import BLOCK, N_WARPS, TritonAttention, attend, find_fault
+from fast.triton_attention import N_WARPS, TritonAttention, attend, block_of, find_fault
 from generation.decoding import decode_at, new_cache
 from generation.row_cache import RowCache, decode_rows
 from model import GPT
 from tests.tiny_gpt import generating_gpt, seeded
 
 SHAPES = ((1, 64), (3, 20), (2, 128))  # heads and their size; Triton's blocks have sizes that are powers of two
-POSITIONS = (0, 1, BLOCK - 1, BLOCK, BLOCK + 1, 2 * BLOCK + 40)
+POSITIONS = (0, 1, 63, 64, 65, 127, 128, 129, 256, 257, 300)
 TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 2**-7, torch.float16: 2**-9}
 
 
@@ -107,12 +109,32 @@ def use_kernel(gpt: GPT) -> None:
 
 def no_compiler() -> None:
     """If the kernel does not run, the model keeps torch's attention and the reason is printed."""
-    gpt, printed = generating_gpt(), []
+    gpt = generating_gpt()
     error = RuntimeError("Failed to find C compiler.\nPlease specify via CC")
-    with mock.patch.object(triton_attention, "attend", side_effect=error), mock.patch("builtins.print", printed.append):
+    with (
+        mock.patch.object(triton_attention, "attend", side_effect=error),
+        contextlib.redirect_stderr(io.StringIO()) as warned,
+        contextlib.redirect_stdout(io.StringIO()) as printed,
+    ):
         assert not fast.generation._use_triton_attention(gpt)
-    assert printed == ["warning: the attention kernel is not used: Failed to find C compiler."]
+    reason = "RuntimeError: Failed to find C compiler. Please specify via CC"
+    assert warned.getvalue() == f"warning: the attention kernel is not used: {reason}\n" and not printed.getvalue()
     assert not any(isinstance(block.attn, TritonAttention) for block in gpt.h)
+
+
+@torch.inference_mode()
+def other_rows() -> None:
+    """A step that selects some rows of a KVCache as a slice keeps torch's attention."""
+    gpt = generating_gpt()
+    ids, found = torch.tensor([3, 1]), []
+    for is_fast in (False, True):
+        if is_fast:
+            use_kernel(gpt)
+        cache = new_cache(gpt, 4)
+        cache.select(torch.tensor([0, 0]), 1, slice(2, 4))
+        mask = torch.ones(2, 1, 1, 1, dtype=torch.bool)
+        found.append((gpt.hidden(ids[:, None], cache, torch.zeros(2, 1, dtype=torch.long), mask), cache.keys_values))
+    torch.testing.assert_close(found[1], found[0])
 
 
 def self_check() -> None:
@@ -131,6 +153,8 @@ CHECKS: dict[str, Callable[[], None]] = {
     "large scores": large_scores,
     "decode steps": decode_steps,
     "no compiler": no_compiler,
+    "other rows": other_rows,
+    "large head": lambda: attention(1, 300, torch.float32),
     "self-check": self_check,
 }
 # Changes of the kernel's source, each of which `find_fault` has to notice.
@@ -180,7 +204,7 @@ def compile_for(capability: int, dtype: str) -> None:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    constants = {"n_head": 12, "size": 64, "padded_size": 64, "block": BLOCK}
+    constants = {"n_head": 12, "size": 64, "padded_size": 64, "block": block_of(64)}
     types = {"positions_pointer": "*i64", "rows_pointer": "*i64", "scale": "fp32", "block_size": "i32"}
     names = triton_attention._attend.arg_names
     signature = {name: types.get(name, "constexpr" if name in constants else f"*{dtype}") for name in names}

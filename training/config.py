@@ -142,7 +142,7 @@ def make_config(
     has_kernels = shape["n_embd"] <= KERNEL_WIDTH and not is_unsupported
     pays_off = _compiling_pays_off(device, chosen["dtype"], flops, has_kernels)
     chosen["compile"] = speed_up is not None and _or(options.compile, pays_off)
-    check_compile_scope(options, chosen["compile"])
+    check_compile_scope(options, chosen["compile"], is_plain=speed_up is None)
     chosen["activation_checkpointing"] = speed_up is not None and options.activation_checkpointing
     chosen |= adapter_choices(options, shape, checkpoint, formats)
 

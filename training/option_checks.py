@@ -27,16 +27,20 @@ def check_combinations(options: TrainOptions, given: Mapping[str, Any], formats:
             raise UserError(f"--{name} needs the folder fast/ and no --plain; leave --{name} out")
 
 
-def check_compile_scope(options: TrainOptions, is_compiled: bool) -> None:
+def check_compile_scope(options: TrainOptions, is_compiled: bool, is_plain: bool) -> None:
     """Raise UserError if the blocks cannot be compiled as one piece, or if nothing is compiled."""
     if options.compile_scope == "block":
         return
+    reason = None
     if not is_compiled:
-        raise UserError("--compile_scope model has no effect without torch.compile; add --compile")
-    if options.activation_checkpointing:
-        raise UserError("--activation_checkpointing needs --compile_scope block")
-    if world_size() > 1:
-        raise UserError("several processes exchange gradients between the blocks, which needs --compile_scope block")
+        can_compile = not is_plain and options.compile is None
+        reason = f"has no effect without torch.compile; {'add --compile, or ' if can_compile else ''}"
+    elif options.activation_checkpointing:
+        reason = "does not go with --activation_checkpointing; "
+    elif world_size() > 1:
+        reason = "needs a single process, because several exchange gradients between the blocks; "
+    if reason is not None:
+        raise UserError(f"--compile_scope model {reason}use --compile_scope block")
 
 
 def check_residual_dtype(residual_dtype: str, dtype: str, is_plain: bool) -> None:
