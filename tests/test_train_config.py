@@ -106,7 +106,8 @@ def test_the_fields_are_the_keys_of_a_checkpoint(straight):
         muon_weight_decay grad_clip eval_interval eval_iters log_interval keep tensorboard device dtype compile
         activation_checkpointing parallel deterministic data_dir out_dir resume init_from val_rows
     """
-    new = {"n_vocab", "objective", "beta", "label_smoothing", "sft_weight", "residual_dtype", "compile_scope", *FIELDS}
+    new = {"n_vocab", "objective", "beta", "label_smoothing", "sft_weight", "residual_dtype", "compile_scope"}
+    new |= {"embedding_weight_decay", *FIELDS}
     assert [key for key in saved if key not in new] == expected.split()
 
 
@@ -150,6 +151,15 @@ def test_without_the_fast_parts_nothing_is_compiled():
     for name in ("compile", "activation_checkpointing"):
         with pytest.raises(UserError, match=f"--{name} needs the folder fast/"):
             make_config(TrainOptions(**{name: True}), {name: True}, "cpu", TEXT)
+
+
+def test_embeddings_decay_like_matrices_with_adamw_and_not_with_muon():
+    decays = [config_of(TEXT, optimizer=name).embedding_weight_decay for name in ("adamw", "muon")]
+    assert decays == [0.1, 0.0]
+    assert config_of(TEXT, optimizer="adamw", weight_decay=0.3).embedding_weight_decay == 0.3
+    assert config_of(TEXT, embedding_weight_decay=0.2).embedding_weight_decay == 0.2
+    with pytest.raises(UserError, match="has no effect on an adapter, which trains no embeddings; leave it out"):
+        config_of(TEXT, embedding_weight_decay=0.2, lora_rank=4)
 
 
 def test_blocks_are_compiled_as_one_piece_only_where_that_is_possible():

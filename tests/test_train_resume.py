@@ -139,13 +139,19 @@ def test_options_that_may_change_do_and_are_printed(data, half, capsys):
 
 
 @pytest.mark.parametrize(
-    ("optimizer", "decay", "expected"),
-    [("adamw", "weight_decay", [0.3, 0.3, 0.0]), ("muon", "muon_weight_decay", [0.3, 0.0, 0.0])],
+    ("optimizer", "decays", "expected"),
+    [
+        ("adamw", {"weight_decay": 0.3}, [0.3, 0.3, 0.0]),
+        ("adamw", {"weight_decay": 0.3, "embedding_weight_decay": 0.2}, [0.2, 0.3, 0.0]),
+        ("adamw", {"embedding_weight_decay": 0.2}, [0.2, 0.1, 0.0]),
+        ("muon", {"muon_weight_decay": 0.3}, [0.3, 0.0, 0.0]),
+        ("muon", {"embedding_weight_decay": 0.2}, [0.01, 0.2, 0.0]),
+    ],
 )
-def test_the_optimizers_take_the_new_weight_decay(data, tmp_path, optimizer, decay, expected):
+def test_the_optimizers_take_the_new_weight_decay(data, tmp_path, optimizer, decays, expected):
     run(data, tmp_path, stop_after=5, optimizer=optimizer)
     seen = []
-    run(data, tmp_path, resume=True, adjust=lambda training: seen.extend(training.optimizers), **{decay: 0.3})
+    run(data, tmp_path, resume=True, adjust=lambda training: seen.extend(training.optimizers), **decays)
     groups = [group for each in seen for group in each.param_groups]
     assert [group["weight_decay"] for group in groups] == expected
     assert all(state["exp_avg"].any() for state in seen[-1].state.values())

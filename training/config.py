@@ -68,6 +68,7 @@ class RunConfig:
     warmup_iters: int
     weight_decay: float
     muon_weight_decay: float
+    embedding_weight_decay: float
     grad_clip: float
     eval_interval: int
     eval_iters: int
@@ -199,6 +200,9 @@ def _choices(
         "min_lr": _or(options.min_lr, learning_rate / 10),
         "schedule": options.schedule or ("cosine" if is_chat else "wsd"),
         "muon_weight_decay": _or(options.muon_weight_decay, 0.01),
+        "embedding_weight_decay": _or(
+            options.embedding_weight_decay, 0.0 if options.optimizer == "muon" else options.weight_decay
+        ),
         "warmup_iters": _or(options.warmup_iters, max(1, max_iters // (10 if options.init_from else 20))),
         "eval_interval": options.eval_interval or max(1, min(250, max_iters // 4)),
         "device": device,

@@ -24,7 +24,7 @@ def make_optimizers(model: GPT, config: RunConfig, fast: ModuleType | None = Non
     `fast` is the package of that name, if the run uses it.
 
     AdamW: "Decoupled Weight Decay Regularization" (Loshchilov and Hutter 2019); Muon as in torch.optim.Muon (Jordan et
-    al. 2024). Biases and LayerNorms are not decayed, nor are embeddings with Muon.
+    al. 2024). Biases and LayerNorms are not decayed.
 
     A token that hardly ever occurs has tiny gradients that all point the same way. Adam would enlarge them to full
     steps, and rare tokens would drift together until nothing tells them apart ("Better Embeddings with Coupled Adam",
@@ -36,14 +36,13 @@ def make_optimizers(model: GPT, config: RunConfig, fast: ModuleType | None = Non
     blocks = [weight for name, weight in model.named_parameters() if weight.dim() == 2 and name.startswith("h.")]
     vectors = [weight for name, weight in model.named_parameters() if weight.dim() < 2]
     embeddings = [model.wte.weight, model.wpe.weight]
-    decay = 0.0 if config.optimizer == "muon" else config.weight_decay
     eps = EMBEDDING_EPS / config.tokens_per_iter
     optimizers: list[torch.optim.Optimizer] = []
-    groups: list[dict[str, Any]] = [{"params": embeddings, "weight_decay": decay, "eps": eps}]
+    groups: list[dict[str, Any]] = [{"params": embeddings, "weight_decay": config.embedding_weight_decay, "eps": eps}]
     if config.optimizer == "muon":
         optimizers.append(Muon(blocks, lr=config.muon_learning_rate, weight_decay=config.muon_weight_decay))
     else:
-        groups.append({"params": blocks, "weight_decay": decay})
+        groups.append({"params": blocks, "weight_decay": config.weight_decay})
     groups.append({"params": vectors, "weight_decay": 0.0})
     fused = config.device.startswith(("cuda", "cpu"))  # one kernel for the whole update
     # 0.95 as for GPT-3 (Brown et al. 2020, appendix B): the default, 0.999, averages over a thousand steps.

@@ -141,7 +141,7 @@ class TrainOptions(ObjectiveOptions, AdapterOptions):
     )
     weight_decay: float = option(
         0.1,
-        "weight decay of the matrices with --optimizer adamw; the AdamW part of muon has none",
+        "weight decay of the matrices with --optimizer adamw",
         at_least=0,
         group="optimizer",
         metavar="X",
@@ -150,6 +150,13 @@ class TrainOptions(ObjectiveOptions, AdapterOptions):
         None,
         "weight decay of the matrices with --optimizer muon (default: 0.01; 0.1 if --preset auto reads text 2.5 times "
         "or more)",
+        at_least=0,
+        group="optimizer",
+        metavar="X",
+    )
+    embedding_weight_decay: float | None = option(
+        None,
+        "weight decay of the embeddings (default: --weight_decay with --optimizer adamw, 0 with muon)",
         at_least=0,
         group="optimizer",
         metavar="X",

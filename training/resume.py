@@ -19,6 +19,7 @@ from training.parallel import broadcast, job_name, n_restarts, on_first
 CHANGEABLE = {
     *("max_iters", "batch_size", "gradient_accumulation_steps", "data_dir", "out_dir"),
     *("learning_rate", "muon_learning_rate", "min_lr", "warmup_iters", "weight_decay", "muon_weight_decay"),
+    "embedding_weight_decay",
     *("grad_clip", "eval_interval", "eval_iters", "log_interval", "keep", "tensorboard", "device", "dtype", "compile"),
     *("compile_scope", "residual_dtype", "deterministic", "activation_checkpointing", "parallel", "plain"),
 }
@@ -80,7 +81,7 @@ def resumed_options(
 
     `given` holds the options on the command line, `info` is that part of the checkpoint at `path`. Prints each change.
     Raises UserError for a change that CHANGEABLE does not list, or that alters the number of sequences per iteration.
-    If min_lr was derived from learning_rate, it is derived again.
+    If min_lr was derived from learning_rate, or the embeddings' weight decay from weight_decay, it is derived again.
     """
     names = {field.name for field in dataclasses.fields(options)}
     before = {key: value for key, value in {**DEFAULTS_OF_OLDER_RUNS, **info["config"]}.items() if key in names}
@@ -99,6 +100,8 @@ def resumed_options(
     resumed = dataclasses.replace(options, **{**before, **changes, "resume": path, "init_from": None})
     if "learning_rate" in changes and "min_lr" not in given and before["min_lr"] == before["learning_rate"] / 10:
         resumed = dataclasses.replace(resumed, min_lr=changes["learning_rate"] / 10)
+    if "weight_decay" in changes and before.get("embedding_weight_decay") == before["weight_decay"]:
+        resumed = dataclasses.replace(resumed, embedding_weight_decay=given.get("embedding_weight_decay"))
     _require_same_sequences(resumed, before, path)
     for key, value in changes.items():
         if value != "auto":  # the size that is found is printed later
