@@ -158,8 +158,6 @@ def test_embeddings_decay_like_matrices_with_adamw_and_not_with_muon():
     assert decays == [0.1, 0.0]
     assert config_of(TEXT, optimizer="adamw", weight_decay=0.3).embedding_weight_decay == 0.3
     assert config_of(TEXT, embedding_weight_decay=0.2).embedding_weight_decay == 0.2
-    with pytest.raises(UserError, match="has no effect on an adapter, which trains no embeddings; leave it out"):
-        config_of(TEXT, embedding_weight_decay=0.2, lora_rank=4)
 
 
 def test_blocks_are_compiled_as_one_piece_only_where_that_is_possible():

@@ -173,6 +173,11 @@ def test_the_bases_own_file_and_an_adapter_as_base_are_refused(data, base, tmp_p
         run(data, tmp_path / "b", **lora(tmp_path / "text10.pt"))
 
 
+def test_an_adapter_has_no_embeddings_to_decay(data, base, tmp_path):
+    with pytest.raises(UserError, match="--embedding_weight_decay has no effect with --lora_rank; leave it out"):
+        run(data, tmp_path, **lora(base), embedding_weight_decay=0.2)
+
+
 def test_resuming_keeps_the_adapters_settings(data, base, tmp_path):
     run(data, tmp_path, stop_after=3, **lora(base))
     with pytest.raises(UserError, match=r"--lora_rank 4 contradicts .*text10.pt, which was made with 2"):

@@ -21,7 +21,7 @@ def check_combinations(options: TrainOptions, given: Mapping[str, Any], formats:
     if options.optimizer == "muon" and "weight_decay" in given:
         raise UserError("--weight_decay is for --optimizer adamw; with muon use --muon_weight_decay")
     if options.lora_rank is not None and "embedding_weight_decay" in given:
-        raise UserError("--embedding_weight_decay has no effect on an adapter, which trains no embeddings; leave it out")
+        raise UserError("--embedding_weight_decay has no effect with --lora_rank; leave it out")
     if options.loss_on == "assistant" and formats == {"text"}:
         raise UserError(f"--loss_on assistant: {options.dataset} is text, which has no assistant; leave it out")
     for name in ("compile", "activation_checkpointing"):
