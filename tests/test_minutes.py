@@ -22,7 +22,8 @@ from training.shapes import Shape
 
 ROOT = Path(train.__file__).parent
 SHAPE = ("n_layer", "n_head", "n_embd")
-RECIPE = {"schedule": "cosine", "min_lr": 0.0, "muon_weight_decay": 0.1}  # of --preset auto for repeated text
+# Of --preset auto for repeated text.
+RECIPE = {"schedule": "cosine", "min_lr": 0.0, "muon_weight_decay": 0.1, "embedding_weight_decay": 0.2}
 STORIES = facts_of("text", 2_300_000)
 STORIES["n_vocab"] = 4096
 STORIES["splits"]["train"]["documents"] = 11_000  # of 209 tokens
@@ -58,13 +59,13 @@ class Machine:
 def test_auto_chooses_shape_batch_and_iterations(capsys):
     machine = Machine(1.3e11)
     config = machine.config(preset="auto", minutes=15)
-    assert (config.n_layer, config.n_embd, config.block_size, config.preset) == (4, 192, 256, "auto")
-    assert config.batch_size * config.gradient_accumulation_steps == 16
+    assert (config.n_layer, config.n_embd, config.block_size, config.preset) == (4, 192, 512, "auto")
+    assert config.batch_size * config.gradient_accumulation_steps == 8
     assert 0.85 * 900 < machine.seconds(config) < 900
-    speed = 1.3e11 / Shape(4, 6, 192, 256).flops_per_token(4096)
+    speed = 1.3e11 / Shape(4, 6, 192, 512).flops_per_token(4096)
     printed = capsys.readouterr().out
     assert (
-        f"auto: 4 layers x 192, block size 256, {config.max_iters:,} iterations of 4,096 tokens, about 15 minutes "
+        f"auto: 4 layers x 192, block size 512, {config.max_iters:,} iterations of 4,096 tokens, about 15 minutes "
         f"(measured {round(speed, -2):,.0f} tokens/s)\n"
     ) in printed
     assert "note:" not in printed
@@ -144,16 +145,28 @@ def test_text_that_is_read_several_times_has_its_own_recipe():
         config = Machine(3e11).config(facts, preset="auto", minutes=minutes, **given)
         return {name: getattr(config, name) for name in RECIPE}
 
-    defaults = {"schedule": "wsd", "min_lr": 6e-3 / 10, "muon_weight_decay": 0.01}
+    defaults = {"schedule": "wsd", "min_lr": 6e-3 / 10, "muon_weight_decay": 0.01, "embedding_weight_decay": 0.0}
     assert recipe(15) == RECIPE and recipe(3) == defaults, "4 epochs, and less than 2"
-    assert recipe(15, min_lr=1e-5, muon_weight_decay=0.0) == {**RECIPE, "min_lr": 1e-5, "muon_weight_decay": 0.0}
+    given = {"min_lr": 1e-5, "muon_weight_decay": 0.0, "embedding_weight_decay": 0.0}
+    assert recipe(15, **given) == {**RECIPE, **given}
     assert recipe(15, schedule="wsd")["schedule"] == "wsd"
-    assert recipe(15, optimizer="adamw") == {**defaults, "min_lr": 3e-3 / 10}
+    assert recipe(15, optimizer="adamw") == {**defaults, "min_lr": 3e-3 / 10, "embedding_weight_decay": 0.1}
     chat = {**facts_of("chat", 1_000_000), "n_vocab": 4096}
     mixture = {**STORIES, "parts": [{**STORIES, "weight": 0.5}, {**chat, "weight": 0.5}]}
     assert recipe(60, chat)["min_lr"] == recipe(60, mixture)["min_lr"] == 3e-3 / 10
     small = Machine(3e11).config(preset="small", minutes=60)
     assert {name: getattr(small, name) for name in RECIPE} == defaults, "only with --preset auto"
+
+
+def test_text_has_attention_inside_documents_unless_it_is_compared_with_published_losses():
+    def has_mask(facts=STORIES, **given) -> bool:
+        return Machine(3e11).config(facts, minutes=5, **{"preset": "auto", **given}).document_mask
+
+    chat = {**facts_of("chat", 1_000_000), "n_vocab": 4096}
+    mixture = {**STORIES, "parts": [{**STORIES, "weight": 0.5}, {**chat, "weight": 0.5}]}
+    assert has_mask() and has_mask(chat) and not has_mask(mixture), "a mixture as without --preset auto"
+    assert not has_mask({**STORIES, "yardstick": "GPT-2: 3.28"})
+    assert not has_mask(document_mask=False) and not has_mask(preset="tiny")
 
 
 def test_shapes_that_do_not_fit_with_the_given_rows_are_not_chosen(monkeypatch):
@@ -173,7 +186,7 @@ def test_the_context_holds_the_documents():
     long["splits"]["train"]["documents"] = 10**6  # of 1,000 tokens
     chat = facts_of("chat", 10**6)
     chat["splits"]["train"]["documents"] = 5_000  # of 200 tokens; two fill a row
-    assert (document_size(STORIES), document_size(long), document_size(chat)) == (256, 1024, 512)
+    assert (document_size(STORIES), document_size(long), document_size(chat)) == (512, 1024, 512)
     assert document_size({"parts": [{**STORIES, "weight": 0.5}, {**long, "weight": 0.5}]}) == 1024
     assert document_size(facts_of("text")) == 256  # the number of documents is not known
 
@@ -217,7 +230,7 @@ def test_a_run_is_chosen_from_real_steps_and_is_that_of_the_same_numbers(tmp_pat
     training = train.build(planned, None, lambda *arguments: False, lambda *arguments: None)
     assert train.run_to_end(training, None, lambda: StopAfter(5)) == 130
 
-    by_hand = {"n_layer": 1, "n_head": 1, "n_embd": 32, "max_iters": 152, **RECIPE}
+    by_hand = {"n_layer": 1, "n_head": 1, "n_embd": 32, "max_iters": 152, "document_mask": True, **RECIPE}
     assert run(data, tmp_path / "hand", plain=True, stop_after=5, **by_hand) == 130
     assert losses(tmp_path / "auto" / "text152.jsonl") == losses(tmp_path / "hand" / "text152.jsonl")
 

@@ -42,7 +42,12 @@ EVALUATION_SHARE = 1 / 3  # of the work of a training step: the forward pass alo
 REFERENCE, REFERENCE_ON_CUDA = (Shape(4, 4, 128, 256), 4), (Shape(8, 8, 512, 1024), 32)  # with rows
 # For text that --preset auto reads so many times or more.
 REPEATED_EPOCHS = 2.5
-RECIPE_FOR_REPEATED_TEXT: dict[str, Any] = {"schedule": "cosine", "min_lr": 0.0, "muon_weight_decay": 0.1}
+RECIPE_FOR_REPEATED_TEXT: dict[str, Any] = {
+    "schedule": "cosine",
+    "min_lr": 0.0,
+    "muon_weight_decay": 0.1,
+    "embedding_weight_decay": 0.2,
+}
 Configure = Callable[[TrainOptions], RunConfig]
 Measure = Callable[[RunConfig], float]  # a run's seconds per iteration
 
@@ -65,6 +70,7 @@ def fit_minutes(
         return options
     start, time_s = clock(), _time_s(options)
     if options.preset == "auto":
+        options = _with_mask(options, facts)
         chosen, iter_s = _with_shape(options, device, facts, configure, measure, time_s)
     else:
         chosen, iter_s = options, measure(configure(_for_timing(options)))
@@ -161,6 +167,22 @@ def _with_shape(
     return chosen, measure(configure(_for_timing(chosen)))
 
 
+def _with_mask(options: TrainOptions, facts: Mapping[str, Any]) -> TrainOptions:
+    """The options with attention inside documents for text, unless its losses are to be compared with published ones.
+
+    On stories, it lowers the loss (docs/experiments/presets.md). train.py itself uses the mask only for chat data.
+    """
+    is_masked = options.document_mask is None and is_text(facts)
+    if not is_masked or any(part.get("yardstick") for part in data_parts(facts)):
+        return options
+    return dataclasses.replace(options, document_mask=True)
+
+
+def is_text(facts: Mapping[str, Any]) -> bool:
+    """Whether all data sets of a run are text."""
+    return {part["format"] for part in data_parts(facts)} == {"text"}
+
+
 def _with_recipe(options: TrainOptions, facts: Mapping[str, Any], rows: int) -> TrainOptions:
     """The options with what is best for text that is read several times; options on the command line stay.
 
@@ -168,8 +190,7 @@ def _with_recipe(options: TrainOptions, facts: Mapping[str, Any], rows: int) -> 
     """
     assert options.max_iters is not None and options.block_size is not None
     epochs = min(part.epochs(options.max_iters, options.block_size, rows) for part in portions(facts))
-    is_text = {part["format"] for part in data_parts(facts)} == {"text"}
-    if not is_text or options.optimizer != "muon" or epochs < REPEATED_EPOCHS:
+    if not is_text(facts) or options.optimizer != "muon" or epochs < REPEATED_EPOCHS:
         return options
     recipe = {name: value for name, value in RECIPE_FOR_REPEATED_TEXT.items() if getattr(options, name) is None}
     return dataclasses.replace(options, **recipe)
@@ -184,12 +205,14 @@ def _batch(rows: int, on_cuda: bool) -> dict[str, Any]:
 
 
 def document_size(facts: Mapping[str, Any]) -> int:
-    """The block size that suits the documents of the data; a row should hold two conversations, which are packed."""
+    """The block size that suits the documents of the data: a row should hold two of them.
+
+    Conversations are packed into rows, and text is cut into rows, which leaves about half of the documents whole.
+    """
     sizes = [0.0]
     for part in data_parts(facts):
         split = part["splits"]["train"]
-        mean = split["tokens"] / split["documents"] if split.get("documents") else 0.0
-        sizes.append(mean * (1 if part["format"] == "text" else 2))
+        sizes.append(2 * split["tokens"] / split["documents"] if split.get("documents") else 0.0)
     return fitting_block_size(max(sizes))
 
 
