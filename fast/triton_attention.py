@@ -68,7 +68,7 @@ def _attend(
 
     # The new token attends to itself. What was just stored is not read again.
     largest = tl.sum(query * new_key.to(tl.float32), axis=0)
-    total = 1.0
+    total = tl.full([], 1.0, tl.float32)
     result = new_value.to(tl.float32)
     for first in range(0, position, block):
         cached = first + tl.arange(0, block)

@@ -12,13 +12,14 @@ import pytest
 import train
 from common.cli import UserError
 from common.device import has_cpp_compiler
-from model import PRESETS
+from model import GPT, PRESETS
 from tests.test_train_config import facts_of
 from tests.tiny import OPTIONS, StopAfter, losses, prepare, run
 from training.config import RunConfig, make_config
-from training.minutes import document_size, fit_minutes
+from training.minutes import document_size, fit_minutes, mean_document_size
 from training.options import TrainOptions
 from training.shapes import Shape
+from training.speed import iteration_s
 
 ROOT = Path(train.__file__).parent
 SHAPE = ("n_layer", "n_head", "n_embd")
@@ -36,7 +37,7 @@ class Machine:
         self.flops, self.trial_s, self.now = flops, trial_s, 0.0
         self.timed: list[RunConfig] = []
 
-    def iteration_s(self, config: RunConfig) -> float:
+    def iteration_s(self, config: RunConfig, document_size: float = 0.0) -> float:
         self.timed.append(config)
         self.now += self.trial_s
         shape = Shape(config.n_layer, config.n_head, config.n_embd, config.block_size)
@@ -189,6 +190,24 @@ def test_the_context_holds_the_documents():
     assert (document_size(STORIES), document_size(long), document_size(chat)) == (512, 1024, 512)
     assert document_size({"parts": [{**STORIES, "weight": 0.5}, {**long, "weight": 0.5}]}) == 1024
     assert document_size(facts_of("text")) == 256  # the number of documents is not known
+    assert mean_document_size(STORIES) == pytest.approx(209, abs=1) and mean_document_size(facts_of("text")) == 0
+
+
+@pytest.mark.parametrize(("size", "expected"), [(0, [0] * 16), (5.2, [0] * 5 + [1] * 5 + [2] * 5 + [3])])
+def test_steps_are_timed_with_documents_of_the_datas_size(monkeypatch, size, expected):
+    seen = []
+
+    def forward(self, idx, targets, documents=None, positions=None):
+        seen.append((documents[0].tolist(), positions[0].tolist()))
+        return None, self.wte.weight.sum()
+
+    monkeypatch.setattr(GPT, "forward", forward)
+    monkeypatch.setattr("training.speed.MIN_SECONDS", 0.0)
+    config = make_config(TrainOptions(**OPTIONS, document_mask=True), OPTIONS, "cpu", facts_of("text"))
+    assert iteration_s(config, size) > 0
+    documents, positions = seen[0]
+    assert documents == expected
+    assert positions == [n - expected.index(number) for n, number in enumerate(expected)]
 
 
 @pytest.mark.parametrize(

@@ -49,7 +49,7 @@ RECIPE_FOR_REPEATED_TEXT: dict[str, Any] = {
     "embedding_weight_decay": 0.2,
 }
 Configure = Callable[[TrainOptions], RunConfig]
-Measure = Callable[[RunConfig], float]  # a run's seconds per iteration
+Measure = Callable[[RunConfig, float], float]  # (a run, its mean tokens per document) -> seconds per iteration
 
 
 def fit_minutes(
@@ -63,20 +63,20 @@ def fit_minutes(
     """The options with what --minutes and --preset auto choose; unchanged without them. Prints the choice.
 
     `facts` are those of the run's data (see `mixture_facts`), `configure` makes a configuration, and `measure` returns
-    the seconds per iteration with it. Options on the command line take precedence. Raises UserError for options that
-    cannot be combined.
+    the seconds per iteration with it and documents of a size. Options on the command line take precedence. Raises
+    UserError for options that cannot be combined.
     """
     if options.minutes is None and options.preset != "auto":
         return options
-    start, time_s = clock(), _time_s(options)
+    start, time_s, size = clock(), _time_s(options), mean_document_size(facts)
     if options.preset == "auto":
         options = _with_mask(options, facts)
         chosen, iter_s = _with_shape(options, device, facts, configure, measure, time_s)
     else:
-        chosen, iter_s = options, measure(configure(_for_timing(options)))
+        chosen, iter_s = options, measure(configure(_for_timing(options)), size)
     config = configure(dataclasses.replace(chosen, max_iters=max(1, int(time_s / iter_s))))
     if config.compile:  # because it pays off in this many iterations
-        iter_s = measure(config)
+        iter_s = measure(config, size)
     begun_s = START_S + reduce("max", clock() - start)[0]  # the same in all processes, so that all choose the same
     rows = config.batch_size * config.gradient_accumulation_steps
     eval_s = EVALUATION_SHARE * iter_s * config.val_rows / rows
@@ -150,7 +150,8 @@ def _with_shape(
     shape, rows = REFERENCE_ON_CUDA if on_cuda else REFERENCE
     reference = {**dataclasses.asdict(shape), "batch_size": rows, "gradient_accumulation_steps": world_size()}
     config = configure(_for_timing(dataclasses.replace(options, **reference)))
-    flops = time_s * config.tokens_per_iter * shape.flops_per_token(n_vocab) / measure(config)
+    iter_s = measure(config, mean_document_size(facts))
+    flops = time_s * config.tokens_per_iter * shape.flops_per_token(n_vocab) / iter_s
     budget = Budget(flops, max(part.tokens / part.share for part in portions(facts)), n_vocab)
 
     def fits(shape: Shape) -> bool:
@@ -164,7 +165,7 @@ def _with_shape(
     if options.batch_size is None and options.gradient_accumulation_steps is None:
         batch = _batch(rows_per_iter(budget.tokens_read(best), best.block_size), on_cuda)
         chosen = dataclasses.replace(chosen, **batch)
-    return chosen, measure(configure(_for_timing(chosen)))
+    return chosen, measure(configure(_for_timing(chosen)), mean_document_size(facts))
 
 
 def _with_mask(options: TrainOptions, facts: Mapping[str, Any]) -> TrainOptions:
@@ -209,11 +210,13 @@ def document_size(facts: Mapping[str, Any]) -> int:
 
     Conversations are packed into rows, and text is cut into rows, which leaves about half of the documents whole.
     """
-    sizes = [0.0]
-    for part in data_parts(facts):
-        split = part["splits"]["train"]
-        sizes.append(2 * split["tokens"] / split["documents"] if split.get("documents") else 0.0)
-    return fitting_block_size(max(sizes))
+    return fitting_block_size(2 * mean_document_size(facts))
+
+
+def mean_document_size(facts: Mapping[str, Any]) -> float:
+    """The mean number of tokens per document, of the data set in which it is largest; 0 if it is not known."""
+    splits = [part["splits"]["train"] for part in data_parts(facts)]
+    return max((split["tokens"] / split["documents"] for split in splits if split.get("documents")), default=0.0)
 
 
 def candidates(options: TrainOptions, block_size: int) -> list[Shape]:

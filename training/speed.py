@@ -26,19 +26,22 @@ MIN_STEPS, MIN_SECONDS = 3, 2.0  # steps and seconds that are timed, after a war
 
 def iteration_s(
     config: RunConfig,
+    document_size: float = 0.0,
     checkpoint: dict | None = None,
     fast: ModuleType | None = None,
     clock: Callable[[], float] = time.perf_counter,
 ) -> float:
     """The seconds that an iteration of a run takes, in its slowest process, without evaluations.
 
-    `checkpoint` is what the run starts from, and `fast` the package of that name, if the run uses it. What is compiled
-    here does not have to be compiled again. Raises UserError if a step does not fit into memory.
+    `document_size` is the mean number of tokens per document (0: unknown); with attention inside documents, rows of
+    shorter documents take less time. `checkpoint` is what the run starts from, and `fast` the package of that name, if
+    the run uses it. What is compiled here does not have to be compiled again. Raises UserError if a step does not fit
+    into memory.
     """
     size = micro_batch_size(config.batch_size, config.gradient_accumulation_steps)
     n_micro_batches = math.ceil(config.batch_size * config.gradient_accumulation_steps / world_size() / size)
     try:
-        batch_s, update_s = _time_steps(config, size, checkpoint, fast, clock)
+        batch_s, update_s = _time_steps(config, size, document_size, checkpoint, fast, clock)
     except Exception as error:
         if not is_out_of_memory(error):
             raise
@@ -48,7 +51,12 @@ def iteration_s(
 
 
 def _time_steps(
-    config: RunConfig, size: int, checkpoint: dict | None, fast: ModuleType | None, clock: Callable[[], float]
+    config: RunConfig,
+    size: int,
+    document_size: float,
+    checkpoint: dict | None,
+    fast: ModuleType | None,
+    clock: Callable[[], float],
 ) -> tuple[float, float]:
     """The seconds of a micro-batch's forward and backward pass, and of an update of the weights: medians."""
     fields = dataclasses.asdict(config)
@@ -56,7 +64,7 @@ def _time_steps(
     model = trial_model(shape, adapter_of(fields), config.device, config.dtype).train()
     if fast:
         fast.speed_up_training(model, config.activation_checkpointing, config.residual_dtype)
-    forward_backward = _micro_batch(model, shape, config, size)
+    forward_backward = _micro_batch(model, shape, config, size, document_size)
     if config.compile and fast:
         fast.compile_training(model, forward_backward, any_process, config.compile_scope)
     optimizers = make_optimizers(model, config, fast)
@@ -76,14 +84,20 @@ def _time_steps(
     return statistics.median(batches), statistics.median(updates)
 
 
-def _micro_batch(model: GPT, shape: GPTConfig, config: RunConfig, size: int) -> Callable[[], None]:
-    """A function that runs the forward and backward pass of `size` rows of random ids."""
+def _micro_batch(
+    model: GPT, shape: GPTConfig, config: RunConfig, size: int, document_size: float
+) -> Callable[[], None]:
+    """A function that runs the forward and backward pass of `size` rows of random ids, in documents of one size."""
     ids = torch.randint(shape.n_vocab, (size, shape.block_size), device=config.device)
-    documents = torch.zeros_like(ids) if config.document_mask else None  # and positions, which cost the same
+    documents = positions = None
+    if config.document_mask:
+        places = torch.arange(shape.block_size, device=config.device).expand_as(ids)
+        length = max(1, round(document_size)) if document_size else shape.block_size
+        documents, positions = places // length, places % length
 
     def forward_backward() -> None:
         with autocast(config.device, config.dtype):
-            _, loss = model(ids, ids, documents=documents, positions=documents)
+            _, loss = model(ids, ids, documents=documents, positions=positions)
         loss.backward()
         loss.item()  # waits for the device
 
