@@ -50,6 +50,7 @@ RECIPE_FOR_REPEATED_TEXT: dict[str, Any] = {
 }
 Configure = Callable[[TrainOptions], RunConfig]
 Measure = Callable[[RunConfig, float], float]  # (a run, its mean tokens per document) -> seconds per iteration
+Timed = Callable[[RunConfig], float]  # the same for the data of the run
 
 
 def fit_minutes(
@@ -69,14 +70,18 @@ def fit_minutes(
     if options.minutes is None and options.preset != "auto":
         return options
     start, time_s, size = clock(), _time_s(options), mean_document_size(facts)
+
+    def timed(config: RunConfig) -> float:
+        return measure(config, size)
+
     if options.preset == "auto":
         options = _with_mask(options, facts)
-        chosen, iter_s = _with_shape(options, device, facts, configure, measure, time_s)
+        chosen, iter_s = _with_shape(options, device, facts, configure, timed, time_s)
     else:
-        chosen, iter_s = options, measure(configure(_for_timing(options)), size)
+        chosen, iter_s = options, timed(configure(_for_timing(options)))
     config = configure(dataclasses.replace(chosen, max_iters=max(1, int(time_s / iter_s))))
     if config.compile:  # because it pays off in this many iterations
-        iter_s = measure(config, size)
+        iter_s = timed(config)
     begun_s = START_S + reduce("max", clock() - start)[0]  # the same in all processes, so that all choose the same
     rows = config.batch_size * config.gradient_accumulation_steps
     eval_s = EVALUATION_SHARE * iter_s * config.val_rows / rows
@@ -142,7 +147,7 @@ def _with_shape(
     device: str,
     facts: Mapping[str, Any],
     configure: Configure,
-    measure: Measure,
+    timed: Timed,
     time_s: float,
 ) -> tuple[TrainOptions, float]:
     """The options with the shape and the batch that suit the time, and the seconds per iteration."""
@@ -150,8 +155,7 @@ def _with_shape(
     shape, rows = REFERENCE_ON_CUDA if on_cuda else REFERENCE
     reference = {**dataclasses.asdict(shape), "batch_size": rows, "gradient_accumulation_steps": world_size()}
     config = configure(_for_timing(dataclasses.replace(options, **reference)))
-    iter_s = measure(config, mean_document_size(facts))
-    flops = time_s * config.tokens_per_iter * shape.flops_per_token(n_vocab) / iter_s
+    flops = time_s * config.tokens_per_iter * shape.flops_per_token(n_vocab) / timed(config)
     budget = Budget(flops, max(part.tokens / part.share for part in portions(facts)), n_vocab)
 
     def fits(shape: Shape) -> bool:
@@ -165,7 +169,7 @@ def _with_shape(
     if options.batch_size is None and options.gradient_accumulation_steps is None:
         batch = _batch(rows_per_iter(budget.tokens_read(best), best.block_size), on_cuda)
         chosen = dataclasses.replace(chosen, **batch)
-    return chosen, measure(configure(_for_timing(chosen)), mean_document_size(facts))
+    return chosen, timed(configure(_for_timing(chosen)))
 
 
 def _with_mask(options: TrainOptions, facts: Mapping[str, Any]) -> TrainOptions:

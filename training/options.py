@@ -191,8 +191,8 @@ class TrainOptions(ObjectiveOptions, AdapterOptions):
     )
     compile_scope: str = option(
         "block",
-        "compile each block, or all blocks as one piece, which takes longer and saves memory traffic on CUDA (only "
-        "with one process and without --activation_checkpointing)",
+        "compile each block, or all blocks of the model as one piece, which takes longer to compile and saves memory "
+        "traffic on CUDA (only with one process and without --activation_checkpointing)",
         choices=("block", "model"),
         group="device",
     )
