@@ -23,6 +23,7 @@ def test_the_model_picker_offers_chat_models_and_each_chat_keeps_its_own(visit):
 def test_two_models_beside_each_other(visit):
     with ChatStandIn(reply=lambda asked: "Chat." if isinstance(asked, list) else " of text") as server:
         page = visit(server, "#compare")
+        page.get_by_label("Model on the right").locator("option").first.wait_for(state="attached")
         assert page.get_by_label("Model on the right").input_value() == "jojo-before"
         page.get_by_label("Model on the right").select_option("jojo-story")
         page.get_by_label("Message to both models").fill("Tell me")
