@@ -70,7 +70,7 @@ class EvaluateOptions:
     data_dir: str = option("data", "folder of the prepared data", group="data")
     limit: int | None = option(
         None,
-        "measure only about the first N tokens; for chat, whole conversations; with --tasks, N questions of each",
+        "measure only about the first N tokens (of chat, whole conversations); with --tasks, N questions of each task",
         at_least=1,
         group="data",
     )

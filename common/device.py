@@ -45,7 +45,10 @@ PEAK_FLOPS_WITHOUT_TF32 = {"V100": 15.7e12, "T4": 8.1e12}
 def device_option(group: str | None = "device") -> Any:
     """The option --device; see `choose_device`."""
     return option(
-        None, "cpu, mps, cuda or cuda:N (default: asks, or chooses the best one)", group=group, metavar="NAME"
+        None,
+        "cpu, mps, cuda or cuda:N (default: the best one; with CUDA devices, a terminal asks)",
+        group=group,
+        metavar="NAME",
     )
 
 

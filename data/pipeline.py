@@ -67,7 +67,7 @@ class PrepareOptions:
         metavar="NAME",
         group="data",
     )
-    strict: bool = option(False, "refuse folders with files of unknown kind instead of skipping these", group="data")
+    strict: bool = option(False, "refuse folders with files of an unknown type instead of skipping them", group="data")
     output_dir: str | None = option(
         None, "folder for the prepared files (default: the data folder)", metavar="DIR", group="output"
     )

@@ -1,4 +1,4 @@
-"""Prepare four data sets from the hub, tales and chitchat in one go. `make data` runs this.
+"""Prepare tales, chitchat and four data sets from the hub in one go. `make data` runs this.
 
     python data/prepare-all.py
     python data/prepare-all.py story chitchat --limit 20000

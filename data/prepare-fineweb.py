@@ -60,7 +60,7 @@ class FineWebOptions:
         group="data",
     )
     input: tuple[str, ...] = option(
-        (), "shards that you have, or folders of them, instead of the download", nargs="+", metavar="PATH", group="data"
+        (), "local shards, or folders of them, instead of downloading them", nargs="+", metavar="PATH", group="data"
     )
     output_dir: str | None = option(
         None, "folder for the description of the data set (default: the data folder)", metavar="DIR", group="output"

@@ -73,7 +73,7 @@ class KnowledgeOptions(PrepareOptions):
     max_tokens: int = option(1000, "longest answer; answers cut off there are left out", at_least=1, group="server")
     temperature: float | None = option(None, "temperature (default: the server's)", at_least=0, group="server")
     price: str | None = option(
-        None, "price of a million tokens in and out, such as 0.15,0.60, to show the cost", group="server",
+        None, "price per million input and output tokens, such as 0.15,0.60, to show the cost", group="server",
         metavar="IN,OUT",
     )  # fmt: skip
     documents: int = option(1000, "number of documents to collect", at_least=1, group="documents")

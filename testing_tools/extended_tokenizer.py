@@ -1,4 +1,4 @@
-"""Show how the historical extended tokenizer, a wrapper around GPT-2's own, extends it, with an example.
+"""Show with an example how the historical extended tokenizer, a wrapper, extends GPT-2's tokenizer.
 
     python testing_tools/extended_tokenizer.py
     python testing_tools/extended_tokenizer.py "Hello <|im_start|>user text <|im_end|>"

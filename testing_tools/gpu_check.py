@@ -45,7 +45,7 @@ class GpuCheckOptions:
     json: str = option("gpu_check.json", "file for the figures", metavar="FILE")
     folder: str | None = option(None, "folder for logs and runs (default: a new temporary one)", metavar="DIR")
     only: tuple[str, ...] = option((), "run only these steps", nargs="+", metavar="STEP")
-    check: str | None = option(None, "run one check in this process; the script calls itself with it", metavar="NAME")
+    check: str | None = option(None, "run one check in this process; the script calls itself this way", metavar="NAME")
 
     def __post_init__(self) -> None:
         check_options(self)

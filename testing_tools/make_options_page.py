@@ -136,7 +136,7 @@ def options_page() -> str:
         lines = section(path, module.__doc__ or "", classes[path], shared if is_preparation else None)
         parts.append("\n".join(lines))
     only_shared = ", ".join(path for path in modules if classes[path] is shared)
-    title = f"The options of every preparation; these are all that {only_shared} take."
+    title = f"The options that all of these scripts share; {only_shared} has no others."
     parts.append("\n".join(section("data/prepare-*.py", title, shared)))
     return "\n".join(part.rstrip("\n") + "\n" for part in parts)
 

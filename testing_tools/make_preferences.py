@@ -1,4 +1,4 @@
-"""Make feedback on a model's replies without a person, for experiments: pirate corrections, or short replies preferred.
+"""Generate feedback on a model's replies for experiments: corrections into pirate speech, or shorter replies.
 
     python testing_tools/make_preferences.py models/chitchat1500.pt --style pirate --output pirate.jsonl
     python testing_tools/make_preferences.py models/chitchat1500.pt --style short --output short.jsonl

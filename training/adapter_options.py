@@ -14,8 +14,8 @@ class AdapterOptions:
 
     lora_rank: int | None = option(
         None,
-        "train only an adapter: two factors of this rank beside each matrix of --init_from, whose weights stay frozen "
-        "(4 to 16 are usual)",
+        "train only an adapter: two factors of this rank for each matrix of the --init_from model, whose own weights "
+        "stay frozen (4 to 16 are usual)",
         at_least=1,
         group="adapter",
         metavar="R",

@@ -71,8 +71,8 @@ class TrainOptions(ObjectiveOptions, AdapterOptions):
     batch_size: int | str | None = option(
         None,
         "sequences per micro-batch; auto: the largest number that fits, with the same number of tokens per iteration "
-        "(default: 16, or 4 with --init_from and less than a million tokens; on CUDA up to 65,536 tokens, if they fit, "
-        "for the same sequences per iteration)",
+        "(default: 16, or 4 with --init_from and less than a million tokens of text or chat data; on CUDA the "
+        "largest one of up to 65,536 tokens that fits, with the same number of sequences per iteration)",
         type=number_or_auto,
         at_least=1,
         group="batch",
@@ -88,7 +88,8 @@ class TrainOptions(ObjectiveOptions, AdapterOptions):
     max_iters: int | None = option(
         None,
         "total iterations; the schedule scales with them (default: 5000; 8 epochs, but at least 100 iterations, for a "
-        "data set of less than a million tokens; with --init_from at least 300)",
+        "data set of less than a million tokens; with --init_from at least 300; 3 epochs, but at least 50 iterations, "
+        "for dpo and kto)",
         at_least=1,
         group="optimizer",
     )
@@ -106,14 +107,16 @@ class TrainOptions(ObjectiveOptions, AdapterOptions):
     learning_rate: float | None = option(
         None,
         "AdamW's peak learning rate (default: 3e-3, or 6e-3 for text with at most 8,192 ids next to Muon, and 6e-4 "
-        "above a width of 384; with --init_from a third of 3e-3 or 6e-4)",
+        "above a width of 384; with --init_from but no --lora_rank a third of 3e-3 or 6e-4; for dpo and kto a "
+        "thirtieth)",
         at_least=0,
         group="optimizer",
         metavar="LR",
     )
     muon_learning_rate: float | None = option(
         None,
-        "Muon's peak learning rate (default: 0.02; a third of it with --init_from)",
+        "Muon's peak learning rate (default: 0.02; a third of it with --init_from but no --lora_rank; for dpo and kto "
+        "a thirtieth)",
         at_least=0,
         group="optimizer",
         metavar="LR",
