@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import train
-from common.cli import UserError
+from common.cli import UserError, given_options, parse_options
 from common.device import has_cpp_compiler
 from model import GPT, PRESETS
 from tests.test_train_config import facts_of
@@ -18,7 +18,7 @@ from tests.tiny import OPTIONS, StopAfter, losses, prepare, run
 from training.config import RunConfig, make_config
 from training.minutes import document_size, fit_minutes, mean_document_size
 from training.options import TrainOptions
-from training.shapes import Shape
+from training.shapes import Shape, n_evaluations
 from training.speed import iteration_s
 
 ROOT = Path(train.__file__).parent
@@ -122,11 +122,37 @@ def test_the_chosen_run_is_timed_as_it_runs_compiled_if_it_is_long_and_in_low_pr
     assert timed(1, compile=True) == [False, True]
 
 
+def test_blocks_that_are_compiled_as_one_piece_are_first_timed_without():
+    machine = Machine(1e12)
+    machine.config(preset="tiny", minutes=1, compile=True, compile_scope="model")
+    assert [(each.compile, each.compile_scope) for each in machine.timed] == [(False, "block"), (True, "model")]
+
+
+def test_each_part_of_a_mixture_takes_time_to_evaluate():
+    machine, given = Machine(1.3e11), {"preset": "tiny", "minutes": 5, "eval_interval": 50}
+    parts = [{**STORIES, "name": f"part{index}", "weight": 1 / 3} for index in range(3)]
+    mixture = {"format": "text", "n_vocab": 4096, "parts": parts}
+    for facts, n_parts in ((STORIES, 1), (mixture, 3)):
+        config = machine.config(facts, **given)
+        eval_s = machine.iteration_s(config) / config.batch_size * config.val_rows / 3
+        n_evals = n_evaluations(config.max_iters, 50)
+        assert 275 < machine.seconds(config) + n_parts * n_evals * eval_s < 285
+
+
 def test_few_data_are_not_read_more_than_8_times(capsys):
     config = Machine(1e11).config(facts_of("text", 400_000), preset="auto", minutes=600)
     rows = config.batch_size * config.gradient_accumulation_steps
     assert 7.9 < config.max_iters * rows / (400_000 / config.block_size) < 8.1
-    assert "note: this is less than --minutes 600, because with more than 8 epochs" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "note: this is less than --minutes 600, because with more than 8 epochs" in printed
+    # What the note recommends is the same run with another number of iterations.
+    old, new = re.search(r"to train longer, replace (.*) with (.*) N$", printed, re.MULTILINE).groups()
+    assert old == "--preset auto --minutes 600"
+    words = [*new.split(), str(config.max_iters)]
+    options = parse_options(TrainOptions, "", words)
+    given = given_options(TrainOptions, words)
+    longer = make_config(options, given, "cpu", facts_of("text", 400_000), speed_up=lambda *arguments: None)
+    assert dataclasses.replace(longer, preset="auto", compile=config.compile) == config
     diary = Machine(1e11).config(facts_of("text", 5_000), preset="auto", minutes=600)
     assert diary.max_iters == 100  # as few as the default
 

@@ -134,3 +134,6 @@ def test_given_numbers_replace_those_of_the_table():
     assert {shape.n_embd for shape in candidates(TrainOptions(n_head=5), 256)} == {320, 640}
     only = candidates(TrainOptions(n_layer=1, n_embd=64, n_head=2, block_size=64), 256)
     assert only == [Shape(1, 2, 64, 64)]
+    # A shape of the table is the same if it is given.
+    for shape in SHAPES:
+        assert candidates(TrainOptions(n_layer=shape.n_layer, n_embd=shape.n_embd), 1024) == [shape]

@@ -30,7 +30,9 @@ from training.shapes import (
     Shape,
     choose_shape,
     fitting_block_size,
+    heads_of,
     iters_within,
+    longest_block_size,
     n_evaluations,
     rows_per_iter,
 )
@@ -75,8 +77,8 @@ def fit_minutes(
         return measure(config, size)
 
     if options.preset == "auto":
-        options = _with_mask(options, facts)
-        chosen, iter_s = _with_shape(options, device, facts, configure, timed, time_s)
+        masked = _with_mask(options, facts)
+        chosen, iter_s = _with_shape(masked, device, facts, configure, timed, time_s)
     else:
         chosen, iter_s = options, timed(configure(_for_timing(options)))
     config = configure(dataclasses.replace(chosen, max_iters=max(1, int(time_s / iter_s))))
@@ -84,19 +86,21 @@ def fit_minutes(
         iter_s = timed(config)
     begun_s = START_S + reduce("max", clock() - start)[0]  # the same in all processes, so that all choose the same
     rows = config.batch_size * config.gradient_accumulation_steps
-    eval_s = EVALUATION_SHARE * iter_s * config.val_rows / rows
+    eval_s = EVALUATION_SHARE * iter_s * len(portions(facts)) * config.val_rows / rows  # each part is evaluated
     within = iters_within(max(MIN_SHARE * time_s, time_s - begun_s), iter_s, eval_s, options.eval_interval)
     limit = most_iters(portions(facts), config.block_size, rows, options.init_from is not None)
     iters = min(within, limit)
     n_evals = n_evaluations(iters, options.eval_interval)
     print(_describe(options, config, iters, iter_s, begun_s + iters * iter_s + n_evals * eval_s))
+    chosen = dataclasses.replace(chosen, max_iters=iters, compile=config.compile)
+    if options.preset == "auto":
+        chosen = _with_recipe(chosen, facts, rows)
     if limit < within:
         print(
             f"note: this is less than --minutes {options.minutes:g}, because with more than {FITTING_EPOCHS} epochs a "
-            "model mostly memorizes its data; --max_iters trains longer"
+            f"model mostly memorizes its data; to train longer, replace {_replacement(options, chosen)}"
         )
-    chosen = dataclasses.replace(chosen, max_iters=iters, compile=config.compile)
-    return _with_recipe(chosen, facts, rows) if options.preset == "auto" else chosen
+    return chosen
 
 
 def _time_s(options: TrainOptions) -> float:
@@ -127,7 +131,15 @@ def most_iters(parts: list[Portion], block_size: int, rows: int, is_fine_tuning:
 
 def _for_timing(options: TrainOptions) -> TrainOptions:
     """The options of a run that is only timed, without compiling it first."""
-    return dataclasses.replace(options, max_iters=1, compile=False)
+    return dataclasses.replace(options, max_iters=1, compile=False, compile_scope="block")
+
+
+def _replacement(options: TrainOptions, chosen: TrainOptions) -> str:
+    """Which options to replace by which, so that the same run gets a number of iterations."""
+    names = [field.name for field in dataclasses.fields(chosen) if field.name not in ("max_iters", "compile")]
+    values = {name: getattr(chosen, name) for name in names if getattr(chosen, name) != getattr(options, name)}
+    same = "".join(f"--{name} " if value is True else f"--{name} {value} " for name, value in values.items())
+    return f"{'--preset auto ' * (options.preset == 'auto')}--minutes {options.minutes:g} with {same}--max_iters N"
 
 
 def _describe(options: TrainOptions, config: RunConfig, iters: int, iter_s: float, total_s: float) -> str:
@@ -228,21 +240,12 @@ def candidates(options: TrainOptions, block_size: int) -> list[Shape]:
     made = []
     for shape in SHAPES:
         n_embd = options.n_embd or shape.n_embd
-        n_head = options.n_head or (shape.n_head if n_embd == shape.n_embd else heads_of(n_embd))
+        n_head = options.n_head or heads_of(n_embd)
         if n_embd % n_head == 0:
-            block = options.block_size or min(block_size, shape.block_size)
+            block = options.block_size or min(block_size, longest_block_size(n_embd))
             made.append(Shape(options.n_layer or shape.n_layer, n_head, n_embd, block))
     if not made:
         raise UserError(
             f"--n_head {options.n_head} does not divide a width that --preset auto could choose; leave it out"
         )
     return list(dict.fromkeys(made))
-
-
-def heads_of(n_embd: int) -> int:
-    """The heads of a width that is not in the table: the most that are at least 32 wide, or 1.
-
-    >>> heads_of(256), heads_of(100)
-    (8, 2)
-    """
-    return max((heads for heads in range(1, n_embd // 32 + 1) if n_embd % heads == 0), default=1)

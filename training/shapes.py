@@ -21,12 +21,12 @@ from model import padded_vocab_size
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-    """The part of a model's configuration that the rule chooses. `block_size` is the longest that suits the width."""
+    """The part of a model's configuration that the rule chooses."""
 
     n_layer: int
     n_head: int
     n_embd: int
-    block_size: int = 1024
+    block_size: int
 
     def weights(self) -> int:
         """The weights in the blocks. The embeddings, whose size the vocabulary decides, are not counted."""
@@ -36,19 +36,35 @@ class Shape:
         return flops_per_token(self.n_layer, self.n_embd, padded_vocab_size(n_vocab), self.block_size)
 
 
+BLOCK_SIZES = (256, 512, 1024)
+
+
+def longest_block_size(n_embd: int) -> int:
+    """The longest context that suits a width: at most 4 times as many tokens.
+
+    >>> [longest_block_size(n_embd) for n_embd in (32, 96, 128, 768)]
+    [256, 256, 512, 1024]
+    """
+    return max((size for size in BLOCK_SIZES if size <= 4 * n_embd), default=BLOCK_SIZES[0])
+
+
 # From 0.1 to 85 million weights in the blocks; the last one is GPT-2's smallest. tiny and small are among them.
-SHAPES = (
-    Shape(2, 2, 64, 256),
-    Shape(2, 3, 96, 256),
-    Shape(4, 4, 128, 512),
-    Shape(4, 6, 192, 512),
-    Shape(4, 4, 256),
-    Shape(6, 5, 320),
-    Shape(6, 6, 384),
-    Shape(8, 8, 512),
-    Shape(10, 10, 640),
-    Shape(12, 12, 768),
+SHAPES = tuple(
+    Shape(n_layer, n_head, n_embd, longest_block_size(n_embd))
+    for n_layer, n_head, n_embd in (
+        (2, 2, 64),
+        (2, 3, 96),
+        (4, 4, 128),
+        (4, 6, 192),
+        (4, 4, 256),
+        (6, 5, 320),
+        (6, 6, 384),
+        (8, 8, 512),
+        (10, 10, 640),
+        (12, 12, 768),
+    )
 )
+HEADS = {shape.n_embd: shape.n_head for shape in SHAPES}
 
 EXPONENT = 0.25  # of weights and of tokens
 TOKENS_PER_WEIGHT = 15.0  # at the best shape, if the head and attention cost nothing
@@ -103,14 +119,23 @@ def effective_tokens(tokens: float, unique_tokens: float) -> float:
     return min(tokens, unique_tokens) + unique_tokens * REPETITIONS * (1 - math.exp(-repeated / REPETITIONS))
 
 
-# --- context, batch and iterations ---
+# --- heads, context, batch and iterations ---
 
-BLOCK_SIZES = (256, 512, 1024)
 # The tokens of an iteration grow with those of the run, fitted to what worked: 4,096 for 6.4 million (small models of
 # stories and chats), and half a million for 10 billion (GPT-2).
 KNOWN_TOKENS, KNOWN_TOKENS_PER_ITER, BATCH_EXPONENT = 6.4e6, 4096, 2 / 3
 TOKENS_PER_ITER = (1024, 1 << 19)  # fewest and most
 MAX_EVAL_INTERVAL = 250  # of train.py's default
+
+
+def heads_of(n_embd: int) -> int:
+    """The heads of a width: those of its shape or, for a width without one, the most that are at least 32 wide, or 1.
+
+    >>> heads_of(256), heads_of(100)
+    (4, 2)
+    """
+    most = max((heads for heads in range(1, n_embd // 32 + 1) if n_embd % heads == 0), default=1)
+    return HEADS.get(n_embd, most)
 
 
 def fitting_block_size(document_tokens: float) -> int:
