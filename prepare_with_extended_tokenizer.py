@@ -35,7 +35,7 @@ from data.earlier import earlier_info
 from data.pipeline import Corpus, Dataset, TextOptions, files_of_input, output_folder, prepare
 from data.published import divide_shards, prepare_shards
 from data.readers.files import ALL_SUFFIXES, SHARD_SUFFIXES
-from data.readers.recognize import Recognized, first_document, read_documents, recognize_files
+from data.readers.recognize import ReadingOptions, Recognized, first_document, read_documents, recognize_files
 from data.report import count_tokens, documents_word
 from data.vocabularies import tokenizer_of
 from setup_tokenizer import GPT2, render_chat
@@ -45,7 +45,7 @@ KINDS = {"text": "text", "chat": "conversations", "tokens": "token ids"}  # of f
 
 
 @dataclasses.dataclass(frozen=True)
-class ExtendedOptions(TextOptions):
+class ExtendedOptions(TextOptions, ReadingOptions):
     """The options of every prepare script, and what to prepare: files or a prepared data set."""
 
     dataset: str | None = option(
@@ -55,22 +55,10 @@ class ExtendedOptions(TextOptions):
         group="data",
     )
     name: str = option("mine", "name of the data set made from --input", metavar="NAME", group="output")
-    field: str = option(
-        "text", "field with the text, in records that are not conversations", metavar="NAME", group="data"
-    )
-    divide_within_lines: bool = option(
-        False, "let <|endoftext|> separate texts within a line, too, not only on its own line", group="data"
-    )
     licence: str = option(
         "not stated (--licence)",
         "licence of the --input files, kept with the data set",
         metavar="TEXT",
-        group="data",
-    )
-    me: str | None = option(
-        None,
-        "in a Telegram, Discord or WhatsApp export: the person whose messages become the assistant's",
-        metavar="NAME",
         group="data",
     )
     dry_run: bool = option(False, "print what the files contain and a sample, then stop", group="output")
@@ -196,7 +184,7 @@ def encode_all_again(names: list[str], options: ExtendedOptions) -> None:
             print(f"{name} not encoded again: {error}", file=sys.stderr)
             failed.append(name)
     if failed:
-        commands = "; ".join(prepare_command(name) for name in failed)
+        commands = "; ".join(prepare_command(name, prepared_by_us(output_folder(options), name)) for name in failed)
         raise UserError(f"{len(failed)} of {len(names)} data sets were not encoded again; run: {commands}")
 
 

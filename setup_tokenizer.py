@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import tiktoken
 
 from common.cli import UserError
-from common.gpt2_vocabulary import packaged_gpt2_ranks
+from common.gpt2_vocabulary import GPT2_DIGEST, packaged_gpt2_ranks
 from common.tokenizer_json import GPT2_PATTERN, Vocabulary, parse_tokenizer_json, tokenizer_json
 
 if TYPE_CHECKING:
@@ -249,10 +249,10 @@ class Tokenizer:
     Ordinary text has the ids below `endoftext`. The ids of `<|endoftext|>`, `<|im_start|>` and `<|im_end|>` follow.
     """
 
-    name: str
+    name: str = dataclasses.field(compare=False)  # a vocabulary stays the same under another name
     endoftext: int
     role_ids: tuple[tuple[int, ...], ...] = dataclasses.field(compare=False)  # of each role's name, as in ROLES
-    digest: str | None = None  # of the vocabulary; None for GPT-2's, whose name says enough
+    digest: str | None = None  # of the vocabulary; None for GPT-2's
     vocabulary: Vocabulary | None = dataclasses.field(default=None, repr=False, compare=False)  # None: GPT-2's
 
     @classmethod
@@ -373,9 +373,7 @@ class Tokenizer:
         if "json" in entry:
             return parse_tokenizer(entry["name"], entry["json"], where)
         if entry["name"] != TOKENIZER_NAME:
-            raise UserError(
-                f"{where} does not contain its tokenizer {entry['name']}; use a checkpoint made by train.py"
-            )
+            raise UserError(f"{where} lacks its tokenizer {entry['name']}; use a checkpoint made by train.py")
         return GPT2
 
 
@@ -396,5 +394,6 @@ def _encoding(tokenizer: Tokenizer) -> tiktoken.Encoding:
 
 @functools.lru_cache(maxsize=8)
 def parse_tokenizer(name: str, text: str, where: str) -> Tokenizer:
-    """The tokenizer in a text of the tokenizer.json layout. Raises UserError, which names `where`."""
-    return Tokenizer.from_vocabulary(name, parse_tokenizer_json(text, where))
+    """The tokenizer in a text of the tokenizer.json layout; GPT2 for GPT-2's. Raises UserError, which names `where`."""
+    vocabulary = parse_tokenizer_json(text, where)
+    return GPT2 if vocabulary.digest == GPT2_DIGEST else Tokenizer.from_vocabulary(name, vocabulary)

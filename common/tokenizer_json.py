@@ -156,6 +156,14 @@ def tokenizer_json(
     }
 
 
+def stored_name(content: Mapping) -> str | None:
+    """The tokenizer's name in the metadata of a tokenizer.json; None if there is none that can name a file."""
+    model = content.get("model")
+    metadata = model.get(METADATA) if isinstance(model, dict) else None
+    name = metadata.get("name") if isinstance(metadata, dict) else None
+    return name if isinstance(name, str) and re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name) else None
+
+
 def _pre_tokenizer(pattern: str, byte_level: Mapping[str, Any]) -> Mapping:
     """ByteLevel, which cuts text by GPT-2's pattern; for other patterns a Split before it."""
     if pattern == GPT2_PATTERN:

@@ -220,7 +220,7 @@ def open_dataset(data_dir: Path, name: str) -> tuple[dict[str, TokenStream], Dat
         paths = _bin_paths(data_dir, name, split, info)
         streams[split] = TokenStream(paths, tokenizer, parts=_parts(info, split))
     for split, stream in streams.items():
-        stream.check_ids(prepare_command(name))
+        stream.check_ids(prepare_command(name, info))
         if info and info.splits[split].untrained:
             stream.untrained = np.array(info.splits[split].untrained, dtype=np.int64)
     return streams, info or _describe_bins(streams, name)
@@ -248,7 +248,7 @@ def _bin_paths(data_dir: Path, name: str, split: str, info: DatasetInfo | None) 
     """The .bin files of a split, after checking their size and, if there is a .json, their sha256."""
     files = info.splits[split].files if info else (FileInfo(f"{name}-{split}.bin", sha256=""),)
     paths = [data_dir / entry.file for entry in files]
-    command = prepare_command(name)
+    command = prepare_command(name, info)
     for path, entry in zip(paths, files, strict=True):
         if not path.is_file():
             raise UserError(f"{path} not found; run: {command}{_already_prepared(data_dir)}")
@@ -289,9 +289,12 @@ def check_name(name: str, what: str = "data set") -> None:
         )
 
 
-def prepare_command(name: str) -> str:
-    """The command that prepares a data set."""
-    return PREPARE_COMMANDS.get(name, f"python prepare_with_extended_tokenizer.py --input FILE --name {name}")
+def prepare_command(name: str, info: DatasetInfo | None = None) -> str:
+    """The command that prepares a data set; `info` describes an earlier preparation, whose tokenizer is kept."""
+    command = PREPARE_COMMANDS.get(name, f"python prepare_with_extended_tokenizer.py --input FILE --name {name}")
+    if info is None or info.tokenizer_digest is None:
+        return command
+    return f"{command} --tokenizer {info.tokenizer}"
 
 
 def prepared_datasets(data_dir: Path) -> list[str]:

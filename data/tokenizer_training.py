@@ -26,10 +26,10 @@ from data.earlier import digest_of_files, earlier_info
 from data.pipeline import DATA_FOLDER
 from data.readers.files import ALL_SUFFIXES
 from data.readers.inputs import check_encoding, input_files, parse_suffixes
-from data.readers.recognize import recognize_files
+from data.readers.recognize import ReadingOptions, recognize_files
 from data.tokenizer_texts import ChosenTexts, bytes_that_fit, survey
-from data.vocabularies import tokenizer_path
-from setup_tokenizer import ENDOFTEXT, IM_END, IM_START, TOKENIZER_NAME, encode_text, get_base_tokenizer
+from data.vocabularies import GPT2_NAMES, tokenizer_path
+from setup_tokenizer import ENDOFTEXT, IM_END, IM_START, encode_text, get_base_tokenizer
 
 CONTROL_TOKENS = (ENDOFTEXT, IM_START, IM_END)  # the last ids, in this order
 N_BYTES = 256
@@ -42,7 +42,7 @@ TOKENIZERS_VERSION = "0.23.3"
 
 
 @dataclass(frozen=True)
-class TrainTokenizerOptions:
+class TrainTokenizerOptions(ReadingOptions):
     """The options of data/train-tokenizer.py."""
 
     input: tuple[str, ...] = option(
@@ -70,9 +70,6 @@ class TrainTokenizerOptions:
         metavar="N",
         group="data",
     )
-    field: str = option(
-        "text", "field with the text, in records that are not conversations", metavar="NAME", group="data"
-    )
     encoding: str | None = option(
         None, "encoding of the files, such as windows-1252 or utf-16 (default: UTF-8)", metavar="NAME", group="data"
     )
@@ -93,7 +90,7 @@ class TrainTokenizerOptions:
         if not self.input:
             raise ValueError("--input is missing; name files or folders with text")
         check_name(self.name, "tokenizer")
-        if self.name in ("gpt2", TOKENIZER_NAME):
+        if self.name in GPT2_NAMES:
             raise ValueError(f"--name {self.name} is the name of GPT-2's tokenizer; choose another")
         if self.encoding is not None:
             check_encoding(self.encoding)
@@ -112,7 +109,8 @@ def train_tokenizer(options: TrainTokenizerOptions) -> Path:
     refuse_to_replace(path, options)
     suffixes = parse_suffixes(options.suffix)
     files = input_files(options.input, ALL_SUFFIXES, suffixes, encoding=options.encoding, has_suffix_option=True)
-    found = recognize_files(files, options.input, options.field)
+    files = sorted(files, key=lambda file: (file.name, file))  # the same files give the same tokenizer in any order
+    found = recognize_files(files, options.input, options.field, options.divide_within_lines, options.me)
     surveyed, pattern = survey(found), PATTERNS[options.pattern]
     max_bytes = options.max_bytes or bytes_that_fit(surveyed.sample, pattern)
     texts = ChosenTexts(found, surveyed, max_bytes)
@@ -267,4 +265,5 @@ def print_summary(path: Path, vocabulary: Vocabulary, facts: Mapping[str, Any]) 
     )
     print(f"longest tokens: {', '.join(map(repr, facts['longest_tokens']))}")
     print(f"digest: {facts['digest']}")
-    print(f"next: give --tokenizer {facts['name']} to a prepare script")
+    word = facts["name"] if path.parent == DATA_FOLDER else path
+    print(f"next: give --tokenizer {word} to a prepare script")

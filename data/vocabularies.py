@@ -13,6 +13,7 @@ from setup_tokenizer import GPT2, TOKENIZER_NAME, Tokenizer, parse_tokenizer
 
 DATA_FOLDER = Path(__file__).resolve().parent
 SUFFIX = "-tokenizer.json"
+GPT2_NAMES = ("gpt2", TOKENIZER_NAME)  # of GPT-2's tokenizer, and of no other one
 
 
 def tokenizer_path(folder: Path, name: str) -> Path:
@@ -23,21 +24,30 @@ def tokenizer_path(folder: Path, name: str) -> Path:
 def open_tokenizer(word: str, folder: Path) -> Tokenizer:
     """The tokenizer that --tokenizer names: "gpt2", a name, or a file in the layout of tokenizer.json.
 
-    A name is looked up in `folder`, then in the project's data folder. Raises UserError if there is no such tokenizer.
+    A folder means its tokenizer.json. A name is looked up in `folder`, then in the project's data folder. Raises
+    UserError if there is no such tokenizer, or if it has a name of GPT-2's and another vocabulary.
     """
-    if word in ("gpt2", TOKENIZER_NAME):
+    if word in GPT2_NAMES:
         return GPT2
     if word.endswith(".json") or "/" in word:
-        return _read(Path(word), name_of(Path(word)))
+        path = Path(word, "tokenizer.json") if Path(word).is_dir() else Path(word)
+        tokenizer = _read(path, name_of(path))
+        if tokenizer != GPT2 and tokenizer.name in GPT2_NAMES:
+            raise UserError(
+                f"{path} is not GPT-2's vocabulary, but its name would be {tokenizer.name}; give it another one: "
+                f"cp {path} own-tokenizer.json"
+            )
+        return tokenizer
     for data_folder in (folder, DATA_FOLDER):
         if (path := tokenizer_path(data_folder, word)).is_file():
             return _read(path, word)
     paths = [*folder.glob(f"*{SUFFIX}"), *DATA_FOLDER.glob(f"*{SUFFIX}")]
     known = sorted({path.name.removesuffix(SUFFIX) for path in paths})
     others = f" (there are gpt2, {', '.join(known)})" if known else ""
+    name = word if name_of(Path(word)) == word else "NAME"  # which it would have to be called
     raise UserError(
-        f"the tokenizer {word} is not in {folder}{others}; train it with: "
-        f"python data/train-tokenizer.py --name {word} --input FILE"
+        f"the tokenizer {word!r} is not in {folder}{others}; train one with: "
+        f"python data/train-tokenizer.py --name {name} --input FILE"
     )
 
 
@@ -56,7 +66,7 @@ def tokenizer_of(folder: Path, dataset: str, name: str, digest: str | None, comm
 
     Raises UserError if its file is missing or contains another vocabulary.
     """
-    if name == TOKENIZER_NAME:
+    if name == TOKENIZER_NAME and digest is None:
         return GPT2
     path = tokenizer_path(folder, name)
     if not path.is_file():

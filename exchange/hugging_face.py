@@ -21,6 +21,7 @@ from torch import Tensor
 from common.cli import UserError, first_cause
 from common.embedding import extended_embedding
 from common.hub import fetch_file
+from common.tokenizer_json import stored_name
 from exchange.tokenizer_files import vocabulary
 from model import GPT, GPTConfig, padded_vocab_size
 from setup_tokenizer import ENDOFTEXT_ID, GPT2, IM_END, IM_START, Tokenizer, parse_tokenizer
@@ -44,6 +45,7 @@ def load_folder(path: Path, parts: Collection[str]) -> dict:
     not a GPT-2.
     """
     settings = _read_json(_file(path, "config.json"))
+    _require_supported(path, settings)
     tokenizer, tokenizer_ids = _tokenizer_of(path)
     config = model_config(path, settings, tokenizer)
     info = {
@@ -83,27 +85,31 @@ def _is_chat(path: Path) -> bool:
 # ---- config.json ---------------------------------------------------------------------------------------------------
 
 
+def _require_supported(path: Path, settings: Mapping) -> None:
+    """Raise UserError for a config.json that describes another kind of model, or features that `model.GPT` lacks."""
+    n_embd = settings.get("n_embd")
+    accepted = {  # the first value is the one that a missing entry means
+        "model_type": ("gpt2",),
+        "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
+        "n_inner": (None, 4 * n_embd if isinstance(n_embd, int) else None),
+        "layer_norm_epsilon": (1e-5,),
+        "scale_attn_weights": (True,),
+        "scale_attn_by_inverse_layer_idx": (False,),
+        "add_cross_attention": (False,),
+        "tie_word_embeddings": (True,),
+    }
+    for name, values in accepted.items():
+        if settings.get(name, values[0]) not in values:
+            expected = " or ".join(map(json.dumps, values))
+            raise UserError(
+                f"{path} has {name} {json.dumps(settings[name])} and only {expected} is supported; use another model"
+            )
+
+
 def model_config(path: Path, settings: Mapping, tokenizer: Tokenizer = GPT2) -> GPTConfig:
-    """The shape of the model that a config.json describes. Raises UserError for features that `model.GPT` lacks."""
+    """The shape of the model that a config.json describes. Raises UserError if it does not fit the tokenizer."""
     try:
-        n_embd, vocab_size = settings["n_embd"], settings["vocab_size"]
-        accepted = {  # the first value is the one that a missing entry means
-            "model_type": ("gpt2",),
-            "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
-            "n_inner": (None, 4 * n_embd),
-            "layer_norm_epsilon": (1e-5,),
-            "scale_attn_weights": (True,),
-            "scale_attn_by_inverse_layer_idx": (False,),
-            "add_cross_attention": (False,),
-            "tie_word_embeddings": (True,),
-        }
-        for name, values in accepted.items():
-            if settings.get(name, values[0]) not in values:
-                expected = " or ".join(map(json.dumps, values))
-                raise UserError(
-                    f"{path} has {name} {json.dumps(settings[name])} and only {expected} is supported; use another "
-                    "model"
-                )
+        vocab_size = settings["vocab_size"]
         padded = padded_vocab_size(tokenizer.n_vocab)
         if not tokenizer.im_start <= vocab_size <= padded:
             whose = "GPT-2's" if tokenizer == GPT2 else "its tokenizer's"
@@ -117,7 +123,7 @@ def model_config(path: Path, settings: Mapping, tokenizer: Tokenizer = GPT2) -> 
             n_vocab=tokenizer.n_vocab,
             n_layer=settings["n_layer"],
             n_head=settings["n_head"],
-            n_embd=n_embd,
+            n_embd=settings["n_embd"],
         )
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(
@@ -313,7 +319,11 @@ def _tokenizer_of(path: Path) -> tuple[Tokenizer, dict[str, int]]:
     except (KeyError, TypeError) as error:
         raise UserError(f"{file} is not a GPT-2 tokenizer ({error}); use another model") from error
     if file.name == "tokenizer.json":
-        tokenizer = parse_tokenizer(path.resolve().name, file.read_text(encoding="utf-8"), str(file))
+        name = stored_name(_read_json(file)) or path.resolve().name
+        try:
+            tokenizer = parse_tokenizer(name, file.read_text(encoding="utf-8"), str(file))
+        except UserError as error:  # without its remedy, another tokenizer
+            raise UserError(f"{str(error).partition(';')[0]}; use another model") from error
         if all(ids.get(token) == id_ for id_, token in enumerate(vocabulary(tokenizer))):
             return tokenizer, ids
     raise UserError(

@@ -54,9 +54,9 @@ def base_vocabulary(tokenizer: Tokenizer) -> layout.Vocabulary:
 
 
 def tokenizer_json(n_vocab: int, tokenizer: Tokenizer = GPT2) -> dict:
-    """tokenizer.json for Hugging Face's tokenizers, with the control tokens whose ids are below `n_vocab`."""
+    """tokenizer.json for Hugging Face's tokenizers, with its name and the control tokens below `n_vocab`."""
     controls = {token: id_ for token, id_ in tokenizer.special_tokens.items() if id_ < n_vocab}
-    return layout.tokenizer_json(base_vocabulary(tokenizer), controls)
+    return layout.tokenizer_json(base_vocabulary(tokenizer), controls, {"name": tokenizer.name})
 
 
 def tokenizer_config(n_vocab: int, block_size: int, is_chat: bool, tokenizer: Tokenizer = GPT2) -> dict:

@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import regex  # tiktoken depends on it; Python's own re does not support \p{L}
 
-from common.cli import check_options, option, parse_options, run_script
+from common.cli import UserError, check_options, option, parse_options, run_script
 from common.tokenizer_json import GPT2_PATTERN, byte_characters
 from data.readers.text import read_text_documents
 
@@ -109,6 +109,8 @@ def encode(text: str, merges: Mapping[Pair, int], pattern: str = GPT2_PATTERN) -
 def main() -> None:
     options = parse_options(LearnOptions, __doc__)
     texts = list(read_text_documents(options.input)) if options.input else [EXAMPLE]
+    if not texts:
+        raise UserError(f"{options.input} contains no text; give --input a file that contains some")
     line = texts[0].strip().split("\n")[0]
     tokens = {id_: bytes([byte]) for byte, id_ in byte_ids().items()}
     merges: dict[Pair, int] = {}

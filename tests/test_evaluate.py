@@ -367,7 +367,7 @@ def test_8_bit_weights_cost_a_little_and_not_nothing(tmp_path, monkeypatch, caps
     [
         ({}, {"dataset": "nowhere"}, {}, "nowhere-train.bin not found; run: "),
         ({}, {"dataset": "unknown"}, {}, "name a data set with --dataset"),
-        ({}, {"tokenizer": {"name": "char"}}, {}, "does not contain its tokenizer char"),
+        ({}, {"tokenizer": {"name": "char"}}, {}, "lacks its tokenizer char"),
         ({"n_vocab": 50257, "vocab_size": 50257}, {"dataset": "chat"}, {}, "the model has 50257 ids"),
         ({}, {}, {"stride": BLOCK_SIZE + 1}, "exceeds the block size 16"),
     ],

@@ -228,3 +228,13 @@ def test_a_folder_is_recognised_by_what_it_is(saved, tmp_path, monkeypatch):
     assert not is_hugging_face(Path("models/gpt2.pt"))
     Path("gpt2").write_bytes(b"a checkpoint")
     assert not is_hugging_face(Path("gpt2"))  # a file of that name is meant
+
+
+def test_of_another_kind_of_model_the_kind_is_named_not_its_tokenizer(copy):
+    content = {"model": {"type": "Unigram", "vocab": [["a", 0]]}, "added_tokens": []}
+    (copy / "tokenizer.json").write_text(json.dumps(content), "utf-8")
+    with pytest.raises(UserError, match=r"tokenizer.json is not a GPT-2 tokenizer|of the kind 'Unigram'; use"):
+        load_checkpoint(copy)
+    (copy / "config.json").write_text(json.dumps({"model_type": "llama", "vocab_size": 32000}), "utf-8")
+    with pytest.raises(UserError, match='has model_type "llama" and only "gpt2" is supported; use another model'):
+        load_checkpoint(copy)

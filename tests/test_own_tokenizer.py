@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -39,7 +40,7 @@ WORDS = [
     *("the", "cat", "sat", "on", "a", "mat", "and", "the", "dog", "ran", "to", "naïve", "漢字", "cafés"),
     *("in", "1984", "it's", "user", "assistant", "system", "😀"),
 ]
-TEXT = [" ".join(WORDS[(n * k) % len(WORDS)] for k in range(1, 40)) + f".\n\n  The end of {n}." for n in range(120)]
+TEXT = [" ".join(WORDS[(n * k) % len(WORDS)] for k in range(1, 40)) + f".\n\n  The end of {n}." for n in range(200)]
 CHAT = [
     [
         *([{"role": "system", "content": "\n Be kind."}] if n % 3 else []),
@@ -210,7 +211,10 @@ def test_bits_per_byte_compare_across_vocabularies(models, folder):
     for report in reports.values():
         mine, other = (result["all"] for result in report["results"])
         assert mine["text_bytes"] == other["text_bytes"] and mine["tokens"] != other["tokens"]
-        assert report["verdict"]["bootstrap"] is None or report["verdict"]["bootstrap"]["measure"] == "bits per byte"
+        bootstrap = report["verdict"]["bootstrap"]
+        assert bootstrap["measure"] == "bits per byte" and bootstrap["units"] == "60 documents"
+        best, second = sorted((mine["bits_per_byte"], other["bits_per_byte"]))
+        assert bootstrap["difference"] == pytest.approx(second - best, rel=1e-4)
     # The same model scores the same on a split that was encoded for it and on one that is encoded again.
     for index in range(2):
         numbers = [report["results"][index]["all"] for report in reports.values()]
@@ -241,7 +245,8 @@ def test_transformers_reads_an_export_and_so_do_we(models, tales, tmp_path):
     ids = theirs.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
     assert ids == tales.encode_chat(messages, add_generation_prompt=True)
     model, info = load_model(tmp_path / "out")
-    assert Tokenizer.from_info(info, "out").digest == tales.digest
+    imported = Tokenizer.from_info(info, "out")
+    assert (imported.name, imported.digest) == ("tales", tales.digest)
     original, _ = load_model(models / "talk10.pt")
     other = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
     x = torch.tensor([ids])
@@ -283,6 +288,46 @@ def test_weights_of_another_vocabulary_are_refused(models, folder, tmp_path):
     assert run(folder, tmp_path, dataset="mine", init_from=str(models / "mine10.pt"), max_iters=2) == 0
 
 
+def test_a_vocabulary_stays_the_same_under_another_name(models, folder, tales, tmp_path, capsys):
+    (tmp_path / "bought").mkdir()
+    shutil.copy(folder / "tales-tokenizer.json", tmp_path / "bought" / "tokenizer.json")
+    renamed = open_tokenizer(str(tmp_path / "bought"), folder)  # a folder means its tokenizer.json
+    assert renamed.name == "bought" and renamed == tales and renamed != GPT2
+    data = shutil.copytree(folder, tmp_path / "data")
+    options = PrepareOptions(output_dir=str(data), workers=1, tokenizer=str(tmp_path / "bought" / "tokenizer.json"))
+    prepare(Dataset("more", "text", "a test", "MIT"), options, Corpus(TEXT))
+    assert open_data("mine=0.5,more=0.5", str(data)).tokenizer == tales
+    assert run(data, tmp_path / "new", dataset="more", init_from=str(models / "mine10.pt"), max_iters=2) == 0
+    capsys.readouterr()
+    measure(EvaluateOptions((str(models / "mine10.pt"),), dataset=("more",), data_dir=str(data), device="cpu"))
+    assert "encoded again" not in capsys.readouterr().out
+
+
+def test_gpt2s_names_are_only_those_of_its_vocabulary(folder, tmp_path):
+    from exchange.tokenizer_files import tokenizer_json
+
+    for name in ("gpt2", "gpt2_chatml"):
+        (tmp_path / name).mkdir()
+        path = tmp_path / name / "tokenizer.json"
+        path.write_text(json.dumps(tokenizer_json(GPT2.n_vocab)), "utf-8")
+        assert open_tokenizer(str(path), folder) is GPT2
+        shutil.copy(folder / "tales-tokenizer.json", path)
+        with pytest.raises(UserError, match=f"not GPT-2's vocabulary, but its name would be {name};") as caught:
+            open_tokenizer(str(path), folder)
+        subprocess.run(str(caught.value).rpartition(": ")[2], shell=True, check=True, cwd=tmp_path)
+        assert open_tokenizer(str(tmp_path / "own-tokenizer.json"), folder).name == "own"
+
+
+def test_the_command_for_damaged_data_keeps_its_tokenizer(folder, tmp_path):
+    copy = shutil.copytree(folder, tmp_path / "data")
+    for name, command in (("mine", "--name mine --tokenizer tales"), ("other", "--name other")):
+        content = bytearray((copy / f"{name}-val.bin").read_bytes())
+        content[0] ^= 1
+        (copy / f"{name}-val.bin").write_bytes(content)
+        with pytest.raises(UserError, match=f"does not match the sha256 .* {command}$"):
+            open_dataset(copy, name)
+
+
 def test_a_missing_or_other_vocabulary_is_refused(folder, tmp_path):
     copy = shutil.copytree(folder, tmp_path / "data")
     (copy / "tales-tokenizer.json").unlink()
@@ -294,8 +339,10 @@ def test_a_missing_or_other_vocabulary_is_refused(folder, tmp_path):
     (copy / "tales-tokenizer.json").write_bytes(b"\xff\xfe")
     with pytest.raises(UserError, match="is not UTF-8 text"):
         open_dataset(copy, "mine")
-    with pytest.raises(UserError, match=r"the tokenizer nothing is not in .*train-tokenizer.py --name nothing"):
+    with pytest.raises(UserError, match=r"the tokenizer 'nothing' is not in .*train-tokenizer.py --name nothing"):
         open_tokenizer("nothing", copy)
+    with pytest.raises(UserError, match=r"the tokenizer 'my tales' is not in .*--name NAME --input FILE$"):
+        open_tokenizer("my tales", copy)
     with pytest.raises(UserError, match=r"no.json not found"):
         open_tokenizer(str(tmp_path / "no.json"), copy)
 
@@ -323,7 +370,7 @@ def test_a_checkpoint_without_its_vocabulary_is_refused(models, tmp_path):
     model, info = load_model(models / "mine10.pt")
     broken = {**info, "tokenizer": {"name": "tales", "n_vocab": 403}}
     save_checkpoint(tmp_path / "broken.pt", model, broken)
-    with pytest.raises(UserError, match=r"broken.pt does not contain its tokenizer tales"):
+    with pytest.raises(UserError, match=r"broken.pt lacks its tokenizer tales"):
         Tokenizer.from_info(load_any(tmp_path / "broken.pt", ("info",))["info"], "broken.pt")
 
 

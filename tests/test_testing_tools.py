@@ -14,6 +14,8 @@ import numpy as np
 import pytest
 
 from data.token_stream import TokenStream
+from data.tokenizer_training import TrainTokenizerOptions, train_tokenizer
+from data.vocabularies import open_tokenizer
 from setup_tokenizer import (
     encode_chat,
     get_base_tokenizer,
@@ -128,6 +130,20 @@ def test_the_comparison_reads_data_sets_and_chat_files(tmp_path):
         done = run_tool(TOOLS / "compare_tokenizers.py", *source, "--repeats", 1, cwd=tmp_path)
         assert (done.returncode, done.stderr) == (0, "")
         assert "conversations, " in done.stdout and "historical wrapper" in done.stdout
+
+
+def test_own_tokenizers_are_compared_under_their_words(tmp_path):
+    words = []
+    for name, size in (("extended", 270), ("GPT-2", 272)):  # the names of built-in rows
+        options = TrainTokenizerOptions(
+            input=(str(tmp_path / "a.txt"),), name=name, vocab_size=size, output_dir=str(tmp_path)
+        )
+        (tmp_path / "a.txt").write_text("the cat sat on the mat, and the hat. " * 50, encoding="utf-8")
+        words.append(str(train_tokenizer(options)))
+    others = {word: open_tokenizer(word, tmp_path) for word in words}
+    results = {result.name: result.tokens for result in compare.compare(CONVERSATIONS[:1], 1, others)}
+    assert list(results)[-2:] == words and results["GPT-2"] == compare.compare(CONVERSATIONS[:1], 1)[0].tokens
+    assert all(compare.forged_ids(others)[word] == 0 for word in words)
 
 
 def test_the_comparison_refuses_what_is_no_chat(tmp_path):

@@ -22,6 +22,7 @@ from data.tokenizer_texts import ChosenTexts, SpreadSample, bytes_that_fit, surv
 from data.tokenizer_training import TrainTokenizerOptions, learn, train_tokenizer
 from setup_tokenizer import SPECIAL_TOKENS, get_base_tokenizer
 from tests.generated_texts import generated_texts
+from tests.test_layouts import telegram
 
 ROOT = Path(__file__).resolve().parent.parent
 STORIES = [f"Once upon a time there were {n} cats and {n * n} dogs. They didn't play.\n\nThe end." for n in range(200)]
@@ -115,6 +116,32 @@ def test_neither_threads_nor_the_order_of_texts_change_the_vocabulary():
 def test_the_same_files_give_the_same_bytes(stories, tmp_path):
     first = trained(stories)[1].read_bytes()
     assert trained(stories, force=True)[1].read_bytes() == first
+
+
+def test_the_order_of_the_files_does_not_matter(tmp_path, quick_disk):
+    paths = [tmp_path / name for name in ("a.txt", "b.txt")]
+    for path, texts in zip(paths, (STORIES[:120], STORIES[120:]), strict=True):
+        path.write_text("\n<|endoftext|>\n".join(texts), "utf-8")
+    files = [
+        trained(paths[0], input=tuple(map(str, order)), max_bytes=4000, force=True)[1].read_bytes()
+        for order in (paths, paths[::-1])
+    ]
+    assert files[0] == files[1]
+
+
+def test_exports_of_messengers_and_dumps_are_read_as_the_prepare_scripts_read_them(tmp_path, quick_disk):
+    export = telegram(*[(("Al", "Bo")[n % 2], n // 10, f"zap {n} zap") for n in range(90)])
+    path = tmp_path / "result.json"
+    path.write_text(json.dumps(export), "utf-8")
+    with pytest.raises(UserError, match='give --me "Bo"'):
+        trained(path, vocab_size=264)
+    assert "Ġzap" in trained(path, vocab_size=264, me="Bo")[0]["model"]["vocab"]
+    dump = tmp_path / "dump.txt"
+    dump.write_text("<|endoftext|>".join(STORIES), "utf-8")
+    sizes = [
+        facts_of(dump, name=f"divided{divide}", divide_within_lines=divide)["text_bytes"] for divide in (False, True)
+    ]
+    assert sizes[0] - sizes[1] == 199 * len("<|endoftext|>")
 
 
 # --- what is read ---
@@ -309,6 +336,13 @@ def test_the_lesson_learns_the_merges_of_the_library_and_encodes_alike(lesson, t
     ids = {merge.pair: merge.new for merge in merges}
     assert [lesson.encode(text, ids, pattern) for text in texts] == [tokenizer.encode(text).ids for text in texts]
     assert merges[-1].n_tokens == sum(len(tokenizer.encode(text).ids) for text in texts)
+
+
+def test_the_lesson_needs_text(lesson, tmp_path, monkeypatch):
+    (tmp_path / "blank.txt").write_text(" \n\n  \n", "utf-8")
+    monkeypatch.setattr(sys, "argv", ["learn_bpe.py", "--input", str(tmp_path / "blank.txt")])
+    with pytest.raises(UserError, match=r"blank.txt contains no text; give --input a file that contains some"):
+        lesson.main()
 
 
 def test_the_lesson_prints_what_each_merge_makes(lesson, monkeypatch, capsys):

@@ -13,7 +13,7 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from common.cli import UserError
+from common.cli import UserError, option
 from data.counts import Skipped, n_dropped, nothing_usable, reasons_in_words
 from data.documents import Document
 from data.layouts.chat import conversations, known_layouts, layout_of
@@ -27,6 +27,24 @@ from data.readers.text import read_text_documents, text_layout
 # Records of these layouts are chat even if they also have the text field.
 CERTAIN_LAYOUTS = ("messages", "sharegpt", "oasst trees", "oasst messages", "alpaca", "dolly", "preference data")
 FIRST_RECORDS = 1000  # they decide what a file contains and whether most of its records are unusable
+
+
+@dataclass(frozen=True)
+class ReadingOptions:
+    """How files are read; options of the scripts that read any files."""
+
+    field: str = option(
+        "text", "field with the text, in records that are not conversations", metavar="NAME", group="data"
+    )
+    divide_within_lines: bool = option(
+        False, "let <|endoftext|> separate texts within a line, too, not only on its own line", group="data"
+    )
+    me: str | None = option(
+        None,
+        "in a Telegram, Discord or WhatsApp export: the person whose messages become the assistant's",
+        metavar="NAME",
+        group="data",
+    )
 
 
 class UnknownContent(UserError):
