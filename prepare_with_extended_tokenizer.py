@@ -184,8 +184,15 @@ def encode_all_again(names: list[str], options: ExtendedOptions) -> None:
             print(f"{name} not encoded again: {error}", file=sys.stderr)
             failed.append(name)
     if failed:
-        commands = "; ".join(prepare_command(name, prepared_by_us(output_folder(options), name)) for name in failed)
+        commands = "; ".join(command_again(name, options) for name in failed)
         raise UserError(f"{len(failed)} of {len(names)} data sets were not encoded again; run: {commands}")
+
+
+def command_again(name: str, options: ExtendedOptions) -> str:
+    """The command that prepares a data set again, with the tokenizer of --tokenizer or its own."""
+    if options.tokenizer:
+        return f"{prepare_command(name)} --tokenizer {options.tokenizer}"
+    return prepare_command(name, prepared_by_us(output_folder(options), name))
 
 
 def encode_again(name: str, options: ExtendedOptions) -> None:

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import tiktoken
 
 from common.cli import UserError
-from common.gpt2_vocabulary import GPT2_DIGEST, packaged_gpt2_ranks
+from common.gpt2_vocabulary import packaged_gpt2_ranks
 from common.tokenizer_json import GPT2_PATTERN, Vocabulary, parse_tokenizer_json, tokenizer_json
 
 if TYPE_CHECKING:
@@ -38,6 +38,7 @@ SPECIAL_TOKENS = {ENDOFTEXT: 50256, IM_START: 50257, IM_END: 50258}
 ENDOFTEXT_ID, IM_START_ID, IM_END_ID = SPECIAL_TOKENS.values()
 N_GPT2_VOCAB, N_VOCAB = 50257, 50259  # without ChatML's ids and with them
 TOKENIZER_NAME = "gpt2_chatml"
+GPT2_NAMES = ("gpt2", TOKENIZER_NAME)  # which no other tokenizer may have
 
 
 def control_ids(n_vocab: int) -> tuple[int, int, int]:
@@ -394,6 +395,5 @@ def _encoding(tokenizer: Tokenizer) -> tiktoken.Encoding:
 
 @functools.lru_cache(maxsize=8)
 def parse_tokenizer(name: str, text: str, where: str) -> Tokenizer:
-    """The tokenizer in a text of the tokenizer.json layout; GPT2 for GPT-2's. Raises UserError, which names `where`."""
-    vocabulary = parse_tokenizer_json(text, where)
-    return GPT2 if vocabulary.digest == GPT2_DIGEST else Tokenizer.from_vocabulary(name, vocabulary)
+    """The tokenizer in a text of the tokenizer.json layout. Raises UserError, which names `where`."""
+    return Tokenizer.from_vocabulary(name, parse_tokenizer_json(text, where))

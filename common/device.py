@@ -46,7 +46,7 @@ def device_option(group: str | None = "device") -> Any:
     """The option --device; see `choose_device`."""
     return option(
         None,
-        "cpu, mps, cuda or cuda:N (default: the best one; with CUDA devices, a terminal asks)",
+        "cpu, mps, cuda or cuda:N (default: the best one; in a terminal, you may choose a CUDA device)",
         group=group,
         metavar="NAME",
     )

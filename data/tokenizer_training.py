@@ -28,8 +28,8 @@ from data.readers.files import ALL_SUFFIXES
 from data.readers.inputs import check_encoding, input_files, parse_suffixes
 from data.readers.recognize import ReadingOptions, recognize_files
 from data.tokenizer_texts import ChosenTexts, bytes_that_fit, survey
-from data.vocabularies import GPT2_NAMES, tokenizer_path
-from setup_tokenizer import ENDOFTEXT, IM_END, IM_START, encode_text, get_base_tokenizer
+from data.vocabularies import tokenizer_path
+from setup_tokenizer import ENDOFTEXT, GPT2_NAMES, IM_END, IM_START, encode_text, get_base_tokenizer
 
 CONTROL_TOKENS = (ENDOFTEXT, IM_START, IM_END)  # the last ids, in this order
 N_BYTES = 256
@@ -109,7 +109,7 @@ def train_tokenizer(options: TrainTokenizerOptions) -> Path:
     refuse_to_replace(path, options)
     suffixes = parse_suffixes(options.suffix)
     files = input_files(options.input, ALL_SUFFIXES, suffixes, encoding=options.encoding, has_suffix_option=True)
-    files = sorted(files, key=lambda file: (file.name, file))  # the same files give the same tokenizer in any order
+    files = sorted(files, key=lambda file: (file.name, digest_of_files([file])))  # so that their order does not matter
     found = recognize_files(files, options.input, options.field, options.divide_within_lines, options.me)
     surveyed, pattern = survey(found), PATTERNS[options.pattern]
     max_bytes = options.max_bytes or bytes_that_fit(surveyed.sample, pattern)

@@ -9,11 +9,10 @@ from pathlib import Path
 from common.cli import UserError
 from common.files import atomic_write
 from common.tokenizer_json import tokenizer_json
-from setup_tokenizer import GPT2, TOKENIZER_NAME, Tokenizer, parse_tokenizer
+from setup_tokenizer import GPT2, GPT2_NAMES, TOKENIZER_NAME, Tokenizer, parse_tokenizer
 
 DATA_FOLDER = Path(__file__).resolve().parent
 SUFFIX = "-tokenizer.json"
-GPT2_NAMES = ("gpt2", TOKENIZER_NAME)  # of GPT-2's tokenizer, and of no other one
 
 
 def tokenizer_path(folder: Path, name: str) -> Path:
@@ -24,26 +23,27 @@ def tokenizer_path(folder: Path, name: str) -> Path:
 def open_tokenizer(word: str, folder: Path) -> Tokenizer:
     """The tokenizer that --tokenizer names: "gpt2", a name, or a file in the layout of tokenizer.json.
 
-    A folder means its tokenizer.json. A name is looked up in `folder`, then in the project's data folder. Raises
-    UserError if there is no such tokenizer, or if it has a name of GPT-2's and another vocabulary.
+    A name is looked up in `folder`, then in the project's data folder. A model's folder means its tokenizer.json.
+    Raises UserError if there is no such tokenizer, or if it would have a name of GPT-2's.
     """
     if word in GPT2_NAMES:
         return GPT2
     if word.endswith(".json") or "/" in word:
         path = Path(word, "tokenizer.json") if Path(word).is_dir() else Path(word)
-        tokenizer = _read(path, name_of(path))
-        if tokenizer != GPT2 and tokenizer.name in GPT2_NAMES:
+        if name_of(path) in GPT2_NAMES:
             raise UserError(
-                f"{path} is not GPT-2's vocabulary, but its name would be {tokenizer.name}; give it another one: "
-                f"cp {path} own-tokenizer.json"
+                f"{path} would be called {name_of(path)}, which is the name of GPT-2's own tokenizer; copy it to "
+                f"another name: cp {path} own-tokenizer.json"
             )
-        return tokenizer
+        return _read(path, name_of(path))
     for data_folder in (folder, DATA_FOLDER):
         if (path := tokenizer_path(data_folder, word)).is_file():
             return _read(path, word)
     paths = [*folder.glob(f"*{SUFFIX}"), *DATA_FOLDER.glob(f"*{SUFFIX}")]
     known = sorted({path.name.removesuffix(SUFFIX) for path in paths})
     others = f" (there are gpt2, {', '.join(known)})" if known else ""
+    if Path(word, "tokenizer.json").is_file():
+        return open_tokenizer(f"{word}/tokenizer.json", folder)
     name = word if name_of(Path(word)) == word else "NAME"  # which it would have to be called
     raise UserError(
         f"the tokenizer {word!r} is not in {folder}{others}; train one with: "

@@ -24,7 +24,7 @@ from common.hub import fetch_file
 from common.tokenizer_json import stored_name
 from exchange.tokenizer_files import vocabulary
 from model import GPT, GPTConfig, padded_vocab_size
-from setup_tokenizer import ENDOFTEXT_ID, GPT2, IM_END, IM_START, Tokenizer, parse_tokenizer
+from setup_tokenizer import ENDOFTEXT_ID, GPT2, GPT2_NAMES, IM_END, IM_START, Tokenizer, parse_tokenizer
 
 # OpenAI's weights on the hub, by the names of our presets.
 HUB_MODELS = {name: f"openai-community/{name}" for name in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")}
@@ -91,7 +91,7 @@ def _require_supported(path: Path, settings: Mapping) -> None:
     accepted = {  # the first value is the one that a missing entry means
         "model_type": ("gpt2",),
         "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
-        "n_inner": (None, 4 * n_embd if isinstance(n_embd, int) else None),
+        "n_inner": (None, 4 * n_embd if isinstance(n_embd, int) else settings.get("n_inner")),
         "layer_norm_epsilon": (1e-5,),
         "scale_attn_weights": (True,),
         "scale_attn_by_inverse_layer_idx": (False,),
@@ -319,11 +319,12 @@ def _tokenizer_of(path: Path) -> tuple[Tokenizer, dict[str, int]]:
     except (KeyError, TypeError) as error:
         raise UserError(f"{file} is not a GPT-2 tokenizer ({error}); use another model") from error
     if file.name == "tokenizer.json":
-        name = stored_name(_read_json(file)) or path.resolve().name
+        names = [stored_name(_read_json(file)), re.sub(r"[^A-Za-z0-9_-]+", "_", path.resolve().name).strip("_-"), "own"]
+        name = next(name for name in names if name and name not in GPT2_NAMES)
         try:
             tokenizer = parse_tokenizer(name, file.read_text(encoding="utf-8"), str(file))
         except UserError as error:  # without its remedy, another tokenizer
-            raise UserError(f"{str(error).partition(';')[0]}; use another model") from error
+            raise UserError(f"{str(error).partition('; ')[0]}; use another model") from error
         if all(ids.get(token) == id_ for id_, token in enumerate(vocabulary(tokenizer))):
             return tokenizer, ids
     raise UserError(

@@ -129,6 +129,11 @@ def read_conversations(options: CompareOptions) -> tuple[str, list[list[dict]]]:
     return name, conversations
 
 
+def own_tokenizers(options: CompareOptions) -> dict[str, Tokenizer]:
+    """The tokenizers that --tokenizer names, under names that no other row has."""
+    return {f"tokenizer {word}": open_tokenizer(word, Path(options.data_dir)) for word in options.tokenizer}
+
+
 def compare(
     conversations: Sequence[list[dict]], repeats: int, others: Mapping[str, Tokenizer] | None = None
 ) -> list[Measured]:
@@ -186,7 +191,7 @@ def main() -> None:
     name, conversations = read_conversations(options)
     n_messages = sum(map(len, conversations))
     print(f"{name}: {len(conversations):,} conversations, {n_messages:,} messages")
-    others = {f"tokenizer {word}": open_tokenizer(word, Path(options.data_dir)) for word in options.tokenizer}
+    others = own_tokenizers(options)
     results = compare(conversations, options.repeats, others)
     forged = forged_ids(others)
     baseline = results[0]

@@ -185,6 +185,20 @@ def test_text_that_is_read_several_times_has_its_own_recipe():
     assert {name: getattr(small, name) for name in RECIPE} == defaults, "only with --preset auto"
 
 
+def test_text_that_is_read_6_times_has_dropout_unless_it_takes_too_long():
+    def dropout(minutes: float, facts=STORIES, slower: float = 1.1, **given) -> float:
+        machine = Machine(3e11)
+        iteration_s = machine.iteration_s
+        machine.iteration_s = lambda config, size=0.0: iteration_s(config) * (slower if config.dropout else 1)
+        return machine.config(facts, preset="auto", minutes=minutes, **given).dropout
+
+    assert dropout(15) == 0, "4 epochs"
+    assert dropout(30) == 0.05 and dropout(30, dropout=0.0) == 0 and dropout(15, dropout=0.2) == 0.2
+    assert dropout(30, slower=3) == 0, "and with it less than 6 epochs"
+    assert dropout(60, {**facts_of("chat", 1_000_000), "n_vocab": 4096}) == 0
+    assert Machine(3e11).config(preset="tiny", minutes=60).dropout == 0
+
+
 def test_text_has_attention_inside_documents_unless_it_is_compared_with_published_losses():
     def has_mask(facts=STORIES, **given) -> bool:
         return Machine(3e11).config(facts, minutes=5, **{"preset": "auto", **given}).document_mask
@@ -276,6 +290,7 @@ def test_a_run_is_chosen_from_real_steps_and_is_that_of_the_same_numbers(tmp_pat
     assert train.run_to_end(training, None, lambda: StopAfter(5)) == 130
 
     by_hand = {"n_layer": 1, "n_head": 1, "n_embd": 32, "max_iters": 152, "document_mask": True, **RECIPE}
+    by_hand["dropout"] = 0.05
     assert run(data, tmp_path / "hand", plain=True, stop_after=5, **by_hand) == 130
     assert losses(tmp_path / "auto" / "text152.jsonl") == losses(tmp_path / "hand" / "text152.jsonl")
 

@@ -33,6 +33,7 @@ from generation.sampling import Sampling
 from setup_tokenizer import GPT2, IM_END, IM_START, ROLES, Tokenizer
 from tests.tiny import run
 from training.datasets import open_data
+from training.resume import require_same_data
 from training.rows import first_spoken_ids
 from training.targets import assistant_targets, document_numbers
 
@@ -297,25 +298,30 @@ def test_a_vocabulary_stays_the_same_under_another_name(models, folder, tales, t
     options = PrepareOptions(output_dir=str(data), workers=1, tokenizer=str(tmp_path / "bought" / "tokenizer.json"))
     prepare(Dataset("more", "text", "a test", "MIT"), options, Corpus(TEXT))
     assert open_data("mine=0.5,more=0.5", str(data)).tokenizer == tales
+    info = load_any(models / "mine10.pt", ("info",))["info"]
+    facts = {**info["data"], "tokenizer": "bought"}
+    require_same_data(facts, info, "mine10.pt")
+    with pytest.raises(UserError, match="uses the tokenizer tales and the data bought"):
+        require_same_data({**facts, "tokenizer_digest": "another"}, info, "mine10.pt")
     assert run(data, tmp_path / "new", dataset="more", init_from=str(models / "mine10.pt"), max_iters=2) == 0
     capsys.readouterr()
     measure(EvaluateOptions((str(models / "mine10.pt"),), dataset=("more",), data_dir=str(data), device="cpu"))
     assert "encoded again" not in capsys.readouterr().out
 
 
-def test_gpt2s_names_are_only_those_of_its_vocabulary(folder, tmp_path):
-    from exchange.tokenizer_files import tokenizer_json
-
+def test_gpt2s_names_are_only_those_of_its_tokenizer(models, folder, tmp_path):
     for name in ("gpt2", "gpt2_chatml"):
         (tmp_path / name).mkdir()
         path = tmp_path / name / "tokenizer.json"
-        path.write_text(json.dumps(tokenizer_json(GPT2.n_vocab)), "utf-8")
-        assert open_tokenizer(str(path), folder) is GPT2
         shutil.copy(folder / "tales-tokenizer.json", path)
-        with pytest.raises(UserError, match=f"not GPT-2's vocabulary, but its name would be {name};") as caught:
+        with pytest.raises(UserError, match=f"would be called {name}, which is the name of GPT-2's own") as caught:
             open_tokenizer(str(path), folder)
         subprocess.run(str(caught.value).rpartition(": ")[2], shell=True, check=True, cwd=tmp_path)
         assert open_tokenizer(str(tmp_path / "own-tokenizer.json"), folder).name == "own"
+    export(ExportOptions(str(models / "mine10.pt"), str(tmp_path / "out" / "gpt2")))
+    path = tmp_path / "out" / "gpt2" / "tokenizer.json"
+    path.write_text(path.read_text("utf-8").replace('"name": "tales"', '"name": "gpt2"'), "utf-8")
+    assert Tokenizer.from_info(load_model(path.parent)[1], "out").name == "own"
 
 
 def test_the_command_for_damaged_data_keeps_its_tokenizer(folder, tmp_path):

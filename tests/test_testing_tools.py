@@ -15,7 +15,6 @@ import pytest
 
 from data.token_stream import TokenStream
 from data.tokenizer_training import TrainTokenizerOptions, train_tokenizer
-from data.vocabularies import open_tokenizer
 from setup_tokenizer import (
     encode_chat,
     get_base_tokenizer,
@@ -133,17 +132,16 @@ def test_the_comparison_reads_data_sets_and_chat_files(tmp_path):
 
 
 def test_own_tokenizers_are_compared_under_their_words(tmp_path):
-    words = []
     for name, size in (("extended", 270), ("GPT-2", 272)):  # the names of built-in rows
         options = TrainTokenizerOptions(
             input=(str(tmp_path / "a.txt"),), name=name, vocab_size=size, output_dir=str(tmp_path)
         )
         (tmp_path / "a.txt").write_text("the cat sat on the mat, and the hat. " * 50, encoding="utf-8")
-        words.append(str(train_tokenizer(options)))
-    others = {word: open_tokenizer(word, tmp_path) for word in words}
+        train_tokenizer(options)
+    others = compare.own_tokenizers(compare.CompareOptions(data_dir=str(tmp_path), tokenizer=("extended", "GPT-2")))
     results = {result.name: result.tokens for result in compare.compare(CONVERSATIONS[:1], 1, others)}
-    assert list(results)[-2:] == words and results["GPT-2"] == compare.compare(CONVERSATIONS[:1], 1)[0].tokens
-    assert all(compare.forged_ids(others)[word] == 0 for word in words)
+    assert len(results) == 6 and results["GPT-2"] == compare.compare(CONVERSATIONS[:1], 1)[0].tokens
+    assert all(compare.forged_ids(others)[name] == 0 for name in others)
 
 
 def test_the_comparison_refuses_what_is_no_chat(tmp_path):

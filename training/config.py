@@ -264,4 +264,4 @@ def _shape(options: TrainOptions, device: str, info: Mapping[str, Any]) -> dict[
                     f"--{option_name} {getattr(options, option_name)} contradicts {options.init_from}, whose {name} is "
                     f"{value}; leave it out"
                 )
-    return {**shape, "dropout": options.dropout}
+    return {**shape, "dropout": _or(options.dropout, 0.0)}

@@ -50,9 +50,22 @@ RECIPE_FOR_REPEATED_TEXT: dict[str, Any] = {
     "muon_weight_decay": 0.1,
     "embedding_weight_decay": 0.2,
 }
+DROPOUT_EPOCHS, DROPOUT = 6, 0.05  # for text that --preset auto reads so many times or more, the probability
 Configure = Callable[[TrainOptions], RunConfig]
 Measure = Callable[[RunConfig, float], float]  # (a run, its mean tokens per document) -> seconds per iteration
 Timed = Callable[[RunConfig], float]  # the same for the data of the run
+
+
+@dataclasses.dataclass(frozen=True)
+class _Plan:
+    """A run that fits the time."""
+
+    options: TrainOptions
+    config: RunConfig
+    epochs: float  # of the data set that is repeated the least
+    iter_s: float
+    total_s: float  # with start and evaluations
+    is_limited: bool  # whether the data, not the time, limits the iterations
 
 
 def fit_minutes(
@@ -76,31 +89,53 @@ def fit_minutes(
     def timed(config: RunConfig) -> float:
         return measure(config, size)
 
+    def planned(chosen: TrainOptions) -> _Plan:
+        return _plan(chosen, facts, configure, timed, time_s, lambda: clock() - start)
+
     if options.preset == "auto":
-        masked = _with_mask(options, facts)
-        chosen, iter_s = _with_shape(masked, device, facts, configure, timed, time_s)
+        shaped = _with_shape(_with_mask(options, facts), device, facts, configure, timed, time_s)
+        plan = _with_dropout(planned(shaped), shaped, planned, facts)
+        chosen = _with_recipe(plan, facts)
     else:
-        chosen, iter_s = options, timed(configure(_for_timing(options)))
-    config = configure(dataclasses.replace(chosen, max_iters=max(1, int(time_s / iter_s))))
-    if config.compile:  # because it pays off in this many iterations
-        iter_s = timed(config)
-    begun_s = START_S + reduce("max", clock() - start)[0]  # the same in all processes, so that all choose the same
-    rows = config.batch_size * config.gradient_accumulation_steps
-    eval_s = EVALUATION_SHARE * iter_s * len(portions(facts)) * config.val_rows / rows  # each part is evaluated
-    within = iters_within(max(MIN_SHARE * time_s, time_s - begun_s), iter_s, eval_s, options.eval_interval)
-    limit = most_iters(portions(facts), config.block_size, rows, options.init_from is not None)
-    iters = min(within, limit)
-    n_evals = n_evaluations(iters, options.eval_interval)
-    print(_describe(options, config, iters, iter_s, begun_s + iters * iter_s + n_evals * eval_s))
-    chosen = dataclasses.replace(chosen, max_iters=iters, compile=config.compile)
-    if options.preset == "auto":
-        chosen = _with_recipe(chosen, facts, rows)
-    if limit < within:
+        plan = planned(options)
+        chosen = plan.options
+    print(_describe(options, plan))
+    if plan.is_limited:
         print(
             f"note: this is less than --minutes {options.minutes:g}, because with more than {FITTING_EPOCHS} epochs a "
             f"model mostly memorizes its data; to train longer, replace {_replacement(options, chosen)}"
         )
     return chosen
+
+
+def _plan(
+    options: TrainOptions,
+    facts: Mapping[str, Any],
+    configure: Configure,
+    timed: Timed,
+    time_s: float,
+    elapsed_s: Callable[[], float],
+) -> _Plan:
+    """The run of a shape and a batch that fits into `time_s`, of which `elapsed_s` has passed once it is timed."""
+    iter_s = timed(configure(_for_timing(options)))
+    config = configure(dataclasses.replace(options, max_iters=max(1, int(time_s / iter_s))))
+    if config.compile:  # because it pays off in this many iterations
+        iter_s = timed(config)
+    begun_s = START_S + reduce("max", elapsed_s())[0]  # the same in all processes, so that all choose the same
+    parts, rows = portions(facts), config.batch_size * config.gradient_accumulation_steps
+    eval_s = EVALUATION_SHARE * iter_s * len(parts) * config.val_rows / rows  # each part is evaluated
+    within = iters_within(max(MIN_SHARE * time_s, time_s - begun_s), iter_s, eval_s, options.eval_interval)
+    limit = most_iters(parts, config.block_size, rows, options.init_from is not None)
+    iters = min(within, limit)
+    total_s = begun_s + iters * iter_s + n_evaluations(iters, options.eval_interval) * eval_s
+    return _Plan(
+        options=dataclasses.replace(options, max_iters=iters, compile=config.compile),
+        config=config,
+        epochs=min(part.epochs(iters, config.block_size, rows) for part in parts),
+        iter_s=iter_s,
+        total_s=total_s,
+        is_limited=limit < within,
+    )
 
 
 def _time_s(options: TrainOptions) -> float:
@@ -142,12 +177,13 @@ def _replacement(options: TrainOptions, chosen: TrainOptions) -> str:
     return f"{'--preset auto ' * (options.preset == 'auto')}--minutes {options.minutes:g} with {same}--max_iters N"
 
 
-def _describe(options: TrainOptions, config: RunConfig, iters: int, iter_s: float, total_s: float) -> str:
+def _describe(options: TrainOptions, plan: _Plan) -> str:
+    config = plan.config
     shape = f"{config.n_layer} layers x {config.n_embd}, block size {config.block_size}, "
     return (
-        f"{'auto: ' + shape if options.preset == 'auto' else 'minutes: '}{iters:,} iterations of "
-        f"{config.tokens_per_iter:,} tokens, {duration_in_words(total_s)} (measured "
-        f"{significant(config.tokens_per_iter / iter_s, 2)} tokens/s)"
+        f"{'auto: ' + shape if options.preset == 'auto' else 'minutes: '}{plan.options.max_iters:,} iterations of "
+        f"{config.tokens_per_iter:,} tokens, {duration_in_words(plan.total_s)} (measured "
+        f"{significant(config.tokens_per_iter / plan.iter_s, 2)} tokens/s)"
     )
 
 
@@ -161,8 +197,8 @@ def _with_shape(
     configure: Configure,
     timed: Timed,
     time_s: float,
-) -> tuple[TrainOptions, float]:
-    """The options with the shape and the batch that suit the time, and the seconds per iteration."""
+) -> TrainOptions:
+    """The options with the shape and the batch that suit the time."""
     on_cuda, n_vocab = device.startswith("cuda"), facts["n_vocab"]
     shape, rows = REFERENCE_ON_CUDA if on_cuda else REFERENCE
     reference = {**dataclasses.asdict(shape), "batch_size": rows, "gradient_accumulation_steps": world_size()}
@@ -171,7 +207,7 @@ def _with_shape(
     budget = Budget(flops, max(part.tokens / part.share for part in portions(facts)), n_vocab)
 
     def fits(shape: Shape) -> bool:
-        model = model_config({**dataclasses.asdict(shape), "n_vocab": n_vocab, "dropout": options.dropout})
+        model = model_config({**dataclasses.asdict(shape), "n_vocab": n_vocab, "dropout": options.dropout or 0.0})
         given = options.batch_size if isinstance(options.batch_size, int) else None
         # On CUDA the micro-batch shrinks until it fits. All processes choose the same shape.
         return not any_process(not model_fits(model, device, given or (1 if on_cuda else DEFAULT_BATCH_SIZE)))
@@ -181,7 +217,7 @@ def _with_shape(
     if options.batch_size is None and options.gradient_accumulation_steps is None:
         batch = _batch(rows_per_iter(budget.tokens_read(best), best.block_size), on_cuda)
         chosen = dataclasses.replace(chosen, **batch)
-    return chosen, timed(configure(_for_timing(chosen)))
+    return chosen
 
 
 def _with_mask(options: TrainOptions, facts: Mapping[str, Any]) -> TrainOptions:
@@ -200,14 +236,26 @@ def is_text(facts: Mapping[str, Any]) -> bool:
     return {part["format"] for part in data_parts(facts)} == {"text"}
 
 
-def _with_recipe(options: TrainOptions, facts: Mapping[str, Any], rows: int) -> TrainOptions:
-    """The options with what is best for text that is read several times; options on the command line stay.
+def _with_dropout(
+    plan: _Plan, options: TrainOptions, planned: Callable[[TrainOptions], _Plan], facts: Mapping[str, Any]
+) -> _Plan:
+    """The run of `options` with dropout if it reads text DROPOUT_EPOCHS times even then, otherwise the `plan` without.
+
+    Dropout takes time, and helps only with much repeated text (docs/experiments/presets.md).
+    """
+    if options.dropout is not None or not is_text(facts) or plan.epochs < DROPOUT_EPOCHS:
+        return plan
+    dropped = planned(dataclasses.replace(options, dropout=DROPOUT))
+    return dropped if dropped.epochs >= DROPOUT_EPOCHS else plan
+
+
+def _with_recipe(plan: _Plan, facts: Mapping[str, Any]) -> TrainOptions:
+    """A run's options with what is best for text that is read several times; options on the command line stay.
 
     In shorter runs, the defaults give a lower loss (docs/experiments/presets.md). AdamW was not tried.
     """
-    assert options.max_iters is not None and options.block_size is not None
-    epochs = min(part.epochs(options.max_iters, options.block_size, rows) for part in portions(facts))
-    if not is_text(facts) or options.optimizer != "muon" or epochs < REPEATED_EPOCHS:
+    options = plan.options
+    if not is_text(facts) or options.optimizer != "muon" or plan.epochs < REPEATED_EPOCHS:
         return options
     recipe = {name: value for name, value in RECIPE_FOR_REPEATED_TEXT.items() if getattr(options, name) is None}
     return dataclasses.replace(options, **recipe)

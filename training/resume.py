@@ -149,7 +149,8 @@ def options_after_restart(
 
 def require_same_data(facts: Mapping[str, Any], info: Mapping[str, Any], path: str) -> None:
     """Raise UserError if the data is not what the checkpoint was trained and validated on."""
-    if facts["tokenizer"] != info["tokenizer"]["name"]:
+    now, then = facts.get("tokenizer_digest"), info["tokenizer"].get("digest")  # None for GPT-2's
+    if now != then or (now is None and facts["tokenizer"] != info["tokenizer"]["name"]):
         raise UserError(
             f"{path} uses the tokenizer {info['tokenizer']['name']} and the data {facts['tokenizer']}; give the data "
             "set that the run was started with"

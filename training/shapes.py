@@ -40,7 +40,7 @@ BLOCK_SIZES = (256, 512, 1024)
 
 
 def longest_block_size(n_embd: int) -> int:
-    """The longest context that suits a width: at most 4 times as many tokens.
+    """The longest context that suits a width: at most 4 times as many tokens, but at least 256.
 
     >>> [longest_block_size(n_embd) for n_embd in (32, 96, 128, 768)]
     [256, 256, 512, 1024]
