@@ -50,7 +50,8 @@ RECIPE_FOR_REPEATED_TEXT: dict[str, Any] = {
     "muon_weight_decay": 0.1,
     "embedding_weight_decay": 0.2,
 }
-DROPOUT_EPOCHS, DROPOUT = 6, 0.05  # for text that --preset auto reads so many times or more, the probability
+DROPOUT_EPOCHS, DROPOUT = 6, 0.07  # for text that --preset auto reads so many times or more, the probability
+FITTING_EPOCHS_WITH_DROPOUT = 12
 Configure = Callable[[TrainOptions], RunConfig]
 Measure = Callable[[RunConfig, float], float]  # (a run, its mean tokens per document) -> seconds per iteration
 Timed = Callable[[RunConfig], float]  # the same for the data of the run
@@ -102,8 +103,9 @@ def fit_minutes(
     print(_describe(options, plan))
     if plan.is_limited:
         print(
-            f"note: this is less than --minutes {options.minutes:g}, because with more than {FITTING_EPOCHS} epochs a "
-            f"model mostly memorizes its data; to train longer, replace {_replacement(options, chosen)}"
+            f"note: this is less than --minutes {options.minutes:g}, because with more than "
+            f"{most_epochs(chosen, facts)} epochs a model mostly memorizes its data; to train longer, replace "
+            f"{_replacement(options, chosen)}"
         )
     return chosen
 
@@ -125,7 +127,7 @@ def _plan(
     parts, rows = portions(facts), config.batch_size * config.gradient_accumulation_steps
     eval_s = EVALUATION_SHARE * iter_s * len(parts) * config.val_rows / rows  # each part is evaluated
     within = iters_within(max(MIN_SHARE * time_s, time_s - begun_s), iter_s, eval_s, options.eval_interval)
-    limit = most_iters(parts, config.block_size, rows, options.init_from is not None)
+    limit = most_iters(parts, most_epochs(options, facts), config.block_size, rows, options.init_from is not None)
     iters = min(within, limit)
     total_s = begun_s + iters * iter_s + n_evaluations(iters, options.eval_interval) * eval_s
     return _Plan(
@@ -153,12 +155,18 @@ def _time_s(options: TrainOptions) -> float:
     return 60 * options.minutes
 
 
-def most_iters(parts: list[Portion], block_size: int, rows: int, is_fine_tuning: bool) -> int:
-    """The iterations after which a run has read its data often enough: FITTING_EPOCHS, but at least a few steps.
+def most_epochs(options: TrainOptions, facts: Mapping[str, Any]) -> int:
+    """How often a run may read its data; more often with dropout, which was tried on text (see `_with_dropout`)."""
+    has_dropout = options.preset == "auto" and is_text(facts) and options.dropout
+    return FITTING_EPOCHS_WITH_DROPOUT if has_dropout else FITTING_EPOCHS
+
+
+def most_iters(parts: list[Portion], epochs: int, block_size: int, rows: int, is_fine_tuning: bool) -> int:
+    """The iterations after which a run has read its data often enough: so many epochs, but at least a few steps.
 
     As without --minutes, the least repeated part of a mixture decides, or with --init_from the most repeated one.
     """
-    iters = [FITTING_EPOCHS / part.epochs(1, block_size, rows) for part in parts]
+    iters = [epochs / part.epochs(1, block_size, rows) for part in parts]
     if is_fine_tuning:
         return max(MIN_FINE_TUNING_ITERS, math.ceil(min(iters)))
     return max(MIN_ITERS, math.ceil(max(iters)))

@@ -61,7 +61,7 @@ class TrainOptions(ObjectiveOptions, AdapterOptions):
     )
     dropout: float | None = option(
         None,
-        "dropout probability (default: 0; 0.05 with --preset auto for text that is read 6 times or more)",
+        "dropout probability (default: 0; 0.07 with --preset auto for text that is read 6 times or more)",
         at_least=0,
         below=1,
         group="model",
@@ -103,7 +103,7 @@ class TrainOptions(ObjectiveOptions, AdapterOptions):
     minutes: float | None = option(
         None,
         "instead of --max_iters: about how long to train; a few steps are timed to choose the iterations, at most 8 "
-        "epochs",
+        "epochs (12 with the dropout of --preset auto)",
         above=0,
         group="optimizer",
         metavar="M",
