@@ -83,6 +83,7 @@ def test_payloads_in_imports_and_in_the_browsers_store_stay_text(visit, tmp_path
 def test_payloads_in_text_completions_and_errors_stay_text(visit):
     with ChatStandIn(reply=lambda prompt: PAYLOAD, faults=["broken", None]) as server:
         page = visit(server, "#complete")
+        page.locator("#complete-model option").first.wait_for(state="attached")
         page.get_by_label("Text to continue").fill(PAYLOAD)
         page.keyboard.press("Enter")
         alert = page.get_by_role("alert")
