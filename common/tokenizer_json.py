@@ -157,7 +157,7 @@ def tokenizer_json(
 
 
 def stored_name(content: Mapping) -> str | None:
-    """The tokenizer's name in the metadata of a tokenizer.json; None if there is none that can name a file."""
+    """The name stored in a tokenizer.json; None without a name, or if it cannot be part of a file name."""
     model = content.get("model")
     metadata = model.get(METADATA) if isinstance(model, dict) else None
     name = metadata.get("name") if isinstance(metadata, dict) else None

@@ -39,11 +39,11 @@ def open_tokenizer(word: str, folder: Path) -> Tokenizer:
     for data_folder in (folder, DATA_FOLDER):
         if (path := tokenizer_path(data_folder, word)).is_file():
             return _read(path, word)
+    if Path(word, "tokenizer.json").is_file():
+        return open_tokenizer(f"{word}/tokenizer.json", folder)
     paths = [*folder.glob(f"*{SUFFIX}"), *DATA_FOLDER.glob(f"*{SUFFIX}")]
     known = sorted({path.name.removesuffix(SUFFIX) for path in paths})
     others = f" (there are gpt2, {', '.join(known)})" if known else ""
-    if Path(word, "tokenizer.json").is_file():
-        return open_tokenizer(f"{word}/tokenizer.json", folder)
     name = word if name_of(Path(word)) == word else "NAME"  # which it would have to be called
     raise UserError(
         f"the tokenizer {word!r} is not in {folder}{others}; train one with: "

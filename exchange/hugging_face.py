@@ -304,6 +304,7 @@ def _tokenizer_of(path: Path) -> tuple[Tokenizer, dict[str, int]]:
     Raises UserError if it is neither GPT-2's nor one whose ids are those of our Tokenizer, as in our exports.
     """
     ids: dict[str, int] = {}
+    content: dict[str, Any] = {}
     file = path / "tokenizer.json"
     if not path.is_dir():
         return GPT2, ids
@@ -319,7 +320,7 @@ def _tokenizer_of(path: Path) -> tuple[Tokenizer, dict[str, int]]:
     except (KeyError, TypeError) as error:
         raise UserError(f"{file} is not a GPT-2 tokenizer ({error}); use another model") from error
     if file.name == "tokenizer.json":
-        names = [stored_name(_read_json(file)), re.sub(r"[^A-Za-z0-9_-]+", "_", path.resolve().name).strip("_-"), "own"]
+        names = [stored_name(content), re.sub(r"[^A-Za-z0-9_-]+", "_", path.resolve().name).strip("_-"), "own"]
         name = next(name for name in names if name and name not in GPT2_NAMES)
         try:
             tokenizer = parse_tokenizer(name, file.read_text(encoding="utf-8"), str(file))

@@ -289,11 +289,14 @@ def test_weights_of_another_vocabulary_are_refused(models, folder, tmp_path):
     assert run(folder, tmp_path, dataset="mine", init_from=str(models / "mine10.pt"), max_iters=2) == 0
 
 
-def test_a_vocabulary_stays_the_same_under_another_name(models, folder, tales, tmp_path, capsys):
+def test_a_vocabulary_stays_the_same_under_another_name(models, folder, tales, tmp_path, capsys, monkeypatch):
     (tmp_path / "bought").mkdir()
     shutil.copy(folder / "tales-tokenizer.json", tmp_path / "bought" / "tokenizer.json")
     renamed = open_tokenizer(str(tmp_path / "bought"), folder)  # a folder means its tokenizer.json
     assert renamed.name == "bought" and renamed == tales and renamed != GPT2
+    with monkeypatch.context() as here:
+        here.chdir(tmp_path)
+        assert open_tokenizer("bought", folder) == tales
     data = shutil.copytree(folder, tmp_path / "data")
     options = PrepareOptions(output_dir=str(data), workers=1, tokenizer=str(tmp_path / "bought" / "tokenizer.json"))
     prepare(Dataset("more", "text", "a test", "MIT"), options, Corpus(TEXT))

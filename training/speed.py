@@ -91,9 +91,9 @@ def _micro_batch(
     ids = torch.randint(shape.n_vocab, (size, shape.block_size), device=config.device)
     documents = positions = None
     if config.document_mask:
-        places = torch.arange(shape.block_size, device=config.device).expand_as(ids)
+        index = torch.arange(shape.block_size, device=config.device).expand_as(ids)
         length = max(1, round(document_size)) if document_size else shape.block_size
-        documents, positions = places // length, places % length
+        documents, positions = index // length, index % length
 
     def forward_backward() -> None:
         with autocast(config.device, config.dtype):
