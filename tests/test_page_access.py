@@ -111,6 +111,7 @@ def test_everything_by_keyboard(visit):
         page.keyboard.press("Enter")
         press_tab_until(page, "node.textContent === 'Compare'", key="Shift+Tab")
         page.keyboard.press("Enter")
+        until(page, "document.activeElement.id === 'compare-text'")  # the page is shown a moment after the key
         page.keyboard.type("both")
         page.keyboard.press("Enter")
         until(page, "document.querySelectorAll('.pair .actions button:not([hidden])').length === 12")

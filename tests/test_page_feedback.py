@@ -144,6 +144,7 @@ def test_two_models_are_compared(visit, tmp_path):
     with ChatStandIn(reply=lambda asked: next(texts), keeps_feedback=True, seconds_per_token=0.02) as server:
         texts = iter(["One two.", "Three four."])
         page = visit(server, "#compare")
+        page.locator("#compare-right option").first.wait_for(state="attached")
         page.get_by_label("Message to both models").fill("Hi")
         page.keyboard.press("Enter")
         until(page, "document.querySelectorAll('.pair .word-button:not([hidden])').length === 4")
