@@ -24,7 +24,8 @@ import tiktoken
 
 from common.cli import UserError
 from common.gpt2_vocabulary import packaged_gpt2_ranks
-from common.tokenizer_json import GPT2_PATTERN, Vocabulary, parse_tokenizer_json, tokenizer_json
+from common.token_patterns import GPT2_PATTERN
+from common.tokenizer_json import Vocabulary, parse_tokenizer_json, tokenizer_json
 
 if TYPE_CHECKING:
     import numpy as np
@@ -39,6 +40,7 @@ ENDOFTEXT_ID, IM_START_ID, IM_END_ID = SPECIAL_TOKENS.values()
 N_GPT2_VOCAB, N_VOCAB = 50257, 50259  # without ChatML's ids and with them
 TOKENIZER_NAME = "gpt2_chatml"
 GPT2_NAMES = ("gpt2", TOKENIZER_NAME)  # which no other tokenizer may have
+GPT2_DIGEST = "82decdb63d669dca725683172e31e0554de2b30aa31afef87a22dbcefbced14e"  # of its vocabulary, in any file
 
 
 def control_ids(n_vocab: int) -> tuple[int, int, int]:
@@ -114,8 +116,7 @@ def encode_text(text: str, enc: tiktoken.Encoding | None = None) -> list[int]:
     enc = enc or get_extended_tokenizer()
     if len(text) < MAX_SPACES:
         return enc.encode_ordinary(text)
-    ids: list[int] = []
-    start = 0
+    ids, start = list[int](), 0
     for run in _LONG_SPACES.finditer(text):
         if enc._pat_str != GPT2_PATTERN:
             cuts = range(run.start(), run.end(), MAX_SPACES // 2)
@@ -348,9 +349,8 @@ class Tokenizer:
         # The header is <|im_start|>, the role's ids and the id with its newline; an unknown role counts as one id.
         role, header = np.full(len(start), -1), np.full(len(start), 3)
         for index, role_ids in enumerate(self.role_ids):
-            has_role = np.ones(len(start), dtype=bool)
-            for offset, role_id in enumerate(role_ids, 1):
-                has_role &= ids[np.minimum(start + offset, last)] == role_id
+            found = [ids[np.minimum(start + offset, last)] == role_id for offset, role_id in enumerate(role_ids, 1)]
+            has_role = np.all(found, axis=0)
             role[has_role], header[has_role] = index, len(role_ids) + 2
         return MessageSpans(role, start, np.minimum(start + header, end), end, is_closed)
 
@@ -395,5 +395,6 @@ def _encoding(tokenizer: Tokenizer) -> tiktoken.Encoding:
 
 @functools.lru_cache(maxsize=8)
 def parse_tokenizer(name: str, text: str, where: str) -> Tokenizer:
-    """The tokenizer in a text of the tokenizer.json layout. Raises UserError, which names `where`."""
-    return Tokenizer.from_vocabulary(name, parse_tokenizer_json(text, where))
+    """The tokenizer in a text of the tokenizer.json layout, or GPT2 if it is that. UserErrors name `where`."""
+    vocabulary = parse_tokenizer_json(text, where)
+    return GPT2 if vocabulary.digest == GPT2_DIGEST else Tokenizer.from_vocabulary(name, vocabulary)

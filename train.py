@@ -16,6 +16,7 @@ import contextlib
 import dataclasses
 import functools
 import math
+import time
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
@@ -83,6 +84,7 @@ class Training:
 
 def plan(options: TrainOptions, given: dict[str, Any], fast: ModuleType | None) -> Plan | None:
     """Load the checkpoint, open the data and make the configuration; None if the run is already complete."""
+    started = time.monotonic()
     options, given = resume.options_after_restart(options, given, read_info)
     checkpoint = None
     if options.resume is not None:
@@ -107,7 +109,7 @@ def plan(options: TrainOptions, given: dict[str, Any], fast: ModuleType | None) 
 
     if options.resume is None:
         measure = functools.partial(iteration_s, checkpoint=checkpoint, fast=fast)
-        options = fit_minutes(options, device, data.facts, configure, measure)
+        options = fit_minutes(options, device, data.facts, configure, measure, started)
     config = configure(options)
     notes = [f"note: {sentence}" for sentence in data.short_splits(config.block_size)]
     if checkpoint and config.resume:
@@ -174,7 +176,6 @@ def compile_and_wrap(training: Training, fast: ModuleType | None) -> torch.nn.Mo
     config, model, objective = training.config, training.model, training.objective
     n_items = objective.items_per_iter // parallel.world_size()
     batch = [column[:n_items] for column in next(iter(training.val_batches.values()))[0]]
-
     trial_step = functools.partial(try_step, model, objective, batch, config.device)
     if config.compile and fast:
         fast.compile_training(model, trial_step, parallel.any_process, config.compile_scope)
@@ -217,8 +218,7 @@ def loop(training: Training, model: torch.nn.Module, stop: StopSignal) -> int:
         norm_on_device = clip_gradients(training.model, optimizers, scaler, config.grad_clip)
         measurements.add(step, learning_rate, numbers_on_device, norm_on_device)
 
-        # Reading a number makes the program wait for the device, so `read` is called only when one is needed. It raises
-        # an error if the loss is not finite.
+        # `read` waits for the device, so it is called only for numbers that are needed. It raises if one is not finite.
         is_logged = step % config.log_interval == 0 or step in (1, config.max_iters)
         is_needed = is_logged or step % config.eval_interval == 0 or measurements.every_step
         loss, grad_norm = measurements.read() if is_needed else (0.0, 0.0)

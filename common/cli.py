@@ -300,6 +300,8 @@ def _argparse_settings(field: dataclasses.Field, spec: Option, kind: Any) -> dic
         settings["action"] = "store_true" if field.default is False else argparse.BooleanOptionalAction
         del settings["metavar"]
         return settings
+    if settings.get("nargs") == "+" and not spec.positional:
+        settings.setdefault("action", _Collect)
     settings.setdefault("type", _word_parser(kind))
     if spec.choices and spec.positional:  # choices are checked by `_check_values`, as values from code are
         settings["help"] += f": {alternatives(spec.choices)}"
@@ -308,6 +310,14 @@ def _argparse_settings(field: dataclasses.Field, spec: Option, kind: Any) -> dic
     elif settings["metavar"] is None and not spec.positional:
         settings["metavar"] = {int: "N", float: "X"}.get(kind, field.name.rpartition("_")[2].upper())
     return settings
+
+
+class _Collect(argparse.Action):
+    """All values of an option that is given several times; argparse would keep only the last ones."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        earlier = getattr(namespace, self.dest, None)
+        setattr(namespace, self.dest, [*(earlier if isinstance(earlier, list) else []), *values])
 
 
 def _word_parser(kind: Any) -> Callable[[str], Any]:

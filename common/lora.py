@@ -1,4 +1,4 @@
-"""Low-rank adapters (LoRA): a trained model's weights are frozen, and small factors beside them are trained.
+"""Low-rank adapters (LoRA): a trained model's weights are frozen, and small added factors are trained.
 
     adapt(model, Adapter(rank=8))                # freezes the weights; only the new factors A and B are trained
     factors = trained_weights(model)             # what an adapter's checkpoint holds

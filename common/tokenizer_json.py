@@ -7,7 +7,7 @@
 True
 
 The package tokenizers merges in the order of the file's list of pairs, tiktoken by the ranks of the merged tokens. A
-file is accepted only if both give the same ids for every text.
+file is accepted only if both give the same ids for every text that contains none of its added tokens.
 """
 
 from __future__ import annotations
@@ -22,25 +22,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from common.cli import UserError
-
-# Both patterns mean the same in tiktoken (fancy-regex) and tokenizers (Oniguruma); see `_ambiguous_construct`.
-GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
-# Contractions in any case; letters together with combining marks, which many scripts need within a word, after one
-# space or punctuation mark; at most three digits; punctuation with the line endings after it; white space up to its
-# last line ending.
-MULTILINGUAL_PATTERN = "|".join(
-    (
-        r"'(?:[sdmtSDMT]|[lL][lL]|[vV][eE]|[rR][eE])",
-        r"[^\r\n\p{L}\p{M}\p{N}]?[\p{L}\p{M}]+",
-        r"\p{N}{1,3}",
-        r" ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*",
-        r"\s*[\r\n]+",
-        r"\s++$",
-        r"\s+(?!\S)",
-        r"\s",
-    )
-)
-PATTERNS = {"gpt2": GPT2_PATTERN, "multilingual": MULTILINGUAL_PATTERN}
+from common.token_patterns import GPT2_PATTERN, pattern_after_digits, problem_of_pattern
 
 MAX_TOKEN_BYTES = 1024  # GPT-2's longest token has 128; the check of a token takes time quadratic in its length
 _N_BYTES = 256
@@ -193,7 +175,8 @@ def parse_tokenizer_json(text: str, where: str) -> Vocabulary:
     if others and model.get("ignore_merges"):
         raise _refusal(where, f"has tokens that no merge makes, such as {_short(min(others))}")
     tokens = _ordered_tokens(vocab, merges, where)
-    _check_pattern(pattern, where)
+    if problem := problem_of_pattern(pattern):
+        raise _refusal(where, f"cuts text by a pattern that {problem}")
     return Vocabulary(pattern, tokens)
 
 
@@ -239,20 +222,22 @@ def _require_plain_bpe(content: Mapping, model: Mapping, where: str) -> None:
 
 
 def _pattern_of(pre_tokenizer: Any, where: str) -> str:
-    """The pattern by which a pre-tokenizer cuts text: ByteLevel, or a Sequence of Split and ByteLevel."""
+    """The pattern by which a pre-tokenizer cuts text: ByteLevel, perhaps in a Sequence after Split or Digits."""
     step = _object(pre_tokenizer, "pre_tokenizer", where)
     steps = step.get("pretokenizers") if step.get("type") == "Sequence" else [step]
     if not isinstance(steps, list):
         raise _refusal(where, "is not a tokenizer.json: its pretokenizers are not a list")
     steps = [_object(each, "pre_tokenizer", where) for each in steps]
     kinds = [each.get("type") for each in steps]
-    if kinds not in (["ByteLevel"], ["Split", "ByteLevel"]):
-        raise _refusal(where, f"cuts text with {_short(kinds)} instead of ByteLevel or Split and ByteLevel")
+    if kinds not in (["ByteLevel"], ["Split", "ByteLevel"], ["Digits", "ByteLevel"]):
+        raise _refusal(where, f"cuts text with {_short(kinds)} instead of ByteLevel, perhaps after Split or Digits")
     if steps[-1].get("add_prefix_space", True):  # what tokenizers assumes where a file does not say
         raise _refusal(where, "puts a space in front of every text (add_prefix_space)")
-    if steps[-1].get("use_regex", True) != (len(steps) == 1):
+    if steps[-1].get("use_regex", True) == (kinds[0] == "Split"):
         raise _refusal(where, "cuts text twice or not at all (ByteLevel's use_regex)")
-    return GPT2_PATTERN if len(steps) == 1 else _split_pattern(steps[0], where)
+    if kinds[0] == "Split":
+        return _split_pattern(steps[0], where)
+    return GPT2_PATTERN if len(steps) == 1 else pattern_after_digits(bool(steps[0].get("individual_digits")))
 
 
 def _split_pattern(split: Mapping, where: str) -> str:
@@ -335,61 +320,3 @@ def _ordered_tokens(
 
 def _pair_of_names(parts: Sequence[bytes]) -> tuple[str, str]:
     return (printable_token(parts[0]), printable_token(parts[1])) if len(parts) == 2 else ("", "")
-
-
-# --- the pattern ---
-
-_MAX_PATTERN_LENGTH = 10_000
-_PATTERN_TIMEOUT_S = 10
-_CONSTRUCTS = re.compile(
-    r"""
-    (?P<same> \\s\+\+\$ | \[\^? (?: \\[^wW] | \[(?!:) | [^\]\\\[] )* \] )  # white space up to the end; a set
-    | \\ (?: [pPxu]\{[^}]*\} | (?P<escape> . ) )
-    | (?P<other> \[ | \}\+ | [$^] | \(\?[a-z]*m )
-    """,
-    re.VERBOSE | re.DOTALL,
-)
-
-
-def _ambiguous_construct(pattern: str) -> str | None:
-    r"""The first part of a pattern that Oniguruma and fancy-regex read differently, or None.
-
-    `{1,3}+` is possessive in one and repeats the repetition in the other, `^` and `$` match at every line ending in
-    one, (?m) lets the dot match a line ending or `^` and `$`, and `\w`, `\b` and [:alpha:] contain other characters.
-    After `\s++` no line ending is left, so `\s++$` means the same.
-    """
-    for match in _CONSTRUCTS.finditer(pattern):
-        if match["other"] or (match["escape"] and match["escape"] in "wWbB"):
-            return match[0]
-    return None
-
-
-def _probe() -> str:
-    """A text with characters of every kind, in several contexts."""
-    points = itertools.chain(range(0x3100), range(0x3100, 0xD800, 97), range(0xE000, 0x110000, 4999))
-    characters = list(map(chr, points))
-    return "".join(separator.join(characters) for separator in ("", " ", "\n", "a", "1", "!"))
-
-
-def _check_pattern(pattern: str, where: str) -> None:
-    """Raise UserError for a pattern that tiktoken cannot compile, reads differently, or would lose text with."""
-    if pattern in PATTERNS.values():
-        return
-    import regex  # tiktoken depends on it
-    import tiktoken
-
-    if len(pattern) > _MAX_PATTERN_LENGTH:
-        raise _refusal(where, f"cuts text by a pattern that is longer than {_MAX_PATTERN_LENGTH:,} characters")
-    if construct := _ambiguous_construct(pattern):
-        raise _refusal(where, f"cuts text by a pattern that tokenizers and tiktoken read differently ({construct})")
-    text, ranks = _probe(), {bytes([byte]): byte for byte in range(_N_BYTES)}
-    try:
-        enc = tiktoken.Encoding("pattern", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
-        pieces = [match[0] for match in regex.finditer(pattern, text, timeout=_PATTERN_TIMEOUT_S)]
-    except (ValueError, regex.error, TimeoutError) as error:
-        raise _refusal(where, f"cuts text by a pattern that cannot be used ({_short(str(error))})") from error
-    if "" in pieces:  # tiktoken would panic
-        raise _refusal(where, "cuts text by a pattern that matches nothing at all")
-    # tokenizers keeps the text between two matches as a piece; tiktoken drops it. With these ranks, ids are bytes.
-    if bytes(enc.encode_ordinary(text)) != text.encode():
-        raise _refusal(where, "cuts text by a pattern that does not match every character")

@@ -1,4 +1,4 @@
-"""What every prepare script prints last: a training command that fits the data, how long it takes here, and warnings.
+"""What a prepare script prints last: a training command that fits the data, how long it takes here, and warnings.
 
 training: 100 iterations, 8.2 epochs, about 3 minutes on this CPU
 next: python train.py --dataset diary --preset tiny --max_iters 100
@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
+from common.cli import UserError
 from common.flops import flops_per_token
 from common.numbers import duration_in_words
 from data.dataset import DatasetInfo, read_info
@@ -77,8 +78,9 @@ def advise(info: DatasetInfo, data_dir: str | None, models: Path) -> Advice:
     preset = "tiny" if alone.tokens < SMALL_FROM else "small"
     arguments = ["--dataset", info.name, *(["--preset", preset] if preset == "tiny" else [])]
     warnings = []
-    base = chat_model(models, Path(data_dir) if data_dir else Path(__file__).parent, info.tokenizer_digest)
-    if epochs > MANY_EPOCHS and info.format == "chat" and info.name != "chitchat" and base:
+    folder = Path(data_dir) if data_dir else Path(__file__).parent
+    are_few = epochs > MANY_EPOCHS and info.format == "chat" and info.name != "chitchat"
+    if are_few and (base := chat_model(models, folder, info.tokenizer_digest)):
         added, rows = Portion(info.name, alone.tokens, OWN_SHARE), FINE_TUNING_ROWS
         block_size = DEMO_BLOCK_SIZE if info.tokenizer_digest else BLOCK_SIZE
         iters = fine_tuning_iters([added], block_size, rows)
@@ -91,8 +93,7 @@ def advise(info: DatasetInfo, data_dir: str | None, models: Path) -> Advice:
             f"validation holds only {n_val} tokens, too few for a row of {BLOCK_SIZE}, so its loss is a rough "
             "estimate; add documents, or use a larger --val_fraction"
         )
-    folder = ["--data_dir", data_dir] if data_dir else []
-    arguments += ["--max_iters", str(iters), *folder]
+    arguments += ["--max_iters", str(iters), *(["--data_dir", data_dir] if data_dir else [])]
     return Advice(arguments, preset, rows, block_size, iters, epochs, warnings)
 
 
@@ -106,19 +107,19 @@ def few_tokens_warning(info: DatasetInfo, epochs: float) -> str:
     train = info.splits["train"]
     if info.format == "chat":
         return (
-            f"so few conversations ({train.documents}) teach a new model these sentences, not how to chat; to add them "
-            "to a model that chats: make demo, prepare them again with --tokenizer talk, then python train.py "
+            f"from so few conversations ({train.documents}), a new model learns these sentences, not how to chat; to "
+            "add them to a model that chats: make demo, prepare them again with --tokenizer talk, then python train.py "
             f"--dataset {mixture_of(info)} --init_from models/chitchat1500.pt (docs/fine-tuning.md)"
         )
     return (
-        f"{train.tokens:,} tokens are few: the model reads them {in_words(epochs)} times and mostly repeats them; add "
-        f"text ({ENOUGH_TOKENS:,} tokens, about {ENOUGH_TOKENS * 4 // 1000} kB, are read {FITTING_EPOCHS} times), or "
-        "start from a model that knows more: --init_from CHECKPOINT (docs/fine-tuning.md)"
+        f"{train.tokens:,} tokens is not much: the model reads them {in_words(epochs)} times and mostly repeats them; "
+        f"add text ({ENOUGH_TOKENS:,} tokens, about {ENOUGH_TOKENS * 4 // 1000} kB, are read {FITTING_EPOCHS} times), "
+        "or start from a model that knows more: --init_from CHECKPOINT (docs/fine-tuning.md)"
     )
 
 
 def chat_model(models: Path, folder: Path, tokenizer_digest: str | None) -> Path | None:
-    """The newest checkpoint of a run on chitchat, by its name, if chitchat is prepared with that tokenizer in `folder`.
+    """The newest checkpoint of a run on chitchat, by its name, if it and chitchat in `folder` have that tokenizer.
 
     `tokenizer_digest` is None for GPT-2's tokenizer.
     """
@@ -126,7 +127,15 @@ def chat_model(models: Path, folder: Path, tokenizer_digest: str | None) -> Path
     if chitchat is None or chitchat.tokenizer_digest != tokenizer_digest:
         return None
     found = [path for path in models.glob("chitchat*.pt") if re.fullmatch(r"chitchat\d+", path.stem)]
-    return max(found, key=lambda path: path.stat().st_mtime, default=None)
+    if not found:
+        return None
+    from common.checkpoint import read_info as read_facts  # imports torch
+
+    for path in sorted(found, key=lambda path: path.stat().st_mtime, reverse=True):
+        with contextlib.suppress(UserError):  # a damaged file
+            if read_facts(path)["tokenizer"].get("digest") == tokenizer_digest:
+                return path
+    return None
 
 
 # --- how long it takes ---

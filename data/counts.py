@@ -76,7 +76,7 @@ def reasons_in_words(counts: Mapping[str, int]) -> str:
 
 
 def nothing_usable(
-    what: str, where: str, counts: Mapping[str, int], advice: str = "give --input another file"
+    what: str, where: str, counts: Mapping[str, int], advice: str = "pass another file with --input"
 ) -> UserError:
     """The UserError for an input without a usable document or conversation, with the counts by reason."""
     return UserError(f"no usable {what} in {where} ({reasons_in_words(counts) or 'no record'}); {advice}")

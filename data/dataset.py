@@ -22,8 +22,8 @@ import numpy as np
 from common.cli import UserError
 from common.files import sha256_file
 from data.token_stream import TokenStream
-from data.vocabularies import tokenizer_of
-from setup_tokenizer import GPT2, N_VOCAB, TOKENIZER_NAME, control_ids
+from data.vocabularies import TOKENIZER_SUFFIX, tokenizer_of
+from setup_tokenizer import GPT2, GPT2_DIGEST, N_VOCAB, TOKENIZER_NAME, control_ids
 
 SPLITS = ("train", "val")
 FORMATS = ("text", "chat", "preference", "label")
@@ -141,6 +141,8 @@ class DatasetInfo:
         values = {key: value for key, value in _typed(content, dict).items() if key in known}
         for key, kind in (("name", str), ("format", str), ("tokenizer", str), ("n_vocab", int), ("splits", dict)):
             _typed(values[key], kind)
+        if values.get("tokenizer_digest") == GPT2_DIGEST:  # prepared with a copy of GPT-2's vocabulary
+            values |= {"tokenizer": TOKENIZER_NAME, "tokenizer_digest": None}
         if values["format"] not in FORMATS:
             raise ValueError(f"unknown format {values['format']!r}")
         values["splits"] = {split: SplitInfo.from_json(values["splits"][split]) for split in SPLITS}
@@ -281,12 +283,17 @@ def short_splits(streams: Mapping[str, TokenStream], block_size: int) -> list[st
 
 
 def check_name(name: str, what: str = "data set") -> None:
-    """Raise ValueError unless `name` can name a data set, or another thing, on the command line and in file names."""
+    """Raise ValueError unless `name` can name a data set, or another thing, on the command line and in file names.
+
+    The files of a data set must not replace those of a tokenizer, `<name>-tokenizer.json`.
+    """
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name):
         raise ValueError(
             f"the name of a {what} consists of letters, digits, - and _ and begins with a letter or a digit; "
             f"{name!r} does not"
         )
+    if what == "data set" and f"{name}.json".endswith(TOKENIZER_SUFFIX):
+        raise ValueError(f"{name}.json would be the file of a tokenizer; use a name that does not end in -tokenizer")
 
 
 def prepare_command(name: str, info: DatasetInfo | None = None) -> str:

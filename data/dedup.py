@@ -230,7 +230,7 @@ def shared_ngrams(
         "train documents that share 13 tokens in a row with validation": n_some,
         "train documents that share half of their 13-grams with validation": n_half,
         "13-grams of validation": len(known),
-        "13-grams of validation that train holds, too": int(in_train.sum()),
+        "13-grams of validation that also occur in train": int(in_train.sum()),
     }
 
 

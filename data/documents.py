@@ -1,4 +1,4 @@
-"""The documents of a prepared data set as text: how they are stored beside the ids, and how they are read back.
+"""The documents of a prepared data set as text: how they are stored next to the ids, and how they are read back.
 
     info = read_info(folder, "story")
     for document in read_prepared(folder, info, "val"): ...

@@ -26,7 +26,7 @@ def digest_of_files(files: Sequence[Path]) -> str | None:
         try:
             digest.update(f"{file.name} {sha256_file(file)}\n".encode())
         except OSError as error:
-            raise UserError(f"{file} cannot be read ({error.strerror}); give --input a readable file") from error
+            raise UserError(f"{file} cannot be read ({error.strerror}); pass a readable file with --input") from error
     return digest.hexdigest() if files else None
 
 

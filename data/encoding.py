@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import tiktoken
 
-from common.tokenizer_json import GPT2_PATTERN
+from common.token_patterns import GPT2_PATTERN
 from data.cleaning import replace_surrogates
 from setup_tokenizer import (
     ASCII_SPACES,

@@ -1,4 +1,4 @@
-"""Cleaning and encoding as a step of a data engine that spans many machines, such as datatrove or Ray Data.
+"""Cleaning and encoding as a step of a data engine that spans many machines, such as datatrove.
 
 from datatrove.executor import LocalPipelineExecutor  # or SlurmPipelineExecutor, RayPipelineExecutor
 from datatrove.pipeline.readers import ParquetReader

@@ -98,7 +98,7 @@ class PrepareOptions:
     )
     tokenizer: str | None = option(
         None,
-        "a tokenizer that data/train-tokenizer.py trained, by its name, or a tokenizer.json file (default: gpt2)",
+        "a tokenizer: the name that train-tokenizer.py gave it, a tokenizer.json, or a checkpoint (default: gpt2)",
         metavar="NAME",
         group="data",
     )
@@ -189,12 +189,12 @@ def prepare(
         earlier = earlier_info(folder, dataset.name)
         if options.report:
             refuse_to_replace_page(folder, dataset.name, earlier)
+        keep_tokenizer(folder, tokenizer)  # its file may have been lost after an earlier preparation
         if not options.force and (finished := finished_info(folder, wanted)):
             print(f"{dataset.name} is already prepared in {folder}; --force prepares it again")
             info = _with_report(folder, finished, tokenizer) if options.report else finished
         else:
             _require_space(folder, dataset.name, options, corpus.files)
-            keep_tokenizer(folder, tokenizer)
             with atomic_files(folder, dataset.name) as staging:
                 worker = _worker(wanted, options, passes, tokenizer)
                 splits, report = _write_splits(staging, wanted, options, corpus, worker, batch_characters)
@@ -365,11 +365,11 @@ def _require_documents(
     reasons = reasons_in_words(counts + Counter(corpus.skipped))
     if not counts["read"]:
         found = f" ({reasons})" if reasons else ""
-        raise UserError(f"no document found in {where}{found}; give --input a file that contains some")
+        raise UserError(f"no document found in {where}{found}; pass a file that contains some with --input")
     if not n_train and not n_val:
         raise UserError(
-            f"all {counts['read']:,} documents of {where} are empty or too long ({reasons}); give --input a file that "
-            "contains text"
+            f"all {counts['read']:,} documents of {where} are empty or too long ({reasons}); pass a file that contains "
+            "text with --input"
         )
     if corpus.val is not None and not n_train:
         raise UserError(

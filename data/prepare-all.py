@@ -2,6 +2,7 @@
 
     python data/prepare-all.py
     python data/prepare-all.py story chitchat --limit 20000
+    python data/prepare-all.py --tokenizer tales
 
 prints what each script prints, and at the end:
 
@@ -38,6 +39,11 @@ class AllOptions:
     names: tuple[str, ...] = option((), "data sets to prepare (default: all)", nargs="*", positional=True)
     output_dir: str | None = option(None, "folder for the prepared files (default: the data folder)", metavar="DIR")
     limit: int | None = option(None, "use only the first N documents of each split", at_least=1, metavar="N")
+    tokenizer: str | None = option(
+        None,
+        "a tokenizer: the name that train-tokenizer.py gave it, a tokenizer.json, or a checkpoint (default: gpt2)",
+        metavar="NAME",
+    )
     force: bool = option(False, "prepare again even if the files are up to date")
 
     def __post_init__(self) -> None:
@@ -71,6 +77,8 @@ def script_command(name: str, options: AllOptions) -> list[str]:
         command += ["--output_dir", options.output_dir]
     if options.limit:
         command += ["--limit", str(options.limit)]
+    if options.tokenizer:
+        command += ["--tokenizer", options.tokenizer]
     return [*command, "--force"] if options.force else command
 
 

@@ -66,7 +66,7 @@ def corpus_files(options: PrepareOptions) -> list[Path]:
         if path.is_dir():
             found = [file for file in found if _is_of_corpus(file)]
             if not found:
-                raise UserError(f"{path} contains no dialogues_*.txt, .zip or .parquet file; give --input {KINDS}")
+                raise UserError(f"{path} contains no dialogues_*.txt, .zip or .parquet file; pass {KINDS} with --input")
         files += found
     return files
 
@@ -90,7 +90,7 @@ def read_splits(files: list[Path]) -> dict[str, list[list[dict]]]:
         if kind == ".zip":
             found = list(zip_members(file, is_dialogues))
             if not found:
-                raise UserError(f"{file} contains no dialogues_*.txt; give --input {KINDS}")
+                raise UserError(f"{file} contains no dialogues_*.txt; pass {KINDS} with --input")
             parts = [(name, text_dialogues(content, f"{file}/{name}")) for name, content in found]
         elif kind == ".parquet":
             # The hub's own conversion has the split as its folder's name: default/train/0000.parquet.
@@ -111,7 +111,9 @@ def text_dialogues(content: bytes, where: str) -> Iterator[list[dict]]:
     except UnicodeDecodeError as error:
         raise not_utf8(where, error.start, content) from error
     if any(line.strip() for line in lines) and not any(END_OF_TURN in line for line in lines):
-        raise UserError(f"{where} contains no {END_OF_TURN}, so it is not a DailyDialog text; give --input {KINDS}")
+        raise UserError(
+            f"{where} contains no {END_OF_TURN}, so it is not a DailyDialog text; pass {KINDS} with --input"
+        )
     for line in lines:
         if line.strip():
             yield as_messages(line.split(END_OF_TURN))
@@ -122,7 +124,7 @@ def record_dialogues(file: Path) -> Iterator[list[dict]]:
     for record in read_records(file):
         turns = record.get("dialog", record.get("utterances"))
         if not isinstance(turns, list):
-            raise UserError(f"{file} has no field 'dialog'; give --input a DailyDialog file")
+            raise UserError(f"{file} has no field 'dialog'; pass a DailyDialog file with --input")
         yield as_messages(turns)
 
 

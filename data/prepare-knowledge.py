@@ -188,7 +188,7 @@ def show_requests(requests: Iterator[Request], n_sources: int, options: Knowledg
     """Print the first requests of the plan."""
     for request, _ in zip(requests, range(N_SHOWN), strict=False):
         print(f"--- {request.form}, for age {request.reader} ---\n{request.messages[-1]['content']}\n")
-    print(f"{n_sources:,} {'topics' if not is_about_questions(options) else 'questions'}; nothing was asked")
+    print(f"{n_sources:,} {'topics' if not is_about_questions(options) else 'questions'}; no request was sent")
     if options.price:
         most = options.documents * options.max_tokens * parse_price(options.price)[1] / 1e6
         print(f"{options.documents:,} answers of at most {options.max_tokens:,} tokens cost at most {most:.2f}")

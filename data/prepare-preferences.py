@@ -115,7 +115,7 @@ def local_corpus(options: PreferenceOptions) -> Corpus:
     documents = list(documents_of(options, records, skipped))
     if not documents:
         where, what = ", ".join(map(str, files)), "labelled answer" if options.labels else "preference pair"
-        advice = "add --labels, for --objective kto" if skipped[SINGLE_LABEL] else f"give --input {KNOWN_LAYOUTS}"
+        advice = "add --labels, for --objective kto" if skipped[SINGLE_LABEL] else f"pass {KNOWN_LAYOUTS} with --input"
         raise nothing_usable(what, where, skipped, advice)
     train, val = split_by_opening(documents, options.val_fraction, options.seed)
     return Corpus(train, val, files=files, skipped=skipped)

@@ -10,7 +10,7 @@ prints:
     val: about 27,000 documents, 5.4 million tokens in story-val.bin
 
 Downloads the two files of version 2 (2.2 GB). Give local files with --input; in them, lines `<|endoftext|>` separate
-the stories. Of two files, the one with "val" in its name is for validation, otherwise the second:
+the stories. If you pass two files, the one with "val" in its name is for validation, or else the second one:
 
     python data/prepare-story.py --input TinyStoriesV2-GPT4-train.txt TinyStoriesV2-GPT4-valid.txt
 

@@ -78,7 +78,8 @@ def divide_shards(paths: Sequence[Path]) -> tuple[list[Path], Path | None]:
     train = [path for path in paths if path not in val]
     if len(val) > 1:
         raise UserError(
-            f"{val[0].name} and {val[1].name} are both for validation, by their names; give --input one of them"
+            f"{val[0].name} and {val[1].name} both have the name of a validation shard; pass only one of them with "
+            "--input"
         )
     if not train:  # a single shard can be divided
         train, val = list(paths), []
@@ -106,8 +107,8 @@ def _divided(folder: Path, shards: Sequence[Shard], val_fraction: float) -> dict
     start = document_start(last.path, last.tokens - max(1, min(wanted, last.tokens // 2)))
     if not 0 < start < last.tokens:
         raise UserError(
-            f"{last.path} contains no beginning of a document that could divide it into train and validation; give "
-            "--input also a shard for validation, with val in its name, or change --val_fraction"
+            f"{last.path} cannot be divided into train and validation, because no document begins in the right range; "
+            "also pass a shard for validation, with val in its name, or change --val_fraction"
         )
     before = _split(folder, shards[:-1])
     train_files = (*before.files, _file(folder, last, start))

@@ -1,6 +1,6 @@
 """A page about a prepared data set: counts, lengths, tokens saved, text shared with validation, samples.
 
-Every prepare script writes it with --report: `story.md` and its picture `story-lengths.png`, beside the data.
+Every prepare script writes it with --report: `story.md` and its picture `story-lengths.png`, next to the data.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Where each data set of the hub comes from: the one table of repositories, revisions and files.
 
-A revision is a commit, so that the same command gives the same data in ten years. The one exception is the conversion
-of DailyDialog to parquet, which the hub makes itself, on a branch of its own. If a data set has several sources, they
-are tried one after another until one can be downloaded. FineWeb is not pinned yet.
+A revision is a commit, so that the same command gives the same data in ten years. There are two exceptions: the
+conversion of DailyDialog to parquet, which the hub makes itself on a separate branch, and FineWeb, which is not pinned
+yet. If a data set has several sources, they are tried one after another until one can be downloaded.
 `python testing_tools/check_sources.py` asks the hub whether all of these files are still there.
 """
 

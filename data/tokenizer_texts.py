@@ -8,6 +8,7 @@ Texts are streamed: a few blocks or one document are in memory at a time, and a 
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -124,7 +125,7 @@ def _memory_of(texts: Sequence[str], pattern: str) -> tuple[int, int]:
 class ChosenTexts:
     """The texts to learn from: all of them, or, if they have more than `max_bytes`, about that many, spread evenly.
 
-    Iterating counts the texts that are chosen.
+    The parts of a very long text count as texts. Iterating counts the texts that are chosen.
     """
 
     def __init__(self, found: Sequence[Recognized], surveyed: Survey, max_bytes: int):
@@ -133,7 +134,7 @@ class ChosenTexts:
 
     def __iter__(self) -> Iterator[str]:
         self.n_texts = self.n_bytes = n_read_bytes = 0
-        for text in cleaned_texts(self.found, Skipped()):
+        for text in itertools.chain.from_iterable(map(_parts, cleaned_texts(self.found, Skipped()))):
             size = len(text.encode())
             n_read_bytes += size
             # Chosen if the chosen share of the bytes read so far does not exceed the share wanted of all of them.
@@ -141,7 +142,7 @@ class ChosenTexts:
             if is_chosen or self.surveyed.n_bytes <= self.max_bytes:
                 self.n_texts += 1
                 self.n_bytes += size
-                yield from _parts(text)
+                yield text
 
     @property
     def estimated_n_texts(self) -> int:
@@ -152,7 +153,7 @@ class ChosenTexts:
         """Print how much was chosen, unless it was everything. Raises UserError if it was nothing."""
         if not self.n_texts:
             raise UserError(f"--max_bytes {self.max_bytes} is smaller than every text; use a larger number")
-        if self.n_texts < self.surveyed.n_texts:
+        if self.n_bytes < self.surveyed.n_bytes:
             print(
                 f"learned from a sample: {self.n_texts:,} texts spread over all of it, {self.n_bytes:,} bytes, "
                 f"{self.n_bytes / self.surveyed.n_bytes:.1%} ({reason})"

@@ -20,7 +20,8 @@ import tiktoken
 
 from common.cli import UserError, check_options, option
 from common.files import atomic_write, remove_stale_temporaries
-from common.tokenizer_json import PATTERNS, Vocabulary, byte_characters, parse_tokenizer_json, tokenizer_json
+from common.token_patterns import PATTERNS
+from common.tokenizer_json import Vocabulary, byte_characters, parse_tokenizer_json, tokenizer_json
 from data.dataset import check_name
 from data.earlier import digest_of_files, earlier_info
 from data.pipeline import DATA_FOLDER
@@ -266,4 +267,4 @@ def print_summary(path: Path, vocabulary: Vocabulary, facts: Mapping[str, Any]) 
     print(f"longest tokens: {', '.join(map(repr, facts['longest_tokens']))}")
     print(f"digest: {facts['digest']}")
     word = facts["name"] if path.parent == DATA_FOLDER else path
-    print(f"next: give --tokenizer {word} to a prepare script")
+    print(f"next: pass --tokenizer {word} to a prepare script")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from pathlib import Path
@@ -12,43 +13,57 @@ from common.tokenizer_json import tokenizer_json
 from setup_tokenizer import GPT2, GPT2_NAMES, TOKENIZER_NAME, Tokenizer, parse_tokenizer
 
 DATA_FOLDER = Path(__file__).resolve().parent
-SUFFIX = "-tokenizer.json"
+TOKENIZER_SUFFIX = "-tokenizer.json"
 
 
 def tokenizer_path(folder: Path, name: str) -> Path:
     """The file of the tokenizer `name`."""
-    return folder / f"{name}{SUFFIX}"
+    return folder / f"{name}{TOKENIZER_SUFFIX}"
 
 
 def open_tokenizer(word: str, folder: Path) -> Tokenizer:
-    """The tokenizer that --tokenizer names: "gpt2", a name, or a file in the layout of tokenizer.json.
+    """The tokenizer that --tokenizer names: "gpt2", a name, a file in the layout of tokenizer.json, or a checkpoint.
 
     A name is looked up in `folder`, then in the project's data folder. A model's folder means its tokenizer.json.
     Raises UserError if there is no such tokenizer, or if it would have a name of GPT-2's.
     """
     if word in GPT2_NAMES:
         return GPT2
+    if word.endswith(".pt"):
+        return _of_checkpoint(word, folder)
     if word.endswith(".json") or "/" in word:
         path = Path(word, "tokenizer.json") if Path(word).is_dir() else Path(word)
-        if name_of(path) in GPT2_NAMES:
+        tokenizer = _read(path, name_of(path))
+        if name_of(path) in GPT2_NAMES and tokenizer != GPT2:
             raise UserError(
                 f"{path} would be called {name_of(path)}, which is the name of GPT-2's own tokenizer; copy it to "
                 f"another name: cp {path} own-tokenizer.json"
             )
-        return _read(path, name_of(path))
+        return tokenizer
     for data_folder in (folder, DATA_FOLDER):
         if (path := tokenizer_path(data_folder, word)).is_file():
             return _read(path, word)
     if Path(word, "tokenizer.json").is_file():
         return open_tokenizer(f"{word}/tokenizer.json", folder)
-    paths = [*folder.glob(f"*{SUFFIX}"), *DATA_FOLDER.glob(f"*{SUFFIX}")]
-    known = sorted({path.name.removesuffix(SUFFIX) for path in paths})
+    paths = [*folder.glob(f"*{TOKENIZER_SUFFIX}"), *DATA_FOLDER.glob(f"*{TOKENIZER_SUFFIX}")]
+    known = sorted({path.name.removesuffix(TOKENIZER_SUFFIX) for path in paths})
     others = f" (there are gpt2, {', '.join(known)})" if known else ""
     name = word if name_of(Path(word)) == word else "NAME"  # which it would have to be called
     raise UserError(
         f"the tokenizer {word!r} is not in {folder}{others}; train one with: "
         f"python data/train-tokenizer.py --name {name} --input FILE"
     )
+
+
+def _of_checkpoint(word: str, folder: Path) -> Tokenizer:
+    """The tokenizer in a checkpoint; its digest becomes part of its name if `folder` has another one of that name."""
+    from common.checkpoint import load_checkpoint  # imports torch
+
+    tokenizer = Tokenizer.from_info(load_checkpoint(word, ("info",))["info"], word)
+    path = tokenizer_path(folder, tokenizer.name)
+    if tokenizer.digest is None or not path.is_file() or _read(path, tokenizer.name) == tokenizer:
+        return tokenizer
+    return dataclasses.replace(tokenizer, name=f"{tokenizer.name}-{tokenizer.digest[:8]}")
 
 
 def name_of(path: Path) -> str:
@@ -70,7 +85,10 @@ def tokenizer_of(folder: Path, dataset: str, name: str, digest: str | None, comm
         return GPT2
     path = tokenizer_path(folder, name)
     if not path.is_file():
-        raise UserError(f"{path}, the tokenizer of {dataset}, not found; prepare the data again with: {command}")
+        raise UserError(
+            f"{path}, the tokenizer of {dataset}, not found; copy it there, or prepare the data again with: "
+            f"{command} --tokenizer FILE"
+        )
     tokenizer = _read(path, name)
     if tokenizer.digest != digest:
         raise UserError(
@@ -101,7 +119,7 @@ def _read(path: Path, name: str) -> Tokenizer:
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError as error:
-        raise UserError(f"{path} not found; give --tokenizer a name or a tokenizer.json") from error
+        raise UserError(f"{path} not found; pass a name or a tokenizer.json with --tokenizer") from error
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror}); run: chmod u+r {path}") from error
     except UnicodeDecodeError as error:

@@ -32,10 +32,15 @@ def reencode(
     return np.array(encoded, dtype=np.int64), np.array(trained, dtype=bool)
 
 
+def _text_of(ids: np.ndarray, tokenizer: Tokenizer) -> str:
+    """The text of ids, without the bytes of a character that is cut off at the end."""
+    return tokenizer.enc.decode(ids.tolist(), errors="ignore")
+
+
 def _encode_text(
     ids: np.ndarray, is_trained: np.ndarray, old: Tokenizer, new: Tokenizer
 ) -> tuple[list[int], list[bool]]:
-    new_ids = new.encode_text(old.enc.decode(ids.tolist()))
+    new_ids = new.encode_text(_text_of(ids, old))
     return new_ids, [True] * len(new_ids)
 
 
@@ -47,7 +52,7 @@ def _encode_messages(
     trained: list[bool] = []
     spans = old.message_spans(ids)
     for role, start, end, is_closed in zip(spans.role, spans.start, spans.end, spans.is_closed, strict=True):
-        text = old.enc.decode(ids[start + 1 : end - int(is_closed)].tolist())
+        text = _text_of(ids[start + 1 : end - int(is_closed)], old)
         message = {"role": ROLES[role], "content": text.partition("\n")[2]}
         new_ids = new.encode_chat([message])
         if not is_closed:  # the conversation is cut off

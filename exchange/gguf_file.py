@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from common.cli import UserError
-from common.tokenizer_json import GPT2_PATTERN
+from common.token_patterns import GPT2_PATTERN
 from exchange.tokenizer_files import CHAT_TEMPLATE, merges, vocabulary
 from model import GPTConfig
 from setup_tokenizer import GPT2, Tokenizer

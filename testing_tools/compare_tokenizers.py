@@ -91,7 +91,7 @@ class CompareOptions:
     def __post_init__(self) -> None:
         check_options(self)
         if self.input and self.dataset:
-            raise ValueError("give --input or --dataset, not both")
+            raise ValueError("use --input or --dataset, not both")
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,7 @@ def read_conversations(options: CompareOptions) -> tuple[str, list[list[dict]]]:
     if options.input:
         found = recognize(options.input, me=options.me)
         if found.kind != "chat":
-            raise UserError(f"{found} contains no conversations; give --input a chat file")
+            raise UserError(f"{found} contains no conversations; pass a chat file with --input")
         name, documents = options.input, read_documents(found)
     elif options.dataset:
         info = read_info(Path(options.data_dir), options.dataset)
@@ -125,7 +125,7 @@ def read_conversations(options: CompareOptions) -> tuple[str, list[list[dict]]]:
     chats = (document for document in documents if not isinstance(document, str))  # all are, in a chat file
     conversations = list(itertools.islice(chats, options.limit))
     if not conversations:
-        raise UserError(f"{name} contains no conversation; give --input a chat file")
+        raise UserError(f"{name} contains no conversation; pass a chat file with --input")
     return name, conversations
 
 

@@ -23,7 +23,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import regex  # tiktoken depends on it; Python's own re does not support \p{L}
 
 from common.cli import UserError, check_options, option, parse_options, run_script
-from common.tokenizer_json import GPT2_PATTERN, byte_characters
+from common.token_patterns import GPT2_PATTERN
+from common.tokenizer_json import byte_characters
 from data.readers.text import read_text_documents
 
 EXAMPLE = """low lower newest widest
@@ -110,7 +111,7 @@ def main() -> None:
     options = parse_options(LearnOptions, __doc__)
     texts = list(read_text_documents(options.input)) if options.input else [EXAMPLE]
     if not texts:
-        raise UserError(f"{options.input} contains no text; give --input a file that contains some")
+        raise UserError(f"{options.input} contains no text; pass a file that contains some with --input")
     line = texts[0].strip().split("\n")[0]
     tokens = {id_: bytes([byte]) for byte, id_ in byte_ids().items()}
     merges: dict[Pair, int] = {}

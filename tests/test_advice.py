@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import shlex
+from pathlib import Path
 
 import pytest
 
+from common.checkpoint import save_checkpoint
 from common.cli import parse_options
 from common.flops import flops_per_token
 from common.numbers import duration_in_words
 from data.advice import BFLOAT16_GAINS, SHAPES, advise, numpy_flops, print_advice, seconds_per_token
 from data.dataset import DatasetInfo, FileInfo, SplitInfo, info_bytes
 from model import GPT, PRESETS, padded_vocab_size
+from tests.tiny_gpt import text_gpt
 from training.options import TrainOptions
 
 
@@ -44,25 +47,31 @@ def test_the_command_fits_the_number_of_tokens(tokens, command, tmp_path):
 
 def test_few_data_are_warned_of_with_what_to_do(tmp_path):
     few, short = advise(info_of(2_500, n_val=60), None, tmp_path).warnings
-    assert few.startswith("2,500 tokens are few: the model reads them 160 times and mostly") and "--init_from" in few
+    assert few.startswith("2,500 tokens is not much: the model reads them 160 times and mostly repeats them; add text")
+    assert "--init_from" in few
     assert short == (
         "validation holds only 60 tokens, too few for a row of 256, so its loss is a rough estimate; add documents, or "
         "use a larger --val_fraction"
     )
     (few,) = advise(info_of(1_500, "chat"), None, tmp_path).warnings
-    assert few.startswith("so few conversations (30) teach a new model these sentences, not how to chat; to add them")
+    assert few.startswith("from so few conversations (30), a new model learns these sentences, not how to chat; to add")
     assert "python train.py --dataset chitchat=0.8,mine=0.2 --init_from models/chitchat1500.pt" in few
+
+
+def save_model(path: Path, tokenizer_digest: str | None = None) -> None:
+    save_checkpoint(path, text_gpt(), {"tokenizer": {"name": "tales", "digest": tokenizer_digest}})
 
 
 def test_few_conversations_are_added_to_a_model_that_chats(tmp_path):
     for name in ("story5000.pt", "chitchat900-best.pt", "chitchat+mine100.pt"):
-        (tmp_path / name).touch()
+        save_model(tmp_path / name)
+    (tmp_path / "chitchat50.pt").touch()  # damaged
     chitchat = info_of(900_000, "chat", name="chitchat")
     (tmp_path / "chitchat.json").write_bytes(info_bytes(chitchat))
     folder = str(tmp_path)
     assert "--init_from" not in advise(info_of(1_500, "chat"), folder, tmp_path).arguments
     base = tmp_path / "chitchat900.pt"
-    base.touch()
+    save_model(base)
     found = advise(info_of(1_500, "chat"), folder, tmp_path)
     expected = f"--dataset chitchat=0.8,mine=0.2 --init_from {base} --max_iters 300 --data_dir {folder}"
     assert shlex.join(found.arguments) == expected and not found.warnings
@@ -72,6 +81,8 @@ def test_few_conversations_are_added_to_a_model_that_chats(tmp_path):
         assert "--init_from" not in advise(other, folder, tmp_path).arguments
     demo = dataclasses.replace(chitchat, tokenizer="tales", tokenizer_digest="ab")
     (tmp_path / "chitchat.json").write_bytes(info_bytes(demo))
+    assert "--init_from" not in advise(other_ids, folder, tmp_path).arguments  # the model has GPT-2's vocabulary
+    save_model(base, "ab")
     assert shlex.join(advise(other_ids, folder, tmp_path).arguments) == expected
     assert "--init_from" not in advise(info_of(1_500, "chat"), folder, tmp_path).arguments
     (tmp_path / "chitchat.json").unlink()

@@ -59,6 +59,11 @@ def parse(*argv: str) -> Options:
     return parse_options(Options, DOCSTRING, argv)
 
 
+def test_an_option_with_several_values_may_be_repeated():
+    assert parse("--input", "a", "--sizes", "1", "--input", "b", "c").input == ("a", "b", "c")
+    assert parse("--sizes", "1", "--sizes", "2").sizes == (1, 2) and parse().input == ()
+
+
 def usage_error(capsys, *argv: str) -> str:
     """What a wrong command line prints on standard error; it exits with status 2 and prints nothing else."""
     with pytest.raises(SystemExit) as exit_status:

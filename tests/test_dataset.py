@@ -22,6 +22,9 @@ def test_a_name_is_one_word_that_is_neither_an_option_nor_a_path():
     for name in ("", "-x", "_x", "a b", "a.b", "../a", "a/b", "a=1", "a,b", "a+b", "ä", "mine\n"):
         with pytest.raises(ValueError, match="the name of a data set consists of"):
             check_name(name)
+    check_name("tales-tokenizer", "tokenizer")
+    with pytest.raises(ValueError, match=r"tales-tokenizer.json would be the file of a tokenizer; use a name"):
+        check_name("tales-tokenizer")
 
 
 # --- the description ---
@@ -155,7 +158,7 @@ def test_another_tokenizer_is_refused(data):
     rewrite(data, tokenizer="cl100k_base_chatml")
     with pytest.raises(
         UserError,
-        match=r"cl100k_base_chatml-tokenizer.json, the tokenizer of text, not found; prepare the data again with: ",
+        match=r"cl100k_base_chatml-tokenizer.json, the tokenizer of text, not found; copy it there, or prepare",
     ):
         open_dataset(data, "text")
 

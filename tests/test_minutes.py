@@ -33,8 +33,8 @@ STORIES["splits"]["train"]["documents"] = 11_000  # of 209 tokens
 class Machine:
     """A machine that computes so many FLOP/s with every model, and whose clock advances while a step is timed."""
 
-    def __init__(self, flops: float, trial_s: float = 0.0):
-        self.flops, self.trial_s, self.now = flops, trial_s, 0.0
+    def __init__(self, flops: float, trial_s: float = 0.0, opening_s: float = 0.0):
+        self.flops, self.trial_s, self.opening_s, self.now = flops, trial_s, opening_s, 0.0
         self.timed: list[RunConfig] = []
 
     def iteration_s(self, config: RunConfig, document_size: float = 0.0) -> float:
@@ -50,7 +50,9 @@ class Machine:
             return make_config(options, given, "cpu", facts, speed_up=lambda *arguments: None)
 
         options = TrainOptions(**given)
-        return configure(fit_minutes(options, "cpu", facts, configure, self.iteration_s, lambda: self.now))
+        return configure(
+            fit_minutes(options, "cpu", facts, configure, self.iteration_s, -self.opening_s, lambda: self.now)
+        )
 
     def seconds(self, config: RunConfig) -> float:
         """How long the iterations of a run take."""
@@ -70,6 +72,14 @@ def test_auto_chooses_shape_batch_and_iterations(capsys):
         f"(measured {round(speed, -2):,.0f} tokens/s)\n"
     ) in printed
     assert "note:" not in printed
+
+
+def test_the_time_that_opening_the_data_took_counts():
+    quick, slow = Machine(1.3e11), Machine(1.3e11, opening_s=200.0)
+    saved = quick.seconds(quick.config(preset="auto", minutes=15)) - slow.seconds(
+        slow.config(preset="auto", minutes=15)
+    )
+    assert saved == pytest.approx(200, rel=0.1)
 
 
 def test_minutes_alone_choose_the_iterations_of_the_given_model(capsys):
@@ -262,12 +272,12 @@ def test_steps_are_timed_with_documents_of_the_datas_size(monkeypatch, size, exp
             "--preset auto chooses a model for the time that you have; add it, for example: --minutes",
         ),
         ({"minutes": 5.0, "max_iters": 10}, "--minutes and --max_iters both say how long to train; leave one out"),
-        ({"minutes": 5.0, "parallel": "fsdp"}, "cannot try the steps of a sharded model"),
+        ({"minutes": 5.0, "parallel": "fsdp"}, "cannot time the steps of a sharded model"),
         (
             {"minutes": 5.0, "objective": "dpo", "dataset": "mine", "init_from": "x.pt"},
-            "cannot try the steps of --objective dpo",
+            "cannot time the steps of --objective dpo",
         ),
-        ({"minutes": 5.0, "preset": "auto", "init_from": "x.pt"}, "and x.pt has one; leave --preset out"),
+        ({"minutes": 5.0, "preset": "auto", "init_from": "x.pt"}, "but x.pt already has one; leave --preset out"),
         ({"minutes": 5.0, "preset": "auto", "n_head": 1000}, "--n_head 1000 does not divide a width"),
     ],
 )

@@ -16,8 +16,8 @@ import torch
 
 from common.checkpoint import load_checkpoint, save_checkpoint
 from common.cli import UserError
-from common.tokenizer_json import PATTERNS
-from data.dataset import open_dataset
+from common.token_patterns import PATTERNS
+from data.dataset import DatasetInfo, open_dataset
 from data.encoding import encode_documents
 from data.pipeline import Corpus, Dataset, PrepareOptions, prepare
 from data.vocabularies import name_of, open_tokenizer
@@ -30,7 +30,7 @@ from export import ExportOptions, export
 from generation.chat import ChatSession
 from generation.engine import Settings, TextEngine
 from generation.sampling import Sampling
-from setup_tokenizer import GPT2, IM_END, IM_START, ROLES, Tokenizer
+from setup_tokenizer import GPT2, GPT2_DIGEST, IM_END, IM_START, ROLES, Tokenizer
 from tests.tiny import run
 from training.datasets import open_data
 from training.resume import require_same_data
@@ -68,6 +68,12 @@ def train_vocabulary(path: Path, pattern: str, vocab_size: int = 400) -> Path:
     tokenizer.train_from_iterator(TEXT, trainer)
     tokenizer.save(str(path))
     return path
+
+
+def prepare_text(folder: Path, name: str, tokenizer: str) -> DatasetInfo:
+    """TEXT as a data set in `folder`, with what --tokenizer names."""
+    options = PrepareOptions(output_dir=str(folder), workers=1, val_fraction=0.3, tokenizer=str(tokenizer))
+    return prepare(Dataset(name, "text", "a test", "MIT"), options, Corpus(TEXT, digest="TEXT"))
 
 
 @pytest.fixture(scope="module", params=["gpt2", "multilingual"])
@@ -235,6 +241,12 @@ def test_conversations_are_encoded_again_message_by_message(folder, tales):
     assert len(mine.spans) == len(theirs.spans)
 
 
+def test_a_character_that_is_cut_off_is_left_out_when_encoded_again(tales):
+    ids = np.array([GPT2.endoftext, *GPT2.encode_text("A 漢字")])
+    cut, _ = reencode(ids[:-1], np.ones(len(ids) - 1, dtype=bool), False, GPT2, tales)
+    assert tales.enc.decode(cut[1:].tolist()) == "A 漢"
+
+
 def test_transformers_reads_an_export_and_so_do_we(models, tales, tmp_path):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -283,10 +295,55 @@ def test_a_mixture_of_two_tokenizers_is_refused(folder):
 
 def test_weights_of_another_vocabulary_are_refused(models, folder, tmp_path):
     with pytest.raises(
-        UserError, match=r"other10.pt has the tokenizer gpt2_chatml and mine .* tales; .*--tokenizer gpt2"
+        UserError, match=r"other10.pt has the tokenizer gpt2_chatml, but mine .* with tales; .*--tokenizer gpt2$"
     ):
         run(folder, tmp_path, dataset="mine", init_from=str(models / "other10.pt"))
+    with pytest.raises(UserError, match=r"mine10.pt has the tokenizer tales, but other .* --tokenizer .*/mine10.pt$"):
+        run(folder, tmp_path, dataset="other", init_from=str(models / "mine10.pt"))
     assert run(folder, tmp_path, dataset="mine", init_from=str(models / "mine10.pt"), max_iters=2) == 0
+
+
+def test_data_is_prepared_with_the_vocabulary_of_a_checkpoint(models, folder, tales, tmp_path):
+    data, checkpoint = tmp_path / "data", str(models / "mine10.pt")
+    data.mkdir()
+    assert open_tokenizer(checkpoint, data) == tales and open_tokenizer(checkpoint, data).name == "tales"
+    assert open_tokenizer(str(models / "other10.pt"), data) is GPT2
+    train_vocabulary(data / "tales-tokenizer.json", "gpt2", 350)  # another one of that name
+    prepare_text(data, "mine", "tales")
+    with pytest.raises(UserError, match=r"but mine was prepared with another one of that name; prepare it") as caught:
+        run(data, tmp_path, dataset="mine", init_from=checkpoint)
+    option = str(caught.value).rpartition(" ")[2]
+    info = prepare_text(data, "mine", option)
+    assert info.tokenizer == f"tales-{tales.digest[:8]}" and info.tokenizer_digest == tales.digest
+    assert run(data, tmp_path, dataset="mine", init_from=checkpoint, max_iters=2) == 0
+
+
+def test_a_copy_of_gpt2s_vocabulary_is_gpt2s(models, folder, tmp_path):
+    export(ExportOptions(str(models / "other10.pt"), str(tmp_path / "exported")))
+    assert open_tokenizer(str(tmp_path / "exported"), folder) is GPT2
+    shutil.copytree(tmp_path / "exported", tmp_path / "gpt2")
+    assert open_tokenizer(str(tmp_path / "gpt2" / "tokenizer.json"), folder) is GPT2  # may have GPT-2's names
+    data = shutil.copytree(folder, tmp_path / "data")
+    described = json.loads((data / "other.json").read_text("utf-8"))
+    info = prepare_text(data, "copy", str(tmp_path / "exported"))
+    assert (info.tokenizer, info.tokenizer_digest) == (described["tokenizer"], None)
+    # An earlier version recorded a digest and kept a file of the vocabulary.
+    described |= {"tokenizer": "exported", "tokenizer_digest": GPT2_DIGEST}
+    (data / "other.json").write_text(json.dumps(described), "utf-8")
+    assert open_data("other=0.5,copy=0.5", str(data)).tokenizer is GPT2
+    assert run(data, tmp_path / "new", dataset="other", init_from=str(models / "other10.pt"), max_iters=2) == 0
+
+
+def test_a_lost_copy_of_the_vocabulary_is_written_again(folder, tales, tmp_path, capsys):
+    file, data = shutil.copy(folder / "tales-tokenizer.json", tmp_path / "bought.json"), tmp_path / "data"
+    prepare_text(data, "mine", file)
+    (data / "bought-tokenizer.json").unlink()
+    with pytest.raises(UserError, match=r"the tokenizer of mine, not found; copy .* --name mine --tokenizer FILE$"):
+        open_dataset(data, "mine")
+    capsys.readouterr()
+    prepare_text(data, "mine", file)
+    assert "already prepared" in capsys.readouterr().out
+    assert open_dataset(data, "mine")[0]["train"].tokenizer == tales
 
 
 def test_a_vocabulary_stays_the_same_under_another_name(models, folder, tales, tmp_path, capsys, monkeypatch):
@@ -304,7 +361,7 @@ def test_a_vocabulary_stays_the_same_under_another_name(models, folder, tales, t
     info = load_any(models / "mine10.pt", ("info",))["info"]
     facts = {**info["data"], "tokenizer": "bought"}
     require_same_data(facts, info, "mine10.pt")
-    with pytest.raises(UserError, match="uses the tokenizer tales and the data bought"):
+    with pytest.raises(UserError, match="uses the tokenizer tales and the data another one, called bought;"):
         require_same_data({**facts, "tokenizer_digest": "another"}, info, "mine10.pt")
     assert run(data, tmp_path / "new", dataset="more", init_from=str(models / "mine10.pt"), max_iters=2) == 0
     capsys.readouterr()
@@ -340,7 +397,7 @@ def test_the_command_for_damaged_data_keeps_its_tokenizer(folder, tmp_path):
 def test_a_missing_or_other_vocabulary_is_refused(folder, tmp_path):
     copy = shutil.copytree(folder, tmp_path / "data")
     (copy / "tales-tokenizer.json").unlink()
-    with pytest.raises(UserError, match=r"tales-tokenizer.json, the tokenizer of mine, not found; prepare"):
+    with pytest.raises(UserError, match=r"tales-tokenizer.json, the tokenizer of mine, not found; copy"):
         open_dataset(copy, "mine")
     train_vocabulary(copy / "tales-tokenizer.json", "gpt2", 350)
     with pytest.raises(UserError, match="is not the vocabulary with which mine was prepared"):

@@ -13,9 +13,8 @@ import tokenizers
 from tokenizers import models, normalizers, pre_tokenizers, trainers
 
 from common.cli import UserError
+from common.token_patterns import GPT2_PATTERN, PATTERNS
 from common.tokenizer_json import (
-    GPT2_PATTERN,
-    PATTERNS,
     Vocabulary,
     byte_characters,
     merge_pairs,
@@ -34,6 +33,7 @@ LLAMA3_PATTERN = (  # as in Hugging Face's files; (?i:...) and \s+ differ from o
 GPT2_AS_PUBLISHED = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 PATTERNS_OF_OTHERS = {"gpt2 as published": GPT2_AS_PUBLISHED, "llama 3": LLAMA3_PATTERN}
 BYTES = tuple(bytes([byte]) for byte in range(256))
+BYTE_LEVEL = pre_tokenizers.ByteLevel(add_prefix_space=False)
 
 
 @pytest.fixture(scope="module", params=[*PATTERNS.items(), *PATTERNS_OF_OTHERS.items()], ids=lambda item: item[0])
@@ -161,7 +161,8 @@ def split_and_bytes(pattern: object, behavior: str = "isolated", invert: bool = 
 @pytest.mark.parametrize(
     "pre_tokenizer",
     [
-        pre_tokenizers.ByteLevel(add_prefix_space=False),
+        BYTE_LEVEL,
+        *(pre_tokenizers.Sequence([pre_tokenizers.Digits(individual), BYTE_LEVEL]) for individual in (True, False)),
         *(split_and_bytes(tokenizers.Regex(pattern)) for pattern in PATTERNS_OF_OTHERS.values()),
     ],
 )
@@ -264,7 +265,8 @@ def test_another_kind_of_model_is_refused_by_its_name(model, named):
         (pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False), "use_regex"),
         (pre_tokenizers.Whitespace(), "cuts text with ['Whitespace']"),
         (pre_tokenizers.Metaspace(), "cuts text with ['Metaspace']"),
-        (pre_tokenizers.Sequence([pre_tokenizers.Digits(), pre_tokenizers.ByteLevel(False)]), "'Digits', 'ByteLevel'"),
+        (pre_tokenizers.Sequence([pre_tokenizers.Punctuation(), BYTE_LEVEL]), "'Punctuation', 'ByteLevel'"),
+        (pre_tokenizers.Sequence([pre_tokenizers.Digits(), pre_tokenizers.ByteLevel(False, use_regex=False)]), "twice"),
         (split_and_bytes(" "), "at a fixed string"),
         (split_and_bytes(tokenizers.Regex(r"\s"), "removed"), "'Removed' or inverted"),
         (split_and_bytes(tokenizers.Regex(r"\S+|\s+"), invert=True), "'Isolated' or inverted"),

@@ -170,7 +170,7 @@ def test_blocks_are_compiled_as_one_piece_only_where_that_is_possible():
         config_of(TEXT, compile=False, compile_scope="model")
     with pytest.raises(UserError, match=r"no effect without torch\.compile; use --compile_scope block"):
         make_config(TrainOptions(compile_scope="model"), {"compile_scope": "model"}, "cpu", TEXT)
-    with pytest.raises(UserError, match="does not go with --activation_checkpointing; use --compile_scope block"):
+    with pytest.raises(UserError, match="combined with --activation_checkpointing; use --compile_scope block"):
         config_of(TEXT, **as_one, activation_checkpointing=True)
     with fake_job(size=2), pytest.raises(UserError, match=r"needs a single process, .*; use --compile_scope block"):
         config_of(TEXT, **as_one)
@@ -180,7 +180,7 @@ def test_a_residual_stream_in_bfloat16_is_refused_where_it_has_no_use():
     assert config_of(TEXT).residual_dtype == "float32"
     rounded = {"residual_dtype": "bfloat16"}
     assert config_of(TEXT, dtype="bfloat16", **rounded).residual_dtype == "bfloat16"
-    with pytest.raises(UserError, match="does not go with float32; give --dtype bfloat16 or --residual_dtype float32"):
+    with pytest.raises(UserError, match="cannot be combined with float32; use --dtype bfloat16 or --residual_dtype"):
         config_of(TEXT, dtype="float32", **rounded)
     with pytest.raises(UserError, match="needs fast/ and no --plain; give --residual_dtype float32"):
         make_config(TrainOptions(dtype="bfloat16", **rounded), rounded, "cpu", TEXT)

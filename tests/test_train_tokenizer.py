@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 
 from common.cli import UserError
-from common.tokenizer_json import PATTERNS, merge_pairs, parse_tokenizer_json
+from common.token_patterns import PATTERNS
+from common.tokenizer_json import merge_pairs, parse_tokenizer_json
 from data.dataset import DatasetInfo, FileInfo, SplitInfo, info_bytes
 from data.readers.inputs import input_files
 from data.readers.recognize import recognize_files
@@ -201,6 +202,14 @@ def test_long_texts_are_read_whole(tmp_path, quick_disk):
     assert parts[0].endswith("\n")
 
 
+def test_of_a_single_long_text_parts_are_chosen(tmp_path, quick_disk):
+    (tmp_path / "long.jsonl").write_text(json.dumps({"text": "\n".join(f"line {n}" for n in range(400_000))}), "utf-8")
+    parts = chosen_texts(tmp_path / "long.jsonl", 1_500_000)
+    assert 1_000_000 < sum(map(len, parts)) <= 1_500_000
+    numbers = [int(part.partition(" ")[2].partition("\n")[0]) for part in parts]
+    assert numbers[0] < 100_000 and numbers[-1] > 300_000
+
+
 def test_packed_files_are_measured_before_they_are_sampled(stories, capsys):
     packed = stories.with_suffix(".txt.gz")
     packed.write_bytes(gzip.compress(stories.read_bytes()))
@@ -341,7 +350,7 @@ def test_the_lesson_learns_the_merges_of_the_library_and_encodes_alike(lesson, t
 def test_the_lesson_needs_text(lesson, tmp_path, monkeypatch):
     (tmp_path / "blank.txt").write_text(" \n\n  \n", "utf-8")
     monkeypatch.setattr(sys, "argv", ["learn_bpe.py", "--input", str(tmp_path / "blank.txt")])
-    with pytest.raises(UserError, match=r"blank.txt contains no text; give --input a file that contains some"):
+    with pytest.raises(UserError, match=r"blank.txt contains no text; pass a file that contains some with --input"):
         lesson.main()
 
 

@@ -213,7 +213,7 @@ def _choices(
 def _compiling_pays_off(device: str, dtype: str, flops: float, has_kernels: bool) -> bool:
     """Whether torch.compile gains more time than it takes in a run of `flops`.
 
-    On a CPU it takes up to half a minute. It makes steps in low precision about 5 % faster, and those in float32 hardly
+    On a CPU it takes up to half a minute. It makes steps in low precision about 5 % faster, but hardly helps in float32
     (docs/experiments/training-speed.md). `has_kernels` says whether a CPU with AMX has kernels for the blocks, which
     are faster than compiled code.
     """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Mapping
 from fractions import Fraction
 from pathlib import Path
@@ -42,9 +43,11 @@ class TrainingData:
         found = Tokenizer.from_info(info, path)
         if found != self.tokenizer:
             name = next(iter(self.parts))
+            base = re.sub(r"(\.pt)\+.*", r"\1", path)  # of BASE+ADAPTER
+            other = "another one of that name" if found.name == self.tokenizer.name else self.tokenizer.name
             raise UserError(
-                f"{path} has the tokenizer {found.name} and {name} was prepared with {self.tokenizer.name}; prepare it "
-                f"with the model's: {prepare_command(name)} --tokenizer {found.option}"
+                f"{path} has the tokenizer {found.name}, but {name} was prepared with {other}; prepare it with the "
+                f"model's: {prepare_command(name)} --tokenizer {'gpt2' if found == GPT2 else base}"
             )
 
     def mean_loss(self, losses: dict[str, float]) -> float:

@@ -1,4 +1,4 @@
-"""Rows of labelled answers: each with its prompt in a row of its own, and beside it a row that KTO compares it with.
+"""Rows of labelled answers: each in its own row with its prompt, paired with a row that KTO compares it with.
 
 The second row is the same prompt with the answer to another prompt. From such rows KTO estimates how far the model has
 moved from the reference in general. The other answers are drawn once for a data set, so that the reference's log

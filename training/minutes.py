@@ -1,6 +1,6 @@
 """--minutes: how many iterations fit into that time on this machine; with --preset auto, also which shape and batch.
 
-    options = fit_minutes(options, device, facts, configure, measure)
+    options = fit_minutes(options, device, facts, configure, measure, started)
 
 Only the command line is completed here. `make_config` turns it into a RunConfig, as if the user had given the numbers,
 so a run is fixed before it starts, and a resumed run measures nothing.
@@ -42,7 +42,7 @@ MIN_SHARE = 0.5  # at least this fraction of the time is for training, however l
 EVALUATION_SHARE = 1 / 3  # of the work of a training step: the forward pass alone
 # What --preset auto times first: small enough to take seconds, large enough to keep the device busy.
 REFERENCE, REFERENCE_ON_CUDA = (Shape(4, 4, 128, 256), 4), (Shape(8, 8, 512, 1024), 32)  # with rows
-# For text that --preset auto reads so many times or more.
+# The recipe for text that --preset auto reads at least this many times.
 REPEATED_EPOCHS = 2.5
 RECIPE_FOR_REPEATED_TEXT: dict[str, Any] = {
     "schedule": "cosine",
@@ -50,7 +50,7 @@ RECIPE_FOR_REPEATED_TEXT: dict[str, Any] = {
     "muon_weight_decay": 0.1,
     "embedding_weight_decay": 0.2,
 }
-DROPOUT_EPOCHS, DROPOUT = 6, 0.07  # for text that --preset auto reads so many times or more, the probability
+DROPOUT_EPOCHS, DROPOUT = 6, 0.07  # text that --preset auto reads at least this many times gets this dropout
 FITTING_EPOCHS_WITH_DROPOUT = 12
 Configure = Callable[[TrainOptions], RunConfig]
 Measure = Callable[[RunConfig, float], float]  # (a run, its mean tokens per document) -> seconds per iteration
@@ -75,23 +75,25 @@ def fit_minutes(
     facts: Mapping[str, Any],
     configure: Configure,
     measure: Measure,
+    started: float,
     clock: Callable[[], float] = time.monotonic,
 ) -> TrainOptions:
     """The options with what --minutes and --preset auto choose; unchanged without them. Prints the choice.
 
     `facts` are those of the run's data (see `mixture_facts`), `configure` makes a configuration, and `measure` returns
-    the seconds per iteration with it and documents of a size. Options on the command line take precedence. Raises
+    the seconds per iteration for a configuration and a mean document size. `started` is the `clock`'s time when the
+    run started, because opening large data takes time, too. Options on the command line take precedence. Raises
     UserError for options that cannot be combined.
     """
     if options.minutes is None and options.preset != "auto":
         return options
-    start, time_s, size = clock(), _time_s(options), mean_document_size(facts)
+    time_s, size = _time_s(options), mean_document_size(facts)
 
     def timed(config: RunConfig) -> float:
         return measure(config, size)
 
     def planned(chosen: TrainOptions) -> _Plan:
-        return _plan(chosen, facts, configure, timed, time_s, lambda: clock() - start)
+        return _plan(chosen, facts, configure, timed, time_s, lambda: clock() - started)
 
     if options.preset == "auto":
         shaped = _with_shape(_with_mask(options, facts), device, facts, configure, timed, time_s)
@@ -147,11 +149,11 @@ def _time_s(options: TrainOptions) -> float:
     if options.max_iters is not None:
         raise UserError("--minutes and --max_iters both say how long to train; leave one out")
     if options.objective != "next_token":
-        raise UserError(f"--minutes cannot try the steps of --objective {options.objective}; use --max_iters")
+        raise UserError(f"--minutes cannot time the steps of --objective {options.objective}; use --max_iters")
     if options.parallel == "fsdp":
-        raise UserError("--minutes cannot try the steps of a sharded model (--parallel fsdp); use --max_iters")
+        raise UserError("--minutes cannot time the steps of a sharded model (--parallel fsdp); use --max_iters")
     if options.preset == "auto" and options.init_from is not None:
-        raise UserError(f"--preset auto chooses a shape, and {options.init_from} has one; leave --preset out")
+        raise UserError(f"--preset auto chooses a shape, but {options.init_from} already has one; leave --preset out")
     return 60 * options.minutes
 
 
@@ -162,7 +164,7 @@ def most_epochs(options: TrainOptions, facts: Mapping[str, Any]) -> int:
 
 
 def most_iters(parts: list[Portion], epochs: int, block_size: int, rows: int, is_fine_tuning: bool) -> int:
-    """The iterations after which a run has read its data often enough: so many epochs, but at least a few steps.
+    """The most iterations that a run may have: `epochs` passes over its data, but at least a few steps.
 
     As without --minutes, the least repeated part of a mixture decides, or with --init_from the most repeated one.
     """
@@ -178,7 +180,7 @@ def _for_timing(options: TrainOptions) -> TrainOptions:
 
 
 def _replacement(options: TrainOptions, chosen: TrainOptions) -> str:
-    """Which options to replace by which, so that the same run gets a number of iterations."""
+    """Which options to replace, and with what, for the same run with a given number of iterations."""
     names = [field.name for field in dataclasses.fields(chosen) if field.name not in ("max_iters", "compile")]
     values = {name: getattr(chosen, name) for name in names if getattr(chosen, name) != getattr(options, name)}
     same = "".join(f"--{name} " if value is True else f"--{name} {value} " for name, value in values.items())
@@ -247,7 +249,7 @@ def is_text(facts: Mapping[str, Any]) -> bool:
 def _with_dropout(
     plan: _Plan, options: TrainOptions, planned: Callable[[TrainOptions], _Plan], facts: Mapping[str, Any]
 ) -> _Plan:
-    """The run of `options` with dropout if it reads text DROPOUT_EPOCHS times even then, otherwise the `plan` without.
+    """A run with dropout if it still reads its text DROPOUT_EPOCHS times, otherwise the `plan` without dropout.
 
     Dropout takes time, and helps only with much repeated text (docs/experiments/presets.md).
     """

@@ -18,14 +18,14 @@ class ObjectiveOptions:
     objective: str = option(
         "next_token",
         "what to learn: next_token (from text or chat data); dpo, which makes the chosen answer of a preference data "
-        "set likelier than the rejected one; or kto, which makes answers labelled good likelier and bad ones less "
-        "likely. dpo and kto need --init_from",
+        "set more likely than the rejected one; or kto, which makes answers labelled good more likely and bad ones "
+        "less likely. dpo and kto need --init_from",
         choices=("next_token", "dpo", "kto"),
         group="objective",
     )
     beta: float = option(
         0.1,
-        "dpo, kto: how strongly the model is held to the one that it started from; smaller numbers let it move further",
+        "dpo, kto: how closely the model is kept to the one that it started from; smaller numbers let it move further",
         above=0,
         group="objective",
         metavar="X",

@@ -38,7 +38,7 @@ def check_compile_scope(options: TrainOptions, is_compiled: bool, is_plain: bool
         can_compile = not is_plain and options.compile is None
         reason = f"has no effect without torch.compile; {'add --compile, or ' if can_compile else ''}"
     elif options.activation_checkpointing:
-        reason = "does not go with --activation_checkpointing; "
+        reason = "cannot be combined with --activation_checkpointing; "
     elif world_size() > 1:
         reason = "needs a single process, because several exchange gradients between the blocks; "
     if reason is not None:
@@ -53,7 +53,8 @@ def check_residual_dtype(residual_dtype: str, dtype: str, is_plain: bool) -> Non
         raise UserError("a residual stream in bfloat16 needs fast/ and no --plain; give --residual_dtype float32")
     if dtype != "bfloat16":
         raise UserError(
-            f"a residual stream in bfloat16 does not go with {dtype}; give --dtype bfloat16 or --residual_dtype float32"
+            f"a residual stream in bfloat16 cannot be combined with {dtype}; use --dtype bfloat16 or --residual_dtype "
+            "float32"
         )
 
 

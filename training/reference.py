@@ -1,8 +1,8 @@
 """The log probabilities of a run's answers by the reference model, computed once and kept in a file.
 
 The file, <data set>-reference-<digest>.npz in the folder of the run, has an array (pairs, 2) per split. Its digest
-covers the reference's weights, the data, and whatever else decides the numbers. So runs that differ only in beta or in
-the learning rate share a file, and a run with another model or other data never uses a wrong one.
+covers the reference's weights, the data, and everything else that the numbers depend on. So runs that differ only in
+beta or in the learning rate share a file, and a run with another model or other data never uses a wrong one.
 """
 
 from __future__ import annotations

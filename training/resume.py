@@ -11,6 +11,7 @@ from typing import Any
 from common.checkpoint import find_checkpoints, readable_infos
 from common.cli import UserError
 from data.dataset import data_parts
+from setup_tokenizer import Tokenizer
 from training.mixture import mixture_name, parse_mixture
 from training.options import TrainOptions
 from training.parallel import broadcast, job_name, n_restarts, on_first
@@ -42,7 +43,7 @@ def find_checkpoint(options: TrainOptions) -> str:
     """The checkpoint to resume: the one that --resume names, or that of --dataset and --max_iters.
 
     With neither, it is the newest unfinished run of --dataset, or else its newest run: how many iterations a run has by
-    default depends on its data and its other options. Without a run, it is the path of one of 5,000 iterations.
+    default depends on its data and its other options. If there is no run, it is the path of a run of 5,000 iterations.
     """
     if options.resume or options.max_iters is not None:
         return options.checkpoint_path
@@ -149,11 +150,11 @@ def options_after_restart(
 
 def require_same_data(facts: Mapping[str, Any], info: Mapping[str, Any], path: str) -> None:
     """Raise UserError if the data is not what the checkpoint was trained and validated on."""
-    now, then = facts.get("tokenizer_digest"), info["tokenizer"].get("digest")  # None for GPT-2's
-    if now != then or (now is None and facts["tokenizer"] != info["tokenizer"]["name"]):
+    tokenizer = Tokenizer.from_info(info, path)
+    if facts.get("tokenizer_digest") != tokenizer.digest:  # None for GPT-2's
         raise UserError(
-            f"{path} uses the tokenizer {info['tokenizer']['name']} and the data {facts['tokenizer']}; give the data "
-            "set that the run was started with"
+            f"{path} uses the tokenizer {tokenizer.name} and the data another one, called {facts['tokenizer']}; "
+            "prepare the data as it was when the run was started"
         )
     for part, saved_part in zip(data_parts(facts), data_parts(info["data"]), strict=True):
         for split in ("train", "val"):

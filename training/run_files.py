@@ -107,7 +107,7 @@ class RunFiles:
         for kind in (*kept, "-tensorboard", ".jsonl", ".png", ".pt"):
             with contextlib.suppress(FileNotFoundError):
                 os.replace(self._file(kind), f"{aside}{kind}")
-        print(f"{self.path} belongs to another run (--resume would continue it): kept as {aside}.pt")
+        print(f"{self.path} belongs to another run (--resume would continue it); it is kept as {aside}.pt")
 
     def _inherit_best(self) -> None:
         """Copy the best checkpoint of the resumed run, if this run continues it under another name."""

@@ -138,13 +138,13 @@ def heads_of(n_embd: int) -> int:
     return HEADS.get(n_embd, most)
 
 
-def fitting_block_size(document_tokens: float) -> int:
-    """The block size for documents of this average length: the smallest of BLOCK_SIZES that holds them.
+def fitting_block_size(tokens: float) -> int:
+    """The smallest of BLOCK_SIZES that holds this many tokens, or else the largest.
 
     >>> [fitting_block_size(tokens) for tokens in (0, 205, 400, 5000)]
     [256, 256, 512, 1024]
     """
-    return next((size for size in BLOCK_SIZES if size >= document_tokens), BLOCK_SIZES[-1])
+    return next((size for size in BLOCK_SIZES if size >= tokens), BLOCK_SIZES[-1])
 
 
 def rows_per_iter(tokens: float, block_size: int) -> int:

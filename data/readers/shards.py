@@ -46,12 +46,12 @@ def shard_tokens(path: Path) -> int:
             head = file.read(HEADER_BYTES)
         size = path.stat().st_size
     except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}); give --input a readable file") from error
+        raise UserError(f"{path} cannot be read ({error.strerror}); pass a readable file with --input") from error
     header = np.frombuffer(head[: len(head) // 4 * 4], dtype="<i4")
     if not len(header) or header[0] != MAGIC:
         begins = f"begins with {header[0]}" if len(header) else f"has {size} bytes"
         raise NotShard(
-            f"{path} {begins}, but a shard of GPT-2's tokens begins with {MAGIC}; give --input such shards, or text"
+            f"{path} {begins}, but a shard of GPT-2's tokens begins with {MAGIC}; pass such shards or text with --input"
         )
     if len(header) < 256:
         raise _incomplete(path, f"is truncated within its header, after {size:,} bytes")
@@ -86,8 +86,8 @@ def check_shard(path: Path) -> Shard:
     largest = int(np.flatnonzero(counts)[-1])
     if largest > ENDOFTEXT_ID:  # our control tokens do not occur in published text
         raise UserError(
-            f"{path} contains the id {largest}, but GPT-2's vocabulary ends at {ENDOFTEXT_ID}; give --input shards "
-            "that were encoded with GPT-2's tokenizer"
+            f"{path} contains the id {largest}, but GPT-2's vocabulary ends at {ENDOFTEXT_ID}; pass shards that "
+            "were encoded with GPT-2's tokenizer with --input"
         )
     sizes = np.array([len(GPT2.token_bytes(token)) for token in range(ENDOFTEXT_ID)])
     text_bytes = int(counts[:ENDOFTEXT_ID] @ sizes)
