@@ -29,7 +29,7 @@ ENOUGH_TOKENS = 50_000  # with this many, the fewest iterations are FITTING_EPOC
 OWN_SHARE = 0.2  # share of the rows for the user's conversations when a chat model is fine-tuned on them
 
 SHAPES = {"tiny": (4, 128), "small": (4, 256)}  # layers and width of train.py's presets
-MEASURED_S = 0.3
+N_PRODUCTS, PAUSE_S = 15, 0.02  # to measure the CPU's speed
 # The speed of a training step as a fraction of that of numpy's float32 products. Measured on an AMD EPYC with AVX2:
 # 0.86 on one core (1,480 tokens/s of `tiny`, 77 GFLOP/s of numpy). Two cores help numpy more than training.
 EFFICIENCY = 0.7
@@ -155,15 +155,20 @@ def seconds_per_token(shape: tuple[int, int, int, int], float32_flops: float, fl
 
 
 def numpy_flops() -> float:
-    """The FLOP/s of numpy's products in float32, measured for MEASURED_S seconds."""
+    """The FLOP/s of the fastest of N_PRODUCTS of numpy's products in float32.
+
+    Another program on the same cores can make a product twenty times slower. After a pause, the next one is usually
+    fast again.
+    """
     matrix = np.full((512, 512), 0.5, dtype=np.float32)
     out = np.empty_like(matrix)
-    np.matmul(matrix, matrix, out=out)  # the first one starts the threads
-    start, n_products = time.perf_counter(), 0
-    while time.perf_counter() - start < MEASURED_S:
+    times = []
+    for _ in range(N_PRODUCTS):
+        start = time.perf_counter()
         np.matmul(matrix, matrix, out=out)
-        n_products += 1
-    return n_products * 2 * len(matrix) ** 3 / (time.perf_counter() - start)
+        times.append(time.perf_counter() - start)
+        time.sleep(PAUSE_S)
+    return 2 * len(matrix) ** 3 / min(times)
 
 
 def cpu_flags() -> set[str]:

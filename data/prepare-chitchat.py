@@ -6,8 +6,8 @@ prints:
 
     chitchat: made by data/chitchat from data/chitchat-phrases.json
     licence: MIT
-    train: 57,068 documents, 7,247,438 tokens in chitchat-train.bin
-    val: 2,932 documents, 369,808 tokens in chitchat-val.bin
+    train: 57,083 documents, 7,297,061 tokens in chitchat-train.bin
+    val: 2,917 documents, 375,436 tokens in chitchat-val.bin
 
 The conversations teach a tiny model to greet, to thank, to say goodbye, to remember a name or another fact that it was
 told several turns before, to tell a short tale about the user, and to admit what it does not know. Then run: python
