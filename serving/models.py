@@ -59,6 +59,7 @@ class ModelCard:
         return {
             **{"id": self.id, "object": "model", "created": self.created, "owned_by": "jojo"},
             **{"format": self.format, "can_chat": self.can_chat, "block_size": self.config.block_size},
+            "tokenizer": {"name": self.tokenizer.name, "digest": self.tokenizer.digest},
             **{"default": default, "parameters": n_parameters(self.config), "dataset": self.dataset},
         }
 

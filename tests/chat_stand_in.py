@@ -29,8 +29,8 @@ CONTENT_SECURITY_POLICY = (
 DEFAULTS = {"temperature": 0.5, "top_k": 50, "max_tokens": 200}
 
 
-def model(name: str, format: str = "chat", block_size: int = 256) -> dict:
-    """A model as GET /v1/models lists it."""
+def model(name: str, format: str = "chat", block_size: int = 256, digest: str | None = None) -> dict:
+    """A model as GET /v1/models lists it; `digest` is that of its vocabulary, None for GPT-2's."""
     return {
         "id": name,
         "object": "model",
@@ -38,6 +38,7 @@ def model(name: str, format: str = "chat", block_size: int = 256) -> dict:
         "owned_by": "jojo",
         "format": format,
         "block_size": block_size,
+        "tokenizer": {"name": "gpt2_chatml" if digest is None else "tales", "digest": digest},
         "default": DEFAULTS,
         "parameters": 7_265_024,
         "dataset": "chitchat" if format == "chat" else "story",

@@ -111,6 +111,7 @@ def test_a_reply_is_said_better_by_keyboard(visit):
 def test_without_the_servers_file_nothing_is_sent_and_the_export_is_what_is_prepared(visit, tmp_path):
     with ChatStandIn() as server:
         page = visit(server)
+        page.locator("#chat-model option").first.wait_for(state="attached")
         assert page.locator("#feedback-kept").inner_text() == "Ratings stay in this browser."
         button(page, "Export feedback").click()
         assert page.locator("#import-result").inner_text() == "No reply has been rated yet."

@@ -147,7 +147,8 @@ export class ChatPage {
     const view = this.views.get(message.id);
     const use = (text) => {
       const isSame = correct(reply, text);
-      if (!isSame) message.versions.push({ ...newReply(reply.model, { text }), finish: "stop", corrects: reply.id });
+      const own = { ...newReply(reply.model, { start: text }), finish: "stop", corrects: reply.id };
+      if (!isSame) message.versions.push(own);
       message.version = isSame ? message.versions.indexOf(reply) : message.versions.length - 1;
       view.update(shownReply(message));
       view.node.querySelector(".word-button").focus();
@@ -190,7 +191,7 @@ export class ChatPage {
   }
 
   #take(message, reply, index, alternative) {
-    return this.#newVersion(message, newReply(reply.model, { tokens: replaceToken(reply, index, alternative) }));
+    return this.#newVersion(message, replaceToken(reply, index, alternative));
   }
 
   /** Drop the messages after this one. If the person wrote one of them, ask first, and return false on a no. */
@@ -221,7 +222,7 @@ export class ChatPage {
   }
 
   #editReply(message, reply) {
-    const edited = (text) => newReply(reply.model, { text });
+    const edited = (text) => newReply(reply.model, { start: text });
     const save = async (text) => {
       if (!(await this.#dropAfter(message))) return;
       message.versions.push({ ...edited(text), finish: "stop" });

@@ -78,7 +78,7 @@ export class ComparePage {
         copyButton(() => reply.text),
         iconButton("repeat", "Regenerate", () => run(newReply(model.id))),
       ],
-      onReplace: (reply, index, alternative) => run(newReply(model.id, { tokens: replaceToken(reply, index, alternative) })),
+      onReplace: (reply, index, alternative) => run(replaceToken(reply, index, alternative)),
       onRetry: run,
     }));
     view.node.setAttribute("aria-label", `Reply of ${model.id}`);

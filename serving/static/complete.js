@@ -41,7 +41,7 @@ export class CompletePage {
     byId("complete-welcome").hidden = true;
     const view = new ReplyView(newReply(this.picker.value), {
       actions: (reply) => this.#actions(reply),
-      onReplace: (reply, index, alternative) => this.#run(newReply(reply.model, { tokens: replaceToken(reply, index, alternative) })),
+      onReplace: (reply, index, alternative) => this.#run(replaceToken(reply, index, alternative)),
       onRetry: (reply) => this.#run(reply),
     });
     this.view = view;

@@ -7,6 +7,7 @@
 import { ApiError, postFeedback } from "./api.js";
 import { byId, download, element, iconButton } from "./dom.js";
 import { errorBox } from "./message.js";
+import { shownText } from "./reply.js";
 import { allChats, askedMessages, loadChat } from "./store.js";
 
 let isSent = false;
@@ -34,8 +35,9 @@ export function correct(reply, text) {
 
 /** The model, its digest, and the ids of the tokens if they give the reply's text (an edited one has others). */
 function originOf({ model, digest, tokens, text }) {
-  const complete = tokens.length > 0 && tokens.every((token) => Number.isInteger(token.id)) && tokens.map((token) => token.shown).join("") === text;
-  return { model, digest: digest ?? undefined, token_ids: complete ? tokens.map((token) => token.id) : undefined };
+  const ids = tokens.map((token) => token.id);
+  const complete = ids.length > 0 && ids.every(Number.isInteger) && shownText(tokens) === text;
+  return { model, digest: digest ?? undefined, token_ids: complete ? ids : undefined };
 }
 
 /** What a person thinks of a reply to the messages `before`. */

@@ -78,7 +78,8 @@ export class ReplyView {
 
   #showTokens() {
     if (!this.tokens) {
-      this.tokens = new TokenView(this.body, (index, alternative) => this.onReplace(this.reply, index, alternative));
+      const onReplace = (index, alternative) => this.onReplace(this.reply, index, alternative);
+      this.tokens = new TokenView(this.body, this.reply.start, onReplace);
     }
     this.tokens.update(this.reply.tokens);
   }

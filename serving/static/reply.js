@@ -3,6 +3,9 @@
 // A token is {id, text, shown, logprob, top, bytes}: `text` is the token's own, `shown` what it adds to the reply (a
 // token that ends inside a character shows nothing, the one that completes it shows the character), `top` its
 // likeliest alternatives as {id, text, logprob, bytes}; `bytes` is only set where text cannot express them.
+//
+// The ids are those of one vocabulary. A model with another one cannot read them: it continues the text, which becomes
+// the `start` of the reply, and only its own tokens follow. The text that a person wrote is also a start.
 
 import { ApiError, streamEvents } from "./api.js";
 import { requestFields } from "./settings.js";
@@ -13,14 +16,16 @@ const encoder = new TextEncoder();
 /** An id for a chat, a message or a reply. crypto.randomUUID only exists on https and on the loopback address. */
 export const newId = () => crypto.randomUUID?.() ?? `${Date.now()}-${Math.random()}`;
 
-/** A reply that has nothing yet, or starts with the tokens or the text that it continues. */
-export function newReply(model, { tokens = [], text = null } = {}) {
+/** A reply that has nothing yet, or starts with the text and the tokens of a vocabulary that it continues. */
+export function newReply(model, { start = "", tokens = [], vocabulary = null } = {}) {
   tokens = showTokens(tokens);
   return {
     id: newId(),
     model,
-    text: text ?? tokens.map((token) => token.shown).join(""),
+    text: start + shownText(tokens),
+    start, // the text before the tokens
     tokens,
+    vocabulary, // of the tokens; null: none yet, undefined, in replies from an older version of the page: unknown
     finish: null, // "stop", "length", "stopped" by the person, "error"
     usage: null,
     nGenerated: 0,
@@ -38,6 +43,9 @@ export function showTokens(tokens) {
   return tokens.map((token) => ({ ...token, shown: decoder.decode(bytesOf(token), { stream: true }) }));
 }
 
+/** The text that the tokens add to a reply. */
+export const shownText = (tokens) => tokens.map((token) => token.shown).join("");
+
 const bytesOf = (token) => (token.bytes ? new Uint8Array(token.bytes) : encoder.encode(token.text));
 
 /** A token as the API describes it, of a chat or of a text. */
@@ -49,21 +57,34 @@ function parseToken({ id, token, bytes, logprob, top_logprobs: top }) {
   return made;
 }
 
+/** What identifies the vocabulary of a model, under any name; only GPT-2's has no digest. */
+const vocabularyOf = ({ tokenizer }) => tokenizer.digest ?? tokenizer.name;
+
+/** Make a reply ready for a model to continue: tokens of another or of an unknown vocabulary become text. */
+function prepare(reply, model) {
+  const vocabulary = vocabularyOf(model);
+  if (reply.vocabulary === vocabulary && reply.tokens.every((token) => Number.isInteger(token.id))) {
+    // The next tokens complete a character that the last ones leave incomplete and that is "\ufffd" in the text.
+    reply.text = reply.start + shownText(reply.tokens);
+  } else {
+    Object.assign(reply, { start: reply.text, tokens: [], vocabulary });
+  }
+}
+
 function bodyOf(reply, model, { messages, prompt }) {
   const body = { model: model.id, stream: true, stream_options: { include_usage: true }, ...requestFields() };
+  const { start } = reply;
   const ids = reply.tokens.map((token) => token.id);
-  const exact = ids.length > 0 && ids.every(Number.isInteger);
   if (messages) {
     Object.assign(body, { messages, logprobs: true, top_logprobs: N_ALTERNATIVES });
-    if (exact) body.assistant_prefix_ids = ids;
-    else if (reply.text) {
-      body.messages = [...messages, { role: "assistant", content: reply.text }];
+    if (start) {
+      body.messages = [...messages, { role: "assistant", content: start }];
       body.continue_final_message = true;
     }
+    if (ids.length > 0) body.assistant_prefix_ids = ids;
   } else {
-    Object.assign(body, { prompt, logprobs: N_ALTERNATIVES });
-    if (exact) body.prefix_ids = ids;
-    else body.prompt += reply.text;
+    Object.assign(body, { prompt: prompt + start, logprobs: N_ALTERNATIVES });
+    if (ids.length > 0) body.prefix_ids = ids;
   }
   return body;
 }
@@ -74,6 +95,7 @@ function bodyOf(reply, model, { messages, prompt }) {
  */
 export async function generate(reply, model, input, signal, onUpdate) {
   const path = input.messages ? "v1/chat/completions" : "v1/completions";
+  prepare(reply, model);
   // The tokens that the reply starts with may end inside a character.
   const decoder = new TextDecoder();
   for (const token of reply.tokens) decoder.decode(bytesOf(token), { stream: true });
@@ -124,10 +146,11 @@ export async function generate(reply, model, input, signal, onUpdate) {
   onUpdate(reply);
 }
 
-/** The tokens up to `index`, with that one replaced by one of its alternatives. */
-export function replaceToken(reply, index, alternative) {
-  const { top } = reply.tokens[index];
-  return [...reply.tokens.slice(0, index), { ...alternative, top }];
+/** A reply that starts with the one given up to the token at `index`, which one of its alternatives replaces. */
+export function replaceToken({ model, start, tokens, vocabulary }, index, alternative) {
+  const { top } = tokens[index];
+  const kept = [...tokens.slice(0, index), { ...alternative, top }];
+  return newReply(model, { start, tokens: kept, vocabulary });
 }
 
 /** One line of numbers: tokens, tokens per second, why it ended. */

@@ -8,7 +8,7 @@
 // The tokens of a chat's replies are by far its largest part and the only one that can be done without. They are
 // kept under a second key, and dropped, oldest chat first, when the browser's few megabytes are full.
 
-import { newId, newReply, showTokens } from "./reply.js";
+import { newId, newReply, shownText, showTokens } from "./reply.js";
 
 const CHAT = "jojo.chat.";
 const TOKENS = "jojo.tokens.";
@@ -54,6 +54,12 @@ export function searchChats(words) {
   return allChats().filter((chat) => [titleOf(chat), chat.system, ...chat.messages.map(textOf)].some((text) => text.toLowerCase().includes(wanted)));
 }
 
+/** The text of a reply before that of its tokens. */
+function textBefore({ text, tokens }) {
+  const shown = shownText(tokens);
+  return text.endsWith(shown) ? text.slice(0, text.length - shown.length) : "";
+}
+
 /** A chat with its tokens, or null. */
 export function loadChat(id) {
   const text = localStorage.getItem(CHAT + id);
@@ -61,7 +67,11 @@ export function loadChat(id) {
   const chat = JSON.parse(text);
   const packed = JSON.parse(localStorage.getItem(TOKENS + id) ?? "{}");
   for (const message of chat.messages) {
-    for (const reply of message.versions ?? []) reply.tokens = showTokens((packed[reply.id] ?? []).map(unpack));
+    for (const reply of message.versions ?? []) {
+      reply.tokens = showTokens((packed[reply.id] ?? []).map(unpack));
+      // Not kept by older versions of the page, and longer now if the tokens have been dropped.
+      if (reply.start === undefined || reply.tokens.length === 0) reply.start = textBefore(reply);
+    }
   }
   return chat;
 }
@@ -144,7 +154,7 @@ function chatOf({ messages, title }) {
   return chat;
 }
 
-const importedReply = (text) => ({ ...newReply("imported", { text }), finish: "stop" });
+const importedReply = (text) => ({ ...newReply("imported", { start: text }), finish: "stop" });
 
 /** Keep the conversations of a JSONL file. Returns how many were read, skipped, or did not fit into the browser. */
 export function importChats(text) {

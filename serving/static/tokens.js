@@ -39,15 +39,16 @@ function spoken(text) {
 }
 
 /**
- * The tokens of a reply in `node`: one stop for the Tab key, in which the arrow keys move from token to token.
+ * The text `start` and the tokens of a reply in `node`. The tokens are one stop for the Tab key, in which the arrow keys
+ * move from token to token.
  * `onReplace(index, alternative)` is called when a person chooses another token instead.
  */
 export class TokenView {
-  constructor(node, onReplace) {
+  constructor(node, start, onReplace) {
     this.node = node;
     this.onReplace = onReplace;
     this.tokens = [];
-    node.replaceChildren();
+    node.replaceChildren(start);
     node.setAttribute("role", "group");
     node.setAttribute("aria-label", "Tokens of the reply: the arrow keys move, Enter shows the alternatives");
     this.listeners = new AbortController();
