@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import shlex
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -191,7 +192,7 @@ def encode_all_again(names: list[str], options: ExtendedOptions) -> None:
 def command_again(name: str, options: ExtendedOptions) -> str:
     """The command that prepares a data set again, with the tokenizer of --tokenizer or its own."""
     if options.tokenizer:
-        return f"{prepare_command(name)} --tokenizer {options.tokenizer}"
+        return f"{prepare_command(name)} --tokenizer {shlex.quote(options.tokenizer)}"
     return prepare_command(name, prepared_by_us(output_folder(options), name))
 
 

@@ -47,7 +47,9 @@ EXAMPLES = {
 @dataclass(frozen=True)
 class DemoOptions:
     text: str = option("Once upon a time, Zoë's kitten meowed. 🐱", "the text of the first section")
-    tokenizer: str = option("gpt2", "a tokenizer of your own, by name, or a tokenizer.json file", metavar="NAME")
+    tokenizer: str = option(
+        "gpt2", "a tokenizer of your own: its name, a tokenizer.json, or a checkpoint", metavar="NAME"
+    )
 
 
 def show_pieces(ids: list[int], tokenizer: Tokenizer = GPT2) -> str:

@@ -16,7 +16,6 @@ import contextlib
 import dataclasses
 import functools
 import math
-import time
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
@@ -28,7 +27,7 @@ from common.cli import given_options, parse_options, run_script
 from common.device import allow_tf32, seed_everything, set_determinism
 from common.speedups import load_speedups
 from common.threads import sleep_while_waiting_if_busy
-from exchange.loading import load_checkpoint, load_unmerged, read_info
+from exchange.loading import load_checkpoint, load_unmerged, read_info, split_pair
 from model import GPT
 from training import parallel, resume
 from training.batches import Batches
@@ -84,7 +83,6 @@ class Training:
 
 def plan(options: TrainOptions, given: dict[str, Any], fast: ModuleType | None) -> Plan | None:
     """Load the checkpoint, open the data and make the configuration; None if the run is already complete."""
-    started = time.monotonic()
     options, given = resume.options_after_restart(options, given, read_info)
     checkpoint = None
     if options.resume is not None:
@@ -102,14 +100,14 @@ def plan(options: TrainOptions, given: dict[str, Any], fast: ModuleType | None) 
     allow_tf32()
     speed_up, logits_rows = (fast.speed_up_training, fast.LOSS_CHUNK_ROWS) if fast else (None, None)
     if checkpoint and options.init_from is not None:
-        data.require_tokenizer_of(checkpoint["info"], options.init_from)
+        data.require_tokenizer_of(checkpoint["info"], split_pair(options.init_from)[0] or options.init_from)
 
     def configure(options: TrainOptions) -> RunConfig:
         return make_config(options, given, device, data.facts, checkpoint, speed_up, logits_rows)
 
     if options.resume is None:
         measure = functools.partial(iteration_s, checkpoint=checkpoint, fast=fast)
-        options = fit_minutes(options, device, data.facts, configure, measure, started)
+        options = fit_minutes(options, device, data.facts, configure, measure, data.opening_s)
     config = configure(options)
     notes = [f"note: {sentence}" for sentence in data.short_splits(config.block_size)]
     if checkpoint and config.resume:

@@ -313,7 +313,7 @@ def _argparse_settings(field: dataclasses.Field, spec: Option, kind: Any) -> dic
 
 
 class _Collect(argparse.Action):
-    """All values of an option that is given several times; argparse would keep only the last ones."""
+    """Collects the values of an option that is given several times; argparse would keep only the last ones."""
 
     def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
         earlier = getattr(namespace, self.dest, None)

@@ -29,10 +29,10 @@ PATTERNS = {"gpt2": GPT2_PATTERN, "multilingual": MULTILINGUAL_PATTERN}
 
 
 def pattern_after_digits(individual_digits: bool) -> str:
-    """GPT-2's pattern for text of which the numbers are cut out first: digit by digit, or as a whole.
+    """GPT-2's pattern for text whose numbers are split off first: digit by digit, or as a whole.
 
-    This is what the steps Digits and ByteLevel of tokenizers do. Numbers get no space in front, and white space before
-    a number is at the end of a piece.
+    It gives the same pieces as the steps Digits and ByteLevel of tokenizers. A number has no space in front of it, and
+    all white space before a number is one piece.
     """
     number = r"\p{N}" if individual_digits else r"\p{N}++"
     return number + r"|'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?[^\s\p{L}\p{N}]++|\s++(?=\p{N})|\s++$|\s+(?!\S)|\s"

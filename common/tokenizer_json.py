@@ -7,7 +7,8 @@
 True
 
 The package tokenizers merges in the order of the file's list of pairs, tiktoken by the ranks of the merged tokens. A
-file is accepted only if both give the same ids for every text that contains none of its added tokens.
+file is accepted only if both give the same ids for every text, except for the added tokens of the file and for runs of
+100,000 white-space characters (see `encode_text`).
 """
 
 from __future__ import annotations

@@ -20,9 +20,10 @@ from common.flops import flops_per_token
 from common.numbers import duration_in_words
 from data.dataset import DatasetInfo, read_info
 from data.epochs import FINE_TUNING_ROWS, FITTING_EPOCHS, Portion, fine_tuning_iters, fitting_iters, in_words
+from setup_tokenizer import Tokenizer
 
 BLOCK_SIZE, ROWS_PER_ITER = 256, 16  # train.py's defaults on a CPU
-DEMO_BLOCK_SIZE = 512  # of `make demo`, whose model has a tokenizer of its own; a checkpoint is not opened here
+DEMO_BLOCK_SIZE = 512  # of `make demo`, whose model has a tokenizer of its own
 SMALL_FROM = 20_000_000  # tokens; with fewer, `tiny` is large enough and twice as fast
 MANY_EPOCHS = 2 * FITTING_EPOCHS  # with more, a model mostly repeats what it has read
 ENOUGH_TOKENS = 50_000  # with this many, the fewest iterations are FITTING_EPOCHS epochs
@@ -112,9 +113,9 @@ def few_tokens_warning(info: DatasetInfo, epochs: float) -> str:
             f"--dataset {mixture_of(info)} --init_from models/chitchat1500.pt (docs/fine-tuning.md)"
         )
     return (
-        f"{train.tokens:,} tokens is not much: the model reads them {in_words(epochs)} times and mostly repeats them; "
-        f"add text ({ENOUGH_TOKENS:,} tokens, about {ENOUGH_TOKENS * 4 // 1000} kB, are read {FITTING_EPOCHS} times), "
-        "or start from a model that knows more: --init_from CHECKPOINT (docs/fine-tuning.md)"
+        f"there are only {train.tokens:,} tokens: the model reads them {in_words(epochs)} times and mostly repeats "
+        f"them; add text ({ENOUGH_TOKENS:,} tokens, about {ENOUGH_TOKENS * 4 // 1000} kB, are read {FITTING_EPOCHS} "
+        "times), or start from a model that knows more: --init_from CHECKPOINT (docs/fine-tuning.md)"
     )
 
 
@@ -133,7 +134,7 @@ def chat_model(models: Path, folder: Path, tokenizer_digest: str | None) -> Path
 
     for path in sorted(found, key=lambda path: path.stat().st_mtime, reverse=True):
         with contextlib.suppress(UserError):  # a damaged file
-            if read_facts(path)["tokenizer"].get("digest") == tokenizer_digest:
+            if Tokenizer.from_info(read_facts(path), str(path)).digest == tokenizer_digest:
                 return path
     return None
 

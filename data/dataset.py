@@ -12,6 +12,7 @@ import contextlib
 import dataclasses
 import json
 import re
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -302,6 +303,18 @@ def prepare_command(name: str, info: DatasetInfo | None = None) -> str:
     if info is None or info.tokenizer_digest is None:
         return command
     return f"{command} --tokenizer {info.tokenizer}"
+
+
+def encode_command(name: str, info: DatasetInfo, tokenizer: str, data_dir: str = "data") -> str:
+    """The command that encodes a data set in `data_dir` again, with what --tokenizer names.
+
+    `info` describes it. Without a source, it is known only from its .bin files and has to be prepared.
+    """
+    command = prepare_command(name)
+    if info.source is not None:
+        folder = "" if data_dir == "data" else f" --output_dir {shlex.quote(data_dir)}"
+        command = f"python prepare_with_extended_tokenizer.py --dataset {name}{folder}"
+    return f"{command} --tokenizer {shlex.quote(tokenizer)}"
 
 
 def prepared_datasets(data_dir: Path) -> list[str]:

@@ -14,7 +14,7 @@ from data.documents import text_path
 
 # Two preparations with the same values of these fields write the same files.
 _IDENTITY = (
-    *("name", "format", "source", "licence", "non_commercial", "tokenizer", "n_vocab", "tokenizer_digest", "dtype"),
+    *("name", "format", "source", "licence", "non_commercial", "n_vocab", "tokenizer_digest", "dtype"),
     *("seed", "options", "input_digest"),
 )
 
@@ -44,6 +44,8 @@ def finished_info(folder: Path, wanted: DatasetInfo) -> DatasetInfo | None:
     if found is None or wanted.input_digest is None:
         return None
     if any(getattr(found, key) != getattr(wanted, key) for key in _IDENTITY):
+        return None
+    if wanted.tokenizer_digest is None and found.tokenizer != wanted.tokenizer:  # a digest matters more than a name
         return None
     for split in SPLITS:
         if not text_path(folder, found, split).is_file():

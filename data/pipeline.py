@@ -189,12 +189,13 @@ def prepare(
         earlier = earlier_info(folder, dataset.name)
         if options.report:
             refuse_to_replace_page(folder, dataset.name, earlier)
-        keep_tokenizer(folder, tokenizer)  # its file may have been lost after an earlier preparation
         if not options.force and (finished := finished_info(folder, wanted)):
+            keep_tokenizer(folder, dataclasses.replace(tokenizer, name=finished.tokenizer))  # it may have been lost
             print(f"{dataset.name} is already prepared in {folder}; --force prepares it again")
             info = _with_report(folder, finished, tokenizer) if options.report else finished
         else:
             _require_space(folder, dataset.name, options, corpus.files)
+            keep_tokenizer(folder, tokenizer)
             with atomic_files(folder, dataset.name) as staging:
                 worker = _worker(wanted, options, passes, tokenizer)
                 splits, report = _write_splits(staging, wanted, options, corpus, worker, batch_characters)
@@ -365,16 +366,16 @@ def _require_documents(
     reasons = reasons_in_words(counts + Counter(corpus.skipped))
     if not counts["read"]:
         found = f" ({reasons})" if reasons else ""
-        raise UserError(f"no document found in {where}{found}; pass a file that contains some with --input")
+        raise UserError(f"no document found in {where}{found}; use --input with a file that contains some")
     if not n_train and not n_val:
         raise UserError(
-            f"all {counts['read']:,} documents of {where} are empty or too long ({reasons}); pass a file that contains "
-            "text with --input"
+            f"all {counts['read']:,} documents of {where} are empty or too long ({reasons}); use --input with a "
+            "file that contains text"
         )
     if corpus.val is not None and not n_train:
         raise UserError(
-            f"no training document of {where} is left, because all are empty or also in the validation file; give "
-            "--input a train file with other documents"
+            f"no training document of {where} is left, because all are empty or also in the validation file; use "
+            "--input with a train file that contains other documents"
         )
     if corpus.val is not None and not n_val:
         raise UserError("the validation file has no documents; leave it out, and the train file will be divided")

@@ -15,6 +15,7 @@ set that cannot be prepared does not stop the others. Data sets that are already
 
 from __future__ import annotations
 
+import shlex
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -59,9 +60,9 @@ def main() -> int:
     names = options.names or tuple(SCRIPTS)
     for name in names:
         command = script_command(name, options)
-        print(f"--- {' '.join(command)} ---", flush=True)
+        print(f"--- {shlex.join(command)} ---", flush=True)
         if subprocess.run([sys.executable, *command]).returncode:
-            missing[name] = f"python {' '.join(command)}"
+            missing[name] = f"python {shlex.join(command)}"
         print(flush=True)
     print(f"prepared: {', '.join(name for name in names if name not in missing) or 'nothing'}")
     print(f"missing: {', '.join(missing) or 'nothing'}")

@@ -78,8 +78,7 @@ def divide_shards(paths: Sequence[Path]) -> tuple[list[Path], Path | None]:
     train = [path for path in paths if path not in val]
     if len(val) > 1:
         raise UserError(
-            f"{val[0].name} and {val[1].name} both have the name of a validation shard; pass only one of them with "
-            "--input"
+            f"{val[0].name} and {val[1].name} are both named like validation shards; pass only one of them with --input"
         )
     if not train:  # a single shard can be divided
         train, val = list(paths), []

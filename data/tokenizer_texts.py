@@ -42,9 +42,13 @@ def cleaned_texts(found: Sequence[Recognized], skipped: Skipped) -> Iterator[str
 
 @dataclass(frozen=True)
 class Survey:
-    """How much text there is, and a sample of about MEASURED_BYTES, spread evenly over it."""
+    """How much text there is, and a sample of about MEASURED_BYTES, spread evenly over it.
+
+    A very long text has several parts, other texts one.
+    """
 
     n_texts: int
+    n_parts: int
     n_bytes: int
     sample: tuple[str, ...]
 
@@ -52,19 +56,21 @@ class Survey:
 def survey(found: Sequence[Recognized]) -> Survey:
     """Read all texts once, to know their size before some are chosen. Raises UserError for input without text."""
     sample, skipped = SpreadSample(MEASURED_BYTES), Skipped()
-    n_texts = n_bytes = 0
+    n_texts = n_parts = n_bytes = 0
     total = _known_size(found)
     with tqdm(total=total, desc="measuring", unit="B", unit_scale=True, disable=None) as bar:  # on a terminal only
         for text in cleaned_texts(found, skipped):
             size = len(text.encode())
             n_texts, n_bytes = n_texts + 1, n_bytes + size
             bar.update(size)
-            sample.add(text, size)
+            for part in _parts(text):
+                n_parts += 1
+                sample.add(part, len(part.encode()))
     dropped = f"; left out: {reasons_in_words(skipped)}" if n_dropped(skipped) else ""
     print(f"read {n_texts:,} texts, {n_bytes:,} bytes{dropped}")
     if not n_texts:
         raise UserError("--input contains no text; name files that contain some")
-    return Survey(n_texts, n_bytes, tuple(sample.texts))
+    return Survey(n_texts, n_parts, n_bytes, tuple(sample.texts))
 
 
 class SpreadSample:
@@ -123,39 +129,40 @@ def _memory_of(texts: Sequence[str], pattern: str) -> tuple[int, int]:
 
 
 class ChosenTexts:
-    """The texts to learn from: all of them, or, if they have more than `max_bytes`, about that many, spread evenly.
+    """The texts to learn from, in parts: all, or, if they have more than `max_bytes`, about that many, spread evenly.
 
-    The parts of a very long text count as texts. Iterating counts the texts that are chosen.
+    Iterating counts the parts that are chosen.
     """
 
     def __init__(self, found: Sequence[Recognized], surveyed: Survey, max_bytes: int):
         self.found, self.surveyed, self.max_bytes = found, surveyed, max_bytes
-        self.n_texts = self.n_bytes = 0
+        self.n_parts = self.n_bytes = 0
 
     def __iter__(self) -> Iterator[str]:
-        self.n_texts = self.n_bytes = n_read_bytes = 0
-        for text in itertools.chain.from_iterable(map(_parts, cleaned_texts(self.found, Skipped()))):
-            size = len(text.encode())
+        self.n_parts = self.n_bytes = n_read_bytes = 0
+        for part in itertools.chain.from_iterable(map(_parts, cleaned_texts(self.found, Skipped()))):
+            size = len(part.encode())
             n_read_bytes += size
             # Chosen if the chosen share of the bytes read so far does not exceed the share wanted of all of them.
             is_chosen = (self.n_bytes + size) * self.surveyed.n_bytes <= self.max_bytes * n_read_bytes
             if is_chosen or self.surveyed.n_bytes <= self.max_bytes:
-                self.n_texts += 1
+                self.n_parts += 1
                 self.n_bytes += size
-                yield text
+                yield part
 
     @property
-    def estimated_n_texts(self) -> int:
-        """About how many texts will be chosen, for a progress bar."""
-        return math.ceil(self.surveyed.n_texts * min(1, self.max_bytes / self.surveyed.n_bytes))
+    def estimated_n_parts(self) -> int:
+        """About how many parts will be chosen, for a progress bar."""
+        return math.ceil(self.surveyed.n_parts * min(1, self.max_bytes / self.surveyed.n_bytes))
 
     def report(self, reason: str) -> None:
         """Print how much was chosen, unless it was everything. Raises UserError if it was nothing."""
-        if not self.n_texts:
+        if not self.n_parts:
             raise UserError(f"--max_bytes {self.max_bytes} is smaller than every text; use a larger number")
         if self.n_bytes < self.surveyed.n_bytes:
+            kind = "texts" if self.surveyed.n_parts == self.surveyed.n_texts else "parts of texts"
             print(
-                f"learned from a sample: {self.n_texts:,} texts spread over all of it, {self.n_bytes:,} bytes, "
+                f"learned from a sample: {self.n_parts:,} {kind} spread over all of it, {self.n_bytes:,} bytes, "
                 f"{self.n_bytes / self.surveyed.n_bytes:.1%} ({reason})"
             )
 

@@ -115,7 +115,7 @@ def train_tokenizer(options: TrainTokenizerOptions) -> Path:
     surveyed, pattern = survey(found), PATTERNS[options.pattern]
     max_bytes = options.max_bytes or bytes_that_fit(surveyed.sample, pattern)
     texts = ChosenTexts(found, surveyed, max_bytes)
-    vocabulary = learn(texts, pattern, options.vocab_size - len(CONTROL_TOKENS), texts.estimated_n_texts)
+    vocabulary = learn(texts, pattern, options.vocab_size - len(CONTROL_TOKENS), texts.estimated_n_parts)
     texts.report("--max_bytes" if options.max_bytes else "more might need over 1 GB of memory; --max_bytes allows it")
     if len(vocabulary.tokens) + len(CONTROL_TOKENS) < options.vocab_size:
         raise too_little_text(vocabulary, texts, options)

@@ -30,7 +30,7 @@ def open_tokenizer(word: str, folder: Path) -> Tokenizer:
     if word in GPT2_NAMES:
         return GPT2
     if word.endswith(".pt"):
-        return _of_checkpoint(word, folder)
+        return _of_checkpoint(re.sub(r"(\.pt)\+.*", r"\1", word), folder)  # of BASE+ADAPTER the base
     if word.endswith(".json") or "/" in word:
         path = Path(word, "tokenizer.json") if Path(word).is_dir() else Path(word)
         tokenizer = _read(path, name_of(path))
@@ -56,14 +56,21 @@ def open_tokenizer(word: str, folder: Path) -> Tokenizer:
 
 
 def _of_checkpoint(word: str, folder: Path) -> Tokenizer:
-    """The tokenizer in a checkpoint; its digest becomes part of its name if `folder` has another one of that name."""
+    """The tokenizer in a checkpoint of train.py.
+
+    Its digest becomes part of its name if `folder` has another tokenizer of that name, or if no file can have it.
+    """
     from common.checkpoint import load_checkpoint  # imports torch
 
     tokenizer = Tokenizer.from_info(load_checkpoint(word, ("info",))["info"], word)
-    path = tokenizer_path(folder, tokenizer.name)
-    if tokenizer.digest is None or not path.is_file() or _read(path, tokenizer.name) == tokenizer:
+    if tokenizer == GPT2:
+        return GPT2
+    name = re.sub(r"[^A-Za-z0-9_-]+", "_", tokenizer.name).strip("_-") or "own"
+    is_free = name == tokenizer.name and name not in GPT2_NAMES
+    path = tokenizer_path(folder, name)
+    if is_free and (not path.is_file() or _read(path, name) == tokenizer):
         return tokenizer
-    return dataclasses.replace(tokenizer, name=f"{tokenizer.name}-{tokenizer.digest[:8]}")
+    return dataclasses.replace(tokenizer, name=f"{name}-{tokenizer.digest:.8}")
 
 
 def name_of(path: Path) -> str:
@@ -119,7 +126,7 @@ def _read(path: Path, name: str) -> Tokenizer:
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError as error:
-        raise UserError(f"{path} not found; pass a name or a tokenizer.json with --tokenizer") from error
+        raise UserError(f"{path} not found; pass a name, a tokenizer.json or a checkpoint with --tokenizer") from error
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror}); run: chmod u+r {path}") from error
     except UnicodeDecodeError as error:

@@ -84,7 +84,10 @@ class CompareOptions:
     data_dir: str = option(str(DATA_FOLDER), "the folder with --dataset's files (default: data/)")
     limit: int = option(20_000, "largest number of conversations to read", at_least=1)
     tokenizer: tuple[str, ...] = option(
-        (), "also compare your own tokenizers: their names, or tokenizer.json files", nargs="+", metavar="NAME"
+        (),
+        "also compare your own tokenizers: their names, tokenizer.json files, or checkpoints",
+        nargs="+",
+        metavar="NAME",
     )
     repeats: int = option(3, "how often to encode; the fastest time counts", at_least=1)
 

@@ -111,7 +111,7 @@ def main() -> None:
     options = parse_options(LearnOptions, __doc__)
     texts = list(read_text_documents(options.input)) if options.input else [EXAMPLE]
     if not texts:
-        raise UserError(f"{options.input} contains no text; pass a file that contains some with --input")
+        raise UserError(f"{options.input} contains no text; use --input with a file that contains some")
     line = texts[0].strip().split("\n")[0]
     tokens = {id_: bytes([byte]) for byte, id_ in byte_ids().items()}
     merges: dict[Pair, int] = {}

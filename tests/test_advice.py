@@ -12,9 +12,12 @@ from common.checkpoint import save_checkpoint
 from common.cli import parse_options
 from common.flops import flops_per_token
 from common.numbers import duration_in_words
+from common.token_patterns import GPT2_PATTERN
+from common.tokenizer_json import Vocabulary
 from data.advice import BFLOAT16_GAINS, SHAPES, advise, numpy_flops, print_advice, seconds_per_token
 from data.dataset import DatasetInfo, FileInfo, SplitInfo, info_bytes
 from model import GPT, PRESETS, padded_vocab_size
+from setup_tokenizer import GPT2, Tokenizer
 from tests.tiny_gpt import text_gpt
 from training.options import TrainOptions
 
@@ -47,7 +50,9 @@ def test_the_command_fits_the_number_of_tokens(tokens, command, tmp_path):
 
 def test_few_data_are_warned_of_with_what_to_do(tmp_path):
     few, short = advise(info_of(2_500, n_val=60), None, tmp_path).warnings
-    assert few.startswith("2,500 tokens is not much: the model reads them 160 times and mostly repeats them; add text")
+    assert few.startswith(
+        "there are only 2,500 tokens: the model reads them 160 times and mostly repeats them; add text"
+    )
     assert "--init_from" in few
     assert short == (
         "validation holds only 60 tokens, too few for a row of 256, so its loss is a rough estimate; add documents, or "
@@ -58,8 +63,11 @@ def test_few_data_are_warned_of_with_what_to_do(tmp_path):
     assert "python train.py --dataset chitchat=0.8,mine=0.2 --init_from models/chitchat1500.pt" in few
 
 
-def save_model(path: Path, tokenizer_digest: str | None = None) -> None:
-    save_checkpoint(path, text_gpt(), {"tokenizer": {"name": "tales", "digest": tokenizer_digest}})
+TALES = Tokenizer.from_vocabulary("tales", Vocabulary(GPT2_PATTERN, tuple(bytes([byte]) for byte in range(256))))
+
+
+def save_model(path: Path, tokenizer: Tokenizer = GPT2) -> None:
+    save_checkpoint(path, text_gpt(), {"tokenizer": tokenizer.to_info()})
 
 
 def test_few_conversations_are_added_to_a_model_that_chats(tmp_path):
@@ -76,13 +84,13 @@ def test_few_conversations_are_added_to_a_model_that_chats(tmp_path):
     expected = f"--dataset chitchat=0.8,mine=0.2 --init_from {base} --max_iters 300 --data_dir {folder}"
     assert shlex.join(found.arguments) == expected and not found.warnings
     assert found.epochs == 40  # 300 * 4 rows, a fifth of them from 6 rows
-    other_ids = dataclasses.replace(info_of(1_500, "chat"), tokenizer="tales", tokenizer_digest="ab")
+    other_ids = dataclasses.replace(info_of(1_500, "chat"), tokenizer="tales", tokenizer_digest=TALES.digest)
     for other in (info_of(1_500), info_of(1_500, "chat", name="chitchat"), info_of(900_000, "chat"), other_ids):
         assert "--init_from" not in advise(other, folder, tmp_path).arguments
-    demo = dataclasses.replace(chitchat, tokenizer="tales", tokenizer_digest="ab")
+    demo = dataclasses.replace(chitchat, tokenizer="tales", tokenizer_digest=TALES.digest)
     (tmp_path / "chitchat.json").write_bytes(info_bytes(demo))
     assert "--init_from" not in advise(other_ids, folder, tmp_path).arguments  # the model has GPT-2's vocabulary
-    save_model(base, "ab")
+    save_model(base, TALES)
     assert shlex.join(advise(other_ids, folder, tmp_path).arguments) == expected
     assert "--init_from" not in advise(info_of(1_500, "chat"), folder, tmp_path).arguments
     (tmp_path / "chitchat.json").unlink()

@@ -63,7 +63,14 @@ EXCEPTIONS = {
 NO_TORCH_ROOMS = ("data",)
 NO_TORCH = {
     *("common.cli", "common.output", "common.device", "common.files", "common.hub", "common.ngrams", "common.numbers"),
-    *("common.speedups", "common.threads", "common.tokenizer_json", "setup_tokenizer", "training.mixture"),
+    *(
+        "common.speedups",
+        "common.threads",
+        "common.token_patterns",
+        "common.tokenizer_json",
+        "setup_tokenizer",
+        "training.mixture",
+    ),
     *("exchange.tokenizer_files", "exchange.model_card"),
     *(
         "generation.chat",

@@ -31,7 +31,7 @@ def paths(language: str) -> list[Path]:
 
 pytestmark = pytest.mark.skipif(
     any(len(paths(language)) < 20 for language in LANGUAGES),
-    reason=f"no pages in {MAN}; run: apt-get install manpages-de manpages-fr manpages-ja manpages-zh",
+    reason=f"no pages in {MAN}; install manpages-de, -fr, -ja and -zh, or unpack them and set JOJO_MAN (see .ci/run)",
 )
 
 

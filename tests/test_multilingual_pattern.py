@@ -70,7 +70,7 @@ def test_combining_marks_stay_inside_words(language, words):
     assert_pieces(*words)
 
 
-def test_a_mark_after_symbols_is_no_symbol():
+def test_a_mark_after_symbols_is_not_a_symbol():
     assert_pieces("!!", "\u0301a")
     assert_pieces("\u2764\ufe0f", " ok")  # a red heart, which is a heart and a variation selector
 

@@ -310,7 +310,7 @@ def test_data_is_prepared_with_the_vocabulary_of_a_checkpoint(models, folder, ta
     assert open_tokenizer(str(models / "other10.pt"), data) is GPT2
     train_vocabulary(data / "tales-tokenizer.json", "gpt2", 350)  # another one of that name
     prepare_text(data, "mine", "tales")
-    with pytest.raises(UserError, match=r"but mine was prepared with another one of that name; prepare it") as caught:
+    with pytest.raises(UserError, match=r"but mine was prepared with another one of that name; encode it") as caught:
         run(data, tmp_path, dataset="mine", init_from=checkpoint)
     option = str(caught.value).rpartition(" ")[2]
     info = prepare_text(data, "mine", option)
@@ -361,7 +361,9 @@ def test_a_vocabulary_stays_the_same_under_another_name(models, folder, tales, t
     info = load_any(models / "mine10.pt", ("info",))["info"]
     facts = {**info["data"], "tokenizer": "bought"}
     require_same_data(facts, info, "mine10.pt")
-    with pytest.raises(UserError, match="uses the tokenizer tales and the data another one, called bought;"):
+    with pytest.raises(
+        UserError, match="has the tokenizer tales, but its data was prepared again with another one, called bought;"
+    ):
         require_same_data({**facts, "tokenizer_digest": "another"}, info, "mine10.pt")
     assert run(data, tmp_path / "new", dataset="more", init_from=str(models / "mine10.pt"), max_iters=2) == 0
     capsys.readouterr()

@@ -152,6 +152,22 @@ def test_a_model_with_another_vocabulary_tries_again_with_the_text(visit):
         assert text_of_last(page) == BEGUN + server.continuation
 
 
+def test_a_model_that_fails_takes_no_tokens_away(visit):
+    with ChatStandIn(models=MODELS, faults=[None, "broken"]) as server:
+        page = visit_with_limit(visit, server)
+        page.locator("#chat-model option").first.wait_for(state="attached")
+        send(page, "Hi")
+        choose(page, "jojo-tales")
+        continue_reply(page)
+        assert "broke" in page.get_by_role("alert").inner_text()
+        assert text_of_last(page) == BEGUN
+        choose(page, "jojo-chat")
+        button(page, "Try again").click()
+        wait_for_end(page)
+        assert sent(server.requests[-1]) == ("jojo-chat", None, ids(BEGUN))
+        assert text_of_last(page) == BEGUN + MORE
+
+
 def test_an_edited_reply_is_continued_twice(visit):
     with ChatStandIn(models=MODELS) as server:
         page = visit_with_limit(visit, server)

@@ -202,7 +202,7 @@ def test_long_texts_are_read_whole(tmp_path, quick_disk):
     assert parts[0].endswith("\n")
 
 
-def test_of_a_single_long_text_parts_are_chosen(tmp_path, quick_disk):
+def test_a_single_long_text_is_sampled_in_parts(tmp_path, quick_disk):
     (tmp_path / "long.jsonl").write_text(json.dumps({"text": "\n".join(f"line {n}" for n in range(400_000))}), "utf-8")
     parts = chosen_texts(tmp_path / "long.jsonl", 1_500_000)
     assert 1_000_000 < sum(map(len, parts)) <= 1_500_000
@@ -350,7 +350,7 @@ def test_the_lesson_learns_the_merges_of_the_library_and_encodes_alike(lesson, t
 def test_the_lesson_needs_text(lesson, tmp_path, monkeypatch):
     (tmp_path / "blank.txt").write_text(" \n\n  \n", "utf-8")
     monkeypatch.setattr(sys, "argv", ["learn_bpe.py", "--input", str(tmp_path / "blank.txt")])
-    with pytest.raises(UserError, match=r"blank.txt contains no text; pass a file that contains some with --input"):
+    with pytest.raises(UserError, match=r"blank.txt contains no text; use --input with a file that contains some"):
         lesson.main()
 
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import re
+import time
 from collections.abc import Mapping
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 from common.cli import UserError
-from data.dataset import PREFERENCE_FORMATS, DatasetInfo, data_parts, open_dataset, prepare_command, short_splits
+from data.dataset import PREFERENCE_FORMATS, DatasetInfo, data_parts, encode_command, open_dataset, short_splits
 from data.token_stream import TokenStream
 from setup_tokenizer import GPT2, Tokenizer
 from training.batches import fixed_batches
@@ -27,6 +27,8 @@ class TrainingData:
     shares: dict[str, Fraction]
     facts: dict[str, Any]  # what a checkpoint stores about them, see mixture_facts
     tokenizer: Tokenizer = GPT2
+    data_dir: str = "data"
+    opening_s: float = 0.0  # how long opening and checking them has taken
 
     @property
     def formats(self) -> list[str]:
@@ -42,12 +44,12 @@ class TrainingData:
         """Raise UserError if the model in `path`, described by `info`, has a different tokenizer from the data."""
         found = Tokenizer.from_info(info, path)
         if found != self.tokenizer:
-            name = next(iter(self.parts))
-            base = re.sub(r"(\.pt)\+.*", r"\1", path)  # of BASE+ADAPTER
+            name, (_, data_info) = next(iter(self.parts.items()))
+            source = "gpt2" if found == GPT2 else path
             other = "another one of that name" if found.name == self.tokenizer.name else self.tokenizer.name
             raise UserError(
-                f"{path} has the tokenizer {found.name}, but {name} was prepared with {other}; prepare it with the "
-                f"model's: {prepare_command(name)} --tokenizer {'gpt2' if found == GPT2 else base}"
+                f"{path} has the tokenizer {found.name}, but {name} was prepared with {other}; encode it with "
+                f"the model's: {encode_command(name, data_info, source, self.data_dir)}"
             )
 
     def mean_loss(self, losses: dict[str, float]) -> float:
@@ -57,18 +59,18 @@ class TrainingData:
 
 def open_data(dataset: str, data_dir: str) -> TrainingData:
     """Open and check the data sets that --dataset names. Raises UserError, see `open_dataset`."""
-    shares = parse_mixture(dataset)
+    start, shares = time.monotonic(), parse_mixture(dataset)
     parts = {name: open_dataset(Path(data_dir), name) for name in shares}
     tokenizers = {name: streams["train"].tokenizer for name, (streams, _) in parts.items()}
     first, tokenizer = next(iter(tokenizers.items()))
     for name, other in tokenizers.items():
         if other != tokenizer:
             raise UserError(
-                f"{first} was prepared with the tokenizer {tokenizer.name} and {name} with {other.name}; prepare both "
-                f"with one, for example: {prepare_command(name)} --tokenizer {tokenizer.option}"
+                f"{first} was prepared with the tokenizer {tokenizer.name} and {name} with {other.name}; encode both "
+                f"with one, for example: {encode_command(name, parts[name][1], tokenizer.option, data_dir)}"
             )
     facts = mixture_facts({name: info.to_json() for name, (_, info) in parts.items()}, shares)
-    return TrainingData(parts, shares, facts, tokenizer)
+    return TrainingData(parts, shares, facts, tokenizer, data_dir, time.monotonic() - start)
 
 
 def make_rows(data: TrainingData, config: RunConfig) -> tuple[TextRows | ChatRows | MixedRows, dict[str, list]]:

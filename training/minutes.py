@@ -1,6 +1,6 @@
 """--minutes: how many iterations fit into that time on this machine; with --preset auto, also which shape and batch.
 
-    options = fit_minutes(options, device, facts, configure, measure, started)
+    options = fit_minutes(options, device, facts, configure, measure, opening_s)
 
 Only the command line is completed here. `make_config` turns it into a RunConfig, as if the user had given the numbers,
 so a run is fixed before it starts, and a resumed run measures nothing.
@@ -50,8 +50,8 @@ RECIPE_FOR_REPEATED_TEXT: dict[str, Any] = {
     "muon_weight_decay": 0.1,
     "embedding_weight_decay": 0.2,
 }
-DROPOUT_EPOCHS, DROPOUT = 6, 0.07  # text that --preset auto reads at least this many times gets this dropout
-FITTING_EPOCHS_WITH_DROPOUT = 12
+DROPOUTS = {6: 0.07, 16: 0.1}  # of text that --preset auto reads at least this many times
+FITTING_EPOCHS_WITH_DROPOUT = 24
 Configure = Callable[[TrainOptions], RunConfig]
 Measure = Callable[[RunConfig, float], float]  # (a run, its mean tokens per document) -> seconds per iteration
 Timed = Callable[[RunConfig], float]  # the same for the data of the run
@@ -75,19 +75,18 @@ def fit_minutes(
     facts: Mapping[str, Any],
     configure: Configure,
     measure: Measure,
-    started: float,
+    opening_s: float,
     clock: Callable[[], float] = time.monotonic,
 ) -> TrainOptions:
     """The options with what --minutes and --preset auto choose; unchanged without them. Prints the choice.
 
     `facts` are those of the run's data (see `mixture_facts`), `configure` makes a configuration, and `measure` returns
-    the seconds per iteration for a configuration and a mean document size. `started` is the `clock`'s time when the
-    run started, because opening large data takes time, too. Options on the command line take precedence. Raises
-    UserError for options that cannot be combined.
+    the seconds per iteration for a configuration and a mean document size. `opening_s` is how long opening the
+    data has taken. Options on the command line take precedence. Raises UserError for options that cannot be combined.
     """
     if options.minutes is None and options.preset != "auto":
         return options
-    time_s, size = _time_s(options), mean_document_size(facts)
+    started, time_s, size = clock() - opening_s, _time_s(options), mean_document_size(facts)
 
     def timed(config: RunConfig) -> float:
         return measure(config, size)
@@ -249,14 +248,17 @@ def is_text(facts: Mapping[str, Any]) -> bool:
 def _with_dropout(
     plan: _Plan, options: TrainOptions, planned: Callable[[TrainOptions], _Plan], facts: Mapping[str, Any]
 ) -> _Plan:
-    """A run with dropout if it still reads its text DROPOUT_EPOCHS times, otherwise the `plan` without dropout.
+    """A run with dropout if it reads its text often enough even then, otherwise the `plan` without dropout.
 
     Dropout takes time, and helps only with much repeated text (docs/experiments/presets.md).
     """
-    if options.dropout is not None or not is_text(facts) or plan.epochs < DROPOUT_EPOCHS:
+    if options.dropout is not None or not is_text(facts) or plan.epochs < min(DROPOUTS):
         return plan
-    dropped = planned(dataclasses.replace(options, dropout=DROPOUT))
-    return dropped if dropped.epochs >= DROPOUT_EPOCHS else plan
+    dropped = planned(dataclasses.replace(options, dropout=min(DROPOUTS.values())))
+    fitting = [dropout for epochs, dropout in DROPOUTS.items() if dropped.epochs >= epochs]
+    if not fitting:
+        return plan
+    return dataclasses.replace(dropped, options=dataclasses.replace(dropped.options, dropout=max(fitting)))
 
 
 def _with_recipe(plan: _Plan, facts: Mapping[str, Any]) -> TrainOptions:

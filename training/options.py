@@ -103,7 +103,7 @@ class TrainOptions(ObjectiveOptions, AdapterOptions):
     minutes: float | None = option(
         None,
         "instead of --max_iters: about how long to train; a few steps are timed to choose the iterations, at most 8 "
-        "epochs (with --preset auto, 12 for text with dropout)",
+        "epochs (with --preset auto, 24 for text with dropout)",
         above=0,
         group="optimizer",
         metavar="M",

@@ -153,8 +153,8 @@ def require_same_data(facts: Mapping[str, Any], info: Mapping[str, Any], path: s
     tokenizer = Tokenizer.from_info(info, path)
     if facts.get("tokenizer_digest") != tokenizer.digest:  # None for GPT-2's
         raise UserError(
-            f"{path} uses the tokenizer {tokenizer.name} and the data another one, called {facts['tokenizer']}; "
-            "prepare the data as it was when the run was started"
+            f"{path} has the tokenizer {tokenizer.name}, but its data was prepared again with another one, called "
+            f"{facts['tokenizer']}; start a new run, or prepare the data as it was when this run was started"
         )
     for part, saved_part in zip(data_parts(facts), data_parts(info["data"]), strict=True):
         for split in ("train", "val"):

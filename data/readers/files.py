@@ -76,7 +76,7 @@ def read_blocks(path: str | Path) -> Iterator[bytes]:
         remedy = "download or compress it again" if compression else "check the path given to --input"
         raise UserError(f"{path} cannot be read ({error.strerror or first_cause(error)}); {remedy}") from error
     if is_empty:
-        raise UserError(f"{path} is empty; pass a file that contains documents with --input")
+        raise UserError(f"{path} is empty; use --input with a file that contains documents")
 
 
 def _plain_blocks(path: Path, compression: str | None) -> Iterator[bytes]:

@@ -131,7 +131,7 @@ def _kind_and_layout(path: Path, field: str, divide_within_lines: bool, me: str 
         if has_text:
             return "text", f"records with the field {field!r}"
     if first is None:
-        raise UnknownContent(f"{path} contains no record; pass a file that contains documents with --input")
+        raise UnknownContent(f"{path} contains no record; use --input with a file that contains documents")
     raise UnknownContent(
         f"{path} contains neither chat nor a text field {field!r}; name the field with the text with --field "
         f"({field_names(first)}), or give conversations ({known_layouts()})"
@@ -227,6 +227,6 @@ def no_document(files: Sequence[Path], kind: str, skipped: Skipped) -> UserError
     """The UserError for files without a usable document."""
     where = ", ".join(map(str, files))
     if kind != "chat":
-        return nothing_usable("document", where, skipped, "pass files that contain some with --input")
+        return nothing_usable("document", where, skipped, "use --input with files that contain some")
     known = f"pass another file with --input; known layouts: {known_layouts()}"
     return nothing_usable("conversation", where, skipped, known if skipped.fields else "pass another file with --input")

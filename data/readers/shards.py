@@ -86,8 +86,8 @@ def check_shard(path: Path) -> Shard:
     largest = int(np.flatnonzero(counts)[-1])
     if largest > ENDOFTEXT_ID:  # our control tokens do not occur in published text
         raise UserError(
-            f"{path} contains the id {largest}, but GPT-2's vocabulary ends at {ENDOFTEXT_ID}; pass shards that "
-            "were encoded with GPT-2's tokenizer with --input"
+            f"{path} contains the id {largest}, but GPT-2's vocabulary ends at {ENDOFTEXT_ID}; use --input with "
+            "shards that were encoded with GPT-2's tokenizer"
         )
     sizes = np.array([len(GPT2.token_bytes(token)) for token in range(ENDOFTEXT_ID)])
     text_bytes = int(counts[:ENDOFTEXT_ID] @ sizes)

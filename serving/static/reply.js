@@ -25,7 +25,7 @@ export function newReply(model, { start = "", tokens = [], vocabulary = null } =
     text: start + shownText(tokens),
     start, // the text before the tokens
     tokens,
-    vocabulary, // of the tokens; null: none yet, undefined, in replies from an older version of the page: unknown
+    vocabulary, // that the tokens belong to; null without tokens, undefined in replies from an older page: unknown
     finish: null, // "stop", "length", "stopped" by the person, "error"
     usage: null,
     nGenerated: 0,
@@ -95,6 +95,7 @@ function bodyOf(reply, model, { messages, prompt }) {
  */
 export async function generate(reply, model, input, signal, onUpdate) {
   const path = input.messages ? "v1/chat/completions" : "v1/completions";
+  const { text: before, start, tokens, vocabulary } = reply;
   prepare(reply, model);
   // The tokens that the reply starts with may end inside a character.
   const decoder = new TextDecoder();
@@ -142,6 +143,8 @@ export async function generate(reply, model, input, signal, onUpdate) {
       reply.error = { message: error.message, advice: error.advice };
     } else throw error;
   }
+  // If nothing came, the reply keeps its old tokens.
+  if (reply.tokens.length === 0 && reply.text === before) Object.assign(reply, { start, tokens, vocabulary });
   reply.waiting = null;
   onUpdate(reply);
 }

@@ -95,10 +95,14 @@ function write(key, text) {
   }
 }
 
+/** A field of a chat, for JSON. Without tokens, the start of a reply is its whole text, which need not be kept twice. */
+function kept(name, value) {
+  return name === "tokens" || (name === "start" && this.tokens.length === 0) ? undefined : value;
+}
+
 /** Keep a chat; false if the browser has no room for it. */
 export function saveChat(chat) {
-  const withoutTokens = (name, value) => (name === "tokens" ? undefined : value);
-  if (!write(CHAT + chat.id, JSON.stringify(chat, withoutTokens))) return false;
+  if (!write(CHAT + chat.id, JSON.stringify(chat, kept))) return false;
   const packed = {};
   for (const message of chat.messages) {
     for (const reply of message.versions ?? []) if (reply.tokens.length > 0) packed[reply.id] = reply.tokens.map(pack);
