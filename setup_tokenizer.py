@@ -40,7 +40,7 @@ ENDOFTEXT_ID, IM_START_ID, IM_END_ID = SPECIAL_TOKENS.values()
 N_GPT2_VOCAB, N_VOCAB = 50257, 50259  # without ChatML's ids and with them
 TOKENIZER_NAME = "gpt2_chatml"
 GPT2_NAMES = ("gpt2", TOKENIZER_NAME)  # which no other tokenizer may have
-GPT2_DIGEST = "82decdb63d669dca725683172e31e0554de2b30aa31afef87a22dbcefbced14e"  # of its copies
+GPT2_DIGEST = "82decdb63d669dca725683172e31e0554de2b30aa31afef87a22dbcefbced14e"  # of copies of it, in any file
 
 
 def control_ids(n_vocab: int) -> tuple[int, int, int]:

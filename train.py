@@ -16,6 +16,7 @@ import contextlib
 import dataclasses
 import functools
 import math
+import time
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
@@ -83,6 +84,7 @@ class Training:
 
 def plan(options: TrainOptions, given: dict[str, Any], fast: ModuleType | None) -> Plan | None:
     """Load the checkpoint, open the data and make the configuration; None if the run is already complete."""
+    started = time.monotonic()
     options, given = resume.options_after_restart(options, given, read_info)
     checkpoint = None
     if options.resume is not None:
@@ -95,6 +97,7 @@ def plan(options: TrainOptions, given: dict[str, Any], fast: ModuleType | None) 
     elif options.init_from is not None:
         checkpoint = load_checkpoint(options.init_from, ("info", "model"))
     data = open_data(options.dataset, options.data_dir)
+    opening_s = time.monotonic() - started  # without the wait for an answer to the question about the device
     device = parallel.choose_devices(options.device)
     set_determinism(options.deterministic)  # before the first use of CUDA
     allow_tf32()
@@ -107,13 +110,12 @@ def plan(options: TrainOptions, given: dict[str, Any], fast: ModuleType | None) 
 
     if options.resume is None:
         measure = functools.partial(iteration_s, checkpoint=checkpoint, fast=fast)
-        options = fit_minutes(options, device, data.facts, configure, measure, data.opening_s)
+        options = fit_minutes(options, device, data.facts, configure, measure, opening_s)
     config = configure(options)
     notes = [f"note: {sentence}" for sentence in data.short_splits(config.block_size)]
     if checkpoint and config.resume:
         resume.require_same_data(data.facts, checkpoint["info"], config.resume)
-    for line in [*describe_data(data.facts), *notes, *describe_config(config, data.facts, options)]:
-        print(line)
+    print(*describe_data(data.facts), *notes, *describe_config(config, data.facts, options), sep="\n")
     return Plan(config, data, checkpoint)
 
 

@@ -306,15 +306,18 @@ def prepare_command(name: str, info: DatasetInfo | None = None) -> str:
 
 
 def encode_command(name: str, info: DatasetInfo, tokenizer: str, data_dir: str = "data") -> str:
-    """The command that encodes a data set in `data_dir` again, with what --tokenizer names.
+    """The command that encodes a data set in `data_dir` again, with `tokenizer` as the value of --tokenizer.
 
-    `info` describes it. Without a source, it is known only from its .bin files and has to be prepared.
+    `info` describes it. A data set of which only the .bin files are known has to be prepared again. Published ids are
+    GPT-2's, so there the text is prepared instead.
     """
     command = prepare_command(name)
-    if info.source is not None:
-        folder = "" if data_dir == "data" else f" --output_dir {shlex.quote(data_dir)}"
-        command = f"python prepare_with_extended_tokenizer.py --dataset {name}{folder}"
-    return f"{command} --tokenizer {shlex.quote(tokenizer)}"
+    if not info.has_text:
+        command = "python data/prepare-fineweb-text.py"
+    elif info.source is not None and info.licence is not None:
+        command = f"python prepare_with_extended_tokenizer.py --dataset {name}"
+    folder = "" if data_dir == "data" else f" --output_dir {shlex.quote(data_dir)}"
+    return f"{command}{folder} --tokenizer {shlex.quote(tokenizer)}"
 
 
 def prepared_datasets(data_dir: Path) -> list[str]:

@@ -11,6 +11,7 @@ from common.cli import UserError
 from common.files import sha256_file
 from data.dataset import SPLITS, DatasetInfo, read_info
 from data.documents import text_path
+from data.vocabularies import is_other_tokenizer
 
 # Two preparations with the same values of these fields write the same files.
 _IDENTITY = (
@@ -45,7 +46,9 @@ def finished_info(folder: Path, wanted: DatasetInfo) -> DatasetInfo | None:
         return None
     if any(getattr(found, key) != getattr(wanted, key) for key in _IDENTITY):
         return None
-    if wanted.tokenizer_digest is None and found.tokenizer != wanted.tokenizer:  # a digest matters more than a name
+    if wanted.tokenizer_digest is None and found.tokenizer != wanted.tokenizer:  # GPT-2's has no digest, only a name
+        return None
+    if wanted.tokenizer_digest is not None and is_other_tokenizer(folder, found.tokenizer, wanted.tokenizer_digest):
         return None
     for split in SPLITS:
         if not text_path(folder, found, split).is_file():

@@ -190,7 +190,7 @@ def prepare(
         if options.report:
             refuse_to_replace_page(folder, dataset.name, earlier)
         if not options.force and (finished := finished_info(folder, wanted)):
-            keep_tokenizer(folder, dataclasses.replace(tokenizer, name=finished.tokenizer))  # it may have been lost
+            keep_tokenizer(folder, tokenizer := dataclasses.replace(tokenizer, name=finished.tokenizer))
             print(f"{dataset.name} is already prepared in {folder}; --force prepares it again")
             info = _with_report(folder, finished, tokenizer) if options.report else finished
         else:

@@ -105,6 +105,12 @@ def tokenizer_of(folder: Path, dataset: str, name: str, digest: str | None, comm
     return tokenizer
 
 
+def is_other_tokenizer(folder: Path, name: str, digest: str) -> bool:
+    """Whether the file of the tokenizer `name` contains another vocabulary; False if there is no file."""
+    path = tokenizer_path(folder, name)
+    return path.is_file() and _read(path, name).digest != digest
+
+
 def keep_tokenizer(folder: Path, tokenizer: Tokenizer) -> None:
     """Store a tokenizer next to the data that is prepared with it, unless it is there already or GPT-2's.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -80,6 +81,15 @@ def test_opening_the_data_counts_towards_the_minutes():
         slow.config(preset="auto", minutes=15)
     )
     assert saved == pytest.approx(200, rel=0.1)
+
+
+def test_train_measures_how_long_opening_takes(tmp_path, monkeypatch):
+    passed = []
+    monkeypatch.setattr(train, "fit_minutes", lambda options, *others: passed.append(others[-1]) or options)
+    given = {**OPTIONS, "data_dir": str(prepare(tmp_path / "data")), "out_dir": str(tmp_path)}
+    start = time.monotonic()
+    train.plan(TrainOptions(**given), given, None)
+    assert 0 < passed[0] < time.monotonic() - start
 
 
 def test_minutes_alone_choose_the_iterations_of_the_given_model(capsys):
@@ -210,6 +220,8 @@ def test_text_that_is_read_6_times_has_dropout_unless_it_takes_too_long():
     assert dropout(30) == 0.07 and dropout(30, dropout=0.0) == 0 and dropout(15, dropout=0.2) == 0.2
     assert dropout(30, slower=3) == 0, "and with it less than 6 epochs"
     assert dropout(120) == 0.1, "26 epochs, limited to 24"
+    machine = Machine(3e11)
+    assert machine.config(preset="auto", minutes=120).dropout == machine.timed[-1].dropout
     assert dropout(60, {**facts_of("chat", 1_000_000), "n_vocab": 4096}) == 0
     assert Machine(3e11).config(preset="tiny", minutes=60).dropout == 0
 

@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 import torch
 
-from common.checkpoint import load_checkpoint, save_checkpoint
+from common.checkpoint import load_checkpoint, read_info, save_checkpoint
 from common.cli import UserError
 from common.token_patterns import PATTERNS
-from data.dataset import DatasetInfo, open_dataset
+from data.dataset import DatasetInfo, FileInfo, SplitInfo, encode_command, open_dataset
 from data.encoding import encode_documents
 from data.pipeline import Corpus, Dataset, PrepareOptions, prepare
 from data.vocabularies import name_of, open_tokenizer
@@ -294,12 +294,12 @@ def test_a_mixture_of_two_tokenizers_is_refused(folder):
 
 
 def test_weights_of_another_vocabulary_are_refused(models, folder, tmp_path):
-    with pytest.raises(
-        UserError, match=r"other10.pt has the tokenizer gpt2_chatml, but mine .* with tales; .*--tokenizer gpt2$"
-    ):
-        run(folder, tmp_path, dataset="mine", init_from=str(models / "other10.pt"))
-    with pytest.raises(UserError, match=r"mine10.pt has the tokenizer tales, but other .* --tokenizer .*/mine10.pt$"):
-        run(folder, tmp_path, dataset="other", init_from=str(models / "mine10.pt"))
+    again = f"python prepare_with_extended_tokenizer.py --dataset {{}} --output_dir {folder} --tokenizer {{}}"
+    for dataset, model, found in (("mine", "other10.pt", "gpt2_chatml"), ("other", "mine10.pt", "tales")):
+        with pytest.raises(UserError, match=f"{model} has the tokenizer {found}, but {dataset} was ") as caught:
+            run(folder, tmp_path, dataset=dataset, init_from=str(models / model))
+        option = "gpt2" if found == "gpt2_chatml" else str(models / model)
+        assert str(caught.value).endswith(f"; encode it with the model's: {again.format(dataset, option)}")
     assert run(folder, tmp_path, dataset="mine", init_from=str(models / "mine10.pt"), max_iters=2) == 0
 
 
@@ -316,6 +316,39 @@ def test_data_is_prepared_with_the_vocabulary_of_a_checkpoint(models, folder, ta
     info = prepare_text(data, "mine", option)
     assert info.tokenizer == f"tales-{tales.digest[:8]}" and info.tokenizer_digest == tales.digest
     assert run(data, tmp_path, dataset="mine", init_from=checkpoint, max_iters=2) == 0
+    # Data of that vocabulary is prepared again if another one has taken its name.
+    shutil.copy(folder / "tales-tokenizer.json", data)
+    prepare_text(data, "more", "tales")
+    assert prepare_text(data, "more", checkpoint).tokenizer == "tales", "already prepared"
+    train_vocabulary(data / "tales-tokenizer.json", "gpt2", 350)
+    assert prepare_text(data, "more", checkpoint).tokenizer == info.tokenizer
+    assert open_dataset(data, "more")[0]["train"].tokenizer == tales
+
+
+def test_a_name_in_a_checkpoint_is_not_a_path(models, folder, tales, tmp_path):
+    data = tmp_path / "data"
+    data.mkdir()
+    for name, safe in (("../../x", "x"), ("my tales", "my_tales"), ("gpt2", "gpt2"), ("..", "own")):
+        info = read_info(models / "mine10.pt")
+        save_checkpoint(tmp_path / "m.pt", load_model(models / "mine10.pt")[0], change_name(info, name))
+        found = open_tokenizer(str(tmp_path / "m.pt"), data)
+        assert found == tales and found.name == f"{safe}-{tales.digest[:8]}"
+
+
+def change_name(info: dict, name: str) -> dict:
+    return {**info, "tokenizer": {**info["tokenizer"], "name": name}}
+
+
+def test_the_command_that_encodes_data_again():
+    own = DatasetInfo("mine", "text", source="a test", licence="MIT")
+    assert encode_command("mine", own, "my model.pt") == (
+        "python prepare_with_extended_tokenizer.py --dataset mine --tokenizer 'my model.pt'"
+    )
+    unknown = encode_command("mine", DatasetInfo("mine", "text"), "tales", "other data")
+    assert unknown.endswith("--input FILE --name mine --output_dir 'other data' --tokenizer tales")
+    shard = SplitInfo(9, (FileInfo("a.bin", "ab", 9, start_byte=1024),))
+    published = DatasetInfo("fineweb", "text", source="a hub", licence="ODC-By", splits={"train": shard, "val": shard})
+    assert encode_command("fineweb", published, "tales") == "python data/prepare-fineweb-text.py --tokenizer tales"
 
 
 def test_a_copy_of_gpt2s_vocabulary_is_gpt2s(models, folder, tmp_path):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import time
 from collections.abc import Mapping
 from fractions import Fraction
 from pathlib import Path
@@ -28,7 +27,6 @@ class TrainingData:
     facts: dict[str, Any]  # what a checkpoint stores about them, see mixture_facts
     tokenizer: Tokenizer = GPT2
     data_dir: str = "data"
-    opening_s: float = 0.0  # how long opening and checking them has taken
 
     @property
     def formats(self) -> list[str]:
@@ -59,7 +57,7 @@ class TrainingData:
 
 def open_data(dataset: str, data_dir: str) -> TrainingData:
     """Open and check the data sets that --dataset names. Raises UserError, see `open_dataset`."""
-    start, shares = time.monotonic(), parse_mixture(dataset)
+    shares = parse_mixture(dataset)
     parts = {name: open_dataset(Path(data_dir), name) for name in shares}
     tokenizers = {name: streams["train"].tokenizer for name, (streams, _) in parts.items()}
     first, tokenizer = next(iter(tokenizers.items()))
@@ -70,7 +68,7 @@ def open_data(dataset: str, data_dir: str) -> TrainingData:
                 f"with one, for example: {encode_command(name, parts[name][1], tokenizer.option, data_dir)}"
             )
     facts = mixture_facts({name: info.to_json() for name, (_, info) in parts.items()}, shares)
-    return TrainingData(parts, shares, facts, tokenizer, data_dir, time.monotonic() - start)
+    return TrainingData(parts, shares, facts, tokenizer, data_dir)
 
 
 def make_rows(data: TrainingData, config: RunConfig) -> tuple[TextRows | ChatRows | MixedRows, dict[str, list]]:

@@ -81,8 +81,9 @@ def fit_minutes(
     """The options with what --minutes and --preset auto choose; unchanged without them. Prints the choice.
 
     `facts` are those of the run's data (see `mixture_facts`), `configure` makes a configuration, and `measure` returns
-    the seconds per iteration for a configuration and a mean document size. `opening_s` is how long opening the
-    data has taken. Options on the command line take precedence. Raises UserError for options that cannot be combined.
+    the seconds per iteration for a configuration and a mean document size. `opening_s` is how long loading a checkpoint
+    and the data has taken. Options on the command line take precedence. Raises UserError for options that cannot be
+    combined.
     """
     if options.minutes is None and options.preset != "auto":
         return options
@@ -258,7 +259,9 @@ def _with_dropout(
     fitting = [dropout for epochs, dropout in DROPOUTS.items() if dropped.epochs >= epochs]
     if not fitting:
         return plan
-    return dataclasses.replace(dropped, options=dataclasses.replace(dropped.options, dropout=max(fitting)))
+    if max(fitting) != dropped.options.dropout:  # timed again, because it may be compiled for its dropout
+        dropped = planned(dataclasses.replace(options, dropout=max(fitting)))
+    return dropped
 
 
 def _with_recipe(plan: _Plan, facts: Mapping[str, Any]) -> TrainOptions:

@@ -117,17 +117,17 @@ export async function generate(reply, model, input, signal, onUpdate) {
         reply.digest = event.system_fingerprint ?? reply.digest;
         const choice = event.choices?.[0];
         const text = choice?.delta?.content ?? choice?.text ?? "";
-        const tokens = choice?.logprobs?.content?.map(parseToken) ?? [];
-        for (const token of tokens) reply.tokens.push({ ...token, shown: decoder.decode(bytesOf(token), { stream: true }) });
+        const more = choice?.logprobs?.content?.map(parseToken) ?? [];
+        for (const token of more) reply.tokens.push({ ...token, shown: decoder.decode(bytesOf(token), { stream: true }) });
         reply.text += text;
-        if (tokens.length > 0 || text) {
+        if (more.length > 0 || text) {
           reply.waiting = null;
-          reply.nGenerated += tokens.length || 1;
+          reply.nGenerated += more.length || 1;
           // The first token's time is the prompt's; the speed is that of the tokens after it.
           const now = performance.now();
           if (firstTime === 0) firstTime = now;
           else {
-            nTimed += tokens.length || 1;
+            nTimed += more.length || 1;
             reply.tokensPerSecond = (1000 * nTimed) / Math.max(1, now - firstTime);
           }
         }
