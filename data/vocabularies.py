@@ -60,9 +60,9 @@ def _of_checkpoint(word: str, folder: Path) -> Tokenizer:
 
     Its digest becomes part of its name if `folder` has another tokenizer of that name, or if no file can have it.
     """
-    from common.checkpoint import load_checkpoint  # imports torch
+    from common.checkpoint import read_info  # imports torch
 
-    tokenizer = Tokenizer.from_info(load_checkpoint(word, ("info",))["info"], word)
+    tokenizer = Tokenizer.from_info(read_info(word), word)
     if tokenizer == GPT2:
         return GPT2
     name = re.sub(r"[^A-Za-z0-9_-]+", "_", tokenizer.name).strip("_-") or "own"

@@ -15,7 +15,7 @@ MODELS = [
     *(model("jojo-tales", digest=TALES), model("jojo-tales-2", digest=TALES), model("jojo-fables", digest=FABLES)),
     *(model("jojo-story", "text"), model("jojo-tale", "text", digest=TALES)),
 ]
-BEGUN, MORE = "Hello there, my", " and all was"  # three tokens of the stand-in's reply and of its continuation
+BEGUN, MORE = "Hello there, my", " and all was"  # the first three tokens of REPLY, and of what continues it
 HI = {"role": "user", "content": "Hi"}
 LOUDLY = ALTERNATIVES[1][0]
 
@@ -38,6 +38,13 @@ def choose(page, name: str) -> None:
 
 def continue_reply(page) -> None:
     button(page, "Continue this reply").click()
+    wait_for_end(page)
+
+
+def edit_and_continue(page, text: str) -> None:
+    button(page, "Edit this reply").click()
+    page.get_by_label("Edit this reply").fill(text)
+    button(page, "Save and continue").click()
     wait_for_end(page)
 
 
@@ -172,10 +179,7 @@ def test_an_edited_reply_is_continued_twice(visit):
     with ChatStandIn(models=MODELS) as server:
         page = visit_with_limit(visit, server)
         send(page, "Hi")
-        button(page, "Edit this reply").click()
-        page.get_by_label("Edit this reply").fill("Good evening")
-        button(page, "Save and continue").click()
-        wait_for_end(page)
+        edit_and_continue(page, "Good evening")
         assert sent(server.requests[1]) == ("jojo-chat", "Good evening", None)
         continue_reply(page)
         assert sent(server.requests[2]) == ("jojo-chat", "Good evening", ids(MORE))
@@ -199,10 +203,7 @@ def test_the_text_of_replies_from_an_older_version_of_the_page_is_continued(visi
     with ChatStandIn(models=MODELS) as server:
         page = visit_with_limit(visit, server)
         send(page, "Hi")
-        button(page, "Edit this reply").click()
-        page.get_by_label("Edit this reply").fill("Good evening")
-        button(page, "Save and continue").click()
-        wait_for_end(page)
+        edit_and_continue(page, "Good evening")
         page.evaluate(forget)
         open_first_chat(page)
         button(page, "Look inside").click()
